@@ -1,0 +1,33 @@
+"""Fold 2 of a subset of PASCAL VOC on a laptop: EfficientNet-Lite0, 1 shot, 2 cores.
+
+python train.py --config configs/voc_subset_fold2.py --workdir runs/voc_subset_fold2 \
+    --config.dataset.root=DATA/VOCdevkit/VOC2012 \
+    --config.dataset.train_ids=DATA/lists/subset_train.txt \
+    --config.dataset.val_ids=DATA/lists/subset_val.txt
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.dataset.name = "VOC subset"
+    config.dataset.root = "../shared/data/voc/VOCdevkit/VOC2012"
+    config.dataset.train_ids = "../shared/data/voc/lists/subset_train.txt"
+    config.dataset.val_ids = "../shared/data/voc/lists/subset_val.txt"
+    config.dataset.fold = 2
+    config.dataset.on_few = "drop"
+    config.backbone.name = "efficientnet_lite0"
+    config.backbone.weights = ""
+    config.optimizer.name = "adamw"
+    config.optimizer.lr = 3e-4
+    config.optimizer.lr_factor = 1.0
+    config.side = 321
+    config.steps = 900
+    config.workers = 1
+    config.log_every = 10
+    config.save_every = 100
+    config.eval.every = 900
+    config.eval.references = True
+    config.eval.focus = ("dog", "horse", "person")
+    return config

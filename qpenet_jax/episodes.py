@@ -1,0 +1,307 @@
+"""Episode i is a pure function of (data set, seed, i): drawing, loading, batching.
+
+Random numbers come from the counter-based generator Philox, with the seed in its key
+and the episode's index in its counter. So workers, hosts and restarts can't change
+what episode i is, and resuming at step t is to start counting there.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Bool, Int, UInt8
+
+from qpenet_jax.errors import InputError
+from qpenet_jax.transforms import Augmentation, augment, binary_mask, fit, fit_label
+from qpenet_jax.typing import Episode, SegmentationDataset
+
+MIN_PIXELS = 2 * 32 * 32
+"""An image counts for a class that covers at least 2048 pixels of its label."""
+
+ORDER, DRAW, AUGMENT = range(3)
+"""Independent streams of one seed: order of the queries, episodes, augmentation."""
+
+AHEAD = 2
+"""Batches that each worker keeps ready."""
+
+T = TypeVar("T")
+
+
+class EpisodeIds(NamedTuple):
+    """Which images make up episode `index`: indices into the data set."""
+
+    index: int
+    query: int
+    class_id: int
+    supports: tuple[int, ...]
+
+
+def eligible_pairs(
+    counts: Int[np.ndarray, "images classes"],
+    classes: tuple[int, ...],
+    exclude: tuple[int, ...] = (),
+    min_pixels: int = MIN_PIXELS,
+) -> Bool[np.ndarray, "images chosen"]:
+    """Return which images may show which of `classes` (ids; the columns' order).
+
+    A class must cover `min_pixels`, and no pixel of the image may be of a class in
+    `exclude`: training leaves out images with novel objects, as the paper's system.
+    """
+    large = counts[:, np.subtract(classes, 1)] >= max(min_pixels, 1)
+    excluded = counts[:, np.array(exclude, np.int64) - 1]
+    return large & ~excluded.any(axis=1, keepdims=True)
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeSampler:
+    """`sampler(i)` draws episode i: a query, one of its classes, K supports of it.
+
+    Every image with an eligible class is query once per epoch, in an order that
+    depends on the seed and the epoch; its class is uniform among its eligible ones;
+    supports are other images of that class, without repeats.
+
+    A class without any image is simply absent. One with 1..K images can't form an
+    episode: an error, or with `on_few="drop"` left out together with its images'
+    claim to be listed for it.
+
+    Raises:
+        InputError: a class with 1..K images, or no image at all.
+    """
+
+    counts: Int[np.ndarray, "images classes"]
+    classes: tuple[int, ...]
+    shots: int
+    seed: int
+    exclude: tuple[int, ...] = ()
+    min_pixels: int = MIN_PIXELS
+    on_few: Literal["error", "drop"] = "error"
+    class_names: tuple[str, ...] = ()
+    """Names of all classes of the data set, for messages; ids without it."""
+
+    def __post_init__(self):
+        """Check now that every episode can be drawn."""
+        if self.shots < 1:
+            raise InputError(f"shots {self.shots}: an episode needs 1 support or more")
+        if not len(self.images):
+            raise InputError(
+                "the list of episodes is empty: no image has a chosen class on at least"
+                f" {self.min_pixels} pixels; check the id list, the fold and the filter"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of listed images: the length of an epoch."""
+        return len(self.images)
+
+    def __call__(self, index: int) -> EpisodeIds:
+        """Return episode `index`, any integer from 0 on."""
+        epoch, position = divmod(index, len(self))
+        query = int(self.images[_order(self.seed, epoch, len(self))[position]])
+        rng = _generator(self.seed, DRAW, index)
+        column = int(rng.choice(np.flatnonzero(self.pairs[query])))
+        others = self._members[column]
+        others = others[others != query]
+        supports = rng.choice(others, self.shots, replace=False)
+        return EpisodeIds(
+            index=index,
+            query=query,
+            class_id=self.classes[column],
+            supports=tuple(supports.tolist()),
+        )
+
+    @functools.cached_property
+    def pairs(self) -> Bool[np.ndarray, "images chosen"]:
+        """Which image serves which of `classes`, few-image classes settled."""
+        pairs = eligible_pairs(self.counts, self.classes, self.exclude, self.min_pixels)
+        images = pairs.sum(axis=0)
+        few = (images > 0) & (images <= self.shots)
+        if few.any() and self.on_few != "drop":
+            column = int(np.argmax(few))
+            raise InputError(
+                f"class {self._name(column)} has {images[column]} image(s) with at "
+                f"least {self.min_pixels} pixels of it, but {self.shots}-shot episodes "
+                f"need {self.shots + 1}: add images, use fewer shots, or set "
+                "on_few='drop' to leave the class out"
+            )
+        return pairs & ~few
+
+    @functools.cached_property
+    def images(self) -> Int[np.ndarray, "listed"]:
+        """The listed images: those that may be a query, in the data set's order."""
+        return np.flatnonzero(self.pairs.any(axis=1))
+
+    @functools.cached_property
+    def _members(self) -> list[Int[np.ndarray, "members"]]:
+        return [np.flatnonzero(column) for column in self.pairs.T]
+
+    def _name(self, column: int) -> str:
+        class_id = self.classes[column]
+        return self.class_names[class_id - 1] if self.class_names else str(class_id)
+
+
+def load_episode(
+    dataset: SegmentationDataset,
+    ids: EpisodeIds,
+    side: int,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+) -> Episode:
+    """Read and transform the images of an episode; every array `side` x `side`.
+
+    With an augmentation each image gets a generator of (seed, index, slot) of its
+    own, the query being slot 0; without, all are fitted as evaluation does.
+
+    Raises:
+        InputError: an image or label can't be used.
+    """
+
+    def load(slot: int, item: int):
+        image = dataset.image(item)
+        mask = binary_mask(dataset.label(item), ids.class_id)
+        if augmentation is None:
+            return fit(image, side), fit_label(mask, side)
+        rng = _generator(seed, AUGMENT, ids.index, slot)
+        return augment(image, mask, side, augmentation, rng)
+
+    query_image, query_mask = load(0, ids.query)
+    images, masks = zip(
+        *(load(slot, item) for slot, item in enumerate(ids.supports, start=1)),
+        strict=True,
+    )
+    return Episode(query_image, query_mask, np.stack(images), np.stack(masks))
+
+
+def training_batches(
+    dataset: SegmentationDataset,
+    sampler: EpisodeSampler,
+    *,
+    side: int,
+    augmentation: Augmentation | None,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> Generator[Episode, None, None]:
+    """Yield the batches from `start_step` on, without end, loaded ahead by workers.
+
+    Batch t holds episodes t B .. t B + B - 1, whatever the number of workers, and
+    process p of P, `shard=(p, P)`, gets the p-th of P equal parts. Close the generator
+    (`contextlib.closing`) to end its workers. They are spawned: a script that uses
+    them needs the usual `if __name__ == "__main__"`.
+
+    Raises:
+        InputError: the batch can't be shared equally; while iterating, an image or
+            label that can't be used.
+    """
+    process, processes = shard
+    if batch_size % processes:
+        raise InputError(
+            f"batch size {batch_size} can't be shared by {processes} processes; "
+            "choose a multiple"
+        )
+    size = batch_size // processes
+    load = functools.partial(
+        load_episode, dataset, side=side, augmentation=augmentation, seed=seed
+    )
+    batch = functools.partial(
+        _load_batch, load, sampler, stride=batch_size, offset=process * size, size=size
+    )
+    return _ahead(batch, range(start_step, sys.maxsize), workers)
+
+
+def evaluation_episodes(
+    dataset: SegmentationDataset,
+    sampler: EpisodeSampler,
+    episodes: int,
+    side: int,
+    workers: int = 0,
+) -> Generator[tuple[EpisodeIds, Episode, UInt8[np.ndarray, "h w"]], None, None]:
+    """Yield episodes 0 .. `episodes` - 1, each with its query's mask at original size.
+
+    Close the generator, if it isn't exhausted, to end its workers.
+
+    Raises:
+        InputError: while iterating, an image or label that can't be used.
+    """
+    load = functools.partial(_load_evaluation, dataset, sampler, side)
+    return _ahead(load, range(episodes), workers)
+
+
+# Module-level functions, as what goes to a worker process is pickled.
+
+
+def _load_batch(
+    load: Callable[[EpisodeIds], Episode],
+    sampler: EpisodeSampler,
+    step: int,
+    *,
+    stride: int,
+    offset: int,
+    size: int,
+) -> Episode:
+    first = step * stride + offset
+    episodes = (load(sampler(index)) for index in range(first, first + size))
+    return Episode(*map(np.stack, zip(*episodes, strict=True)))
+
+
+def _load_evaluation(
+    dataset: SegmentationDataset, sampler: EpisodeSampler, side: int, index: int
+) -> tuple[EpisodeIds, Episode, UInt8[np.ndarray, "h w"]]:
+    ids = sampler(index)
+    label = binary_mask(dataset.label(ids.query), ids.class_id)
+    return ids, load_episode(dataset, ids, side), label
+
+
+def _ahead(
+    load: Callable[[int], T], indices: range, workers: int
+) -> Generator[T, None, None]:
+    """Yield `load(i)` in order, computed in worker processes, or a thread if 0."""
+    loaded = grain.MapDataset.range(indices.start, indices.stop).map(load)
+    stream = loaded.to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
+    )
+    if workers:
+        _mark_flags_as_parsed()
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=AHEAD)
+        stream = stream.mp_prefetch(options, worker_init_fn=_one_thread)
+    iterator = iter(stream)
+    try:
+        yield from iterator
+    except InputError as error:  # Grain adds notes of its own to what workers raise.
+        raise InputError(str(error)) from None
+    finally:
+        iterator.close()
+
+
+def _mark_flags_as_parsed() -> None:
+    """Let Grain hand absl's flags to its workers in programs that don't use absl."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _one_thread(worker: int, workers: int) -> None:
+    """Keep OpenCV's own threads from competing with the other workers."""
+    cv2.setNumThreads(0)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, length: int) -> Int[np.ndarray, "listed"]:
+    return _generator(seed, ORDER, epoch).permutation(length)
+
+
+def _generator(
+    seed: int, stream: int, index: int, slot: int = 0
+) -> np.random.Generator:
+    """Return a generator of its own for every set of arguments.
+
+    Philox counts in the lowest 64 bits of its 256-bit counter; the rest is ours.
+    """
+    return np.random.Generator(
+        np.random.Philox(key=[seed, stream], counter=[0, 0, slot, index])
+    )

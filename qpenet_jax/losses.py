@@ -1,0 +1,98 @@
+"""Training losses (paper III.F, eqs 17-19)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.nn import softplus
+from jaxtyping import Array, Bool, Float, Int
+
+from qpenet_jax.models.ops import resize_align_corners
+from qpenet_jax.typing import IGNORE
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms; the paper names alpha and beta and gives no values."""
+
+    alpha: float = 1.0
+    beta: float = 1.0
+    pre: float = 1.0
+    rev: float = 1.0
+    final: float = 1.0
+    aux: float = 0.6  # the released system's auxiliary head, not in the paper
+
+
+def margin(
+    logits: Float[Array, "*b h w 2"], size: tuple[int, int]
+) -> Float[Array, "*b H W"]:
+    """Return how far class 1 leads class 0, resized to the image (align_corners).
+
+    Two-class cross entropy depends on this difference only, and resizing is linear, so
+    one channel is resized instead of two.
+    """
+    difference = logits[..., 1] - logits[..., 0]
+    folded = difference.reshape(-1, *difference.shape[-2:])[..., None]
+    return resize_align_corners(folded, size).reshape(*difference.shape[:-2], *size)
+
+
+def cross_entropy(
+    logits: Float[Array, "*b h w 2"], mask: Int[Array, "*b H W"]
+) -> Float[Array, ""]:
+    """Return the mean two-class cross entropy over all pixels of the batch but 255's.
+
+    L_bce of eq 17. No valid pixel at all gives 0.
+    """
+    m = margin(logits, mask.shape[-2:])
+    return _mean(softplus(jnp.where(mask == 1, -m, m)), mask != IGNORE)
+
+
+def background_mining(
+    logits: Float[Array, "*b h w 2"], mask: Int[Array, "*b H W"]
+) -> Float[Array, ""]:
+    """Return L_bm of eq 18 (Liu et al., NERTNet, CVPR 2022); class 1 is background.
+
+    Per image, foreground pixels are pushed to "not background"; half as hard, all valid
+    pixels are pulled to "background". The mean over images.
+    """
+    m = margin(logits, mask.shape[-2:])
+    area = (-2, -1)
+    not_background = _mean(softplus(m), mask == 1, area)
+    background = _mean(softplus(-m), mask != IGNORE, area)
+    return jnp.mean(not_background + 0.5 * background)
+
+
+def total_loss(
+    logits: Float[Array, "b H W 2"],
+    out: dict[str, Array],
+    query_mask: Int[Array, "b H W"],
+    support_masks: Int[Array, "b k H W"],
+    weights: LossWeights = LossWeights(),
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Return L of eq 19 and its unweighted terms by name."""
+    terms = {
+        "loss_pre": cross_entropy(out["y_pre"], query_mask),
+        "loss_rev": cross_entropy(out["y_rev"], support_masks),
+        "loss_final": cross_entropy(logits, query_mask),
+        "loss_bg_s": background_mining(out["y_bg_s"], support_masks),
+        "loss_bg_q": background_mining(out["y_bg_q"], query_mask),
+    }
+    foreground = (  # eq 17
+        weights.pre * terms["loss_pre"]
+        + weights.rev * terms["loss_rev"]
+        + weights.final * terms["loss_final"]
+    )
+    if "y_aux" in out:
+        terms["loss_aux"] = cross_entropy(out["y_aux"], query_mask)
+        foreground += weights.aux * terms["loss_aux"]
+    background = terms["loss_bg_s"] + terms["loss_bg_q"]  # eq 18
+    return weights.alpha * foreground + weights.beta * background, terms
+
+
+def _mean(
+    values: Float[Array, "..."],
+    where: Bool[Array, "..."],
+    axis: tuple[int, ...] | None = None,
+) -> Float[Array, "..."]:
+    """Mean of the chosen values, 0 where none is chosen."""
+    count = where.sum(axis)
+    return jnp.where(where, values, 0.0).sum(axis) / jnp.maximum(count, 1)

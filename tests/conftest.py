@@ -1,0 +1,59 @@
+"""Paths and small data sets that several test files share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports jax; JAX_PLATFORMS=cuda on the command line overrules it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_voc() -> Path:
+    """The folder with real VOC masks, on the machines that have one."""
+    if not (SHARED_DATA / "voc").is_dir():
+        pytest.skip(f"no real VOC data at {SHARED_DATA / 'voc'}")
+    return SHARED_DATA / "voc"
+
+
+@pytest.fixture(scope="session")
+def write_voc() -> Callable[..., Path]:
+    """A function that writes a small data set in VOC layout and returns its root."""
+    return _write_voc
+
+
+def _write_voc(root: Path, images: int, classes: int, seed: int = 0) -> Path:
+    """Image i shows class i % classes + 1 as a rectangle; `ids.txt` lists them all."""
+    rng = np.random.default_rng(seed)
+    for folder in ("JPEGImages", "SegmentationClassAug"):
+        (root / folder).mkdir(parents=True)
+    names = [f"im_{i:03d}" for i in range(images)]
+    for i, name in enumerate(names):
+        height, width = rng.integers(70, 110, 2)
+        coarse = rng.integers(0, 256, (6, 6, 3), np.uint8)
+        pixels = cv2.resize(coarse, (int(width), int(height)))
+        label = np.zeros((height, width), np.uint8)
+        top, left = rng.integers(2, 20, 2)
+        label[top - 1 : top + 46, left - 1 : left + 46] = 255
+        label[top : top + 45, left : left + 45] = i % classes + 1
+        Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.jpg")
+        save_palette(root / "SegmentationClassAug" / f"{name}.png", label)
+    (root / "ids.txt").write_text("\n".join(names) + "\n")
+    return root
+
+
+def save_palette(path: Path, label: np.ndarray) -> None:
+    """Save a label map as VOC does: mode P, colours unlike the indices."""
+    image = Image.fromarray(label).convert("P")
+    image.putdata(label.ravel().tolist())
+    image.putpalette(
+        [(37 * i + 128 * (j == 0)) % 256 for i in range(256) for j in range(3)]
+    )
+    image.save(path)

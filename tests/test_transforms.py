@@ -1,0 +1,386 @@
+import numpy as np
+import pytest
+
+from qpenet_jax.transforms import (
+    Augmentation,
+    augment,
+    binary_mask,
+    content_size,
+    fit,
+    fit_label,
+)
+
+MEAN = np.array([124, 116, 104])
+STILL = Augmentation(scale=(1.0, 1.0), rotate=0.0, blur=False, flip=False)
+
+
+class Scripted(np.random.Generator):
+    """A generator that answers what the test says; crops start at 0."""
+
+    def __init__(self, scale: float = 1.0, chances=(), angle: float = 0.0):
+        super().__init__(np.random.Philox(0))
+        self._uniform = iter([scale, angle])
+        self._chances = iter([0.0 if chance else 1.0 for chance in chances])
+
+    def uniform(self, low=0.0, high=1.0, size=None):
+        value = next(self._uniform)
+        assert low <= value <= high
+        return value
+
+    def random(self, *args, **kwargs):
+        return next(self._chances)
+
+    def integers(self, *args, **kwargs):
+        return 0
+
+
+def smooth_image(height: int, width: int) -> np.ndarray:
+    """Slow waves: neighbouring pixels differ by a few grey levels."""
+    y, x = np.mgrid[:height, :width]
+    waves = [
+        np.sin(x / 9 + y / 17 + c) + np.cos(y / 11 - x / 23 + 2 * c) for c in (0, 1, 2)
+    ]
+    return np.round(127 + 60 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+def blocks(height: int, width: int) -> np.ndarray:
+    """A mask of 0, 1 and 255 in blocks of 10 pixels."""
+    y, x = np.mgrid[:height, :width] // 10
+    return np.array([0, 1, 255, 1, 0], np.uint8)[(2 * y + x) % 5]
+
+
+def bilinear(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Sample at real coordinates by the definition, edges repeated."""
+    height, width = image.shape[:2]
+    y, x = np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)
+    top, left = np.floor(y).astype(int), np.floor(x).astype(int)
+    bottom, right = np.minimum(top + 1, height - 1), np.minimum(left + 1, width - 1)
+    b, r = (y - top)[..., None], (x - left)[..., None]
+    image = image.astype(np.float64)
+    upper = image[top, left] * (1 - r) + image[top, right] * r
+    return (
+        upper * (1 - b) + (image[bottom, left] * (1 - r) + image[bottom, right] * r) * b
+    )
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Half-pixel centres: pixel i of the output lies at (i + 0.5) * ratio - 0.5."""
+    y = (np.arange(height) + 0.5) * image.shape[0] / height - 0.5
+    x = (np.arange(width) + 0.5) * image.shape[1] / width - 0.5
+    return bilinear(image, *np.meshgrid(y, x, indexing="ij"))
+
+
+def nearest(label: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The pixel whose area holds the centre of the output pixel, in integers."""
+    y = (2 * np.arange(height) + 1) * label.shape[0] // (2 * height)
+    x = (2 * np.arange(width) + 1) * label.shape[1] // (2 * width)
+    return label[np.ix_(y, x)]
+
+
+def close(image: np.ndarray, expected: np.ndarray, within: float) -> None:
+    assert image.dtype == np.uint8
+    assert image.shape == expected.shape
+    assert np.abs(image - expected).max() <= within
+
+
+# --- Evaluation ---
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side", "size"),
+    [
+        (375, 500, 473, (472, 352)[::-1]),  # int(354.75) = 354, floored to 352.
+        (500, 375, 473, (472, 352)),
+        (473, 473, 473, (472, 472)),
+        (1, 1, 473, (472, 472)),
+        (5000, 3, 473, (472, 8)),
+        (3, 5000, 473, (8, 472)),
+        (333, 500, 473, (312, 472)),
+        (6000, 8000, 473, (352, 472)),
+        (100, 49, 49, (48, 24)),  # Exactly 24.01.
+        (49, 49, 480, (480, 480)),  # 49 * (480 / 49) isn't 480 in floats everywhere.
+        (64, 64, 321, (320, 320)),
+    ],
+)
+def test_content_size(height, width, side, size):
+    assert content_size(height, width, side) == size
+    label = fit_label(np.ones((height, width), np.uint8), side)
+    assert label.shape == (side, side)
+    assert (label[: size[0], : size[1]] == 1).all()
+    assert (label == 1).sum() == size[0] * size[1]
+    assert (label == 255).sum() == side * side - size[0] * size[1]
+
+
+def test_the_long_side_is_exact_whatever_its_length():
+    assert all(content_size(n, n, 480) == (480, 480) for n in range(1, 3000))
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 281), (50, 60), (900, 1300)])
+def test_fit(shape):
+    image = smooth_image(*shape)
+    height, width = content_size(*shape, 473)
+    fitted = fit(image, 473)
+    assert fitted.shape == (473, 473, 3)
+    # OpenCV weighs with 11 bits, then rounds.
+    close(fitted[:height, :width], resized(image, height, width), within=1)
+    fitted[:height, :width] = 0
+    assert not fitted.any()
+
+
+def test_fit_of_a_single_pixel():
+    fitted = fit(np.full((1, 1, 3), (3, 99, 200), np.uint8), 473)
+    assert (fitted[:472, :472] == (3, 99, 200)).all()
+    assert not fitted[472].any()
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 281), (50, 60), (900, 1300)])
+def test_fit_label(shape):
+    label = np.random.default_rng(0).integers(0, 21, shape, np.uint8)
+    height, width = content_size(*shape, 473)
+    fitted = fit_label(label, 473)
+    expected = nearest(label, height, width)
+    # Where a centre falls on the edge of two pixels OpenCV's fixed point may differ.
+    assert (fitted[:height, :width] == expected).mean() > 0.995
+    assert (fitted[height:] == 255).all()
+    assert (fitted[:, width:] == 255).all()
+
+
+def test_binary_mask():
+    label = np.array([[0, 3, 7], [255, 3, 1]], np.uint8)
+    mask = binary_mask(label, 3)
+    assert mask.dtype == np.uint8
+    assert mask.tolist() == [[0, 1, 0], [255, 1, 0]]
+    assert binary_mask(label, 1).tolist() == [[0, 0, 0], [255, 0, 1]]
+
+
+# --- Training ---
+
+
+def placed(array: np.ndarray, side: int, fill) -> np.ndarray:
+    """Centre an array on a canvas, top and left getting the floor of half the rest."""
+    canvas = np.empty((side, side, *array.shape[2:]))
+    canvas[:] = fill
+    top, left = ((side - n) // 2 for n in array.shape[:2])
+    canvas[top : top + array.shape[0], left : left + array.shape[1]] = array
+    return canvas
+
+
+def test_padding_is_centred_with_the_mean_colour_and_ignore():
+    image, mask = smooth_image(50, 61), blocks(50, 61)
+    padded, padded_mask = augment(image, mask, 81, STILL, np.random.default_rng(0))
+    close(padded, placed(image, 81, MEAN), within=0)
+    close(padded_mask, placed(mask, 81, 255), within=0)
+    assert padded[14, 40].tolist() == MEAN.tolist()  # Rows 0..14 are padding,
+    assert padded[15, 10].tolist() == image[0, 0].tolist()  # columns 0..9 as well.
+    imagenet = 255 * np.array([0.485, 0.456, 0.406])
+    assert (np.round(imagenet) == MEAN).all()
+
+
+@pytest.mark.parametrize("factor", [0.8, 0.9, 1.1, 1.25])
+def test_scale(factor):
+    image, mask = smooth_image(60, 75), blocks(60, 75)
+    height, width = round(60 * factor), round(75 * factor)
+    augmentation = Augmentation((0.8, 1.25), rotate=0.0, blur=False, flip=False)
+    scaled, scaled_mask = augment(image, mask, 97, augmentation, Scripted(factor))
+    expected = resized(image, height, width)
+    close(scaled, placed(expected, 97, MEAN), within=1)
+    expected = placed(nearest(mask, height, width), 97, 255)
+    assert (scaled_mask == expected).mean() > 0.99
+
+
+def turned_coordinates(height, width, angle):
+    """Where each output pixel comes from; positive angles turn counter-clockwise."""
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    y, x = y - height / 2, x - width / 2
+    cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    return height / 2 + sin * x + cos * y, width / 2 + cos * x - sin * y
+
+
+@pytest.mark.parametrize("angle", [-10.0, 4.3, 10.0])
+def test_rotation(angle):
+    image, mask = smooth_image(81, 81), blocks(81, 81)
+    augmentation = Augmentation((1.0, 1.0), rotate=10.0, blur=False, flip=False)
+    rng = Scripted(chances=[True], angle=angle)
+    turned, turned_mask = augment(image, mask, 81, augmentation, rng)
+    y, x = turned_coordinates(81, 81, angle)
+    inside = (y >= 0) & (y <= 80) & (x >= 0) & (x <= 80)
+    outside = (y < -1) | (y > 81) | (x < -1) | (x > 81)
+    assert outside.sum() > 50
+    # OpenCV rounds coordinates to 1/32 pixel: up to a level on these slopes.
+    assert np.abs(turned - bilinear(image, y, x))[inside].max() <= 2
+    assert (turned[outside] == MEAN).all()
+    rows, columns = (np.clip(np.round(c), 0, 80).astype(int) for c in (y, x))
+    assert (turned_mask == mask[rows, columns])[inside].mean() > 0.98
+    assert (turned_mask[outside] == 255).all()
+
+
+def test_blur():
+    image, mask = smooth_image(40, 40), blocks(40, 40)
+    image[::7, ::5] = 255
+    augmentation = Augmentation((1.0, 1.0), rotate=0.0, flip=False)
+    rng = Scripted(chances=[True])
+    blurred, same_mask = augment(image, mask, 40, augmentation, rng)
+    kernel = np.array([1, 4, 6, 4, 1]) / 16
+    border = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect").astype(float)
+    rows = sum(w * border[i : i + 40] for i, w in enumerate(kernel))
+    expected = sum(w * rows[:, i : i + 40] for i, w in enumerate(kernel))
+    close(blurred, expected, within=0.51)
+    close(same_mask, mask, within=0)
+
+
+def test_flip():
+    image, mask = smooth_image(40, 40), blocks(40, 40)
+    augmentation = Augmentation((1.0, 1.0), rotate=0.0, blur=False)
+    rng = Scripted(chances=[True])
+    flipped, flipped_mask = augment(image, mask, 40, augmentation, rng)
+    close(flipped, image[:, ::-1], within=0)
+    close(flipped_mask, mask[:, ::-1], within=0)
+
+
+def test_order_of_the_steps():
+    """Scale, rotate, blur, flip, pad: another order gives other pixels."""
+    image = smooth_image(80, 80)
+    image[20:40, 30:50] = 255
+    rng = Scripted(1.1, chances=[True, True, True], angle=8.0)
+    out, _ = augment(image, blocks(80, 80), 97, Augmentation(), rng)
+    y, x = turned_coordinates(88, 88, 8)
+    bigger = np.pad(
+        resized(image, 88, 88) - MEAN, ((1, 1), (1, 1), (0, 0))
+    )  # Bilinear blending into the border colour.
+    step = bilinear(bigger, y + 1, x + 1) + MEAN
+    border = np.pad(step, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+    step = sum(
+        kernel[i, j] * border[i : i + 88, j : j + 88]
+        for i in range(5)
+        for j in range(5)
+    )
+    # Three roundings to uint8 and OpenCV's 1/32 pixel at the edges of the square.
+    close(out, placed(step[:, ::-1], 97, MEAN), within=5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 90), (90, 2), (33, 33), (500, 375)])
+def test_any_size_becomes_the_square(shape):
+    rng = np.random.default_rng(0)
+    for _ in range(16):
+        image = rng.integers(0, 256, (*shape, 3), np.uint8)
+        mask = rng.integers(0, 2, shape, np.uint8)
+        out, out_mask = augment(image, mask, 33, Augmentation((0.3, 1.25)), rng)
+        assert (out.shape, out.dtype) == ((33, 33, 3), np.uint8)
+        assert (out_mask.shape, out_mask.dtype) == ((33, 33), np.uint8)
+        assert set(np.unique(out_mask)) <= {0, 1, 255}
+
+
+def test_inputs_stay_and_the_generator_alone_decides():
+    image, mask = smooth_image(60, 60), blocks(60, 60)
+    before = image.copy(), mask.copy()
+    outs = [
+        augment(image, mask, 41, Augmentation(), np.random.default_rng(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert (image == before[0]).all()
+    assert (mask == before[1]).all()
+    assert (outs[0][0] == outs[1][0]).all()
+    assert (outs[0][1] == outs[1][1]).all()
+    assert (outs[0][0] != outs[2][0]).any()
+
+
+DRAWS = 600
+
+
+def test_half_of_the_images_are_flipped():
+    image, mask = smooth_image(20, 20), blocks(20, 20)
+    rng = np.random.default_rng(0)
+    augmentation = Augmentation((1.0, 1.0), rotate=0.0, blur=False)
+    kept = sum(
+        (augment(image, mask, 20, augmentation, rng)[0] == image).all()
+        for _ in range(DRAWS)
+    )
+    assert abs(kept - DRAWS / 2) < 4 * np.sqrt(DRAWS / 4)
+
+
+def test_half_of_the_images_are_turned_by_at_most_ten_degrees():
+    """A straight edge through the centre tells the angle."""
+    mask = np.zeros((201, 201), np.uint8)
+    mask[100:] = 1
+    image = np.zeros((201, 201, 3), np.uint8)
+    rng = np.random.default_rng(0)
+    augmentation = Augmentation((1.0, 1.0), blur=False, flip=False)
+    angles = []
+    for _ in range(DRAWS):
+        turned = augment(image, mask, 201, augmentation, rng)[1] == 1
+        rise = turned[:, 150].argmax() - turned[:, 50].argmax()
+        angles.append(np.rad2deg(np.arctan(rise / 100)))
+    angles = np.array(angles)
+    moved = angles[angles != 0]
+    # One of the 35 angles that whole pixels can tell apart is 0.
+    assert abs(len(moved) - DRAWS / 2 * 34 / 35) < 4 * np.sqrt(DRAWS / 4)
+    assert np.abs(moved).max() < 10.6
+    assert np.abs(moved).max() > 9
+    assert abs(moved.mean()) < 4 * (10 / np.sqrt(3)) / np.sqrt(len(moved))
+    assert abs(moved.std() - 10 / np.sqrt(3)) < 1
+
+
+def test_scale_factors_cover_their_range():
+    image, mask = np.zeros((200, 200, 3), np.uint8), np.ones((200, 200), np.uint8)
+    rng = np.random.default_rng(0)
+    augmentation = Augmentation(rotate=0.0, blur=False, flip=False)
+    sides = np.array(
+        [
+            (augment(image, mask, 241, augmentation, rng)[1] == 1)[120].sum()
+            for _ in range(DRAWS)
+        ]
+    )
+    assert (sides.min(), sides.max()) == (180, 220)
+    assert abs(sides.mean() - 200) < 4 * (20 / np.sqrt(3)) / np.sqrt(DRAWS)
+
+
+def kept_share(mask: np.ndarray, side: int, draws: int) -> np.ndarray:
+    image = np.zeros((*mask.shape, 3), np.uint8)
+    rng = np.random.default_rng(0)
+    crops = (augment(image, mask, side, STILL, rng)[1] for _ in range(draws))
+    return np.array([(crop == 1).sum() for crop in crops]) / (mask == 1).sum()
+
+
+def test_crops_keep_most_of_the_foreground():
+    mask = np.zeros((60, 60), np.uint8)
+    mask[20:32, 25:37] = 1
+    assert kept_share(mask, 30, 300).min() >= 0.85
+
+
+def test_crops_are_redrawn_31_times():
+    """A corner that few crops hold: how often one is found tells the number."""
+    mask = np.zeros((60, 60), np.uint8)
+    mask[:10, :10] = 1
+    # Of 41 x 41 crops only those that start at (0,0), (0,1), (1,0) hold 85 %.
+    found = 1 - (1 - 3 / 41**2) ** 32
+    draws = 3000
+    hits = (kept_share(mask, 20, draws) >= 0.85).sum()
+    sigma = np.sqrt(draws * found * (1 - found))
+    assert abs(hits - draws * found) < 4 * sigma
+    assert 4 * sigma < draws * found  # A single draw would hit 5 times.
+
+
+def test_crops_of_a_mask_without_foreground():
+    mask = np.zeros((60, 60), np.uint8)
+    image = smooth_image(60, 60)
+    out, _ = augment(image, mask, 33, STILL, np.random.default_rng(0))
+    starts = {
+        (top, left)
+        for top in range(28)
+        for left in range(28)
+        if (image[top : top + 33, left : left + 33] == out).all()
+    }
+    assert len(starts) == 1
+
+
+def test_crop_positions_are_uniform():
+    mask = np.zeros((40, 40), np.uint8)
+    position = np.arange(1600, dtype=np.uint16).reshape(40, 40)
+    image = np.stack([position % 256, position // 256, position], -1).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    crops = [augment(image, mask, 37, STILL, rng)[0][0, 0] for _ in range(1600)]
+    corners = [int(c[0]) + 256 * int(c[1]) for c in crops]
+    counts = np.bincount([4 * (c // 40) + c % 40 for c in corners], minlength=16)
+    # 16 corners, expected 100 each; chi square with 15 degrees of freedom.
+    assert ((counts - 100) ** 2 / 100).sum() < 37.7  # p = 0.001

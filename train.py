@@ -1,0 +1,175 @@
+"""Train QPENet: data, networks, restore, loop.
+
+    python train.py --config configs/quickstart.py
+    python train.py --config configs/pascal_fold0.py --config.optimizer.lr=0.001 \
+        --workdir runs/my_run
+
+Run the same command again to resume. The workdir holds config.json, checkpoints,
+TensorBoard events, results.json, the scored episodes and a figure of some of them.
+"""
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from qpenet_jax import checkpoints
+from qpenet_jax.episodes import training_batches
+from qpenet_jax.errors import InputError, exit_on_input_error
+from qpenet_jax.evaluator import Evaluator
+from qpenet_jax.experiment import Experiment, claim
+from qpenet_jax.training import global_batch, shardings
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<name of the config>")
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Train and evaluate one experiment."""
+    # Data.
+    experiment = Experiment(config)
+    dataset = experiment.dataset("train")
+    sampler = experiment.train_sampler(dataset)
+    steps = experiment.steps(len(sampler))
+
+    # Networks.
+    replicated, split = shardings(config.batch_size)
+    weights = jax.device_put(experiment.backbone_weights(), replicated)
+    tx = experiment.optimizer.build(steps)
+    train_step = experiment.train_step(tx)
+    evaluator = Evaluator(experiment, weights, workdir)
+    key = jax.random.key(config.seed + 1)
+
+    claim(workdir, config)
+    print(f"{config.dataset.name}: {len(sampler)} training images, {steps} steps")
+    print(f"protocol: {evaluator.protocol}")
+    writer = SummaryWriter(str(workdir))
+    with checkpoints.open_checkpoints(workdir) as manager, stop_signal() as stop:
+        # Restore: the latest checkpoint of this workdir, else step 0.
+        state = checkpoints.restore(manager, experiment.init(tx))
+        state = jax.device_put(state, replicated)
+        start = int(state.step)
+        if start == 0 and config.eval.references:
+            evaluator.references(state.params)
+
+        # Loop.
+        batches = training_batches(
+            dataset,
+            sampler,
+            side=config.side,
+            augmentation=experiment.augmentation,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start,
+            workers=config.workers,
+            shard=(jax.process_index(), jax.process_count()),
+        )
+        bar = tqdm(total=steps, initial=start, desc="training", unit="step")
+        for step in range(start + 1, steps + 1):
+            batch = global_batch(next(batches), split)
+            state, measured = train_step(state, weights, batch, key)
+            bar.update()
+            evaluating = step % config.eval.every == 0 or step == steps
+            saving = evaluating or step % config.save_every == 0 or stop.is_set()
+            if saving or step % config.log_every == 0:
+                values = {name: float(value) for name, value in measured.items()}
+                stop_on_nan(values, step, manager.latest_step())
+                bar.set_postfix(
+                    loss=f"{values['loss']:.2f}", iou=f"{values['iou']:.2f}"
+                )
+                for name, value in values.items():
+                    writer.add_scalar(f"train/{name}", value, step)
+            miou = None
+            if evaluating:
+                results, figure = evaluator(state.params, step=step)
+                miou = results["miou"]
+                writer.add_scalar("eval/miou", miou, step)
+                writer.add_scalar("eval/fb_iou", results["fb_iou"], step)
+                writer.add_image("episodes", figure, step, dataformats="HWC")
+            if saving:
+                checkpoints.save(manager, state, miou)
+            if stop.is_set() and step < steps:
+                raise Interrupted(f"step {step} is saved: the same command goes on")
+        bar.close()
+        batches.close()
+    writer.close()
+    print(evaluator.report())
+    print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
+
+
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C or SIGTERM after a save."""
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """Yield an event that Ctrl-C or SIGTERM sets, so that a step is never cut in two.
+
+    A second Ctrl-C stops at once.
+    """
+    stop = threading.Event()
+
+    def on_signal(number, frame):
+        stop.set()
+        signal.signal(number, signal.default_int_handler)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_on_nan(values: dict[str, float], step: int, saved: int | None) -> None:
+    """Raise InputError if the loss or the gradient is not finite any more."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            kept = "none is saved yet" if saved is None else f"step {saved} is kept"
+            raise InputError(
+                f"{name} is {values[name]} at step {step}; last good checkpoint: {kept}"
+                "; start again in a new --workdir with a lower config.optimizer.lr"
+            )
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parse the flags; raises InputError for a missing file or an unknown override."""
+    try:
+        rest = flags.FLAGS(argv)
+        _ = CONFIG.value
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(" ".join(str(error).split())) from None
+    except OSError as error:
+        raise InputError(f"{error.filename}: no such config file") from None
+    if len(rest) > 1:
+        raise InputError(f"unknown argument {rest[1]!r}: overrides are --config.x=y")
+    return rest
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run training with the parsed flags."""
+    del argv
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
+    name = Path(flags.FLAGS["config"].config_filename).stem
+    cache = Path.home() / ".cache" / "qpenet_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    train(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"))
+
+
+if __name__ == "__main__":
+    try:
+        with exit_on_input_error():
+            app.run(main, flags_parser=parse_flags)
+    except Interrupted as interruption:
+        print(f"\n{interruption}", file=sys.stderr)
+        sys.exit(130)
