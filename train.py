@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         state = jax.device_put(state, replicated)
         start = int(state.step)
         if start == 0 and config.eval.references:
-            evaluator.references(state.params)
+            evaluator.references()
 
         # Loop.
         batches = training_batches(

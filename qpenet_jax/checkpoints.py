@@ -69,15 +69,13 @@ def restore_params(workdir: Path) -> PyTree[Array]:
     Raises InputError if the run has none.
     """
     if not (workdir / "checkpoints").is_dir():
-        raise InputError(
-            f"{workdir} has no checkpoint yet: let train.py save one first"
-        )
+        raise InputError(f"{workdir} has no checkpoint: let train.py save one first")
     with open_checkpoints(workdir) as manager:
         step = manager.best_step()
         step = manager.latest_step() if step is None else step
         if step is None:
             raise InputError(
-                f"{workdir} has no checkpoint yet: let train.py save one first"
+                f"{workdir} has no checkpoint: let train.py save one first"
             )
         args = ocp.args.Composite(params=ocp.args.StandardRestore())
         return manager.restore(step, args=args)["params"]

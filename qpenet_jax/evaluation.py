@@ -1,4 +1,4 @@
-"""One protocol object says how a number came about; every evaluation goes through it."""
+"""One protocol object says how a number came about; all evaluation goes by it."""
 
 import dataclasses
 import json
@@ -51,7 +51,8 @@ class Protocol:
         return (
             f"{self.dataset} fold {self.fold}, {self.shots}-shot, "
             f"{self.episodes} episodes x seeds {seeds}, input {self.side}, "
-            f"scored at {self.scoring} size, targets >= {self.min_pixels} px, 255 ignored"
+            f"scored at {self.scoring} size, targets >= {self.min_pixels} px, "
+            "255 ignored"
         )
 
 

@@ -51,10 +51,11 @@ class Evaluator:
         self.predict = experiment.predictor(weights)
         self.cosine = experiment.cosine_predictor(weights)
 
-    def references(self, params: PyTree[Array]) -> None:
+    def references(self) -> None:
         """Score the untrained network and the training-free baseline."""
+        initial = self.experiment.untrained()
         found = {
-            "untrained": self._score("untrained", lambda b: self.predict(params, b)),
+            "untrained": self._score("untrained", lambda b: self.predict(initial, b)),
             "cosine": self._score("cosine", self.cosine),
         }
         write_json(self.folder / REFERENCES, found)

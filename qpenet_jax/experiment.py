@@ -177,6 +177,10 @@ class Experiment:
         key = jax.random.key(self.config.seed)
         return init_state(self.model, tx, channels=self.backbone.channels, key=key)
 
+    def untrained(self) -> PyTree[Array]:
+        """Return the parameters that training starts from."""
+        return self.init(optax.identity()).params
+
     def train_step(self, tx: optax.GradientTransformation):
         """Return the jitted train step."""
         loss = LossWeights(**self.config.loss)
@@ -194,7 +198,7 @@ class Experiment:
         return lambda params, batch: step(params, weights, batch)
 
     def cosine_predictor(self, weights: PyTree[Array]) -> Callable[[Episode], Array]:
-        """Return `predict(batch)` of the training-free baseline on the same features."""
+        """Return `predict(batch)` of the training-free baseline, same features."""
 
         def forward(_, *inputs):
             return nearest_prototype(*inputs)
@@ -235,7 +239,8 @@ def open_run(workdir: str | Path) -> tuple[Experiment, PyTree[Array]]:
     path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise InputError(
-            f"{workdir} is no run: it has no {CONFIG_FILE}; give the --workdir of train.py"
+            f"{workdir} is no run: it has no {CONFIG_FILE}; give the --workdir of "
+            "train.py"
         )
     experiment = Experiment(ConfigDict(_read_config(path)))
     return experiment, restore_params(Path(workdir))

@@ -69,7 +69,6 @@ def episode_figure(
 def _tile(image: RGB, note: str = "") -> Image.Image:
     """Fit a picture into a square, with a note in its corner."""
     picture = Image.fromarray(image)
-    picture.thumbnail((TILE, TILE)) if max(picture.size) > TILE else None
     scale = TILE / max(picture.size)
     size = (round(picture.width * scale), round(picture.height * scale))
     picture = picture.resize(size, Image.Resampling.BICUBIC)

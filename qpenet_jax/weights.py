@@ -211,6 +211,8 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(key, dtype, 0, numel)
 
     def _tensor(self, storage, offset, size, stride, *_):
+        if not isinstance(storage, _Storage):
+            raise ValueError("a tensor without storage")
         return _Tensor(storage, offset, size, stride)
 
     def _parameter(self, tensor, *_):
@@ -525,13 +527,16 @@ def load_backbone(
 
     Stages are layer2 and layer3 of ResNets, block4, block10 and block14 of
     EfficientNet-Lite0, all with h = ceil(height / 8), w = ceil(width / 8). Compiles
-    once a shape. Raises InputError as `load_weights` does.
+    once a shape. Raises InputError as `load_weights` does, and for other images.
     """
     weights = load_weights(name, path)
     module = backbone(name).module
 
     @jax.jit
     def stages(weights, images):
+        shape, dtype = images.shape, images.dtype
+        if dtype != jnp.uint8 or len(shape) not in (3, 4) or shape[-1] != 3:
+            raise InputError(f"images are {dtype}{shape}, not uint8 [b, h, w, 3]")
         batch = images if images.ndim == 4 else images[None]
         out = module.apply({"params": weights}, normalize(batch))
         return out if images.ndim == 4 else jax.tree.map(lambda x: x[0], out)

@@ -80,7 +80,7 @@ def apply(module, params, images):
 def forward(name, tensors, images):
     """Run op by op: compiling all of them as one takes longer than running them."""
     params = to_flax(name, tensors)
-    return backbone(name).module.apply({"params": params}, images)
+    return backbone(name).module.apply({"params": params}, jnp.asarray(images))
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet50_deepstem"])

@@ -89,7 +89,8 @@ def close(image: np.ndarray, expected: np.ndarray, within: float) -> None:
 @pytest.mark.parametrize(
     ("height", "width", "side", "size"),
     [
-        (375, 500, 473, (472, 352)[::-1]),  # int(354.75) = 354, floored to 352.
+        (375, 500, 473, (352, 472)),  # int(354.75) = 354, floored to 352.
+        (372, 500, 473, (344, 472)),  # int(351.91) = 351: not rounded.
         (500, 375, 473, (472, 352)),
         (473, 473, 473, (472, 472)),
         (1, 1, 473, (472, 472)),

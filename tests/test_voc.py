@@ -59,6 +59,18 @@ def test_grey_masks_and_other_folders_and_endings(root):
     np.testing.assert_array_equal(grey.label(1), dataset.label(1))
 
 
+def test_an_id_may_begin_with_a_subfolder(root):
+    """As COCO's: images in train2014/ and val2014/, masks in masks/train2014/ ..."""
+    coco = root.parent
+    (coco / "masks").mkdir()
+    (root / "SegmentationClassAug").rename(coco / "masks" / "train2014")
+    (root / "JPEGImages").rename(coco / "train2014")
+    (coco / "ids.txt").write_text("train2014/im_002\n")
+    dataset = VOCLayout(coco, coco / "ids.txt", NAMES, images=".", masks="masks")
+    assert dataset.counts.tolist() == [[0, 0, 45 * 45]]
+    assert dataset.image(0).shape[:2] == dataset.label(0).shape
+
+
 def test_a_pickled_copy_brings_its_counts_along(root):
     dataset = opened(root)
     counts = dataset.counts

@@ -55,6 +55,18 @@ def test_tensors_saved_by_torch(file):
         np.testing.assert_array_equal(tensors[name], expected)
 
 
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_state_dict_saved_by_the_torch_at_hand(tmp_path, as_zip):
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    path = tmp_path / "x.pth"
+    torch.save(net.state_dict(), path, _use_new_zipfile_serialization=as_zip)
+    tensors = read_tensors(path)
+    assert list(tensors) == list(net.state_dict())
+    for name, value in net.state_dict().items():
+        np.testing.assert_array_equal(tensors[name], value.numpy())
+
+
 def test_safetensors_with_bfloat16(tmp_path):
     half = TINY["bfloat16"]
     tensor = {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]}
@@ -368,6 +380,9 @@ def test_load_backbone_takes_one_image_or_a_batch(wheel):
     }
     for stage, values in batch.items():
         np.testing.assert_allclose(single[stage], values[1], atol=1e-4)
+    for wrong in (images[0] / 255.0, images[0, 0], images[..., :1]):
+        with pytest.raises(InputError, match=r"images are \w+\(.*, not uint8 \[b, h"):
+            network(wrong)
 
 
 def test_no_module_imports_torch_or_tensorflow():

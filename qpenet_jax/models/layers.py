@@ -97,7 +97,7 @@ class Convs(nn.Module):
         *,
         train: bool,
     ) -> Float[Array, "b h w 2"]:
-        """Return the logits of "belongs to the prototype" (1) against "does not" (0)."""
+        """Return the logits; class 1 is "belongs to the prototype"."""
         merged = MergePrototype(features.shape[-1], name="merge")(features, prototype)
         x = channel_dropout(self.channel_dropout)(merged, deterministic=not train)
         x = Residual(name="residual")(x)

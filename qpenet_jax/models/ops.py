@@ -117,7 +117,7 @@ def _products(inputs, filters):
 
 def _winograd_input(x):
     """Return the 36 transformed 6x6 tiles, each `[b * tiles, c]`."""
-    b, h, w, c = x.shape
+    h, w, c = x.shape[1:]
     th, tw = -(-h // 4), -(-w // 4)
     x = jnp.pad(x, ((0, 0), (1, 4 * th + 1 - h), (1, 4 * tw + 1 - w), (0, 0)))
     rows = _combine(_BT, [x[:, u : u + 4 * th - 3 : 4] for u in range(6)])
@@ -141,7 +141,7 @@ def _winograd_output(products, shape):
 
 def _winograd_output_transposed(dy):
     """Return the 36 cotangents of the tile products, each `[b * tiles, o]`."""
-    b, h, w, o = dy.shape
+    h, w, o = dy.shape[1:]
     th, tw = -(-h // 4), -(-w // 4)
     dy = jnp.pad(dy, ((0, 0), (0, 4 * th - h), (0, 4 * tw - w), (0, 0)))
     rows = _combine(_AT.T, [dy[:, u::4] for u in range(4)])
