@@ -15,10 +15,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<name of the config>")
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: Any, workdir: Path) -> None:
     """Train and evaluate one experiment."""
     # Data.
     experiment = Experiment(config)
@@ -160,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
     """Run training with the parsed flags."""
     del argv
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
-    name = Path(flags.FLAGS["config"].config_filename).stem
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     cache = Path.home() / ".cache" / "qpenet_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     train(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"))

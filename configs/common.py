@@ -4,11 +4,13 @@ The other files in this folder change a few lines each; every field can also be 
 the command line, `--config.optimizer.lr=0.001`.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    config = ConfigDict()
+def get_config() -> Any:
+    config: Any = ConfigDict()
     config.seed = 0
 
     # "voc": images, label PNGs and id lists in VOC layout (data/README.md); "shapes":
@@ -81,4 +83,19 @@ def get_config() -> ConfigDict:
     # Also score the untrained network and the training-free cosine baseline.
     config.eval.references = False
     config.eval.focus = ()  # classes whose mean is printed beside mIoU
+    return config
+
+
+def for_coco(config: Any) -> Any:
+    """Change what the paper does differently on COCO-20i."""
+    config.dataset.name = "COCO-20i (FWB)"
+    config.dataset.root = "data/coco"
+    config.dataset.images = "images"
+    config.dataset.masks = "masks"
+    config.dataset.train_ids = "data/lists/coco_train.txt"
+    config.dataset.val_ids = "data/lists/coco_val.txt"
+    config.dataset.split = "coco_fwb"
+    config.augmentation.scale = (0.8, 1.25)
+    config.epochs = 50
+    config.eval.episodes = 4000
     return config

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.summary import tabulate
 from PIL import Image
 from tqdm import tqdm
 
@@ -98,13 +98,13 @@ def _describe(args: argparse.Namespace) -> None:
     grid, channels = args.side // 8 + 1, backbone(args.backbone).channels
     support = jnp.zeros((1, args.shots, grid, grid, channels))
     masks = jnp.zeros((1, args.shots, args.side, args.side), jnp.int32)
-    tabulate = nn.tabulate(
+    describe = tabulate(
         QPENet(),
         jax.random.key(0),
         depth=2,
         console_kwargs={"width": 120, "force_terminal": False},
     )
-    print(tabulate(support, masks, support[:, 0]))
+    print(describe(support, masks, support[:, 0]))
 
 
 def _evaluate(args: argparse.Namespace) -> None:

@@ -41,7 +41,7 @@ CONFIG_FILE = "config.json"
 class Experiment:
     """What a config describes; nothing is read before it is asked for."""
 
-    config: ConfigDict
+    config: Any  # an ml_collections.ConfigDict with the fields of configs/common.py
 
     def __post_init__(self):
         """Refuse values that could only fail later."""
@@ -77,6 +77,10 @@ class Experiment:
 
     def dataset(self, split: Literal["train", "val"]) -> SegmentationDataset:
         """Return the images of a split; raises InputError where files are missing."""
+        # pyright takes a cached_property for no match of a protocol's property.
+        return self._dataset(split)  # pyright: ignore[reportReturnType]
+
+    def _dataset(self, split):
         data = self.config.dataset
         if data.kind == "shapes":
             return Shapes(split, data[f"{split}_images"], data.side, self.config.seed)
@@ -164,8 +168,9 @@ class Experiment:
     @property
     def augmentation(self) -> Augmentation:
         """The training augmentation."""
-        fields = dict(self.config.augmentation)
-        return Augmentation(**fields | {"scale": tuple(fields["scale"])})
+        fields: dict[str, Any] = dict(self.config.augmentation)
+        fields["scale"] = tuple(fields["scale"])  # a list when read from JSON
+        return Augmentation(**fields)
 
     def steps(self, listed_images: int) -> int:
         """Return the length of training in steps."""
@@ -191,7 +196,7 @@ class Experiment:
     ) -> Callable[[PyTree[Array], Episode], Array]:
         """Return `predict(params, batch)`, foreground's lead in QPENet's logits."""
 
-        def forward(params, *inputs):
+        def forward(params, *inputs) -> Any:
             return self.model.apply({"params": params}, *inputs)
 
         step = make_eval_step(forward, self.backbone)
@@ -207,7 +212,7 @@ class Experiment:
         return lambda batch: step({}, weights, batch)
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
+def claim(workdir: Path, config: Any) -> None:
     """Write the config into a new workdir, or check that it's that of an old one.
 
     Raises InputError naming the differing fields.

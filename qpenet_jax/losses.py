@@ -42,7 +42,7 @@ def cross_entropy(
 
     L_bce of eq 17. No valid pixel at all gives 0.
     """
-    m = margin(logits, mask.shape[-2:])
+    m = margin(logits, (mask.shape[-2], mask.shape[-1]))
     return _mean(softplus(jnp.where(mask == 1, -m, m)), mask != IGNORE)
 
 
@@ -54,7 +54,7 @@ def background_mining(
     Per image, foreground pixels are pushed to "not background"; half as hard, all valid
     pixels are pulled to "background". The mean over images.
     """
-    m = margin(logits, mask.shape[-2:])
+    m = margin(logits, (mask.shape[-2], mask.shape[-1]))
     area = (-2, -1)
     not_background = _mean(softplus(m), mask == 1, area)
     background = _mean(softplus(-m), mask != IGNORE, area)

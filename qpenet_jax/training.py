@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -19,7 +19,7 @@ from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.typing import IGNORE, Episode
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
     """What training changes; the frozen backbone is not part of it."""
 
@@ -96,13 +96,15 @@ def make_train_step(
     Pure: dropout of step t comes from `fold_in(key, t)`. The state is donated.
     """
 
+    apply: Any = model.apply
+
     def train_step(state, weights, batch, key):
         support_maps, query_maps = episode_features(backbone, weights, batch)
         masks = batch.support_masks.astype(jnp.int32)
         truth = batch.query_mask.astype(jnp.int32)
 
         def loss_fn(params):
-            logits, out = model.apply(
+            logits, out = apply(
                 {"params": params},
                 support_maps,
                 masks,

@@ -22,7 +22,8 @@ def nearest_prototype(
     each averaged over the K supports; pixels labelled 255 belong to neither. It has no
     parameters: what QPENet learns is what it gains over this.
     """
-    grid = query_features.shape[1:3]
+    height, width = support_masks.shape[-2:]
+    grid = query_features.shape[1], query_features.shape[2]
     foreground = foreground_on_grid(support_masks, grid)
     background = foreground_on_grid(1 - support_masks.astype(jnp.int32), grid)
     cosines = [
@@ -30,4 +31,4 @@ def nearest_prototype(
         for m in (background, foreground)
     ]
     logits = jnp.stack(cosines, axis=-1)
-    return resize_align_corners(logits, support_masks.shape[-2:]), {"cosines": logits}
+    return resize_align_corners(logits, (height, width)), {"cosines": logits}

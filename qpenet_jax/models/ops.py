@@ -28,12 +28,16 @@ def conv3x3(
 ) -> Float[Array, "b h w o"]:
     """Convolve with a 3x3 kernel at stride 1, padded to keep the size."""
     plain = functools.partial(_conv3x3_plain, dilation=dilation)
-    if min(kernel.shape[2:]) < 64:  # too thin for the transforms to pay
+    if x.shape[1] * x.shape[2] < WINOGRAD_FROM_CELLS or x.shape[3] < 64:
         return plain(x, kernel)
-    if dilation == 1:
-        return jax.lax.platform_dependent(x, kernel, cpu=_winograd, default=plain)
-    by_phase = functools.partial(_winograd_dilated, dilation=dilation)
-    return jax.lax.platform_dependent(x, kernel, cpu=by_phase, default=plain)
+    fast = functools.partial(_winograd_dilated, dilation=dilation)
+    fast = _winograd if dilation == 1 else fast
+    return jax.lax.platform_dependent(x, kernel, cpu=fast, default=plain)
+
+
+# Below about 30 x 30 cells the transforms cost what they save, and a train step of
+# transformed convolutions compiles four times longer (29 s against 7 s).
+WINOGRAD_FROM_CELLS = 900
 
 
 def _conv3x3_plain(x, kernel, dilation):
@@ -154,10 +158,12 @@ def _winograd_output_transposed(dy):
 
 def _combine(matrix, terms):
     """Return `matrix @ terms` for a constant matrix, without its zeros."""
-    return [
-        sum(float(m) * t for m, t in zip(row, terms, strict=True) if m != 0)
-        for row in matrix
-    ]
+
+    def combination(row):
+        chosen = [float(m) * t for m, t in zip(row, terms, strict=True) if m != 0]
+        return functools.reduce(jnp.add, chosen)
+
+    return [combination(row) for row in matrix]
 
 
 def depthwise_conv(
@@ -182,7 +188,7 @@ def _depthwise_shifted(x, kernel, *, stride, dilation):
     h, w = x.shape[1:3]
     pad = k // 2 * dilation
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    total = 0.0
+    total = jnp.zeros(())
     for u in range(k):
         for v in range(k):
             top, left = u * dilation, v * dilation

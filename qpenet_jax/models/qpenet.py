@@ -82,5 +82,6 @@ class QPENet(nn.Module):
         # Decoder.
         out |= ffa(F_q, F_s, M_s, out, train=train)
 
-        logits = resize_align_corners(out["y_final"], support_masks.shape[-2:])
+        height, width = support_masks.shape[-2:]
+        logits = resize_align_corners(out["y_final"], (height, width))
         return logits, out
