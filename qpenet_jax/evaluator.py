@@ -1,5 +1,6 @@
 """Scores parameters of an experiment, and what they are compared with."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +49,22 @@ class Evaluator:
         self.protocol = protocol or experiment.protocol()
         self.val = experiment.dataset("val")
         self.samplers = experiment.eval_samplers(self.val, self.protocol)
+        self.class_ids = self._scorable_classes()
         self.predict = experiment.predictor(weights)
         self.cosine = experiment.cosine_predictor(weights)
+
+    def _scorable_classes(self) -> tuple[int, ...]:
+        """Return the novel classes with enough images, and say which have too few.
+
+        A class that no episode can show would count as 0 in every mean.
+        """
+        novel, pairs = self.experiment.fold.novel, self.samplers[0].pairs
+        kept = tuple(c for c, some in zip(novel, pairs.any(0), strict=True) if some)
+        names = [self.experiment.class_names[c - 1] for c in kept]
+        for name in sorted(set(self.protocol.classes) - set(names)):
+            print(f"{name}: too few images for {self.protocol.shots} shot(s), left out")
+        self.protocol = dataclasses.replace(self.protocol, classes=tuple(names))
+        return kept
 
     def references(self) -> None:
         """Score the untrained network and the training-free baseline."""
@@ -94,7 +109,7 @@ class Evaluator:
         return "\n".join(lines)
 
     def _score(self, name: str, predict: Callable[[Episode], Array]) -> dict[str, Any]:
-        config, novel = self.experiment.config, self.experiment.fold.novel
+        config = self.experiment.config
         scores, seconds = timed(
             lambda: evaluate(
                 predict,
@@ -107,15 +122,15 @@ class Evaluator:
         )
         scores.save(self._episodes(name))
         focus = tuple(config.eval.focus)
-        return summarize(scores, self.protocol, novel, seconds, focus)
+        return summarize(scores, self.protocol, self.class_ids, seconds, focus)
 
     def _gain(self, reference: str) -> dict[str, list[float]]:
         """Return paired mIoU differences with their intervals, in points."""
         ours, theirs = self._scores("qpenet"), self._scores(reference)
-        novel = self.experiment.fold.novel
-        classes = {"mIoU": novel}
+        names = self.protocol.classes
+        classes = {"mIoU": self.class_ids}
         if focus := tuple(self.experiment.config.eval.focus):
-            chosen = tuple(novel[self.protocol.classes.index(name)] for name in focus)
+            chosen = tuple(self.class_ids[names.index(name)] for name in focus)
             classes["mean of " + ", ".join(focus)] = chosen
         return {
             what: [round(100 * v, 2) for v in paired_difference(ours, theirs, ids)]

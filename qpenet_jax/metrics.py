@@ -90,8 +90,8 @@ def _iou_by_seed(scores, classes, weights=None):
         sums = np.bincount(cell, weights=pixels, minlength=len(seeds) * width)
         return sums.reshape(len(seeds), width)[:, list(classes)]
 
-    intersection = total("foreground_intersection")
-    return intersection / np.maximum(total("foreground_union"), 1)
+    union = total("foreground_union")
+    return total("foreground_intersection") / np.where(union > 0, union, 1)
 
 
 def mean_iou(
@@ -112,16 +112,17 @@ def fb_iou(scores: Scores) -> float:
 def bootstrap(
     statistic, scores: Scores, *, samples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of `statistic(weights)`.
+    """Return the 95 % interval of `statistic(weights)` by Rubin's Bayesian bootstrap.
 
-    Query images are resampled, not episodes: episodes of one query are not independent,
-    and counting them so would make the interval too narrow.
+    Query images are weighted, not episodes: episodes of one query are not independent,
+    and counting them so would make the interval too narrow. The weights are exponential
+    and so never 0: drawing images with replacement would often lose all of a class that
+    has only a few, which would then count as IoU 0.
     """
     _, image = np.unique(scores.column("query"), return_inverse=True)
     rng = np.random.default_rng(seed)
-    images = image.max() + 1
-    draws = rng.multinomial(images, np.full(images, 1 / images), size=samples)
-    values = [statistic(draw[image].astype(float)) for draw in draws]
+    draws = rng.exponential(size=(samples, image.max() + 1))
+    values = [statistic(draw[image]) for draw in draws]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 

@@ -194,22 +194,43 @@ class EfficientNetLite0(nn.Module):
 
 
 class Backbone(NamedTuple):
-    """A network, the stages whose concatenation is QPENet's input, their channels."""
+    """A network, the stages whose concatenation is QPENet's input, their channels.
+
+    `mean` and `std` are the normalisation that its weights were trained with.
+    """
 
     module: nn.Module
     stages: tuple[str, ...]
     channels: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __call__(
+        self, weights: PyTree, images: UInt8[Array, "b height width 3"]
+    ) -> dict[str, Float[Array, "b _ _ _"]]:
+        """Return the stages of RGB images 0..255."""
+        x = normalize(images, self.mean, self.std)
+        stages: Any = self.module.apply({"params": weights}, x)
+        return stages
 
 
 _RESNET_STAGES = ("layer3", "layer2")
+# Stride 8 and all three blocks serve best here: training-free cosine segmentation of
+# dog, horse and person (VOC subset, 321 pixels, 120 episodes) gives 47.5 mIoU with
+# them, 47.2 with blocks 10 and 14, 42.6 with block 14 alone; 46.8 at stride 16.
 _LITE0_STAGES = ("block4", "block10", "block14")
+# Its weights come from TensorFlow, which maps pixels to (x - 127) / 128. With
+# ImageNet's mean and deviation the same measurement (at 257 pixels) loses 3.3 points.
+_LITE0_NORM = ((127 / 255,) * 3, (128 / 255,) * 3)
 
 BACKBONES = {
     "resnet50": Backbone(ResNet((3, 4, 6)), _RESNET_STAGES, 1536),
     "resnet101": Backbone(ResNet((3, 4, 23)), _RESNET_STAGES, 1536),
     "resnet50_deepstem": Backbone(ResNet((3, 4, 6), True), _RESNET_STAGES, 1536),
     "resnet101_deepstem": Backbone(ResNet((3, 4, 23), True), _RESNET_STAGES, 1536),
-    "efficientnet_lite0": Backbone(EfficientNetLite0(), _LITE0_STAGES, 344),
+    "efficientnet_lite0": Backbone(
+        EfficientNetLite0(), _LITE0_STAGES, 344, *_LITE0_NORM
+    ),
 }
 
 
@@ -220,11 +241,15 @@ def backbone(name: str) -> Backbone:
     return BACKBONES[name]
 
 
-def normalize(images: UInt8[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
-    """Map RGB 0..255 to 0..1, then to ImageNet's mean 0 and deviation 1 a channel."""
+def normalize(
+    images: UInt8[Array, "*b h w 3"],
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> Float[Array, "*b h w 3"]:
+    """Map RGB 0..255 to 0..1, then to mean 0 and deviation 1 a channel."""
     shape = (1,) * (images.ndim - 1) + (3,)
-    mean, std = (jnp.array(v).reshape(shape) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.astype(jnp.float32) / 255 - mean) / std
+    centre, scale = (jnp.array(v).reshape(shape) for v in (mean, std))
+    return (images.astype(jnp.float32) / 255 - centre) / scale
 
 
 def features(
@@ -236,6 +261,6 @@ def features(
     of its `init`); h = ceil(height / 8), w = ceil(width / 8).
     """
     net = backbone(network) if isinstance(network, str) else network
-    stages: Any = net.module.apply({"params": weights}, normalize(images))
+    stages = net(weights, images)
     chosen = jnp.concatenate([stages[name] for name in net.stages], axis=-1)
     return jax.lax.stop_gradient(chosen)

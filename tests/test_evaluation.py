@@ -1,0 +1,233 @@
+"""Scoring at three sizes, the evaluation loop and what it reports."""
+
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from qpenet_jax.datasets.shapes import Shapes
+from qpenet_jax.episodes import EpisodeSampler
+from qpenet_jax.evaluation import (
+    Protocol,
+    evaluate,
+    make_eval_step,
+    score,
+    summarize,
+    table,
+    timed,
+    unpad,
+    write_json,
+)
+from qpenet_jax.metrics import Scores, class_iou, fb_iou, mean_iou
+from qpenet_jax.models.backbone import Backbone, features
+from qpenet_jax.models.cosine import nearest_prototype
+from qpenet_jax.typing import Episode
+
+NAMES = ("one", "two", "three")
+
+
+def protocol(**changes):
+    fields = {"dataset": "toy", "fold": 1, "classes": NAMES, "episodes": 6, "side": 33}
+    return Protocol(**fields | changes)
+
+
+def counts_by_loop(prediction, mask):
+    """Return background's and foreground's intersection and union, pixel by pixel."""
+    counts = np.zeros(4, int)
+    for found, truth in zip(prediction.ravel(), mask.ravel(), strict=True):
+        if truth != 255:
+            both = (found == 0 and truth == 0, found == 1 and truth == 1)
+            either = (found == 0 or truth == 0, found == 1 or truth == 1)
+            counts += np.array([both[0], either[0], both[1], either[1]])
+    return tuple(counts)
+
+
+def smooth_margin(side, seed=0):
+    rng = np.random.default_rng(seed)
+    waves = rng.normal(size=(side, 3)) @ rng.normal(size=(3, side))
+    return waves.astype(np.float32)
+
+
+def random_mask(*shape, seed=1):
+    choice = np.random.default_rng(seed).choice([0, 1, 255], shape, p=[0.5, 0.4, 0.1])
+    return choice.astype(np.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(50, 40), (20, 47), (9, 9)])
+def test_original_stretches_to_a_square_of_the_longer_side(height, width):
+    margin, mask = smooth_margin(33), random_mask(height, width)
+    longest = max(height, width)
+    at = np.linspace(0, 32, longest)
+    rows = np.stack([np.interp(at, np.arange(33), column) for column in margin.T], 1)
+    square = np.stack([np.interp(at, np.arange(33), row) for row in rows])
+    canvas = np.full((longest, longest), 255)
+    canvas[:height, :width] = mask
+    counts = score(margin, np.zeros((33, 33)), mask, protocol(scoring="original"))
+    assert counts == counts_by_loop(square > 0, canvas)
+
+
+def test_input_counts_on_the_padded_square():
+    margin, fitted = smooth_margin(33), random_mask(33, 33)
+    counts = score(margin, fitted, random_mask(9, 50), protocol(scoring="input"))
+    assert counts == counts_by_loop(margin > 0, fitted)
+
+
+def test_exact_undoes_the_padding():
+    """128 x 64 pixels sit in 32 x 16 of the 33 x 33 cells: each is 4 x 4 pixels."""
+    margin = np.full((33, 33), -1, np.float32)
+    margin[8:16, 4:8] = 1
+    margin[32:] = margin[:, 16:] = 100  # padding
+    mask = np.zeros((128, 64), np.uint8)
+    mask[32:64, 16:32] = 1
+    counts = score(margin, random_mask(33, 33), mask, protocol(scoring="exact"))
+    # Linear interpolation rounds the corners of the rectangle off: one pixel each.
+    area = 32 * 16
+    assert counts == (128 * 64 - area, 128 * 64 - area + 4, area - 4, area)
+    other = score(margin, random_mask(33, 33), mask, protocol(scoring="original"))
+    assert other[2] < area - 4, "the released protocol shifts the prediction"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5000, 3), (3, 700), (375, 500), (473, 473)])
+def test_unpad_returns_every_size_and_keeps_the_ends(size):
+    side = 473
+    down = np.repeat(np.arange(side, dtype=np.float32)[:, None], side, axis=1)
+    content = unpad(down, *size)
+    assert content.shape == size
+    assert (np.diff(content, axis=0) >= 0).all()
+    np.testing.assert_allclose(content, content[:, :1].repeat(size[1], axis=1))
+    rows = {(1, 1): 472, (5000, 3): 472, (3, 700): 8, (375, 500): 352}.get(size, 472)
+    middle = content[[(size[0] - 1) // 2, size[0] // 2], 0].mean()
+    np.testing.assert_allclose(middle, (rows - 1) / 2, atol=0.6)
+    assert content[0, 0] >= 0
+    assert content[-1, 0] <= rows - 1
+
+
+@pytest.fixture(scope="module")
+def loop():
+    """A small data set and the samplers of two seeds."""
+    dataset = Shapes("val", size=40, side=65)
+    classes = (1, 2, 3)
+    samplers = [
+        EpisodeSampler(dataset.counts, classes, 1, seed, min_pixels=1)
+        for seed in (0, 5)
+    ]
+    return dataset, classes, samplers
+
+
+def oracle(batch):
+    assert batch.query_image.shape == (1, 33, 33, 3)
+    assert batch.support_masks.shape == (1, 1, 33, 33)
+    return np.where(batch.query_mask == 1, 1.0, -1.0)
+
+
+def test_a_perfect_prediction_scores_100_percent(loop):
+    dataset, classes, samplers = loop
+    p = protocol(scoring="input", seeds=(0, 5))
+    scores = evaluate(oracle, dataset, p, samplers)
+    expected = [
+        (s.seed, i, s(i).query, s(i).class_id) for s in samplers for i in range(6)
+    ]
+    assert [tuple(row) for row in scores.rows[:, :4].tolist()] == expected
+    assert fb_iou(scores) == 1
+    drawn = np.unique(scores.column("class_id"))
+    assert mean_iou(scores, drawn.tolist()) > 0.49  # a class may miss in one seed
+    np.testing.assert_array_equal(
+        scores.column("foreground_intersection"), scores.column("foreground_union")
+    )
+
+
+def test_the_inverse_prediction_scores_0(loop):
+    dataset, classes, samplers = loop
+    p = protocol(scoring="input")
+    scores = evaluate(lambda batch: -oracle(batch), dataset, p, samplers[:1])
+    assert mean_iou(scores, classes) == fb_iou(scores) == 0
+
+
+class Patches(nn.Module):
+    """Every eighth pixel through one dense layer."""
+
+    @nn.compact
+    def __call__(self, images):
+        return {"stage": nn.Dense(6, name="dense")(images[:, ::8, ::8])}
+
+
+def test_eval_step_is_the_lead_of_the_foreground_logit():
+    backbone = Backbone(Patches(), ("stage",), 6)
+    rng = np.random.default_rng(0)
+    batch = Episode(
+        query_image=rng.integers(0, 256, (2, 33, 33, 3), np.uint8),
+        query_mask=random_mask(2, 33, 33),
+        support_images=rng.integers(0, 256, (2, 3, 33, 33, 3), np.uint8),
+        support_masks=random_mask(2, 3, 33, 33),
+    )
+    weights = backbone.module.init(jax.random.key(0), np.zeros((1, 9, 9, 3)))["params"]
+
+    def forward(params, *episode):
+        logits, out = nearest_prototype(*episode)
+        return params * logits, out
+
+    margin = make_eval_step(forward, backbone)(2.0, weights, batch)
+    support = np.stack([features(backbone, weights, x) for x in batch.support_images])
+    query = features(backbone, weights, batch.query_image)
+    logits, _ = nearest_prototype(support, batch.support_masks, query)
+    np.testing.assert_allclose(margin, 2 * (logits[..., 1] - logits[..., 0]), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    """Class 4 at IoU 0.5, 5 at 0.25, 6 never drawn; background 0.8."""
+    rows = [(0, i, i, 4, 80, 100, 10, 20) for i in range(3)]
+    rows += [(0, i, i, 5, 80, 100, 10, 40) for i in range(3, 6)]
+    return Scores(np.array(rows))
+
+
+def test_summary_in_percent(scores):
+    p = protocol(seeds=(0,), shots=5)
+    result = summarize(scores, p, (4, 5, 6), 12.345, focus=("two", "one"))
+    assert result["miou"] == 25.0
+    assert result["miou_interval"] == [25.0, 25.0]
+    np.testing.assert_allclose(result["fb_iou"], 100 * (0.8 + 60 / 180) / 2, atol=0.01)
+    assert result["per_class"] == {"one": 50.0, "two": 25.0, "three": 0.0}
+    assert result["per_seed"] == {"0": 25.0}
+    assert (result["episodes"], result["seeds"], result["seconds"]) == (6, [0], 12.3)
+    assert result["protocol"]["scoring"] == "original"
+    assert result["protocol"]["text"] == str(p)
+    for part in ("toy fold 1", "5-shot", "6 episodes", "input 33", "original", "2048"):
+        assert part in str(p)
+    assert result["focus"]["classes"] == ["two", "one"]
+    assert result["focus"]["miou"] == 37.5
+    assert "focus" not in summarize(scores, p, (4, 5, 6), 1.0)
+
+
+def test_results_are_json_and_replace_older_ones(scores, tmp_path):
+    result = summarize(scores, protocol(), (4, 5, 6), 1.0)
+    for _ in range(2):
+        write_json(tmp_path / "results.json", result)
+    read = json.loads((tmp_path / "results.json").read_text())
+    assert read["per_class"] == result["per_class"]
+    assert read["protocol"]["classes"] == list(NAMES)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_table_is_markdown(scores):
+    result = summarize(scores, protocol(), (4, 5, 6), 1.0, focus=("one",))
+    lines = table({"cosine": result, "ours": result}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["IoU %", "cosine", "ours"]
+    assert set("".join(cells[1])) == {"-"}
+    assert cells[2] == ["one", "50.0", "50.0"]
+    assert cells[5] == ["mean of one", "50.0 [50.0, 50.0]", "50.0 [50.0, 50.0]"]
+    assert [row[0] for row in cells[6:]] == ["mIoU", "FB-IoU"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_class_that_is_never_drawn_counts_zero(scores):
+    np.testing.assert_allclose(class_iou(scores, (4, 5, 6)), [0.5, 0.25, 0])
+
+
+def test_timed():
+    result, seconds = timed(lambda: Scores(np.zeros((1, 8), int)))
+    assert result.rows.shape == (1, 8)
+    assert 0 <= seconds < 1

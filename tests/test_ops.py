@@ -1,0 +1,230 @@
+"""The fast CPU formulations against XLA's plain ones, and resizing against hand values.
+
+Values and gradients, at sizes where the fast paths have remainders to pad.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qpenet_jax.models import ops
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def value_and_gradients(function, cotangent, *args):
+    """Return the output of `function` and its pull-back of `cotangent`."""
+
+    @jax.jit
+    def run(cotangent, *args):
+        output, pull_back = jax.vjp(function, *args)
+        return output, *pull_back(cotangent)
+
+    return run(cotangent, *args)
+
+
+def assert_equal(results, references, tolerance=1e-5):
+    """Compare in units of each reference's largest entry."""
+    for result, reference in zip(results, references, strict=True):
+        assert result.shape == reference.shape
+        error = np.abs(np.asarray(result) - np.asarray(reference)).max()
+        assert error <= tolerance * np.abs(np.asarray(reference)).max()
+
+
+def library_conv3x3(x, kernel, dilation=1):
+    """XLA's own convolution, spelled out here once more as the reference."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1, 1),
+        padding=((dilation, dilation), (dilation, dilation)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "height", "width", "dilation"),
+    [(ops.conv3x3, 31, 30, 1), (ops._winograd_dilated, 11, 7, 2)],
+)
+def test_winograd_equals_convolution(function, height, width, dilation):
+    """Dilation 1 through the public function, on a grid that takes the fast path."""
+    x, kernel = normal(2, height, width, 64), normal(3, 3, 64, 8, seed=1)
+    cotangent = normal(2, height, width, 8, seed=2)
+    fast = functools.partial(function, dilation=dilation)
+    plain = functools.partial(library_conv3x3, dilation=dilation)
+    assert_equal(
+        value_and_gradients(fast, cotangent, x, kernel),
+        value_and_gradients(plain, cotangent, x, kernel),
+    )
+
+
+def test_winograd_with_dilation_4_on_an_odd_grid():
+    x, kernel = normal(1, 10, 5, 64), normal(3, 3, 64, 3, seed=1)
+    fast = jax.jit(functools.partial(ops._winograd_dilated, dilation=4))
+    assert_equal([fast(x, kernel)], [library_conv3x3(x, kernel, 4)])
+
+
+@pytest.mark.parametrize("side", [29, 30])
+def test_conv3x3_is_transformed_from_900_cells_on(side, monkeypatch):
+    calls = []
+
+    def recorded(x, kernel):
+        calls.append(x.shape)
+        return library_conv3x3(x, kernel)
+
+    monkeypatch.setattr(ops, "_winograd", recorded)
+    jax.eval_shape(
+        ops.conv3x3, jnp.zeros((1, side, side, 64)), jnp.zeros((3, 3, 64, 2))
+    )
+    assert bool(calls) == (side * side >= 900)
+    jax.eval_shape(ops.conv3x3, jnp.zeros((1, 40, 40, 3)), jnp.zeros((3, 3, 3, 2)))
+    assert len(calls) == (side * side >= 900), "few channels: plain"
+
+
+def test_conv3x3_by_hand():
+    """A kernel that picks the neighbour above and left shifts the image."""
+    x = normal(1, 4, 5, 1)
+    kernel = np.zeros((3, 3, 1, 1), np.float32)
+    kernel[0, 0] = 1
+    shifted = np.zeros_like(x)
+    shifted[:, 1:, 1:] = x[:, :-1, :-1]
+    np.testing.assert_array_equal(ops.conv3x3(x, kernel), shifted)
+
+
+def test_conv1x1_is_a_product_over_channels():
+    x, kernel = normal(2, 3, 4, 5), normal(5, 6, seed=1)
+    np.testing.assert_allclose(
+        ops.conv1x1(x, kernel), np.einsum("bhwc,co->bhwo", x, kernel), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "dilation", "height", "width"),
+    [(3, 2, 1, 9, 8), (5, 1, 2, 9, 7), (3, 1, 4, 7, 10)],
+)
+def test_depthwise_equals_grouped_convolution(size, stride, dilation, height, width):
+    x, kernel = normal(2, height, width, 6), normal(size, size, 6, seed=1)
+    pad = dilation * (size // 2)
+
+    def grouped(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel[:, :, None],
+            window_strides=(stride, stride),
+            padding=((pad, pad), (pad, pad)),
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=6,
+        )
+
+    function = functools.partial(ops.depthwise_conv, stride=stride, dilation=dilation)
+    rows, cols = -(-height // stride), -(-width // stride)
+    cotangent = normal(2, rows, cols, 6, seed=2)
+    assert_equal(
+        value_and_gradients(function, cotangent, x, kernel),
+        value_and_gradients(grouped, cotangent, x, kernel),
+    )
+
+
+def test_resize_by_hand():
+    """Corners stay, and what lies between is linear: 2 x 2 to 3 x 5."""
+    x = np.array([[0.0, 4.0], [8.0, 16.0]], np.float32)
+    expected = [[0, 1, 2, 3, 4], [4, 5.5, 7, 8.5, 10], [8, 10, 12, 14, 16]]
+    resized = ops.resize_align_corners(x[None, :, :, None], (3, 5))
+    np.testing.assert_allclose(resized[0, :, :, 0], expected, rtol=1e-6)
+
+
+def test_resize_to_the_same_size_is_the_identity():
+    x = normal(2, 7, 6, 3)
+    np.testing.assert_array_equal(ops.resize_align_corners(x, (7, 6)), x)
+
+
+def test_resize_473_to_60_picks_every_eighth_pixel():
+    mask = (normal(1, 473, 473, 1) > 0.3).astype(np.float32)
+    small = ops.resize_align_corners(mask, (60, 60))
+    np.testing.assert_allclose(small, mask[:, ::8, ::8], atol=1e-5)
+
+
+def test_resize_60_to_473_keeps_the_samples_and_is_linear_between():
+    x = normal(1, 60, 60, 1)
+    large = np.asarray(ops.resize_align_corners(x, (473, 473)))
+    np.testing.assert_allclose(large[:, ::8, ::8], x, atol=1e-4)
+    middle = (x[:, :-1, :-1] + x[:, 1:, :-1] + x[:, :-1, 1:] + x[:, 1:, 1:]) / 4
+    np.testing.assert_allclose(large[:, 4::8, 4::8], middle, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [(60, 473), (473, 60), (1, 4), (5, 1), (5, 2), (33, 500)]
+)
+def test_interpolation_weights(source, target):
+    matrix = ops.interpolation_matrix(source, target)
+    assert matrix.shape == (target, source)
+    assert (matrix >= 0).all()
+    assert (np.count_nonzero(matrix > 1e-6, axis=1) <= 2).all()
+    if target <= source or source == 1:
+        position = np.linspace(0, source - 1, target) if target > 1 else [0]
+    else:
+        position = np.arange(target) * (source - 1) / (target - 1)
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(matrix @ np.arange(source), position, atol=1e-3)
+
+
+KEYS = 12  # budgets 3, 6 and 12
+MASKS = {
+    "one key": [1] + [0] * 11,
+    "a quarter, at the end": [0] * 9 + [1] * 3,
+    "four scattered": [0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1],
+    "half": [0, 1] * 6,
+    "seven": [1, 0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1],
+    "all": [1] * 12,
+}
+
+
+@pytest.fixture(scope="module")
+def attentions():
+    """The public attention and the library's, each with its pull-back."""
+
+    def library(query, key, value, mask):
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask[:, None, None, :]
+        )
+
+    def with_gradients(function):
+        @jax.jit
+        def run(query, key, value, mask, cotangent):
+            partial = functools.partial(function, mask=mask)
+            output, pull_back = jax.vjp(partial, query, key, value)
+            return output, *pull_back(cotangent)
+
+        return run
+
+    return with_gradients(ops.attention), with_gradients(library)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_at_every_number_of_true_keys(attentions, name):
+    mine, library = attentions
+    query, cotangent = normal(2, 5, 2, 4), normal(2, 5, 2, 4, seed=3)
+    key, value = normal(2, KEYS, 2, 4, seed=1), normal(2, KEYS, 2, 4, seed=2)
+    one = [0] * 7 + [1] + [0] * 4  # the second row's count differs from the first's
+    args = query, key, value, np.array([MASKS[name], one], bool), cotangent
+    # One row has a single key: its query and key gradients are 0 up to rounding.
+    for result, reference in zip(mine(*args), library(*args), strict=True):
+        np.testing.assert_allclose(result, reference, atol=3e-6)
+
+
+def test_attention_to_one_key_returns_its_value_and_masked_keys_get_nothing(attentions):
+    query, cotangent = normal(2, 5, 2, 4), normal(2, 5, 2, 4, seed=3)
+    key, value = normal(2, KEYS, 2, 4, seed=1), normal(2, KEYS, 2, 4, seed=2)
+    mask = np.zeros((2, KEYS), bool)
+    mask[:, 4] = True
+    output, _, _, d_value = attentions[0](query, key, value, mask, cotangent)
+    np.testing.assert_allclose(output, np.repeat(value[:, 4:5], 5, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(d_value[:, 4], cotangent.sum(axis=1), rtol=1e-5)
+    assert not np.delete(np.asarray(d_value), 4, axis=1).any()

@@ -1,0 +1,136 @@
+"""Prototypes, activation maps and grid masks against numpy and by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qpenet_jax.models.cosine import nearest_prototype
+from qpenet_jax.models.prototypes import (
+    activation_map,
+    foreground_on_grid,
+    masked_average_pool,
+    predicted,
+)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_pooling_over_empty_full_and_single_cell_masks():
+    features = normal(3, 4, 5, 6)
+    mask = np.zeros((3, 4, 5), bool)
+    mask[1] = True
+    mask[2, 3, 1] = True
+    prototypes = masked_average_pool(features, mask)
+    np.testing.assert_array_equal(prototypes[0], np.zeros(6))
+    full = features[1].reshape(20, 6).sum(axis=0) / (20 + 5e-4)
+    np.testing.assert_allclose(prototypes[1], full, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(prototypes[2], features[2, 3, 1] / 1.0005, rtol=1e-5)
+
+
+def test_pooling_has_any_leading_axes():
+    features, mask = normal(2, 3, 4, 5, 6), normal(2, 3, 4, 5, seed=1) > 0
+    prototypes = masked_average_pool(features, mask)
+    for b in range(2):
+        for k in range(3):
+            mean = features[b, k][mask[b, k]].mean(axis=0)
+            np.testing.assert_allclose(prototypes[b, k], mean, atol=1e-4)
+
+
+def test_activation_map_is_the_cosine():
+    features, prototype = normal(2, 3, 4, 6), normal(2, 6, seed=1)
+    features[0, 1, 2] = 5 * prototype[0]
+    features[1, 0, 0] = -0.1 * prototype[1]
+    result = activation_map(features, prototype)
+    dot = (features * prototype[:, None, None]).sum(-1)
+    lengths = np.linalg.norm(features, axis=-1)
+    lengths *= np.linalg.norm(prototype, axis=-1)[:, None, None]
+    np.testing.assert_allclose(result, dot / lengths, atol=1e-6)
+    np.testing.assert_allclose([result[0, 1, 2], result[1, 0, 0]], [1, -1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("zero", ["features", "prototype", "both"])
+def test_activation_of_zero_vectors_is_zero_with_finite_gradients(zero):
+    features, prototype = normal(1, 2, 3, 4), normal(1, 4, seed=1)
+    if zero != "prototype":
+        features[0, 1, 1] = 0
+    if zero != "features":
+        prototype[:] = 0
+    assert activation_map(features, prototype)[0, 1, 1] == 0 or zero == "prototype"
+    if zero != "features":
+        assert not activation_map(features, prototype).any()
+    gradients = jax.grad(lambda f, p: activation_map(f, p).sum(), (0, 1))(
+        features, prototype
+    )
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_an_empty_region_passes_no_gradient():
+    """The cosine to the zero prototype is steep (1e8), the empty mask stops it."""
+
+    def loss(features, mask):
+        return activation_map(features, masked_average_pool(features, mask)).sum()
+
+    gradient = jax.grad(loss)(normal(1, 2, 3, 4), np.zeros((1, 2, 3), bool))
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_predicted_is_the_argmax_without_gradient():
+    logits = normal(2, 3, 4, 2)
+    logits[0, 0, 0] = 0.5  # a tie is class 0
+    np.testing.assert_array_equal(predicted(logits), logits.argmax(-1) == 1)
+
+    def soft(x):
+        return (predicted(x) * jnp.square(x).sum(-1)).sum()
+
+    # All that arrives comes through the other factor.
+    expected = 2 * logits * (logits.argmax(-1) == 1)[..., None]
+    np.testing.assert_allclose(jax.grad(soft)(logits), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", [17, 473])
+def test_grid_cells_take_the_pixel_they_are_centred_on(side):
+    rng = np.random.default_rng(side)
+    mask = rng.choice([0, 1, 255], (2, side, side)).astype(np.uint8)
+    grid = (side - 1) // 8 + 1
+    result = foreground_on_grid(mask, (grid, grid))
+    assert result.dtype == bool
+    for i, j in ((0, 0), (1, grid - 1), (grid - 1, 1), (grid - 1, grid - 1)):
+        np.testing.assert_array_equal(result[:, i, j], mask[:, 8 * i, 8 * j] == 1)
+    np.testing.assert_array_equal(result, mask[:, ::8, ::8] == 1)
+
+
+def test_grid_of_a_rectangle_and_of_ignored_pixels():
+    mask = np.full((17, 33), 255, np.int32)
+    assert not foreground_on_grid(mask, (3, 5)).any()
+    mask[8, 32] = 1
+    np.testing.assert_array_equal(
+        foreground_on_grid(mask, (3, 5)), np.arange(15).reshape(3, 5) == 9
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 17), (17, 18), (473, 472), (18, 9)])
+def test_sides_that_do_not_fit_are_refused(height, width):
+    grid = -(-height // 8), -(-width // 8)
+    grid = tuple(max(n, 3) for n in grid)
+    with pytest.raises(ValueError, match=f"{height} x {width} do not fit"):
+        foreground_on_grid(np.zeros((height, width), np.int32), grid)
+
+
+def test_nearest_prototype_against_numpy():
+    support, query = normal(1, 2, 3, 3, 5), normal(1, 3, 3, 5, seed=1)
+    masks = np.random.default_rng(2).choice([0, 1, 255], (1, 2, 17, 17))
+    masks[:, :, 0, 0], masks[:, :, 16, 16] = 0, 1
+    logits, out = nearest_prototype(support, masks.astype(np.uint8), query)
+
+    grid = masks[0, :, ::8, ::8]
+    for label in (0, 1):
+        means = [support[0, k][grid[k] == label].mean(axis=0) for k in range(2)]
+        prototype = np.mean(means, axis=0)
+        cosine = query[0] @ prototype
+        cosine /= np.linalg.norm(query[0], axis=-1) * np.linalg.norm(prototype)
+        np.testing.assert_allclose(out["cosines"][0, :, :, label], cosine, atol=1e-3)
+        np.testing.assert_allclose(logits[0, ::8, ::8, label], cosine, atol=1e-3)
+    assert logits.shape == (1, 17, 17, 2)

@@ -1,0 +1,194 @@
+"""The optimiser against PyTorch's rule by hand, and the train step on toy episodes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qpenet_jax.losses import LossWeights
+from qpenet_jax.models.backbone import Backbone
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.training import (
+    Optimizer,
+    episode_features,
+    global_batch,
+    init_state,
+    make_train_step,
+    shardings,
+)
+from qpenet_jax.typing import Episode
+
+SIDE = 33
+
+
+class Patches(nn.Module):
+    """Every eighth pixel through one dense layer."""
+
+    @nn.compact
+    def __call__(self, images):
+        return {"stage": nn.Dense(12, name="dense")(images[:, ::8, ::8])}
+
+
+BACKBONE = Backbone(Patches(), ("stage",), 12)
+MODEL = QPENet(channels=16, heads=2, ffn_features=24, channel_dropout=0.1)
+
+
+def test_schedule_values():
+    schedule = Optimizer().schedule(100)
+    for t, expected in ((0, 0.025), (50, 0.025 * 0.5**0.9), (100, 0)):
+        np.testing.assert_allclose(schedule(t), expected, rtol=1e-6)
+    linear = Optimizer(lr=0.1, lr_factor=1, power=1).schedule(4)
+    np.testing.assert_allclose([linear(t) for t in range(4)], [0.1, 0.075, 0.05, 0.025])
+
+
+def test_sgd_is_pytorchs_rule():
+    """Decay joins the gradient, the buffer sums, the rate multiplies last."""
+    settings = Optimizer(lr=0.1, lr_factor=2.0, momentum=0.8, weight_decay=0.01)
+    optimizer = settings.build(steps=5)
+    params = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
+    state = optimizer.init(params)
+    p, momentum = np.array([1.0, -2.0, 0.5]), np.zeros(3)
+    for t in range(3):
+        g = np.array([0.3, -0.1, 1.0]) * (t + 1)
+        gradients = {"w": jnp.asarray(g[:2]), "b": jnp.asarray(g[2])}
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+
+        momentum = 0.8 * momentum + g + 0.01 * p
+        p = p - 0.2 * (1 - t / 5) ** 0.9 * momentum
+        np.testing.assert_allclose(params["w"], p[:2], rtol=1e-6)
+        np.testing.assert_allclose(params["b"], p[2], rtol=1e-6)
+
+
+def test_sgd_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    theirs = torch.optim.SGD([weight], lr=0.025, momentum=0.9, weight_decay=1e-4)
+    optimizer = Optimizer(power=0.0).build(steps=5)  # a constant rate
+    params = jnp.array([1.0, -2.0])
+    state = optimizer.init(params)
+    for t in range(4):
+        gradient = np.array([0.5, 3.0], np.float32) * t
+        weight.grad = torch.tensor(gradient)
+        theirs.step()
+        updates, state = optimizer.update(jnp.asarray(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params, weight.detach().numpy(), rtol=1e-6)
+
+
+def test_adamw_decays_apart_from_the_gradient():
+    """The first step is lr * sign(gradient) whatever its size, plus lr * decay * w."""
+    optimizer = Optimizer("adamw", lr=0.01, lr_factor=1, weight_decay=0.1).build(10)
+    params = jnp.array([1.0, -2.0])
+    updates, _ = optimizer.update(
+        jnp.array([5.0, -1e-3]), optimizer.init(params), params
+    )
+    np.testing.assert_allclose(updates, [-0.01 - 0.001, 0.01 + 0.002], rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two 2-shot episodes: the object is a bright rectangle."""
+    rng = np.random.default_rng(0)
+    masks = np.zeros((2, 3, SIDE, SIDE), np.uint8)
+    for mask in masks.reshape(-1, SIDE, SIDE):
+        top, left = rng.integers(0, 17, 2)
+        mask[top : top + 17, left : left + 17] = 1
+    images = rng.integers(0, 80, (*masks.shape, 3), np.uint8) + 150 * masks[..., None]
+    masks[:, :, -2:] = 255
+    return Episode(images[:, 0], masks[:, 0], images[:, 1:], masks[:, 1:])
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return BACKBONE.module.init(jax.random.key(7), jnp.zeros((1, 9, 9, 3)))["params"]
+
+
+@pytest.fixture(scope="module")
+def train():
+    """Return a function that trains for some steps and tells every loss."""
+    optimizer = Optimizer("adamw", lr=0.003, lr_factor=1).build(steps=100)
+    step = make_train_step(MODEL, BACKBONE, optimizer, LossWeights())
+
+    def run(steps, weights, batch, key=0):
+        state = init_state(MODEL, optimizer, channels=12, key=jax.random.key(1))
+        losses = []
+        for _ in range(steps):
+            old = state
+            state, metrics = step(state, weights, batch, jax.random.key(key))
+            losses.append(float(metrics["loss"]))
+            assert jax.tree.leaves(old.params)[0].is_deleted(), "donated"
+        return state, losses, metrics
+
+    return run
+
+
+def test_training_lowers_the_loss_and_tells_its_health(train, weights, batch):
+    before = jax.tree.map(np.array, weights)
+    state, losses, metrics = train(25, weights, batch)
+    assert np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
+    assert int(state.step) == 25
+    jax.tree.map(np.testing.assert_array_equal, weights, before)
+
+    parts = ("pre", "rev", "final", "bg_s", "bg_q")
+    total = sum(float(metrics[f"loss_{part}"]) for part in parts)
+    total += 0.6 * float(metrics["loss_aux"])
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+    assert metrics["grad_norm"] > 0
+    for name in ("iou", "empty_pre", "empty_rev", "empty_bg"):
+        assert 0 <= metrics[name] <= 1
+
+
+def test_the_same_key_trains_to_the_same_bits(train, weights, batch):
+    one, losses, _ = train(4, weights, batch)
+    two, again, _ = train(4, weights, batch)
+    assert losses == again
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    other, _, _ = train(4, weights, batch, key=1)
+    differs = jax.tree.map(lambda a, b: bool((a != b).any()), one.params, other.params)
+    assert all(jax.tree.leaves(differs)), "dropout of another key"
+
+
+def test_features_of_supports_and_query_keep_their_places(weights, batch):
+    support, query = episode_features(BACKBONE, weights, batch)
+    assert support.shape == (2, 2, 5, 5, 12)
+
+    def expected(image):
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        pixels = (image[::8, ::8] / 255 - mean) / std
+        return pixels @ weights["dense"]["kernel"] + weights["dense"]["bias"]
+
+    for b in range(2):
+        np.testing.assert_allclose(query[b], expected(batch.query_image[b]), atol=1e-4)
+        for k in range(2):
+            reference = expected(batch.support_images[b, k])
+            np.testing.assert_allclose(support[b, k], reference, atol=1e-4)
+
+
+def test_initial_state_follows_the_key():
+    optimizer = Optimizer().build(steps=2)
+    states = [
+        init_state(MODEL, optimizer, channels=12, key=jax.random.key(k))
+        for k in (0, 0, 1)
+    ]
+    assert int(states[0].step) == 0
+    jax.tree.map(np.testing.assert_array_equal, states[0], states[1])
+    kernels = [s.params["reduce_query"]["kernel"] for s in states]
+    assert (kernels[0] != kernels[2]).any()
+    # PyTorch's U(+-1 / sqrt(fan_in)), and a random background prototype.
+    for path, leaf in jax.tree_util.tree_leaves_with_path(states[0].params):
+        if leaf.ndim > 1:
+            bound = 1 / np.sqrt(np.prod(leaf.shape[:-1]))
+            assert 0.7 * bound < np.abs(leaf).max() <= bound, path
+    assert np.std(states[0].params["gbc"]["P_global"]) > 0.3
+
+
+def test_batches_are_placed_whole(batch):
+    replicated, split = shardings(len(batch.query_image))
+    placed = global_batch(batch, split)
+    for mine, original in zip(placed, batch, strict=True):
+        np.testing.assert_array_equal(mine, original)
+        assert mine.sharding == split
+    assert replicated.is_fully_replicated
