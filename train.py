@@ -24,6 +24,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from qpenet_jax import checkpoints
+from qpenet_jax.allocator import keep_freed_memory
 from qpenet_jax.episodes import training_batches
 from qpenet_jax.errors import InputError, exit_on_input_error
 from qpenet_jax.evaluator import Evaluator
@@ -147,11 +148,19 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parse the flags; raises InputError for a missing file or an unknown override."""
     try:
         rest = flags.FLAGS(argv)
-        _ = CONFIG.value
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        if not flags.FLAGS["config"].present:
+            raise InputError("--config is missing: give configs/quickstart.py")
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+    except KeyError as error:
+        raise InputError(
+            f"no such config field: {error.args[0]}; configs/common.py lists them all"
+        ) from None
+    except InputError:
+        raise
+    except (flags.Error, AttributeError, TypeError, ValueError) as error:
         raise InputError(" ".join(str(error).split())) from None
-    except OSError as error:
-        raise InputError(f"{error.filename}: no such config file") from None
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such config file; configs/ holds ours")
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}: overrides are --config.x=y")
     return rest
@@ -162,6 +171,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    keep_freed_memory()
     cache = Path.home() / ".cache" / "qpenet_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     train(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"))

@@ -90,7 +90,7 @@ def for_coco(config: Any) -> Any:
     """Change what the paper does differently on COCO-20i."""
     config.dataset.name = "COCO-20i (FWB)"
     config.dataset.root = "data/coco"
-    config.dataset.images = "images"
+    config.dataset.images = "."
     config.dataset.masks = "masks"
     config.dataset.train_ids = "data/lists/coco_train.txt"
     config.dataset.val_ids = "data/lists/coco_val.txt"

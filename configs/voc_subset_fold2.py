@@ -24,11 +24,11 @@ def get_config():
     config.optimizer.lr_factor = 1.0
     config.model.channel_dropout = 0.2  # 0.5 is too noisy for so few steps
     config.side = 321
-    config.steps = 420
+    config.steps = 360
     config.workers = 1
     config.log_every = 10
     config.save_every = 60
-    config.eval.every = 210
+    config.eval.every = 360
     config.eval.episodes = 200
     config.eval.focus = ("dog", "horse", "person")
     return config

@@ -11,6 +11,7 @@ from flax.linen.summary import tabulate
 from PIL import Image
 from tqdm import tqdm
 
+from qpenet_jax.allocator import keep_freed_memory
 from qpenet_jax.datasets.images import read_image, read_mask
 from qpenet_jax.errors import InputError, exit_on_input_error
 from qpenet_jax.evaluator import Evaluator
@@ -27,6 +28,7 @@ IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; bad input is one line on stderr and exit code 2."""
     args = _parser().parse_args(argv)
+    keep_freed_memory()
     with exit_on_input_error():
         args.run(args)
 
@@ -177,3 +179,7 @@ def _query_files(arguments: Sequence[str]) -> list[Path]:
             "each other; rename one"
         )
     return files
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,8 @@ class Evaluator:
         A class that no episode can show would count as 0 in every mean.
         """
         novel, pairs = self.experiment.fold.novel, self.samplers[0].pairs
-        kept = tuple(c for c, some in zip(novel, pairs.any(0), strict=True) if some)
+        shown = np.flatnonzero(pairs.any(axis=0))
+        kept = tuple(c for i, c in enumerate(novel) if i in shown)
         names = [self.experiment.class_names[c - 1] for c in kept]
         for name in sorted(set(self.protocol.classes) - set(names)):
             print(f"{name}: too few images for {self.protocol.shots} shot(s), left out")

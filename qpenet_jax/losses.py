@@ -62,7 +62,6 @@ def background_mining(
 
 
 def total_loss(
-    logits: Float[Array, "b H W 2"],
     out: dict[str, Array],
     query_mask: Int[Array, "b H W"],
     support_masks: Int[Array, "b k H W"],
@@ -72,7 +71,7 @@ def total_loss(
     terms = {
         "loss_pre": cross_entropy(out["y_pre"], query_mask),
         "loss_rev": cross_entropy(out["y_rev"], support_masks),
-        "loss_final": cross_entropy(logits, query_mask),
+        "loss_final": cross_entropy(out["y_final"], query_mask),
         "loss_bg_s": background_mining(out["y_bg_s"], support_masks),
         "loss_bg_q": background_mining(out["y_bg_q"], query_mask),
     }

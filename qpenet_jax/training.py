@@ -12,6 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
+from qpenet_jax.errors import InputError
 from qpenet_jax.losses import LossWeights, total_loss
 from qpenet_jax.models.backbone import Backbone, features
 from qpenet_jax.models.prototypes import predicted
@@ -42,6 +43,11 @@ class Optimizer:
     power: float = 0.9
     momentum: float = 0.9
     weight_decay: float = 1e-4
+
+    def __post_init__(self):
+        """Refuse a name that `build` doesn't know."""
+        if self.name not in ("sgd", "adamw"):
+            raise InputError(f"optimizer {self.name!r}: choose 'sgd' or 'adamw'")
 
     def schedule(self, steps: int) -> optax.Schedule:
         """Return lr * lr_factor * (1 - t / steps)^power."""
@@ -112,7 +118,7 @@ def make_train_step(
                 train=True,
                 rngs={"dropout": jax.random.fold_in(key, state.step)},
             )
-            loss, terms = total_loss(logits, out, truth, masks, loss_weights)
+            loss, terms = total_loss(out, truth, masks, loss_weights)
             return loss, (terms, logits, out)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -122,7 +128,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             **terms,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             **_health(logits, out, truth),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

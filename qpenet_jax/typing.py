@@ -1,7 +1,7 @@
 """The contract between data, model, loss and metrics."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -23,6 +23,7 @@ class Episode(NamedTuple):
     support_masks: UInt8[np.ndarray, "*b k h w"]
 
 
+@runtime_checkable
 class SegmentationDataset(Protocol):
     """Images with label maps; nothing random: item i is always the same.
 

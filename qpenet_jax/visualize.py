@@ -25,13 +25,11 @@ TILE, GAP, HEADER = 224, 8, 30
 def overlay(image: RGB, mask: UInt8[np.ndarray, "h w"], colour=PREDICTION) -> RGB:
     """Tint the pixels of a mask and draw its outline."""
     inside = (mask == 1).astype(np.uint8)
-    tinted = (0.5 * image + 0.5 * np.array(colour)).astype(np.uint8)
-    result = np.where(inside[..., None] == 1, tinted, image)
+    result = image.copy()  # uint8 throughout: photographs may have 48 million pixels
+    result[inside == 1] = result[inside == 1] // 2 + np.array(colour, np.uint8) // 2
     outlines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    thickness = max(1, round(max(mask.shape) / 200))
-    return cv2.drawContours(
-        np.ascontiguousarray(result), outlines, -1, colour, thickness
-    )
+    width = max(1, round(max(mask.shape) / 200))
+    return cv2.drawContours(result, outlines, -1, colour, width)
 
 
 def episode_figure(

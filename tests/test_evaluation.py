@@ -123,7 +123,7 @@ def oracle(batch):
 
 
 def test_a_perfect_prediction_scores_100_percent(loop):
-    dataset, classes, samplers = loop
+    dataset, _, samplers = loop
     p = protocol(scoring="input", seeds=(0, 5))
     scores = evaluate(oracle, dataset, p, samplers)
     expected = [

@@ -1,7 +1,6 @@
 """Losses against numpy: two-channel log-softmax on logits resized by np.interp."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -148,7 +147,7 @@ def test_total_is_the_weighted_sum_of_the_named_terms():
     rev, support_masks = draw(2, 3, seed=4)
     bg_s, _ = draw(2, 3, seed=5)
     out = {"y_pre": query_logits, "y_rev": rev, "y_bg_s": bg_s, "y_bg_q": bg_q}
-    logits = jnp.asarray(resize(final, SIDE), jnp.float32)
+    out["y_final"] = final
     expected = {
         "loss_pre": reference_ce(query_logits, query_mask),
         "loss_rev": reference_ce(rev, support_masks),
@@ -156,7 +155,7 @@ def test_total_is_the_weighted_sum_of_the_named_terms():
         "loss_bg_s": reference_bm(bg_s, support_masks),
         "loss_bg_q": reference_bm(bg_q, query_mask),
     }
-    loss, terms = total_loss(logits, out, query_mask, support_masks)
+    loss, terms = total_loss(out, query_mask, support_masks)
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(terms[name], value, rtol=1e-5, err_msg=name)
@@ -164,7 +163,7 @@ def test_total_is_the_weighted_sum_of_the_named_terms():
 
     out["y_aux"] = aux
     weights = LossWeights(alpha=2, beta=3, pre=5, rev=7, final=11, aux=13)
-    loss, terms = total_loss(logits, out, query_mask, support_masks, weights)
+    loss, terms = total_loss(out, query_mask, support_masks, weights)
     e = expected | {"loss_aux": reference_ce(aux, query_mask)}
     foreground = 5 * e["loss_pre"] + 7 * e["loss_rev"] + 11 * e["loss_final"]
     foreground += 13 * e["loss_aux"]
@@ -172,6 +171,6 @@ def test_total_is_the_weighted_sum_of_the_named_terms():
     np.testing.assert_allclose(loss, 2 * foreground + 3 * background, rtol=1e-5)
     np.testing.assert_allclose(terms["loss_aux"], e["loss_aux"], rtol=1e-5)
 
-    default, _ = total_loss(logits, out, query_mask, support_masks)
+    default, _ = total_loss(out, query_mask, support_masks)
     plain = sum(expected.values()) + 0.6 * e["loss_aux"]
     np.testing.assert_allclose(default, plain, rtol=1e-5)

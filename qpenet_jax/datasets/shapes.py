@@ -15,6 +15,19 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from qpenet_jax.datasets.outlines import (
+    OUTLINES,
+    Box,
+    Contour,
+    Field,
+    bounding_box,
+    coverage,
+    even_angles,
+    outline,
+    polar,
+    rectangle,
+    rotation,
+)
 from qpenet_jax.errors import InputError
 
 PATTERN_FIDELITY = 0.95
@@ -50,194 +63,8 @@ GRAIN = 0.02
 
 SPLITS = ("train", "val")
 MIN_SIDE = 32
-SUBROWS = 4
-"""Scan lines per pixel row of the rasteriser (columns are integrated exactly)."""
 
-Contour = Float[np.ndarray, "_ 2"]
-Field = Float[np.ndarray, "h w"]
 Planes = Float[np.ndarray, "3 h w"]
-
-
-# --- Silhouettes: solid and hole contours, x to the right and y down, any scale. ---
-
-
-class Outline(NamedTuple):
-    """Solid contours, whose union is taken, and holes cut out of it."""
-
-    solids: tuple[Contour, ...]
-    holes: tuple[Contour, ...] = ()
-
-
-def _polygon(*points) -> Contour:
-    return np.array(points, np.float64)
-
-
-def _box(x0, y0, x1, y1) -> Contour:
-    return _polygon((x0, y0), (x1, y0), (x1, y1), (x0, y1))
-
-
-def _polar(angle: np.ndarray, radius: np.ndarray | float) -> Contour:
-    """Return points at clockwise angles from 12 o'clock."""
-    return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=-1)
-
-
-def _turn(count: int) -> np.ndarray:
-    return np.arange(count) * (2 * np.pi / count)
-
-
-def _circle(radius, x=0.0, y=0.0) -> Contour:
-    return _polar(_turn(64), radius) + np.array([x, y])
-
-
-def _gear() -> Contour:
-    teeth = np.tile([0.76, 0.76, 1.0, 1.0], 8)
-    return _polar(_turn(32) + np.tile([0.03, -0.03, 0.03, -0.03], 8), teeth)
-
-
-def _heart() -> Contour:
-    t = _turn(64)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t) ** 3, -y], axis=-1)
-
-
-def _crescent() -> Contour:
-    """Return a unit circle out of which a smaller one, moved right, is cut."""
-    radius, shift = 0.78, 0.42
-    tip_x = (1 + shift**2 - radius**2) / (2 * shift)
-    tip = np.arccos(tip_x)
-    bite_tip = np.arccos((tip_x - shift) / radius)
-    rim = _arc(tip, 2 * np.pi - tip, 1.0)
-    bite = _arc(2 * np.pi - bite_tip, bite_tip, radius) + np.array([shift, 0])
-    return np.concatenate([rim, bite[1:-1]])
-
-
-def _arc(start: float, stop: float, radius: float) -> Contour:
-    angle = np.linspace(start, stop, 48)
-    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
-
-
-def _pinwheel() -> tuple[Contour, ...]:
-    blade = _polygon((-0.06, 0.06), (0.0, -1.0), (0.72, -0.62), (0.06, 0.06))
-    return tuple(blade @ _rotation(a) for a in _turn(4))
-
-
-def _rotation(angle: float) -> Float[np.ndarray, "2 2"]:
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.array([[cos, sin], [-sin, cos]])
-
-
-# fmt: off
-OUTLINES: dict[str, Outline] = {
-    # Fold 0
-    "disc": Outline((_circle(1.0),)),
-    "frame": Outline((_box(-1, -1, 1, 1),), (_box(-0.52, -0.52, 0.52, 0.52),)),
-    "star": Outline((_polar(_turn(10), np.tile([1.0, 0.45], 5)),)),
-    "arrow": Outline((_polygon((0, -1), (0.85, -0.05), (0.35, -0.05), (0.35, 1),
-                               (-0.35, 1), (-0.35, -0.05), (-0.85, -0.05)),)),
-    "crescent": Outline((_crescent(),)),
-    # Fold 1
-    "square": Outline((_box(-1, -1, 1, 1),)),
-    "gear": Outline((_gear(),), (_circle(0.34),)),
-    "cross": Outline((_box(-0.34, -1, 0.34, 1), _box(-1, -0.34, 1, 0.34))),
-    "bolt": Outline((_polygon((0.15, -1), (-0.65, 0.2), (-0.1, 0.2), (-0.35, 1),
-                              (0.65, -0.3), (0.1, -0.3), (0.6, -1)),)),
-    "heart": Outline((_heart(),)),
-    # Fold 2
-    "triangle": Outline((_polar(_turn(3), 1.0),)),
-    "ring": Outline((_circle(1.0),), (_circle(0.54),)),
-    "flower": Outline((_polar(_turn(80), 0.72 + 0.28 * np.cos(6 * _turn(80))),)),
-    "hourglass": Outline((_polygon((-0.75, -1), (0.75, -1), (0.16, 0), (0.75, 1),
-                                   (-0.75, 1), (-0.16, 0)),)),
-    "fish": Outline((_circle(0.62, -0.3) * (1.0, 0.8),
-                     _polygon((0.1, 0), (1.0, -0.55), (0.8, 0), (1.0, 0.55)))),
-    # Fold 3
-    "hexagon": Outline((_polar(_turn(6), 1.0),)),
-    "key": Outline((_circle(0.52, 0, -0.48), _box(-0.17, -0.1, 0.17, 1),
-                    _box(0.1, 0.28, 0.5, 0.52), _box(0.1, 0.76, 0.5, 1)),
-                   (_circle(0.22, 0, -0.48),)),
-    "pinwheel": Outline(_pinwheel()),
-    "tree": Outline((_polygon((0, -1), (0.5, -0.35), (-0.5, -0.35)),
-                     _polygon((0, -0.7), (0.65, 0.15), (-0.65, 0.15)),
-                     _polygon((0, -0.3), (0.8, 0.65), (-0.8, 0.65)),
-                     _box(-0.17, 0.6, 0.17, 1))),
-    "mushroom": Outline((_polar(np.linspace(-0.5, 0.5, 33) * np.pi, 1.0),
-                         _box(-0.33, -0.1, 0.33, 0.85))),
-}
-# fmt: on
-
-
-@functools.cache
-def outline(class_id: int) -> tuple[Contour, ...]:
-    """Return the contours of a class, centred, of unit area, solids and holes opposed.
-
-    Orientation tells solids from holes, so the rasteriser need only add up.
-    """
-    solids, holes = tuple(OUTLINES.values())[class_id - 1]
-    contours = [c if _signed_area(c) > 0 else c[::-1] for c in solids]
-    contours += [c if _signed_area(c) < 0 else c[::-1] for c in holes]
-    points = np.concatenate(contours)
-    low, high = points.min(axis=0), points.max(axis=0)
-    zoom = 240 / (high - low).max()
-    contours = [128 + zoom * (c - (low + high) / 2) for c in contours]
-    # Solids may overlap, so that the area of the union is measured, not summed.
-    area = coverage(contours, (0, 0, 256, 256)).sum()
-    return tuple((c - 128) / np.sqrt(area) for c in contours)
-
-
-def _signed_area(points: Contour) -> float:
-    x, y = points.T
-    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
-
-
-# --- Rasteriser ---------------------------------------------------------------------
-
-
-class Box(NamedTuple):
-    """A half-open pixel rectangle."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-
-def coverage(contours: list[Contour], box: tuple[int, int, int, int]) -> Field:
-    """Return which part of each pixel of `box` the contours cover, 0..1, [h, w].
-
-    Every scan line adds up the signed area right of each edge that crosses it; NumPy
-    alone, so that labels do not depend on a drawing library. Points are (x, y) in
-    pixels, pixel (0, 0) spans 0..1; overlapping solids saturate.
-    """
-    top, left, bottom, right = box
-    height, width = bottom - top, right - left
-    start = np.concatenate(contours) - (left, top)
-    end = np.concatenate([np.roll(c, -1, axis=0) for c in contours]) - (left, top)
-    # Scan line r lies at y = (r + 0.5) / SUBROWS; an edge crosses those in [lo, hi).
-    first = np.ceil(start[:, 1] * SUBROWS - 0.5).clip(0, height * SUBROWS)
-    last = np.ceil(end[:, 1] * SUBROWS - 0.5).clip(0, height * SUBROWS)
-    crossings = np.abs(last - first).astype(np.int64)
-    edge = np.repeat(np.arange(len(start)), crossings)
-    step = np.arange(len(edge)) - np.repeat(crossings.cumsum() - crossings, crossings)
-    row = np.minimum(first, last).astype(np.int64)[edge] + step
-    x0, y0 = start[edge].T
-    x1, y1 = end[edge].T
-    x = x0 + (x1 - x0) * (((row + 0.5) / SUBROWS - y0) / (y1 - y0))
-    x = x.clip(0, width)
-    sign = np.sign(last - first)[edge] / SUBROWS
-    column = x.astype(np.int64)
-    cell = row // SUBROWS * (width + 2) + column
-    inside = column + 1 - x
-    cells = np.bincount(cell, sign * inside, height * (width + 2))
-    cells[1:] += np.bincount(cell, sign * (1 - inside), height * (width + 2))[:-1]
-    winding = cells.reshape(height, width + 2).cumsum(axis=1)[:, :width]
-    return np.abs(winding).clip(0, 1).astype(np.float32)
-
-
-def _bounding_box(contours: list[Contour], side: int) -> Box:
-    points = np.concatenate(contours)
-    left, top = np.floor(points.min(axis=0)).clip(0, side).astype(int)
-    right, bottom = np.ceil(points.max(axis=0)).clip(0, side).astype(int)
-    return Box(int(top), int(left), int(bottom), int(right))
 
 
 # --- Scenes: geometry alone, which decides the labels. ------------------------------
@@ -291,7 +118,7 @@ def _place(
     tilt = rng.uniform(-MAX_TILT, MAX_TILT)
     stretch = np.sqrt(MAX_STRETCH) ** rng.uniform(-1, 1)
     mirror = rng.choice([-1, 1])
-    shape = np.diag([mirror * stretch, 1 / stretch]) @ _rotation(tilt) * size
+    shape = np.diag([mirror * stretch, 1 / stretch]) @ rotation(tilt) * size
     contours = [contour @ shape + centre for contour in outline(class_id)]
     return Thing(class_id, contours, centre, size, tilt)
 
@@ -299,19 +126,19 @@ def _place(
 def _blob(rng: np.random.Generator, side: int) -> Thing:
     """Draw a smooth shape without a name: a circle with three random harmonics."""
     size = side * rng.uniform(0.15, 0.4)
-    angle = _turn(40)
+    angle = even_angles(40)
     radius = np.full(40, 0.5)
     for k in (2, 3, 5):
         radius += rng.uniform(0.03, 0.13) * np.cos(k * angle + rng.uniform(0, 7))
     centre = rng.uniform(0, side, 2)
-    return Thing(0, [_polar(angle, radius) * size + centre], centre, size, 0.0)
+    return Thing(0, [polar(angle, radius) * size + centre], centre, size, 0.0)
 
 
 def _stick(rng: np.random.Generator, side: int) -> Thing:
     """Draw a thin bar at any angle."""
     length, width = side * rng.uniform(0.3, 0.9), side * rng.uniform(0.012, 0.035)
     centre, tilt = rng.uniform(0, side, 2), rng.uniform(0, np.pi)
-    bar = _box(-width / 2, -length / 2, width / 2, length / 2) @ _rotation(tilt)
+    bar = rectangle(-width / 2, -length / 2, width / 2, length / 2) @ rotation(tilt)
     return Thing(0, [bar + centre], centre, width, tilt)
 
 
@@ -368,7 +195,7 @@ def pattern_of(class_id: int) -> int:
 def _texture(rng: np.random.Generator, which: int, box: Box, thing: Thing) -> Field:
     """Return a pattern of random scale and angle over a box, 0..1, [h, w]."""
     period = rng.uniform(*PERIOD) * thing.size
-    turn = _rotation(thing.tilt + rng.normal(0, PATTERN_TILT)) / period
+    turn = rotation(thing.tilt + rng.normal(0, PATTERN_TILT)) / period
     turn = turn.astype(np.float32)
     left, top = (float(c) - 0.5 for c in thing.centre)
     x = np.arange(box.left, box.right, dtype=np.float32) - left
@@ -394,7 +221,7 @@ def _two_colours(
 
 def _paint(canvas: Planes, rng: np.random.Generator, thing: Thing) -> None:
     """Paint a thing over the canvas: a pattern of two colours, and a dark rim."""
-    box = _bounding_box(thing.contours, canvas.shape[1])
+    box = bounding_box(thing.contours, canvas.shape[1])
     if box.top >= box.bottom or box.left >= box.right:
         return
     alpha = coverage(thing.contours, box)
@@ -483,7 +310,7 @@ class Shapes:
         """Return label `index`: a pixel belongs to what covers at least half of it."""
         label = np.zeros((self.side, self.side), np.uint8)
         for thing in _scene(self._generator(index, "geometry"), self.side):
-            box = _bounding_box(thing.contours, self.side)
+            box = bounding_box(thing.contours, self.side)
             area = label[box.top : box.bottom, box.left : box.right]
             area[coverage(thing.contours, box) >= 0.5] = thing.class_id
         return label

@@ -221,7 +221,8 @@ _RESNET_STAGES = ("layer3", "layer2")
 _LITE0_STAGES = ("block4", "block10", "block14")
 # Its weights come from TensorFlow, which maps pixels to (x - 127) / 128. With
 # ImageNet's mean and deviation the same measurement (at 257 pixels) loses 3.3 points.
-_LITE0_NORM = ((127 / 255,) * 3, (128 / 255,) * 3)
+_LITE0_MEAN = (127 / 255, 127 / 255, 127 / 255)
+_LITE0_STD = (128 / 255, 128 / 255, 128 / 255)
 
 BACKBONES = {
     "resnet50": Backbone(ResNet((3, 4, 6)), _RESNET_STAGES, 1536),
@@ -229,7 +230,7 @@ BACKBONES = {
     "resnet50_deepstem": Backbone(ResNet((3, 4, 6), True), _RESNET_STAGES, 1536),
     "resnet101_deepstem": Backbone(ResNet((3, 4, 23), True), _RESNET_STAGES, 1536),
     "efficientnet_lite0": Backbone(
-        EfficientNetLite0(), _LITE0_STAGES, 344, *_LITE0_NORM
+        EfficientNetLite0(), _LITE0_STAGES, 344, _LITE0_MEAN, _LITE0_STD
     ),
 }
 

@@ -188,13 +188,13 @@ def _depthwise_shifted(x, kernel, *, stride, dilation):
     h, w = x.shape[1:3]
     pad = k // 2 * dilation
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    total = jnp.zeros(())
-    for u in range(k):
-        for v in range(k):
-            top, left = u * dilation, v * dilation
-            window = x[:, top : top + h : stride, left : left + w : stride]
-            total = total + window * kernel[u, v]
-    return total
+
+    def product(u, v):
+        top, left = u * dilation, v * dilation
+        return x[:, top : top + h : stride, left : left + w : stride] * kernel[u, v]
+
+    products = [product(u, v) for u in range(k) for v in range(k)]
+    return functools.reduce(jnp.add, products)
 
 
 def _depthwise_plain(x, kernel, *, stride, dilation):
@@ -224,10 +224,14 @@ def interpolation_matrix(source: int, target: int) -> np.ndarray:
 def resize_align_corners(
     x: Float[Array, "b h w c"], size: tuple[int, int]
 ) -> Float[Array, "b h2 w2 c"]:
-    """Resize bilinearly with align_corners, as two small matrix products."""
+    """Resize bilinearly with align_corners, as two small matrix products.
+
+    At full precision: TF32 would round the pixels that interpolation only copies.
+    """
     rows = interpolation_matrix(x.shape[1], size[0])
     cols = interpolation_matrix(x.shape[2], size[1])
-    return jnp.einsum("yh,bhwc,xw->byxc", rows, x, cols, optimize=[(0, 1), (0, 1)])
+    along_rows = jnp.einsum("yh,bhwc->bywc", rows, x, precision="highest")
+    return jnp.einsum("xw,bywc->byxc", cols, along_rows, precision="highest")
 
 
 def attention(

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+STRIDE = 8
+"""Pixels between feature cells of every backbone here."""
+
 MAP_EPSILON = 5e-4
 """Added to the area under a mask, so that an empty region gives the zero prototype."""
 
@@ -52,11 +55,11 @@ def foreground_on_grid(
 ) -> Bool[Array, "*b h w"]:
     """Bring a {0, 1, 255} mask to the feature grid: true where foreground.
 
-    Feature cell (i, j) is centred on pixel (8 i, 8 j) for sides 8 n + 1, so resizing
-    with align_corners picks exactly these pixels. 255 counts as background.
+    Feature cell (i, j) is centred on pixel (8 i, 8 j), so resizing with align_corners
+    picks exactly these pixels. 255 counts as background. Raises ValueError unless the
+    sides are 8 n + 1 and the grid n + 1.
     """
     height, width = mask.shape[-2:]
-    rows, cols = ((height - 1) // (grid[0] - 1), (width - 1) // (grid[1] - 1))
-    if (height - 1, width - 1) != (rows * (grid[0] - 1), cols * (grid[1] - 1)):
+    if (height - 1, width - 1) != (STRIDE * (grid[0] - 1), STRIDE * (grid[1] - 1)):
         raise ValueError(f"sides {height} x {width} do not fit the grid {grid}")
-    return mask[..., ::rows, ::cols] == 1
+    return mask[..., ::STRIDE, ::STRIDE] == 1

@@ -1,0 +1,71 @@
+"""Every config file builds its model, optimiser and step."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qpenet_jax.experiment import Experiment
+from qpenet_jax.typing import Episode
+
+CONFIGS = sorted(
+    path.stem for path in (Path(__file__).resolve().parents[1] / "configs").glob("*.py")
+)
+PASCAL_STEPS = [210400, 186200, 137600, 225400]  # 200 epochs of the filtered images
+
+
+def experiment(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.lock()
+    return Experiment(config)
+
+
+def test_there_is_a_config_for_every_fold():
+    folds = {f"{data}_fold{i}" for data in ("pascal", "coco") for i in range(4)}
+    assert folds | {"quickstart", "voc_subset_fold2"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_builds_its_model_and_step(name):
+    ours = experiment(name)
+    tx = ours.optimizer.build(10)
+    state = jax.eval_shape(lambda: ours.init(tx))
+    b, k, side = ours.config.batch_size, ours.config.shots, ours.config.side
+    pixels = jax.ShapeDtypeStruct((b, k, side, side, 3), jnp.uint8)
+    masks = jax.ShapeDtypeStruct((b, k, side, side), jnp.uint8)
+    batch = Episode(
+        jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
+        jax.ShapeDtypeStruct((b, side, side), jnp.uint8),
+        pixels,
+        masks,
+    )
+    images = jnp.zeros((1, 33, 33, 3))
+    weights = jax.eval_shape(ours.backbone.module.init, jax.random.key(0), images)
+    step = ours.train_step(tx)
+    after, metrics = jax.eval_shape(
+        step, state, weights["params"], batch, jax.random.key(0)
+    )
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_the_papers_settings(fold):
+    for data in ("pascal", "coco"):
+        ours = experiment(f"{data}_fold{fold}")
+        assert ours.config.dataset.fold == fold
+        assert ours.config.backbone.name == "resnet50"
+        assert (ours.config.side, ours.config.batch_size) == (473, 4)
+        assert ours.optimizer.name == "sgd"
+        schedule = ours.optimizer.schedule(1000)
+        np.testing.assert_allclose(schedule(0), 0.025)
+        np.testing.assert_allclose(schedule(500), 0.025 * 0.5**0.9, rtol=1e-6)
+    assert ours.fold.novel[:2] == (fold + 1, fold + 5)
+    pascal = experiment(f"pascal_fold{fold}")
+    filtered = [4208, 3726, 2752, 4510][fold]
+    assert pascal.steps(filtered) == PASCAL_STEPS[fold]
+    assert pascal.protocol().episodes == 1000
+    assert ours.protocol().episodes == 4000

@@ -1,0 +1,108 @@
+"""Downloads from a local server that breaks off, ignores ranges and serves errors."""
+
+import hashlib
+import http.server
+import threading
+
+import numpy as np
+import pytest
+
+from qpenet_jax.download import download
+from qpenet_jax.errors import InputError
+
+CONTENT = np.random.default_rng(0).bytes(200_000)
+PREFIX = hashlib.sha256(CONTENT).hexdigest()[:8]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves CONTENT, but at /none.pth, and as badly as its attributes say."""
+
+    content = CONTENT
+    cut: int | None = None
+    ignores_range = False
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.ranges: list[str | None] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/file.pth"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        self.server.ranges.append(self.headers.get("Range"))
+        if self.path == "/none.pth":
+            return self.send_error(404)
+        start = 0
+        if self.headers.get("Range") and not self.server.ignores_range:
+            start = int(self.headers["Range"][len("bytes=") : -1])
+        content = self.server.content[start:]
+        if not content:
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: self.server.cut])
+
+    def log_message(self, *_):
+        """Keep the output of the tests clean."""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_download_resumes_within_one_call_and_across_calls(server, tmp_path):
+    target, part = tmp_path / "deep" / "file.pth", tmp_path / "deep" / "file.pth.part"
+    server.cut = 30_000
+    with pytest.raises(InputError, match="broke off 5 times, at 150000 bytes now: run"):
+        download(server.url, target, PREFIX, progress=False)
+    assert part.read_bytes() == CONTENT[:150_000]
+    assert not target.exists()
+    assert download(server.url, target, PREFIX, progress=False) == target
+    assert target.read_bytes() == CONTENT
+    assert not part.exists()
+    starts = [f"bytes={n}-" for n in range(30_000, 200_000, 30_000)]
+    assert server.ranges == [None, *starts]
+    download(server.url, target, PREFIX, progress=False)
+    assert len(server.ranges) == 7  # a file that is right is not asked for again
+
+
+def test_download_from_a_server_that_ignores_range(server, tmp_path, capsys):
+    target = tmp_path / "file.pth"
+    (tmp_path / "file.pth.part").write_bytes(CONTENT[:1000])
+    server.ignores_range = True
+    assert download(server.url, target, PREFIX).read_bytes() == CONTENT
+    assert server.ranges == ["bytes=1000-"]
+    assert "file.pth: 100%" in capsys.readouterr().err
+
+
+def test_download_of_a_part_that_was_complete(server, tmp_path):
+    (tmp_path / "file.pth.part").write_bytes(CONTENT)
+    download(server.url, tmp_path / "file.pth", PREFIX, progress=False)
+    assert (tmp_path / "file.pth").read_bytes() == CONTENT
+    assert server.ranges == ["bytes=200000-"]
+
+
+def test_download_with_a_wrong_hash_is_deleted(server, tmp_path):
+    server.content = b"x" + CONTENT[1:]
+    with pytest.raises(InputError, match=rf"SHA-256 is [0-9a-f]{{64}}, not {PREFIX}"):
+        download(server.url, tmp_path / "file.pth", PREFIX, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_download_without_file_or_connection(server, tmp_path):
+    url = server.url.replace("file.pth", "none.pth")
+    with pytest.raises(InputError, match=r"none\.pth: HTTP 404 Not Found"):
+        download(url, tmp_path / "none.pth", PREFIX, progress=False)
+    with pytest.raises(InputError, match=r"cannot reach http://127\.0\.0\.1:1/a "):
+        download("http://127.0.0.1:1/a", tmp_path / "a", PREFIX, progress=False)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,225 @@
+"""Reading PyTorch files without PyTorch, and what such a file must not do."""
+
+import ast
+import contextlib
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from make_backbone_goldens import GOLDENS
+
+import qpenet_jax
+from qpenet_jax.errors import InputError
+from qpenet_jax.torch_files import read_tensors
+
+BASE = np.arange(24, dtype=np.float32).reshape(4, 6)
+TINY = {
+    "contiguous": BASE,
+    "transposed": BASE.T,
+    "strided": BASE[1::2, ::3],
+    "scalar": np.array(2.5),
+    "bfloat16": np.array([1.0, -0.5, 3.140625], jnp.bfloat16),
+    "parameter": np.array([1, 2], np.float16),
+    "empty": np.zeros((0, 3), np.float32),
+    "integers": np.array([[1, -(2**40)]]),
+}
+
+
+@pytest.mark.parametrize("file", ["tiny_zip.pth", "tiny_legacy.pth"])
+def test_tensors_saved_by_torch(file):
+    tensors = read_tensors(GOLDENS / file)
+    assert list(tensors) == list(TINY)
+    for name, expected in TINY.items():
+        assert tensors[name].dtype == expected.dtype
+        np.testing.assert_array_equal(tensors[name], expected)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_state_dict_saved_by_the_torch_at_hand(tmp_path, as_zip):
+    torch = pytest.importorskip("torch")
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    path = tmp_path / "x.pth"
+    torch.save(net.state_dict(), path, _use_new_zipfile_serialization=as_zip)
+    tensors = read_tensors(path)
+    assert list(tensors) == list(net.state_dict())
+    for name, value in net.state_dict().items():
+        np.testing.assert_array_equal(tensors[name], value.numpy())
+
+
+def test_safetensors_with_bfloat16(tmp_path):
+    half = TINY["bfloat16"]
+    tensor = {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]}
+    header = json.dumps({"module.a": tensor}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + half.tobytes())
+    (name, array), *rest = read_tensors(path).items()
+    assert (name, array.dtype, rest) == ("a", half.dtype, [])
+    np.testing.assert_array_equal(array, half)
+
+
+def legacy_file(path, program, storages=b""):
+    """Write a file of torch before 1.6 around the pickle `program`."""
+    parts = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+    keys = pickle.dumps(["0"] if storages else [], 2)
+    head = b"".join(pickle.dumps(part, 2) for part in parts)
+    path.write_bytes(head + program + keys + storages)
+    return path
+
+
+def zip_file(path, program, storage=b"", compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/data/0", storage)
+    return path
+
+
+class Calls:
+    """Pickles as a call of `function`, which a careless reader would make."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("writer", [zip_file, legacy_file])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(os.system, "posix.system"), (eval, "builtin.*eval"), (np.zeros, "numpy.zeros")],
+)
+def test_a_pickle_that_asks_for_more_is_refused_by_name(
+    tmp_path, writer, function, name
+):
+    witness = tmp_path / "witness"
+    argument = f"touch {witness}" if function is os.system else f"open({witness!r},'w')"
+    program = pickle.dumps({"a": Calls(function, argument)}, 2)
+    path = writer(tmp_path / "evil.pth", program)
+    with pytest.raises(InputError, match=rf"evil\.pth: refused.*{name}"):
+        read_tensors(path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "operation"),
+    [
+        (pickle.dumps({"a": bytearray(9)}, 5), "FRAME"),
+        (b"\x80\x02\x96\1\0\0\0\0\0\0\0x.", "BYTEARRAY8"),
+        (b"\x80\x02cos\nsystem\n)\x81.", "NEWOBJ"),
+        (b"\x80\x02ios\nsystem\n.", "INST"),
+    ],
+)
+def test_other_pickle_operations_are_refused(tmp_path, program, operation):
+    path = zip_file(tmp_path / "odd.pth", program)
+    with pytest.raises(InputError, match=f"refused.* the pickle operation {operation}"):
+        read_tensors(path)
+
+
+def tensor_program(numel=4, offset=0, size=(4,), stride=(1,), view=None):
+    """Assemble the pickle of {"a": one float32 tensor over storage 0}."""
+
+    def value(x):
+        return pickle.dumps(x, 2)[2:-1]
+
+    storage = b"(" + value("storage") + b"ctorch\nFloatStorage\n"
+    storage += value("0") + value("cpu") + value(numel) + value(view) + b"tQ"
+    call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
+    call += value(offset) + value(size) + value(stride) + value(False) + b"}tR"
+    return b"\x80\x02}" + value("a") + call + b"s."
+
+
+FOUR = np.arange(4, dtype=np.float32)
+
+
+def test_assembled_tensor_is_read(tmp_path):
+    program = tensor_program(offset=1, size=(2,), stride=(2,))
+    array = read_tensors(zip_file(tmp_path / "a.pth", program, FOUR.tobytes()))["a"]
+    np.testing.assert_array_equal(array, [1, 3])
+    content = (4).to_bytes(8, "little") + FOUR.tobytes()
+    array = read_tensors(legacy_file(tmp_path / "b.pth", program, content))["a"]
+    np.testing.assert_array_equal(array, [1, 3])
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        tensor_program(size=(5,)),
+        tensor_program(offset=1),
+        tensor_program(stride=(2,)),
+        tensor_program(stride=(-1,), offset=3),
+        tensor_program(offset=-1),
+        tensor_program(size=(2, 2), stride=(1,)),
+        tensor_program(size=(2**40,), stride=(0,)),
+        tensor_program(numel=2**40),
+        tensor_program(numel=-1),
+        tensor_program(size=("x",)),
+        tensor_program(view=("1", 0, 4)),
+        b"\x80\x02Nr\xff\xff\xff\x7f.",  # a memo of 2 ** 31 entries
+        b"\x80\x02].",
+        b"\x80\x02K\x01.",
+        pickle.dumps({"a": 3}, 2),
+        pickle.dumps({3: 3}, 2),
+        b"",
+    ],
+)
+def test_impossible_tensors_are_refused(tmp_path, program):
+    path = zip_file(tmp_path / "bad.pth", program, FOUR.tobytes())
+    with pytest.raises(InputError, match=r"bad\.pth: truncated, or no"):
+        read_tensors(path)
+
+
+def test_a_small_file_cannot_grow(tmp_path):
+    deflated = zip_file(
+        tmp_path / "bomb.pth", tensor_program(), b"\0" * 10**6, zipfile.ZIP_DEFLATED
+    )
+    with pytest.raises(InputError, match="compressed"):
+        read_tensors(deflated)
+    items = pickle.dumps([(i, i) for i in range(200)], 2)[2:-1]
+    copies = b"ccollections\nOrderedDict\n(" + b"h\x00tR0ccollections\nOrderedDict\n("
+    program = b"\x80\x02" + items + copies * 200 + b"h\x00tR."
+    with pytest.raises(InputError, match="items repeat"):
+        read_tensors(zip_file(tmp_path / "copies.pth", program))
+
+
+@pytest.mark.parametrize("file", ["tiny_zip.pth", "tiny_legacy.pth"])
+def test_broken_files_raise_nothing_but_input_errors(tmp_path, file):
+    content = (GOLDENS / file).read_bytes()
+    path = tmp_path / "broken.pth"
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match=r"broken\.pth"):
+            read_tensors(path)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        noisy = bytearray(content)
+        for place in rng.integers(0, len(content), 3):
+            noisy[place] = rng.integers(256)
+        path.write_bytes(bytes(noisy))
+        with contextlib.suppress(InputError):
+            read_tensors(path)
+
+
+def test_missing_and_foreign_files(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.pth: cannot be read \(No such"):
+        read_tensors(tmp_path / "nowhere.pth")
+    for name in ("text.pth", "text.safetensors"):
+        (tmp_path / name).write_text("these are no weights\n" * 9)
+        with pytest.raises(InputError, match=rf"{name}: truncated, or no"):
+            read_tensors(tmp_path / name)
+
+
+def test_no_module_imports_torch_or_tensorflow():
+    files = list(Path(qpenet_jax.__path__[0]).rglob("*.py"))
+    assert len(files) > 3
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module or "")
+            for name in names:
+                assert name.split(".")[0] not in ("torch", "torchvision", "tensorflow")

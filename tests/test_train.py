@@ -1,0 +1,273 @@
+"""The real loop on the real config, shrunk: train, kill, resume, evaluate, predict."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from qpenet_jax import load
+from qpenet_jax.checkpoints import restore_params
+from qpenet_jax.datasets.shapes import Shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+SHRUNK = {
+    "side": 65,
+    "steps": 4,
+    "batch_size": 2,
+    "workers": 1,
+    "log_every": 1,
+    "save_every": 1,
+    "model.channels": 16,
+    "dataset.side": 65,
+    "dataset.train_images": 60,
+    "dataset.val_images": 40,
+    "dataset.min_pixels": 64,
+    "eval.every": 4,
+    "eval.episodes": 6,
+}
+
+
+def command(workdir, config="quickstart", **changes):
+    fields = SHRUNK | {name.replace("__", "."): v for name, v in changes.items()}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    file = f"configs/{config}.py"
+    script = [sys.executable, "train.py", "--config", file, "--workdir", str(workdir)]
+    return script + overrides
+
+
+def train(workdir, **changes):
+    return subprocess.run(
+        command(workdir, **changes), cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def qpenet(*arguments):
+    script = [sys.executable, "-m", "qpenet_jax.cli", *map(str, arguments)]
+    return subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+
+
+def assert_refused(result, *words):
+    assert result.returncode == 2, result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run and what it printed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    result = train(workdir)
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+def test_a_run_leaves_results_figure_events_and_checkpoints(finished):
+    workdir, result = finished
+    results = json.loads((workdir / "results.json").read_text())
+    for key in ("miou", "fb_iou", "per_class", "episodes", "seeds", "protocol"):
+        assert key in results
+    assert results["seconds"] > 0
+    assert results["step"] == 4
+    assert set(results["references"]) == {"untrained", "cosine"}
+    assert list(results["per_class"]) == ["disc", "frame", "star", "arrow", "crescent"]
+    assert "mIoU" in result.stdout
+    assert "FB-IoU" in result.stdout
+    assert "cosine" in result.stdout
+    assert "step/s" in result.stderr or "s/step" in result.stderr
+
+    assert Image.open(workdir / "episodes.png").width > 500
+    events = EventAccumulator(str(workdir))
+    events.Reload()
+    assert {"train/loss", "eval/miou"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert events.Tags()["images"] == ["episodes"]
+    saved = sorted(p.name for p in (workdir / "checkpoints").iterdir())
+    assert "4" in saved
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    workdir, _ = finished
+    before = (workdir / "results.json").read_bytes()
+    result = train(workdir)
+    assert result.returncode == 0, result.stderr
+    assert "mIoU" in result.stdout
+    assert (workdir / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_resumes_to_the_same_parameters(finished, tmp_path, number):
+    whole, _ = finished
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(workdir), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 200
+    while not any((workdir / "checkpoints").glob("[12]")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=100)
+    if number == signal.SIGTERM:
+        assert process.returncode in (0, 130), errors
+    else:
+        assert process.returncode == -signal.SIGKILL
+
+    result = train(workdir, workers=0)  # no result depends on the number of workers
+    assert result.returncode == 0, result.stderr
+    ours, theirs = restore_params(workdir), restore_params(whole)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    names = ("episodes_qpenet.csv", "episodes_cosine.csv")
+    for name in names:
+        assert (workdir / name).read_text() == (whole / name).read_text()
+
+
+def test_a_nan_stops_training_and_keeps_the_last_checkpoint(tmp_path):
+    workdir = tmp_path / "run"
+    result = train(
+        workdir, optimizer__name="sgd", optimizer__lr=1e30, eval__references=False
+    )
+    assert_refused(result, "step", "last good checkpoint", "lower config.optimizer.lr")
+    assert not (workdir / "results.json").exists()
+
+
+def test_the_config_of_another_run_is_refused(finished):
+    assert_refused(train(finished[0], seed=7), str(finished[0]), "seed")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"nope": 1}, ["nope", "configs/common.py"]),
+        ({"side": 64}, ["config.side=64", "8 n + 1"]),
+        ({"optimizer__name": "adam"}, ["adam", "sgd"]),
+        ({"dataset__kind": "voc", "dataset__root": "nowhere"}, ["nowhere"]),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(tmp_path, change, words):
+    workdir = tmp_path / "run"
+    assert_refused(train(workdir, **change), *words)
+    assert not workdir.exists()
+
+
+def test_a_missing_config_is_refused(tmp_path):
+    assert_refused(train(tmp_path / "run", config="nope"), "configs/nope.py")
+
+
+def test_evaluate_scores_shots_and_seeds(finished, tmp_path):
+    workdir, _ = finished
+    arguments = ("evaluate", "--workdir", workdir, "--out", tmp_path, "--episodes", 3)
+    result = qpenet(*arguments, "--shots", "1,2", "--seeds", "0,1", "--references")
+    assert result.returncode == 0, result.stderr
+    for shots in (1, 2):
+        results = json.loads((tmp_path / f"{shots}shot" / "results.json").read_text())
+        assert results["protocol"]["shots"] == shots
+        assert results["seeds"] == [0, 1]
+        assert set(results["per_seed"]) == {"0", "1"}
+        rows = (tmp_path / f"{shots}shot" / "episodes_qpenet.csv").read_text()
+        assert len(rows.splitlines()) == 1 + 2 * 3
+    assert "2-shot" in result.stdout
+
+
+def test_predict_writes_masks_of_the_querys_size(finished, tmp_path):
+    workdir, _ = finished
+    shapes = Shapes("val", 3, 120)
+    for i in range(3):
+        Image.fromarray(shapes.image(i)).resize((90 + i, 70)).save(
+            tmp_path / f"{i}.png"
+        )
+    label = Image.fromarray((shapes.label(0) > 0).astype(np.uint8) * 255)
+    label.resize((90, 70), Image.Resampling.NEAREST).save(tmp_path / "mask.png")
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    (tmp_path / "1.png").rename(queries / "1.png")
+    (tmp_path / "2.png").rename(queries / "2.png")
+    support = f"{tmp_path / '0.png'}:{tmp_path / 'mask.png'}"
+    arguments = ("predict", "--workdir", workdir, "--support", support)
+    out = tmp_path / "out"
+    result = qpenet(*arguments, "--query", queries, "--out", out)
+    assert result.returncode == 0, result.stderr
+    for i in (1, 2):
+        mask = np.asarray(Image.open(out / f"{i}.png"))
+        assert mask.shape == (70, 90 + i)
+        assert set(np.unique(mask)) <= {0, 255}
+        assert Image.open(out / f"{i}_overlay.jpg").size == (90 + i, 70)
+
+    segment = load(workdir)
+    pixels, mask = (np.asarray(Image.open(tmp_path / n)) for n in ("0.png", "mask.png"))
+    found = segment(np.asarray(Image.open(queries / "1.png")), pixels, mask // 255)
+    np.testing.assert_array_equal(255 * found, Image.open(out / "1.png"))
+
+
+PEAK = """
+import resource, sys
+from qpenet_jax.cli import main
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+common, small, large = sys.argv[1:-2], *sys.argv[-2:]
+main([*common, "--query", small])
+before = peak()
+main([*common, "--query", large])
+print(peak() - before)
+"""
+
+
+def test_a_pixel_and_a_photograph_are_segmented_in_bounded_memory(finished, tmp_path):
+    workdir, _ = finished
+    shapes = Shapes("val", 1, 120)
+    image, mask, dot, large = (
+        tmp_path / n for n in ("i.png", "m.png", "d.png", "l.jpg")
+    )
+    Image.fromarray(shapes.image(0)).save(image)
+    Image.fromarray((shapes.label(0) > 0).astype(np.uint8)).save(mask)
+    Image.fromarray(shapes.image(0)[:1, :1]).save(dot)
+    Image.fromarray(shapes.image(0)).resize((8000, 6000)).save(large)
+    arguments = ["predict", "--workdir", workdir, "--support", f"{image}:{mask}"]
+    arguments += ["--out", tmp_path / "out", dot, large]
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) < 2 * 2**30
+    assert Image.open(tmp_path / "out" / "d.png").size == (1, 1)
+    assert Image.open(tmp_path / "out" / "l.png").size == (8000, 6000)
+
+
+def test_training_on_real_pixels(tmp_path):
+    data = ROOT.parent / "shared" / "data" / "voc"
+    if not data.is_dir():
+        pytest.skip(f"the real VOC subset is not at {data}")
+    few = data / "lists" / "subset_val.txt"
+    lists = {f"dataset__{s}_ids": few for s in ("train", "val")}
+    result = train(
+        tmp_path / "run",
+        config="voc_subset_fold2",
+        **lists,
+        dataset__root=data / "VOCdevkit" / "VOC2012",
+        dataset__min_pixels=2048,
+        eval__references=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "mean of dog, horse, person" in result.stdout
+
+
+def test_the_environment_needs_no_torch():
+    code = "import sys, qpenet_jax, qpenet_jax.cli; print('torch' in sys.modules)"
+    run = [sys.executable, "-c", code]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    out = subprocess.run(run, capture_output=True, text=True, env=environment)
+    assert out.stdout.strip() == "False", out.stderr
