@@ -54,14 +54,13 @@ def train(config: Any, workdir: Path) -> None:
     claim(workdir, config)
     print(f"{config.dataset.name}: {len(sampler)} training images, {steps} steps")
     print(f"protocol: {evaluator.protocol}")
-    writer = SummaryWriter(str(workdir))
     with checkpoints.open_checkpoints(workdir) as manager, stop_signal() as stop:
         # Restore: the latest checkpoint of this workdir, else step 0.
         state = checkpoints.restore(manager, experiment.init(tx))
         state = jax.device_put(state, replicated)
         start = int(state.step)
         if start == 0 and config.eval.references:
-            evaluator.references()
+            print(f"before training\n{evaluator.references()}")
 
         # Loop.
         batches = training_batches(
@@ -73,37 +72,37 @@ def train(config: Any, workdir: Path) -> None:
             seed=config.seed,
             start_step=start,
             workers=config.workers,
-            shard=(jax.process_index(), jax.process_count()),
         )
-        bar = tqdm(total=steps, initial=start, desc="training", unit="step")
-        for step in range(start + 1, steps + 1):
-            batch = global_batch(next(batches), split)
-            state, measured = train_step(state, weights, batch, key)
-            bar.update()
-            evaluating = step % config.eval.every == 0 or step == steps
-            saving = evaluating or step % config.save_every == 0 or stop.is_set()
-            if saving or step % config.log_every == 0:
-                values = {name: float(value) for name, value in measured.items()}
-                stop_on_nan(values, step, manager.latest_step())
-                bar.set_postfix(
-                    loss=f"{values['loss']:.2f}", iou=f"{values['iou']:.2f}"
-                )
-                for name, value in values.items():
-                    writer.add_scalar(f"train/{name}", value, step)
-            miou = None
-            if evaluating:
-                results, figure = evaluator(state.params, step=step)
-                miou = results["miou"]
-                writer.add_scalar("eval/miou", miou, step)
-                writer.add_scalar("eval/fb_iou", results["fb_iou"], step)
-                writer.add_image("episodes", figure, step, dataformats="HWC")
-            if saving:
-                checkpoints.save(manager, state, miou)
-            if stop.is_set() and step < steps:
-                raise Interrupted(f"step {step} is saved: the same command goes on")
-        bar.close()
-        batches.close()
-    writer.close()
+        with (
+            contextlib.closing(batches),
+            SummaryWriter(str(workdir), purge_step=start + 1) as writer,
+            tqdm(total=steps, initial=start, desc="training", unit="step") as bar,
+        ):
+            for step in range(start + 1, steps + 1):
+                batch = global_batch(next(batches), split)
+                state, measured = train_step(state, weights, batch, key)
+                bar.update()
+                stopping = stop.is_set()
+                evaluating = step % config.eval.every == 0 or step == steps
+                saving = evaluating or step % config.save_every == 0 or stopping
+                if saving or step % config.log_every == 0:
+                    values = {name: float(value) for name, value in measured.items()}
+                    stop_on_nan(values, step, manager.latest_step())
+                    shown = {name: f"{values[name]:.2f}" for name in ("loss", "iou")}
+                    bar.set_postfix(shown)
+                    for name, value in values.items():
+                        writer.add_scalar(f"train/{name}", value, step)
+                miou = None
+                if evaluating:
+                    results, figure = evaluator(state.params, step=step)
+                    miou = results["miou"]
+                    writer.add_scalar("eval/miou", miou, step)
+                    writer.add_scalar("eval/fb_iou", results["fb_iou"], step)
+                    writer.add_image("episodes", figure, step, dataformats="HWC")
+                if saving:
+                    checkpoints.save(manager, state, miou)
+                if stopping and step < steps:
+                    raise Interrupted(f"step {step} is saved: the same command goes on")
     print(evaluator.report())
     print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
 
@@ -121,6 +120,7 @@ def stop_signal() -> Iterator[threading.Event]:
     stop = threading.Event()
 
     def on_signal(number, frame):
+        print("\nstopping after this step; again to stop at once", file=sys.stderr)
         stop.set()
         signal.signal(number, signal.default_int_handler)
 

@@ -10,8 +10,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 from qpenet_jax.errors import InputError
 from qpenet_jax.training import TrainState
 
+FOLDER = "checkpoints"
 
-def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
+
+def open_checkpoints(workdir: Path, read_only: bool = False) -> ocp.CheckpointManager:
     """Return the manager of a run, to be used in a `with` (closing finishes saves).
 
     Saves with a `miou` metric compete for best; the latest is kept whatever it scored.
@@ -20,16 +22,15 @@ def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
     def miou(metrics):
         return metrics["miou"]
 
-    keep = policies.AnyPreservationPolicy(
-        [
-            policies.LatestN(1),
-            policies.BestN(
-                get_metric_fn=miou, n=1, keep_checkpoints_without_metrics=False
-            ),
-        ]
+    best = policies.BestN(
+        get_metric_fn=miou, n=1, keep_checkpoints_without_metrics=False
     )
-    options = ocp.CheckpointManagerOptions(best_fn=miou, preservation_policy=keep)
-    return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+    options = ocp.CheckpointManagerOptions(
+        best_fn=miou,
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+        read_only=read_only,
+    )
+    return ocp.CheckpointManager((workdir / FOLDER).resolve(), options=options)
 
 
 def save(
@@ -55,30 +56,37 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     if step is None:
         return state
     rest = {"step": state.step, "opt_state": state.opt_state}
-    args = ocp.args.Composite(
-        params=ocp.args.StandardRestore(_abstract(state.params)),
-        optimizer=ocp.args.StandardRestore(_abstract(rest)),
-    )
-    saved = manager.restore(step, args=args)
+    saved = _restore(manager, step, params=state.params, optimizer=rest)
     return TrainState(params=saved["params"], **saved["optimizer"])
 
 
-def restore_params(workdir: Path) -> PyTree[Array]:
+def restore_params(workdir: Path, like: PyTree[Array]) -> PyTree[Array]:
     """Return the parameters of the best checkpoint, or of the latest if none is scored.
 
-    Raises InputError if the run has none.
+    Best is by mIoU of the run's evaluations, which are on novel classes: the field's
+    custom. `like` gives shapes and devices. Raises InputError if there is none.
     """
-    if not (workdir / "checkpoints").is_dir():
-        raise InputError(f"{workdir} has no checkpoint: let train.py save one first")
-    with open_checkpoints(workdir) as manager:
+    missing = InputError(f"{workdir} has no checkpoint: let train.py save one first")
+    if not (workdir / FOLDER).is_dir():
+        raise missing
+    with open_checkpoints(workdir, read_only=True) as manager:
         step = manager.best_step()
         step = manager.latest_step() if step is None else step
         if step is None:
-            raise InputError(
-                f"{workdir} has no checkpoint: let train.py save one first"
-            )
-        args = ocp.args.Composite(params=ocp.args.StandardRestore())
-        return manager.restore(step, args=args)["params"]
+            raise missing
+        return _restore(manager, step, params=like)["params"]
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **like: PyTree):
+    items = {name: ocp.args.StandardRestore(_abstract(t)) for name, t in like.items()}
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # whatever Orbax and TensorStore find wrong with it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"checkpoint {manager.directory}/{step} can't be read ({reason}); "
+            "delete that folder to go on from an older one"
+        ) from error
 
 
 def _abstract(tree):

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from qpenet_jax.allocator import keep_freed_memory
-from qpenet_jax.datasets.images import read_image, read_mask
+from qpenet_jax.datasets.images import image_size, read_image, read_mask
 from qpenet_jax.errors import InputError, exit_on_input_error
 from qpenet_jax.evaluator import Evaluator
 from qpenet_jax.experiment import open_run
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("qpenet", description="Few-shot segmentation.")
+    parser = _Parser("qpenet", description="Few-shot segmentation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str):
@@ -49,13 +50,13 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("describe", _describe, "Print the layers of QPENet.")
     sub.add_argument("--backbone", default="resnet50", choices=BACKBONES)
-    sub.add_argument("--shots", type=_positive, default=1)
+    sub.add_argument("--shots", type=int, default=1)
     sub.add_argument("--side", type=int, default=473, help="pixels, 8 n + 1")
 
     sub = command("evaluate", _evaluate, "Score a run on its novel classes.")
     sub.add_argument("--workdir", required=True, help="of train.py")
     sub.add_argument("--shots", type=_numbers, default=(1,), help="such as 1,5")
-    sub.add_argument("--episodes", type=_positive, help="a seed; default: the config's")
+    sub.add_argument("--episodes", type=int, help="a seed; default: the config's")
     sub.add_argument("--seeds", type=_numbers, help="such as 0,1,2,3,4")
     sub.add_argument("--scoring", choices=("original", "input", "exact"))
     sub.add_argument(
@@ -72,22 +73,29 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         action="append",
         metavar="IMAGE:MASK",
-        help="an image and its mask (nonzero = object); repeat for more shots",
+        help="an image and its mask, 8-bit grey or palette: one value is the object, "
+        "255 beside it is left out; repeat for more shots",
     )
     sub.add_argument("--query", required=True, nargs="+", help="images or a folder")
     sub.add_argument("--out", required=True, help="folder of masks and overlays")
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give whole numbers such as 1,5"
+        ) from None
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -136,14 +144,24 @@ def _predict(args: argparse.Namespace) -> None:
     segment = load(args.workdir)
     supports, masks = zip(*map(_read_support, args.support), strict=True)
     queries = _query_files(args.query)
+    for path in queries:
+        image_size(path)  # a file that is no image is told before anything is written
     out = Path(args.out)
-    for path in tqdm(queries, desc="segmenting", unit="image"):
-        query = read_image(path)
-        mask = segment(query, supports, masks)
-        out.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(255 * mask).save(out / f"{path.stem}.png")
-        Image.fromarray(overlay(query, mask)).save(out / f"{path.stem}_overlay.jpg")
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(queries, desc="segmenting", unit="image") as bar:
+        for path in bar:
+            query = read_image(path)
+            mask = segment(query, supports, masks)
+            _save(255 * mask, out / f"{path.stem}.png")
+            _save(overlay(query, mask), out / f"{path.stem}_overlay.jpg")
     print(f"{len(queries)} mask(s) and overlay(s) in {out}")
+
+
+def _save(pixels: np.ndarray, path: Path) -> None:
+    """Write an image whole or not at all."""
+    part = path.with_name(f".part_{path.name}")
+    Image.fromarray(pixels).save(part)
+    part.replace(path)
 
 
 def _read_support(text: str) -> tuple[np.ndarray, np.ndarray]:

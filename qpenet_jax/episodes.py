@@ -6,6 +6,7 @@ what episode i is, and resuming at step t is to start counting there.
 """
 
 import functools
+import signal
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -269,7 +270,7 @@ def _ahead(
     if workers:
         _mark_flags_as_parsed()
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=AHEAD)
-        stream = stream.mp_prefetch(options, worker_init_fn=_one_thread)
+        stream = stream.mp_prefetch(options, worker_init_fn=_quiet_worker)
     iterator = iter(stream)
     try:
         yield from iterator
@@ -285,9 +286,13 @@ def _mark_flags_as_parsed() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def _one_thread(worker: int, workers: int) -> None:
-    """Keep OpenCV's own threads from competing with the other workers."""
+def _quiet_worker(worker: int, workers: int) -> None:
+    """Keep OpenCV's own threads from competing with the other workers.
+
+    Ctrl-C goes to the whole process group; what to do about it, the parent decides.
+    """
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @functools.lru_cache(maxsize=2)

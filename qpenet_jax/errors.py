@@ -11,13 +11,16 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an `InputError` into one line on stderr and exit code 2."""
+    """Turn an `InputError` or an error of the file system into one line, exit 2."""
     try:
         yield
     except InputError as error:
-        sys.exit(_report(error))
-
-
-def _report(error: InputError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+        message = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

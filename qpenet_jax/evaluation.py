@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import cv2
 import jax
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from qpenet_jax import metrics
 from qpenet_jax.episodes import EpisodeSampler, evaluation_episodes
+from qpenet_jax.errors import InputError
 from qpenet_jax.metrics import Scores
 from qpenet_jax.models.backbone import Backbone
 from qpenet_jax.models.ops import interpolation_matrix
@@ -44,6 +44,22 @@ class Protocol:
     side: int = 473
     scoring: Scoring = "original"
     min_pixels: int = 2048
+
+    def __post_init__(self):
+        """Refuse values that would score something else than they say."""
+        if self.scoring not in get_args(Scoring):
+            choices = ", ".join(get_args(Scoring))
+            raise InputError(f"scoring {self.scoring!r}: choose {choices}")
+        if self.episodes < 1 or not self.seeds or min(self.seeds) < 0:
+            raise InputError(
+                f"{self.episodes} episodes with seeds {list(self.seeds)}: give 1 "
+                "episode or more, and seeds from 0 on"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the line as results.json holds them."""
+        fields = dataclasses.asdict(self) | {"text": str(self)}
+        return json.loads(json.dumps(fields))
 
     def __str__(self) -> str:
         """Return the one line that is printed with every result."""
@@ -147,7 +163,7 @@ def summarize(
         "per_seed": {str(s): _percent(v.mean()) for s, v in by_seed.items()},
         "episodes": protocol.episodes,
         "seeds": list(protocol.seeds),
-        "protocol": dataclasses.asdict(protocol) | {"text": str(protocol)},
+        "protocol": protocol.to_dict(),
         "seconds": round(seconds, 1),
     }
     if focus:
@@ -158,12 +174,6 @@ def summarize(
             "miou_interval": [_percent(v) for v in metrics.interval(scores, chosen)],
         }
     return result
-
-
-def timed(function: Callable[[], Scores]) -> tuple[Scores, float]:
-    """Return the scores and the seconds they took."""
-    start = time.perf_counter()
-    return function(), time.perf_counter() - start
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

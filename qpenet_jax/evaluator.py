@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from qpenet_jax.evaluation import (
     evaluate,
     summarize,
     table,
-    timed,
     write_json,
 )
 from qpenet_jax.experiment import Experiment
@@ -50,31 +50,31 @@ class Evaluator:
         self.val = experiment.dataset("val")
         self.samplers = experiment.eval_samplers(self.val, self.protocol)
         self.class_ids = self._scorable_classes()
+        names = tuple(experiment.class_names[c - 1] for c in self.class_ids)
+        for name in set(self.protocol.classes) - set(names):
+            print(f"{name}: too few images for {self.protocol.shots} shot(s), left out")
+        self.protocol = dataclasses.replace(self.protocol, classes=names)
+        self.focus = [name for name in experiment.config.eval.focus if name in names]
         self.predict = experiment.predictor(weights)
         self.cosine = experiment.cosine_predictor(weights)
 
     def _scorable_classes(self) -> tuple[int, ...]:
-        """Return the novel classes with enough images, and say which have too few.
+        """Return the novel classes which some episode can show.
 
-        A class that no episode can show would count as 0 in every mean.
+        The others would count as 0 in every mean.
         """
-        novel, pairs = self.experiment.fold.novel, self.samplers[0].pairs
-        shown = np.flatnonzero(pairs.any(axis=0))
-        kept = tuple(c for i, c in enumerate(novel) if i in shown)
-        names = [self.experiment.class_names[c - 1] for c in kept]
-        for name in sorted(set(self.protocol.classes) - set(names)):
-            print(f"{name}: too few images for {self.protocol.shots} shot(s), left out")
-        self.protocol = dataclasses.replace(self.protocol, classes=tuple(names))
-        return kept
+        shown = np.flatnonzero(self.samplers[0].pairs.any(axis=0))
+        return tuple(c for i, c in enumerate(self.experiment.fold.novel) if i in shown)
 
-    def references(self) -> None:
-        """Score the untrained network and the training-free baseline."""
+    def references(self) -> str:
+        """Score the untrained network and the training-free baseline; tabulate."""
         initial = self.experiment.untrained()
         found = {
             "untrained": self._score("untrained", lambda b: self.predict(initial, b)),
             "cosine": self._score("cosine", self.cosine),
         }
         write_json(self.folder / REFERENCES, found)
+        return table(found)
 
     def __call__(
         self, params: PyTree[Array], **facts: Any
@@ -85,7 +85,10 @@ class Evaluator:
             return self.predict(params, batch)
 
         results = self._score("qpenet", predict) | facts
-        results["references"] = self._read(REFERENCES)
+        # References of another protocol (an earlier call) compare to nothing here.
+        found, ours = self._read(REFERENCES), self.protocol.to_dict()
+        same = all(reference["protocol"] == ours for reference in found.values())
+        results["references"] = found if same else {}
         if "cosine" in results["references"]:
             results["gain_over_cosine"] = self._gain("cosine")
         write_json(self.folder / RESULTS, results)
@@ -110,29 +113,27 @@ class Evaluator:
         return "\n".join(lines)
 
     def _score(self, name: str, predict: Callable[[Episode], Array]) -> dict[str, Any]:
-        config = self.experiment.config
-        scores, seconds = timed(
-            lambda: evaluate(
-                predict,
-                self.val,
-                self.protocol,
-                self.samplers,
-                workers=config.workers,
-                label=f"evaluating {name}",
-            )
+        start = time.perf_counter()
+        scores = evaluate(
+            predict,
+            self.val,
+            self.protocol,
+            self.samplers,
+            workers=self.experiment.config.workers,
+            label=f"evaluating {name}",
         )
+        seconds = time.perf_counter() - start
         scores.save(self._episodes(name))
-        focus = tuple(config.eval.focus)
-        return summarize(scores, self.protocol, self.class_ids, seconds, focus)
+        return summarize(scores, self.protocol, self.class_ids, seconds, self.focus)
 
     def _gain(self, reference: str) -> dict[str, list[float]]:
         """Return paired mIoU differences with their intervals, in points."""
         ours, theirs = self._scores("qpenet"), self._scores(reference)
         names = self.protocol.classes
         classes = {"mIoU": self.class_ids}
-        if focus := tuple(self.experiment.config.eval.focus):
-            chosen = tuple(self.class_ids[names.index(name)] for name in focus)
-            classes["mean of " + ", ".join(focus)] = chosen
+        if self.focus:
+            chosen = tuple(self.class_ids[names.index(name)] for name in self.focus)
+            classes["mean of " + ", ".join(self.focus)] = chosen
         return {
             what: [round(100 * v, 2) for v in paired_difference(ours, theirs, ids)]
             for what, ids in classes.items()

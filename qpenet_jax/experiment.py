@@ -37,7 +37,7 @@ from qpenet_jax.weights import load_weights
 CONFIG_FILE = "config.json"
 
 # What a resumed run may change, as no result depends on it.
-FREE = {"workers", "log_every", "save_every", "dataset.root"}
+FREE = {"workers", "log_every", "save_every", "dataset.root", "backbone.weights"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,21 @@ class Experiment:
 
     def __post_init__(self):
         """Refuse values that could only fail later."""
+        whole = ("batch_size", "shots", "log_every", "save_every")
+        counts = {name: self.config[name] for name in whole}
+        counts["eval.every"] = self.config.eval.every
+        for name, value in counts.items():
+            if value < 1:
+                raise InputError(f"config.{name}={value} must be 1 or more")
+        if self.config.seed < 0:
+            raise InputError(f"config.seed={self.config.seed} must be 0 or more")
+        unknown = set(self.config.eval.focus) - set(self.protocol().classes)
+        if unknown:
+            raise InputError(
+                f"config.eval.focus names {', '.join(sorted(unknown))}, not novel in "
+                f"fold {self.config.dataset.fold}: choose of "
+                f"{', '.join(self.protocol().classes)}"
+            )
         if self.config.side % 8 != 1 or self.config.side < 17:
             raise InputError(
                 f"config.side={self.config.side} must be 8 n + 1 and at least 17, "
@@ -173,7 +188,13 @@ class Experiment:
     def steps(self, listed_images: int) -> int:
         """Return the length of training in steps."""
         epoch = listed_images // self.config.batch_size
-        return self.config.steps or self.config.epochs * epoch
+        steps = self.config.steps or self.config.epochs * epoch
+        if steps < 1:
+            raise InputError(
+                f"{listed_images} images make no batch of {self.config.batch_size}: "
+                "add images, or lower config.batch_size"
+            )
+        return steps
 
     def init(self, tx: optax.GradientTransformation) -> TrainState:
         """Return the state at step 0."""
@@ -245,15 +266,23 @@ def open_run(workdir: str | Path) -> tuple[Experiment, PyTree[Array]]:
             f"{workdir} is no run: it has no {CONFIG_FILE}; give the --workdir of "
             "train.py"
         )
-    experiment = Experiment(ConfigDict(_read_config(path)))
-    return experiment, restore_params(Path(workdir))
+    try:
+        experiment = Experiment(ConfigDict(_read_config(path)))
+        like = experiment.untrained()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no config of this version: {error}") from None
+    return experiment, restore_params(Path(workdir), like)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    remedy = "restore it, or use another --workdir"
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): remove it") from None
+        raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a config: {remedy}")
+    return content
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

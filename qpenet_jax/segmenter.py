@@ -38,6 +38,7 @@ class Segmenter:
         """
         if isinstance(supports, np.ndarray) and supports.ndim == 3:
             supports, masks = [supports], [np.asarray(masks)]
+        masks = [np.asarray(mask).astype(np.uint8) for mask in masks]
         self._check(query, supports, masks)
         episode = Episode(
             query_image=fit(query, self.side)[None],

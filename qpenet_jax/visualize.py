@@ -68,10 +68,10 @@ def _tile(image: RGB, note: str = "") -> Image.Image:
     """Fit a picture into a square, with a note in its corner."""
     picture = Image.fromarray(image)
     scale = TILE / max(picture.size)
-    size = (round(picture.width * scale), round(picture.height * scale))
-    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    width, height = (max(1, round(n * scale)) for n in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     tile = Image.new("RGB", (TILE, TILE), (240, 240, 240))
-    tile.paste(picture, ((TILE - size[0]) // 2, (TILE - size[1]) // 2))
+    tile.paste(picture, ((TILE - width) // 2, (TILE - height) // 2))
     if note:
         draw = ImageDraw.Draw(tile)
         font = ImageFont.load_default(16)

@@ -46,11 +46,10 @@ def test_a_malicious_weight_file_is_refused(capsys, tmp_path):
 def test_a_run_that_is_none_is_refused(capsys, tmp_path):
     for command in (
         ("evaluate", "--workdir", tmp_path),
-        ("predict", "--workdir", tmp_path, "--support", "a:b", "--query", "c")
-        + ("--out", tmp_path / "out"),
+        ("predict", "--workdir", tmp_path, "--support=a:b", "--query=c", "--out=out"),
     ):
         assert str(tmp_path) in refused(capsys, *command)
-    assert not (tmp_path / "out").exists()
+    assert "whole numbers" in refused(capsys, "evaluate", "--workdir=x", "--shots=abc")
 
 
 def test_predict_tells_bad_supports_and_queries(capsys, tmp_path, monkeypatch):
@@ -74,6 +73,10 @@ def test_predict_tells_bad_supports_and_queries(capsys, tmp_path, monkeypatch):
     assert f"{empty}" in error(f"{image}:{empty}")
     assert "make them equal" in error(f"{image}:{small}")
     assert "nothing.jpg" in error(f"{tmp_path}/nothing.jpg:{mask}")
+    truncated = tmp_path / "truncated.png"
+    truncated.write_bytes(image.read_bytes()[:30])
+    assert "truncated.png" in error(f"{image}:{mask}", truncated)
+    assert "truncated.png" in error(f"{truncated}:{mask}")
     assert "no such image" in error(f"{image}:{mask}", tmp_path / "gone.png")
     (tmp_path / "folder").mkdir()
     assert "holds no image" in error(f"{image}:{mask}", tmp_path / "folder")

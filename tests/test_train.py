@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qpenet_jax import load
-from qpenet_jax.checkpoints import restore_params
 from qpenet_jax.datasets.shapes import Shapes
+from qpenet_jax.experiment import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SHRUNK = {
@@ -121,13 +122,14 @@ def test_a_killed_run_resumes_to_the_same_parameters(finished, tmp_path, number)
     process.send_signal(number)
     _, errors = process.communicate(timeout=100)
     if number == signal.SIGTERM:
-        assert process.returncode in (0, 130), errors
+        assert process.returncode == 130, errors
+        assert b"is saved: the same command goes on" in errors
     else:
         assert process.returncode == -signal.SIGKILL
 
     result = train(workdir, workers=0)  # no result depends on the number of workers
     assert result.returncode == 0, result.stderr
-    ours, theirs = restore_params(workdir), restore_params(whole)
+    ours, theirs = open_run(workdir)[1], open_run(whole)[1]
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     names = ("episodes_qpenet.csv", "episodes_cosine.csv")
     for name in names:
@@ -141,6 +143,43 @@ def test_a_nan_stops_training_and_keeps_the_last_checkpoint(tmp_path):
     )
     assert_refused(result, "step", "last good checkpoint", "lower config.optimizer.lr")
     assert not (workdir / "results.json").exists()
+    _, params = open_run(workdir)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_truncated_image_stops_training_with_its_name(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in ("JPEGImages", "SegmentationClassAug"):
+        (tmp_path / folder).mkdir()
+    names = [f"{i}_{c}" for c in range(1, 21) for i in range(3)]
+    for name in names:
+        pixels = rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "JPEGImages" / f"{name}.jpg")
+        label = np.full((70, 80), int(name.split("_")[1]), np.uint8)
+        Image.fromarray(label).save(tmp_path / "SegmentationClassAug" / f"{name}.png")
+    for image in (tmp_path / "JPEGImages").glob("*.jpg"):  # headers stay whole
+        image.write_bytes(image.read_bytes()[:-3000])
+    ids = tmp_path / "ids.txt"
+    ids.write_text("\n".join(names))
+    lists = {f"dataset__{split}_ids": ids for split in ("train", "val")}
+    fields = {"dataset__kind": "voc", "dataset__root": tmp_path} | lists
+    result = train(tmp_path / "run", **fields, eval__references=False)
+    assert_refused(result, ".jpg", "truncated")
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "run").touch()
+    assert_refused(train(tmp_path / "run"), str(tmp_path / "run"))
+
+
+def test_a_corrupt_checkpoint_is_named(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    for file in (copy / "checkpoints" / "4").rglob("*"):
+        if file.is_file() and file.stat().st_size > 5000:
+            file.write_bytes(b"garbage")
+    result = qpenet("evaluate", "--workdir", copy, "--episodes", 1)
+    assert_refused(result, f"{copy}/checkpoints/4", "delete that folder")
 
 
 def test_the_config_of_another_run_is_refused(finished):
