@@ -37,16 +37,18 @@ The set's difficulty: at 0 only the silhouette is left, which a few minutes of t
 do not learn; at 1 the pattern narrows the class to two of twenty.
 """
 
-SHAPE_SIZE = (0.28, 0.46)
-"""Range of the square root of an object's area, in image sides: 8 to 21 % of it."""
+MAIN_SIZE = (0.36, 0.54)
+OTHER_SIZE = (0.16, 0.30)
+"""Ranges of the square root of an object's area, in image sides: the main object covers
+13 to 29 % of the image, the others, mostly of other classes, 3 to 9 %."""
 
 MAX_TILT = np.deg2rad(25)
 MAX_STRETCH = 1.2
-EXTRA_OBJECTS = (0.45, 0.45, 0.10)
-"""Probabilities of 1, 2 and 3 objects besides the first."""
+OTHER_OBJECTS = (0.35, 0.45, 0.20)
+"""Probabilities of 1, 2 and 3 objects besides the main one."""
 
 SAME_CLASS = 0.12
-"""Probability that a further object repeats the class of the first."""
+"""Probability that another object repeats the class of the main one."""
 
 PERIOD = (0.17, 0.28)
 """Period of a pattern, in sizes of the object that wears it."""
@@ -89,12 +91,12 @@ def _scene(rng: np.random.Generator, side: int) -> list[Thing]:
 
 
 def _objects(rng: np.random.Generator, side: int) -> list[Thing]:
-    count = 2 + rng.choice(len(EXTRA_OBJECTS), p=EXTRA_OBJECTS)
+    count = 2 + rng.choice(len(OTHER_OBJECTS), p=OTHER_OBJECTS)
     ids = rng.integers(1, len(OUTLINES) + 1, count)
     ids[1:][rng.random(count - 1) < SAME_CLASS] = ids[0]
     objects: list[Thing] = []
     for class_id in ids:
-        size = side * rng.uniform(*SHAPE_SIZE)
+        size = side * rng.uniform(*(OTHER_SIZE if objects else MAIN_SIZE))
         centre = _free_place(rng, side, size, objects)
         objects.append(_place(rng, int(class_id), centre, size))
     return [objects[i] for i in rng.permutation(count)]
