@@ -151,13 +151,14 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if not flags.FLAGS["config"].present:
             raise InputError("--config is missing: give configs/quickstart.py")
         file = config_flags.get_config_filename(flags.FLAGS["config"])
-    except KeyError as error:
-        raise InputError(
-            f"no such config field: {error.args[0]}; configs/common.py lists them all"
-        ) from None
     except InputError:
         raise
-    except (flags.Error, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError) as error:
+        field = " ".join(str(error).split())
+        raise InputError(
+            f"no such config field: {field}; configs/common.py lists them all"
+        ) from None
+    except (flags.Error, OSError, TypeError, ValueError) as error:
         raise InputError(" ".join(str(error).split())) from None
     if not Path(file).is_file():
         raise InputError(f"{file}: no such config file; configs/ holds ours")

@@ -5,6 +5,7 @@ and the episode's index in its counter. So workers, hosts and restarts can't cha
 what episode i is, and resuming at step t is to start counting there.
 """
 
+import ctypes
 import functools
 import signal
 import sys
@@ -286,6 +287,9 @@ def _mark_flags_as_parsed() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+
+
 def _quiet_worker(worker: int, workers: int) -> None:
     """Keep OpenCV's own threads from competing with the other workers.
 
@@ -293,6 +297,9 @@ def _quiet_worker(worker: int, workers: int) -> None:
     """
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        # A parent that is killed outright can't end its workers: let the kernel do it.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @functools.lru_cache(maxsize=2)

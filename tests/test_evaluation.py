@@ -16,7 +16,6 @@ from qpenet_jax.evaluation import (
     score,
     summarize,
     table,
-    timed,
     unpad,
     write_json,
 )
@@ -225,9 +224,3 @@ def test_table_is_markdown(scores):
 
 def test_a_class_that_is_never_drawn_counts_zero(scores):
     np.testing.assert_allclose(class_iou(scores, (4, 5, 6)), [0.5, 0.25, 0])
-
-
-def test_timed():
-    result, seconds = timed(lambda: Scores(np.zeros((1, 8), int)))
-    assert result.rows.shape == (1, 8)
-    assert 0 <= seconds < 1
