@@ -32,6 +32,7 @@ SHRUNK = {
     "dataset.train_images": 60,
     "dataset.val_images": 40,
     "dataset.min_pixels": 64,
+    "dataset.on_few": "drop",
     "eval.every": 4,
     "eval.episodes": 6,
 }
