@@ -8,6 +8,7 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax.linen.summary import tabulate
 from PIL import Image
 from tqdm import tqdm
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; bad input is one line on stderr and exit code 2."""
     args = _parser().parse_args(argv)
     keep_freed_memory()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what read-only implies
     with exit_on_input_error():
         args.run(args)
 
