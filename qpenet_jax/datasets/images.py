@@ -3,9 +3,10 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 
 from qpenet_jax.errors import InputError
@@ -19,16 +20,19 @@ FULL_SCALE = 255
 """Foreground of a 0/255 mask, as drawing programs write it; there it isn't IGNORE."""
 
 
-def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(
+    path: str | Path | BinaryIO, name: str | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
     """Read an image as RGB in 0..255, upright as its EXIF orientation tells.
 
     Grey, palette, CMYK and 16-bit files are converted, an alpha channel is dropped.
+    `name` stands for an open file in messages, here and below.
 
     Raises:
         InputError: the file is missing, truncated or no image.
     """
-    with _opened(path) as image:
-        return np.array(_rgb(ImageOps.exif_transpose(image), path))
+    with _opened(path, name) as image:
+        return np.array(_rgb(ImageOps.exif_transpose(image), name or path))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -43,7 +47,9 @@ def image_size(path: str | Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def read_label(path: str | Path) -> UInt8[np.ndarray, "h w"]:
+def read_label(
+    path: str | Path | BinaryIO, name: str | None = None
+) -> UInt8[np.ndarray, "h w"]:
     """Read a label map: the indices of a palette file, the values of a grey one.
 
     The colours of a palette are never looked at: VOC's masks hold the class id in the
@@ -52,13 +58,36 @@ def read_label(path: str | Path) -> UInt8[np.ndarray, "h w"]:
     Raises:
         InputError: the file is missing, broken or neither palette nor 8-bit grey.
     """
-    with _opened(path) as image:
+    with _opened(path, name) as image:
         if image.mode not in ("P", "L", "1"):
             raise InputError(
-                f"{path}: a mask must be a palette or 8-bit grey PNG whose values are "
-                f"class ids, this one has mode {image.mode}; save it as such"
+                f"{name or path}: a mask must be a palette or 8-bit grey PNG whose "
+                f"values are class ids, this one has mode {image.mode}; save it as such"
             )
         return np.array(image, np.uint8)
+
+
+def check_label(
+    label: UInt8[np.ndarray, "h w"], size: tuple[int, int], classes: int, name: str
+) -> Int[np.ndarray, " classes"]:
+    """Return the pixels of each class 1..`classes` in a label map.
+
+    Raises:
+        InputError: its size isn't the image's `size`, or a value is no class.
+    """
+    if label.shape != size:
+        raise InputError(
+            f"{name}: mask of {label.shape[1]}x{label.shape[0]} pixels for an image"
+            f" of {size[1]}x{size[0]}; make them equal"
+        )
+    pixels = np.bincount(label.ravel(), minlength=IGNORE + 1)
+    strange = np.flatnonzero(pixels[classes + 1 : IGNORE])
+    if strange.size:
+        raise InputError(
+            f"{name}: label value {strange[0] + classes + 1} is no class;"
+            f" values must be 0..{classes} or {IGNORE}"
+        )
+    return pixels[1 : classes + 1]
 
 
 def read_mask(path: str | Path) -> UInt8[np.ndarray, "h w"]:
@@ -88,10 +117,13 @@ def read_mask(path: str | Path) -> UInt8[np.ndarray, "h w"]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(
+    file: str | Path | BinaryIO, name: str | None = None
+) -> Iterator[Image.Image]:
     """Open an image; whatever its decoder raises becomes an InputError."""
+    path = name or file
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             yield image
     except (InputError, MemoryError):
         raise
@@ -106,7 +138,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise InputError(f"{path}: broken image ({reason}); replace the file") from None
 
 
-def _rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def _rgb(image: Image.Image, path: str | Path | BinaryIO) -> Image.Image:
     if image.mode.startswith("I;16"):
         # 65535 / 257 = 255; Pillow's own conversion would clip at 255.
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257

@@ -10,9 +10,13 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
-from qpenet_jax.datasets.images import image_size, read_image, read_label
+from qpenet_jax.datasets.images import (
+    check_label,
+    image_size,
+    read_image,
+    read_label,
+)
 from qpenet_jax.errors import InputError
-from qpenet_jax.typing import IGNORE
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 COUNT_THREADS = 2
@@ -83,28 +87,16 @@ class VOCLayout:
         )
         with ThreadPoolExecutor(COUNT_THREADS) as pool:
             rows = pool.map(lambda index: self._checked_label(index)[1], indices)
-            return np.stack([row[1 : len(self.classes) + 1] for row in rows])
+            return np.stack(list(rows))
 
     def _checked_label(
         self, index: int
-    ) -> tuple[UInt8[np.ndarray, "h w"], Int[np.ndarray, "256"]]:
-        """Return a label map and how many pixels have each of the 256 values."""
+    ) -> tuple[UInt8[np.ndarray, "h w"], Int[np.ndarray, " classes"]]:
+        """Return a label map and how many pixels each class has."""
         path = self._masks[index]
         label = read_label(path)
         size = image_size(self._images[index])
-        if label.shape != size:
-            raise InputError(
-                f"{path}: mask of {label.shape[1]}x{label.shape[0]} pixels for an image"
-                f" of {size[1]}x{size[0]}; make them equal"
-            )
-        pixels = np.bincount(label.ravel(), minlength=IGNORE + 1)
-        strange = np.flatnonzero(pixels[len(self.classes) + 1 : IGNORE])
-        if strange.size:
-            raise InputError(
-                f"{path}: label value {strange[0] + len(self.classes) + 1} is no class;"
-                f" values must be 0..{len(self.classes)} or {IGNORE}"
-            )
-        return label, pixels
+        return label, check_label(label, size, len(self.classes), path)
 
 
 def _read_ids(path: Path) -> tuple[str, ...]:

@@ -1,0 +1,187 @@
+"""The TFDS builder of every prepared data set: what an example keeps, how written.
+
+TFDS and ArrayRecord work without TensorFlow as long as images are given as bytes. A
+data set appears under its name only when it is complete; one that was interrupted is
+removed by the next run, which starts again.
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Int, UInt8
+from tqdm import tqdm
+
+from qpenet_jax.datasets.images import check_label, read_image
+from qpenet_jax.errors import InputError
+
+BUCKETS = 100
+"""TFDS sorts examples by 128-bit keys through files of equal ranges of keys."""
+
+SPARE = 2.2
+"""Free disk needed per byte of images: those files, the data set, and 10 % more."""
+
+
+class Example(NamedTuple):
+    """One image as it came, and its label map: 0 background, 1..C, 255 ignore."""
+
+    name: str
+    image: bytes
+    label: UInt8[np.ndarray, "h w"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a data set is made of: `splits[split]` are names, `example` loads one.
+
+    `facts` says how it came about (archives with their SHA-256, rules that were
+    chosen); preparing again with other facts is refused rather than ignored.
+    """
+
+    classes: tuple[str, ...]
+    splits: dict[str, Sequence[str]]
+    example: Callable[[str, str], Example]  # (split, name) -> Example
+    image_bytes: int
+    """About how many bytes all images take, for the check of the disk."""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Writes a `Source`; subclasses give `name`, `VERSION` and where it comes from."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, source: Source, **arguments: Any):
+        self.source = source
+        super().__init__(file_format="array_record", **arguments)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(
+            {
+                "name": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "mask": tfds.features.Image(shape=(None, None, 1)),
+                "counts": tfds.features.Tensor(
+                    shape=(len(self.source.classes),), dtype=np.int64
+                ),
+            }
+        )
+        metadata = {
+            "classes": list(self.source.classes),
+            "facts": self.source.facts,
+            "index": {},  # filled as examples are written
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=features,
+            metadata=tfds.core.MetadataDict(metadata),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        del dl_manager
+        return {split: self._generate_examples(split) for split in self.source.splits}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        names = self.source.splits[split]
+        index = self.info.metadata["index"][split] = {"names": [], "counts": []}
+        bar = tqdm(names, desc=f"writing {split}", unit="image")
+        for position, name in enumerate(bar):
+            example = self.source.example(split, name)
+            counts = check_example(example, len(self.source.classes))
+            index["names"].append(example.name)
+            shown = np.flatnonzero(counts)
+            index["counts"].append([[int(c) + 1, int(counts[c])] for c in shown])
+            yield (
+                _key(position, len(names)),
+                {
+                    "name": example.name,
+                    "image": BytesIO(example.image),
+                    "mask": BytesIO(encode_mask(example.label)),
+                    "counts": counts,
+                },
+            )
+
+
+def check_example(example: Example, classes: int) -> Int[np.ndarray, " classes"]:
+    """Decode the image once and return the pixels of each class in its label.
+
+    Raises:
+        InputError: the image is broken, has another size than the label, or the label
+            holds a value that is no class.
+    """
+    height, width = read_image(BytesIO(example.image), name=example.name).shape[:2]
+    return check_label(example.label, (height, width), classes, example.name)
+
+
+def encode_mask(label: UInt8[np.ndarray, "h w"]) -> bytes:
+    """Return a grey PNG: no palette for a reader to stumble over."""
+    return cv2.imencode(".png", label)[1].tobytes()
+
+
+def prepare(
+    builder: type[SegmentationBuilder], source: Source, out: Path, config: str
+) -> Path:
+    """Write the data set below `out` and return its folder; a finished one is kept.
+
+    Raises:
+        InputError: a finished one was made in another way; too little free disk; an
+            example that can't be used.
+    """
+    made = builder(
+        source=source,
+        data_dir=str(out),
+        config=tfds.core.BuilderConfig(name=config, version=builder.VERSION),
+    )
+    folder = Path(made.data_dir)
+    if folder.is_dir():
+        _check_same(folder, source)
+        return folder
+    for left in folder.parent.glob(f"{folder.name}.incomplete*"):
+        shutil.rmtree(left)
+    _check_disk(out, source.image_bytes)
+    tfds.disable_progress_bar()  # ours know the total
+    # TFDS makes a folder for downloads in any case, and prints.
+    with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(None):
+        made.download_and_prepare(download_dir=unused)
+    return folder
+
+
+def _check_same(folder: Path, source: Source) -> None:
+    facts = json.loads((folder / "metadata.json").read_text())["facts"]
+    ours = json.loads(json.dumps(source.facts))
+    changed = sorted(k for k in facts | ours if facts.get(k) != ours.get(k))
+    if changed:
+        raise InputError(
+            f"{folder} was made in another way ({', '.join(changed)} differ): remove "
+            "it, or choose another --out"
+        )
+
+
+def _check_disk(out: Path, image_bytes: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    needed, free = int(SPARE * image_bytes), shutil.disk_usage(out).free
+    if free < needed:
+        raise InputError(
+            f"{out}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed; "
+            "make room or choose another --out"
+        )
+
+
+def _key(position: int, examples: int) -> int:
+    """Return an ascending key, spread over the range of keys.
+
+    TFDS keeps the order of ascending keys. Small numbers would all go to one sorting
+    file, which is read into memory as a whole.
+    """
+    return position * BUCKETS // examples * (2**128 // BUCKETS) + position
