@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from qpenet_jax import checkpoints
 from qpenet_jax.allocator import keep_freed_memory
+from qpenet_jax.config_files import tell_config_errors
 from qpenet_jax.episodes import training_batches
 from qpenet_jax.errors import InputError, exit_on_input_error
 from qpenet_jax.evaluator import Evaluator
@@ -48,12 +49,15 @@ def train(config: Any, workdir: Path) -> None:
     weights = jax.device_put(experiment.backbone_weights(), replicated)
     tx = experiment.optimizer.build(steps)
     train_step = experiment.train_step(tx)
-    evaluator = Evaluator(experiment, weights, workdir)
+    val = experiment.dataset("val")
+    evaluator = Evaluator(experiment, weights, workdir, val)
+    selection = experiment.selection_protocol()
+    selector = selection and Evaluator(experiment, weights, workdir, val, selection)
     key = jax.random.key(config.seed + 1)
 
     claim(workdir, config)
     print(f"{config.dataset.name}: {len(sampler)} training images, {steps} steps")
-    print(f"protocol: {evaluator.protocol}")
+    print(evaluator.describe())
     with checkpoints.open_checkpoints(workdir) as manager, stop_signal() as stop:
         # Restore: the latest checkpoint of this workdir, else step 0.
         state = checkpoints.restore(manager, experiment.init(tx))
@@ -72,6 +76,7 @@ def train(config: Any, workdir: Path) -> None:
             seed=config.seed,
             start_step=start,
             workers=config.workers,
+            shard=(jax.process_index(), jax.process_count()),
         )
         with (
             contextlib.closing(batches),
@@ -83,8 +88,9 @@ def train(config: Any, workdir: Path) -> None:
                 state, measured = train_step(state, weights, batch, key)
                 bar.update()
                 stopping = stop.is_set()
-                evaluating = step % config.eval.every == 0 or step == steps
-                saving = evaluating or step % config.save_every == 0 or stopping
+                last = step == steps
+                due = last or step % config.eval.every == 0
+                saving = due or stopping or step % config.save_every == 0
                 if saving or step % config.log_every == 0:
                     values = {name: float(value) for name, value in measured.items()}
                     stop_on_nan(values, step, manager.latest_step())
@@ -93,16 +99,23 @@ def train(config: Any, workdir: Path) -> None:
                     for name, value in values.items():
                         writer.add_scalar(f"train/{name}", value, step)
                 miou = None
-                if evaluating:
-                    results, figure = evaluator(state.params, step=step)
-                    miou = results["miou"]
-                    writer.add_scalar("eval/miou", miou, step)
-                    writer.add_scalar("eval/fb_iou", results["fb_iou"], step)
-                    writer.add_image("episodes", figure, step, dataformats="HWC")
+                if selector and due:
+                    miou = selector.miou(state.params)
+                    writer.add_scalar(f"eval/{config.select_on}_miou", miou, step)
                 if saving:
                     checkpoints.save(manager, state, miou)
                 if stopping and step < steps:
                     raise Interrupted(f"step {step} is saved: the same command goes on")
+
+    # Result: the selected checkpoint on the novel classes.
+    params, selected = checkpoints.restore_params(workdir, state.params)
+    if evaluator.step() != selected:
+        params = jax.device_put(params, replicated)
+        results, figure = evaluator(params, step=selected)
+        with SummaryWriter(str(workdir)) as writer:
+            writer.add_scalar("eval/miou", results["miou"], selected)
+            writer.add_scalar("eval/fb_iou", results["fb_iou"], selected)
+            writer.add_image("episodes", figure, selected, dataformats="HWC")
     print(evaluator.report())
     print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
 
@@ -146,20 +159,11 @@ def stop_on_nan(values: dict[str, float], step: int, saved: int | None) -> None:
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parse the flags; raises InputError for a missing file or an unknown override."""
-    try:
+    with tell_config_errors():
         rest = flags.FLAGS(argv)
         if not flags.FLAGS["config"].present:
             raise InputError("--config is missing: give configs/quickstart.py")
         file = config_flags.get_config_filename(flags.FLAGS["config"])
-    except InputError:
-        raise
-    except (AttributeError, KeyError) as error:
-        field = " ".join(str(error).split())
-        raise InputError(
-            f"no such config field: {field}; configs/common.py lists them all"
-        ) from None
-    except (flags.Error, OSError, TypeError, ValueError) as error:
-        raise InputError(" ".join(str(error).split())) from None
     if not Path(file).is_file():
         raise InputError(f"{file}: no such config file; configs/ holds ours")
     if len(rest) > 1:
@@ -184,4 +188,7 @@ if __name__ == "__main__":
             app.run(main, flags_parser=parse_flags)
     except Interrupted as interruption:
         print(f"\n{interruption}", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on", file=sys.stderr)
         sys.exit(130)

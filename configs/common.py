@@ -13,24 +13,30 @@ def get_config() -> Any:
     config: Any = ConfigDict()
     config.seed = 0
 
-    # "voc": images, label PNGs and id lists in VOC layout (data/README.md); "shapes":
-    # the embedded procedural set.
+    # "prepared": a data set that `qpenet prepare` made (data/README.md), `root` being
+    # the folder that it printed; "shapes": the embedded procedural set; "voc": images,
+    # label PNGs and id lists in VOC layout.
     config.dataset = ConfigDict()
-    config.dataset.kind = "voc"
+    config.dataset.kind = "prepared"
     config.dataset.name = "PASCAL-5i"
-    config.dataset.root = "data/VOCdevkit/VOC2012"
+    config.dataset.root = "data/pascal5i/main/1.0.0"
+    # Of "voc" only: folders below root, and the lists.
     config.dataset.images = "JPEGImages"
     config.dataset.masks = "SegmentationClassAug"
-    config.dataset.train_ids = "data/lists/pascal_train.txt"
-    config.dataset.val_ids = "data/lists/pascal_val.txt"
+    config.dataset.train_ids = ""
+    config.dataset.val_ids = ""
     # Of "shapes" only: number of images and their side in pixels.
     config.dataset.train_images = 2000
     config.dataset.val_images = 400
     config.dataset.side = 161
     # "pascal" (20 classes, novel 5i+1..5i+5), "coco_fwb" (80 classes, novel i+1, i+5,
-    # ...; the paper's) or "coco_panet" (novel 20i+1..20i+20).
+    # ...; the paper's) or "coco_panet" (novel 20i+1..20i+20). For other data sets:
+    # "blocks" or "strided", which cut any number of classes into `folds` parts as the
+    # first or the second do, or "named": the classes `novel`.
     config.dataset.split = "pascal"
     config.dataset.fold = 0
+    config.dataset.folds = 4
+    config.dataset.novel = ()
     # A class counts in an image from this many pixels on (2 * 32 * 32).
     config.dataset.min_pixels = 2048
     # Leave training images out that show any pixel of a novel class: the custom of the
@@ -73,13 +79,20 @@ def get_config() -> Any:
     config.steps = 0  # 0: epochs * (listed images // batch_size)
     config.workers = 4  # loading processes
 
+    # Which checkpoint is the run's result: "base", the best on base classes of the val
+    # split; "novel", the best on the novel classes themselves, the field's custom that
+    # leaks them; "last".
+    config.select_on = "base"
     config.log_every = 50
     config.save_every = 1000
     config.eval = ConfigDict()
-    config.eval.every = 5000
-    config.eval.episodes = 1000
-    config.eval.seeds = (0,)
-    config.eval.scoring = "original"
+    config.eval.every = 5000  # steps from one evaluation for the selection to the next
+    config.eval.base_episodes = 1000  # of each, with select_on "base"
+    # How the result is scored, one of protocols.PRESETS; 0 and empty: as it says.
+    config.eval.protocol = "paper"
+    config.eval.episodes = 0
+    config.eval.seeds = ()
+    config.eval.scoring = ""
     # Also score the untrained network and the training-free cosine baseline.
     config.eval.references = False
     config.eval.focus = ()  # classes whose mean is printed beside mIoU
@@ -88,14 +101,9 @@ def get_config() -> Any:
 
 def for_coco(config: Any) -> Any:
     """Change what the paper does differently on COCO-20i."""
-    config.dataset.name = "COCO-20i (FWB)"
-    config.dataset.root = "data/coco"
-    config.dataset.images = "."
-    config.dataset.masks = "masks"
-    config.dataset.train_ids = "data/lists/coco_train.txt"
-    config.dataset.val_ids = "data/lists/coco_val.txt"
+    config.dataset.name = "COCO-20i"
+    config.dataset.root = "data/coco20i/2014/1.0.0"
     config.dataset.split = "coco_fwb"
     config.augmentation.scale = (0.8, 1.25)
     config.epochs = 50
-    config.eval.episodes = 4000
     return config

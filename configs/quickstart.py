@@ -29,7 +29,8 @@ def get_config():
     config.workers = 1
     config.log_every = 10
     config.save_every = 100
-    config.eval.every = 400
+    config.select_on = "last"
+    config.eval.protocol = "ours"
     config.eval.episodes = 200
     config.eval.references = True
     return config

@@ -15,10 +15,11 @@ from configs import common
 
 def get_config():
     config = common.get_config()
+    config.dataset.kind = "voc"
     config.dataset.name = "VOC subset"
-    config.dataset.root = "../shared/data/voc/VOCdevkit/VOC2012"
-    config.dataset.train_ids = "../shared/data/voc/lists/subset_train.txt"
-    config.dataset.val_ids = "../shared/data/voc/lists/subset_val.txt"
+    config.dataset.root = "data/voc_subset/VOCdevkit/VOC2012"
+    config.dataset.train_ids = "data/voc_subset/lists/subset_train.txt"
+    config.dataset.val_ids = "data/voc_subset/lists/subset_val.txt"
     config.dataset.fold = 2
     config.dataset.on_few = "drop"
     config.backbone.name = "efficientnet_lite0"
@@ -32,7 +33,8 @@ def get_config():
     config.workers = 1
     config.log_every = 10
     config.save_every = 60
-    config.eval.every = 360
+    config.select_on = "last"
+    config.eval.protocol = "ours"
     config.eval.episodes = 200
     config.eval.focus = ("dog", "horse", "person")
     return config

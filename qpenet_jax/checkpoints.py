@@ -60,21 +60,25 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     return TrainState(params=saved["params"], **saved["optimizer"])
 
 
-def restore_params(workdir: Path, like: PyTree[Array]) -> PyTree[Array]:
-    """Return the parameters of the best checkpoint, or of the latest if none is scored.
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+    """Return the step of the best checkpoint, or of the latest if none is scored."""
+    step = manager.best_step()
+    return manager.latest_step() if step is None else step
 
-    Best is by mIoU of the run's evaluations, which are on novel classes: the field's
-    custom. `like` gives shapes and devices. Raises InputError if there is none.
+
+def restore_params(workdir: Path, like: PyTree[Array]) -> tuple[PyTree[Array], int]:
+    """Return the parameters of `best_step` and that step.
+
+    `like` gives shapes and devices. Raises InputError if there is no checkpoint.
     """
     missing = InputError(f"{workdir} has no checkpoint: let train.py save one first")
     if not (workdir / FOLDER).is_dir():
         raise missing
     with open_checkpoints(workdir, read_only=True) as manager:
-        step = manager.best_step()
-        step = manager.latest_step() if step is None else step
+        step = best_step(manager)
         if step is None:
             raise missing
-        return _restore(manager, step, params=like)["params"]
+        return _restore(manager, step, params=like)["params"], step
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, **like: PyTree):

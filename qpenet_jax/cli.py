@@ -1,9 +1,10 @@
-"""`qpenet convert | describe | evaluate | predict`."""
+"""The command `qpenet`: all that isn't training."""
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,22 @@ from PIL import Image
 from tqdm import tqdm
 
 from qpenet_jax.allocator import keep_freed_memory
+from qpenet_jax.benchmark.data import benchmark_data, markdown
+from qpenet_jax.compare import compare, comparison_table
+from qpenet_jax.config_files import load_config
 from qpenet_jax.datasets.images import image_size, read_image, read_mask
+from qpenet_jax.datasets.prepared import read_metadata
+from qpenet_jax.episode_lists import export_episodes, read_episodes
+from qpenet_jax.episodes import Order, Targets
 from qpenet_jax.errors import InputError, exit_on_input_error
 from qpenet_jax.evaluator import Evaluator
-from qpenet_jax.experiment import open_run
+from qpenet_jax.experiment import Experiment, open_run
 from qpenet_jax.models.backbone import BACKBONES, backbone
 from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.protocols import PRESETS, Scoring, dataset_version
+from qpenet_jax.report import write_json
 from qpenet_jax.segmenter import load
+from qpenet_jax.transforms import Resize
 from qpenet_jax.visualize import overlay
 from qpenet_jax.weights import convert
 
@@ -29,7 +39,11 @@ IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; bad input is one line on stderr and exit code 2."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, overrides = parser.parse_known_args(argv)
+    args.overrides = overrides
+    if overrides and not hasattr(args, "config"):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     keep_freed_memory()
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what read-only implies
     with exit_on_input_error():
@@ -45,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    sub = command("prepare", _prepare_pascal, "Make a data set out of archives.")
+    _prepare_parsers(sub)
+
     sub = command("convert", _convert, "Convert pretrained backbone weights.")
     sub.add_argument("weights", nargs="?", help=".pth or .safetensors; or downloaded")
     sub.add_argument("--backbone", required=True, choices=BACKBONES)
@@ -57,16 +74,40 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("evaluate", _evaluate, "Score a run on its novel classes.")
     sub.add_argument("--workdir", required=True, help="of train.py")
-    sub.add_argument("--shots", type=_numbers, default=(1,), help="such as 1,5")
-    sub.add_argument("--episodes", type=int, help="a seed; default: the config's")
-    sub.add_argument("--seeds", type=_numbers, help="such as 0,1,2,3,4")
-    sub.add_argument("--scoring", choices=("original", "input", "exact"))
+    _protocol_arguments(sub)
+    sub.add_argument("--shots", type=_numbers, help="such as 1,5; default: 1")
+    sub.add_argument("--episode-list", help="score exactly the episodes of this CSV")
     sub.add_argument(
         "--references",
         action="store_true",
         help="also score the untrained network and the training-free cosine baseline",
     )
     sub.add_argument("--out", help="folder of the results; default: WORKDIR/evaluate")
+
+    sub = command("episodes", _export, "Freeze the episodes of a protocol as CSV.")
+    sub.add_argument("action", choices=["export"])
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", help="of train.py")
+    source.add_argument("--config", help="such as configs/pascal_fold0.py")
+    _protocol_arguments(sub)
+    sub.add_argument("--shots", type=int, default=1)
+    sub.add_argument("--out", required=True, help="the file to write")
+
+    sub = command("compare", _compare, "Compare two results on common episodes.")
+    sub.add_argument("results", nargs=2, metavar="results.json")
+    sub.add_argument(
+        "--different-protocols",
+        action="store_true",
+        help="compare what the protocols have in common",
+    )
+    sub.add_argument("--out", help="also write this JSON file")
+
+    sub = command("benchmark", _benchmark, "Measure speed on this machine.")
+    sub.add_argument("what", choices=["data"])
+    sub.add_argument("--config", help="measure its training images; default: drawn")
+    sub.add_argument("--shots", type=_numbers, default=(1, 5))
+    sub.add_argument("--workers", type=_numbers, default=(0, 1, 2))
+    sub.add_argument("--seconds", type=float, default=10.0, help="a measurement")
 
     sub = command("predict", _predict, "Segment images by annotated examples.")
     sub.add_argument("--workdir", required=True, help="of train.py")
@@ -81,6 +122,67 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--query", required=True, nargs="+", help="images or a folder")
     sub.add_argument("--out", required=True, help="folder of masks and overlays")
     return parser
+
+
+def _protocol_arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the choice of a protocol, and its fields that may be overridden."""
+    sub.add_argument(
+        "--protocol", choices=PRESETS, help="default: that of the run's config"
+    )
+    sub.add_argument("--episodes", type=int, help="a seed")
+    sub.add_argument("--seeds", type=_numbers, help="such as 0,1,2,3,4")
+    sub.add_argument("--scoring", choices=get_args(Scoring))
+    sub.add_argument("--order", choices=get_args(Order), help="of the queries")
+    sub.add_argument("--targets", choices=get_args(Targets))
+    sub.add_argument("--resize", choices=get_args(Resize))
+    sub.add_argument("--side", type=int, help="of the network's input, 8 n + 1")
+
+
+def _protocol_changes(args: argparse.Namespace) -> dict[str, Any]:
+    fields = ("episodes", "seeds", "scoring", "order", "targets", "resize", "side")
+    given = {name: getattr(args, name) for name in fields}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _prepare_parsers(prepare: argparse.ArgumentParser) -> None:
+    """Add `qpenet prepare pascal | coco | folder`."""
+    kinds = prepare.add_subparsers(required=True, metavar="KIND")
+
+    def kind(name: str, run: Callable[[argparse.Namespace], None], text: str):
+        sub = kinds.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--out", default="data", help="folder (%(default)s)")
+        return sub
+
+    sub = kind("pascal", _prepare_pascal, "PASCAL-5i from VOC 2012 and SBD.")
+    sub.add_argument("--voc", help="VOCtrainval_11-May-2012.tar, or its folder")
+    sub.add_argument("--sbd", help="benchmark.tgz, or its folder")
+    sub.add_argument("--masks", help="SegmentationClassAug, folder or archive, for SBD")
+    sub.add_argument(
+        "--pool",
+        default="main",
+        help="training images: main (5,953), trainaug (10,582) or a file of ids",
+    )
+    _download_argument(sub)
+
+    sub = kind("coco", _prepare_coco, "COCO-20i from images and instances.")
+    sub.add_argument("--images", nargs="+", default=[], help="folders or zips")
+    sub.add_argument("--annotations", nargs="+", default=[], help="instances_*.json")
+    sub.add_argument("--release", choices=("2014", "2017"), default="2014")
+    _download_argument(sub)
+
+    sub = kind("folder", _prepare_folder, "Your own images, masks and classes.txt.")
+    sub.add_argument("folder", help="holds images/, masks/ and classes.txt")
+    sub.add_argument("--name", help="default: the folder's")
+    sub.add_argument("--val-share", type=float, default=0.2, help="without val.txt")
+
+
+def _download_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch the official archives into OUT/archives first",
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -119,27 +221,114 @@ def _describe(args: argparse.Namespace) -> None:
     print(describe(support, masks, support[:, 0]))
 
 
+# What only `prepare` needs (TFDS, scipy, pycocotools) is imported there: a second less
+# for all other commands.
+
+
+def _prepare_pascal(args: argparse.Namespace) -> None:
+    from qpenet_jax.datasets.pascal import download_pascal, prepare_pascal
+
+    voc, sbd = args.voc, args.sbd
+    if args.download:
+        voc, sbd = download_pascal(Path(args.out) / "archives")
+    if not voc or not (sbd or args.masks):
+        raise InputError("give --voc and --sbd (or --masks), or --download")
+    folder = prepare_pascal(voc, sbd, Path(args.out), masks=args.masks, pool=args.pool)
+    _tell_prepared(folder)
+
+
+def _prepare_coco(args: argparse.Namespace) -> None:
+    from qpenet_jax.datasets.coco import download_coco, prepare_coco
+
+    images, annotations = map(Path, args.images), map(Path, args.annotations)
+    if args.download:
+        images, annotations = download_coco(Path(args.out) / "archives", args.release)
+    images, annotations = list(images), list(annotations)
+    if not images or not annotations:
+        raise InputError("give --images and --annotations, or --download")
+    _tell_prepared(prepare_coco(images, annotations, Path(args.out)))
+
+
+def _prepare_folder(args: argparse.Namespace) -> None:
+    from qpenet_jax.datasets.folder import prepare_folder
+
+    folder, out = Path(args.folder), Path(args.out)
+    _tell_prepared(
+        prepare_folder(folder, out, name=args.name, val_share=args.val_share)
+    )
+
+
+def _tell_prepared(folder: Path) -> None:
+    metadata = read_metadata(folder)
+    for split, index in metadata["index"].items():
+        print(f"{split}: {len(index['names']):,} images")
+    for name, value in metadata["facts"].items():
+        if name != "images":  # their numbers stand above
+            print(f"{name}: {value}")
+    print(f"prepared; use it with --config.dataset.root={folder}")
+
+
 def _evaluate(args: argparse.Namespace) -> None:
-    experiment, params = open_run(args.workdir)
+    experiment, params, step = open_run(args.workdir)
     weights = experiment.backbone_weights()
-    chosen = {
-        "episodes": args.episodes,
-        "seeds": args.seeds,
-        "scoring": args.scoring,
-    }
-    changes = {name: value for name, value in chosen.items() if value is not None}
+    val = experiment.dataset("val")
     out = Path(args.out or Path(args.workdir) / "evaluate")
-    for shots in args.shots:
-        protocol = experiment.protocol(shots=shots, **changes)
-        folder = out / f"{shots}shot"
+    changes = _protocol_changes(args)
+    frozen = None
+    if args.episode_list:
+        frozen = read_episodes(Path(args.episode_list), val)
+        _refuse_overrides(args, ("shots", "episodes", "seeds", "order", "targets"))
+    for shots in (0,) if frozen else args.shots or (1,):
+        protocol = experiment.protocol(args.protocol, **changes | {"shots": shots})
+        folder = out / (f"{protocol.preset}_{shots}shot" if shots else "episode_list")
         folder.mkdir(parents=True, exist_ok=True)
-        evaluator = Evaluator(experiment, weights, folder, protocol)
-        print(f"protocol: {protocol}")
+        evaluator = Evaluator(experiment, weights, folder, val, protocol, frozen)
+        print(evaluator.describe())
         if args.references:
             evaluator.references()
-        evaluator(params)
+        evaluator(params, step=step)
         print(evaluator.report())
         print(f"written to {folder}")
+
+
+def _refuse_overrides(args: argparse.Namespace, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} can't be changed: --episode-list settles it")
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.config:
+        experiment = Experiment(load_config(args.config, args.overrides))
+    else:
+        experiment, *_ = open_run(args.workdir)
+    val = experiment.dataset("val")
+    changes = _protocol_changes(args) | {"shots": args.shots}
+    protocol = experiment.protocol(args.protocol, **changes)
+    samplers = experiment.eval_samplers(val, protocol)
+    digest = export_episodes(Path(args.out), val, samplers, protocol.episodes)
+    print(f"protocol: {dataclasses.replace(protocol, version=dataset_version(val))}")
+    print(f"{len(samplers) * protocol.episodes} episodes in {args.out}")
+    print(f"sha256 {digest}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    a, b = map(Path, args.results)
+    result = compare(a, b, different_protocols=args.different_protocols)
+    print(comparison_table(result))
+    if args.out:
+        write_json(Path(args.out), result)
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    dataset = None
+    if args.config:
+        experiment = Experiment(load_config(args.config, args.overrides))
+        dataset = experiment.dataset("train")
+    result = benchmark_data(
+        dataset, shots=args.shots, workers=args.workers, seconds=args.seconds
+    )
+    print(markdown(result))
 
 
 def _predict(args: argparse.Namespace) -> None:

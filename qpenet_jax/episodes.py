@@ -20,7 +20,14 @@ from absl import flags
 from jaxtyping import Bool, Int, UInt8
 
 from qpenet_jax.errors import InputError
-from qpenet_jax.transforms import Augmentation, augment, binary_mask, fit, fit_label
+from qpenet_jax.transforms import (
+    Augmentation,
+    Resize,
+    augment,
+    binary_mask,
+    fit,
+    fit_label,
+)
 from qpenet_jax.typing import Episode, SegmentationDataset
 
 MIN_PIXELS = 2 * 32 * 32
@@ -31,6 +38,9 @@ ORDER, DRAW, AUGMENT = range(3)
 
 AHEAD = 2
 """Batches that each worker keeps ready."""
+
+Order = Literal["shuffled", "list", "pairs", "classes"]
+Targets = Literal["large", "any"]
 
 T = TypeVar("T")
 
@@ -64,9 +74,11 @@ def eligible_pairs(
 class EpisodeSampler:
     """`sampler(i)` draws episode i: a query, one of its classes, K supports of it.
 
-    Every image with an eligible class is query once per epoch, in an order that
-    depends on the seed and the epoch; its class is uniform among its eligible ones;
-    supports are other images of that class, without repeats.
+    Every image with an eligible class is query once per epoch, "shuffled" by seed and
+    epoch or always in "list" order; its class is uniform among its eligible ones, or
+    with `targets="any"` among all those with a pixel in it. Order "pairs" goes through
+    the listed (image, class) pairs instead, "classes" draws a class, then a query of
+    it. Supports are other images listed for that class, without repeats.
 
     A class without any image is simply absent. One with 1..K images can't form an
     episode: an error, or with `on_few="drop"` left out together with its images'
@@ -83,6 +95,8 @@ class EpisodeSampler:
     exclude: tuple[int, ...] = ()
     min_pixels: int = MIN_PIXELS
     on_few: Literal["error", "drop"] = "error"
+    order: Order = "shuffled"
+    targets: Targets = "large"
     class_names: tuple[str, ...] = ()
     """Names of all classes of the data set, for messages; ids without it."""
 
@@ -102,10 +116,8 @@ class EpisodeSampler:
 
     def __call__(self, index: int) -> EpisodeIds:
         """Return episode `index`, any integer from 0 on."""
-        epoch, position = divmod(index, len(self))
-        query = int(self.images[_order(self.seed, epoch, len(self))[position]])
         rng = _generator(self.seed, DRAW, index)
-        column = int(rng.choice(np.flatnonzero(self.pairs[query])))
+        query, column = self._query(index, rng)
         others = self._members[column]
         others = others[others != query]
         supports = rng.choice(others, self.shots, replace=False)
@@ -115,6 +127,34 @@ class EpisodeSampler:
             class_id=self.classes[column],
             supports=tuple(supports.tolist()),
         )
+
+    def _query(self, index: int, rng: np.random.Generator) -> tuple[int, int]:
+        """Return the query of an episode and the column of its class."""
+        if self.order == "pairs":
+            query, column = self._listed_pairs[index % len(self._listed_pairs)]
+        elif self.order == "classes":
+            column = rng.choice(np.flatnonzero(self.pairs.any(axis=0)))
+            query = rng.choice(self._members[column])
+        else:
+            epoch, position = divmod(index, len(self))
+            if self.order == "shuffled":
+                position = _order(self.seed, epoch, len(self))[position]
+            query = self.images[position]
+            column = rng.choice(np.flatnonzero(self._targets(query)))
+        return int(query), int(column)
+
+    def _targets(self, query: int) -> Bool[np.ndarray, " chosen"]:
+        """Return the classes that an image may be query for."""
+        if self.targets == "large":
+            return self.pairs[query]
+        pixels = self.counts[query, np.subtract(self.classes, 1)]
+        return (pixels > 0) & self.pairs.any(axis=0)
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The ids of the classes that some episode shows."""
+        columns = np.flatnonzero(self.pairs.any(axis=0))
+        return tuple(self.classes[column] for column in columns)
 
     @functools.cached_property
     def pairs(self) -> Bool[np.ndarray, "images chosen"]:
@@ -138,6 +178,10 @@ class EpisodeSampler:
         return np.flatnonzero(self.pairs.any(axis=1))
 
     @functools.cached_property
+    def _listed_pairs(self) -> Int[np.ndarray, "pairs 2"]:
+        return np.argwhere(self.pairs)
+
+    @functools.cached_property
     def _members(self) -> list[Int[np.ndarray, "members"]]:
         return [np.flatnonzero(column) for column in self.pairs.T]
 
@@ -152,6 +196,7 @@ def load_episode(
     side: int,
     augmentation: Augmentation | None = None,
     seed: int = 0,
+    resize: Resize = "pad",
 ) -> Episode:
     """Read and transform the images of an episode; every array `side` x `side`.
 
@@ -166,7 +211,7 @@ def load_episode(
         image = dataset.image(item)
         mask = binary_mask(dataset.label(item), ids.class_id)
         if augmentation is None:
-            return fit(image, side), fit_label(mask, side)
+            return fit(image, side, resize), fit_label(mask, side, resize)
         rng = _generator(seed, AUGMENT, ids.index, slot)
         return augment(image, mask, side, augmentation, rng)
 
@@ -219,10 +264,11 @@ def training_batches(
 
 def evaluation_episodes(
     dataset: SegmentationDataset,
-    sampler: EpisodeSampler,
+    sampler: Callable[[int], EpisodeIds],
     episodes: int,
     side: int,
     workers: int = 0,
+    resize: Resize = "pad",
 ) -> Generator[tuple[EpisodeIds, Episode, UInt8[np.ndarray, "h w"]], None, None]:
     """Yield episodes 0 .. `episodes` - 1, each with its query's mask at original size.
 
@@ -231,7 +277,7 @@ def evaluation_episodes(
     Raises:
         InputError: while iterating, an image or label that can't be used.
     """
-    load = functools.partial(_load_evaluation, dataset, sampler, side)
+    load = functools.partial(_load_evaluation, dataset, sampler, side, resize)
     return _ahead(load, range(episodes), workers)
 
 
@@ -253,11 +299,15 @@ def _load_batch(
 
 
 def _load_evaluation(
-    dataset: SegmentationDataset, sampler: EpisodeSampler, side: int, index: int
+    dataset: SegmentationDataset,
+    sampler: Callable[[int], EpisodeIds],
+    side: int,
+    resize: Resize,
+    index: int,
 ) -> tuple[EpisodeIds, Episode, UInt8[np.ndarray, "h w"]]:
     ids = sampler(index)
     label = binary_mask(dataset.label(ids.query), ids.class_id)
-    return ids, load_episode(dataset, ids, side), label
+    return ids, load_episode(dataset, ids, side, resize=resize), label
 
 
 def _ahead(

@@ -7,23 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jaxtyping import Array, PyTree, UInt8
 from PIL import Image
 
-from qpenet_jax.evaluation import (
-    Protocol,
-    evaluate,
+from qpenet_jax.episode_lists import EpisodeList
+from qpenet_jax.evaluation import evaluate
+from qpenet_jax.experiment import Experiment
+from qpenet_jax.metrics import Scores, load_scores, mean_iou, paired_difference
+from qpenet_jax.protocols import Protocol, dataset_version
+from qpenet_jax.report import (
+    RESULTS,
+    TABLE,
     summarize,
     table,
     write_json,
+    write_report,
 )
-from qpenet_jax.experiment import Experiment
-from qpenet_jax.metrics import Scores, load_scores, paired_difference
-from qpenet_jax.typing import Episode
+from qpenet_jax.typing import Episode, SegmentationDataset
 from qpenet_jax.visualize import episode_figure
 
-RESULTS = "results.json"
 REFERENCES = "references.json"
 FIGURE = "episodes.png"
 FIGURE_EPISODES = 8
@@ -32,9 +34,9 @@ FIGURE_EPISODES = 8
 class Evaluator:
     """Evaluates by one protocol and writes what it finds into a folder.
 
-    `episodes_<name>.csv` holds the pixel counts of every episode, `results.json` the
-    last evaluation of the trained network beside its references, `episodes.png` the
-    first episodes.
+    `episodes_<name>.csv` holds the pixel counts of every episode, `results.*` the last
+    evaluation of the trained network beside its references, `episodes.png` the first
+    episodes.
     """
 
     def __init__(
@@ -42,29 +44,47 @@ class Evaluator:
         experiment: Experiment,
         weights: PyTree[Array],
         folder: Path,
+        val: SegmentationDataset,
         protocol: Protocol | None = None,
+        episodes: EpisodeList | None = None,
     ):
-        """Read the val split; raises InputError where it can't serve the protocol."""
-        self.experiment, self.folder = experiment, folder
-        self.protocol = protocol or experiment.protocol()
-        self.val = experiment.dataset("val")
-        self.samplers = experiment.eval_samplers(self.val, self.protocol)
-        self.class_ids = self._scorable_classes()
-        names = tuple(experiment.class_names[c - 1] for c in self.class_ids)
-        for name in set(self.protocol.classes) - set(names):
-            print(f"{name}: too few images for {self.protocol.shots} shot(s), left out")
-        self.protocol = dataclasses.replace(self.protocol, classes=names)
-        self.focus = [name for name in experiment.config.eval.focus if name in names]
+        """Draw on the val split; raises InputError where it can't serve the protocol.
+
+        A list of `episodes` replaces drawing.
+        """
+        self.experiment, self.folder, self.val = experiment, folder, val
+        protocol = protocol or experiment.protocol()
+        if episodes:
+            protocol = dataclasses.replace(protocol, **episodes.fields)
+            self.samplers = episodes.samplers
+        else:
+            self.samplers = experiment.eval_samplers(val, protocol)
+        # Classes that no episode can show would count as 0 in every mean.
+        self.class_ids = self.samplers[0].shown
+        self.protocol = dataclasses.replace(
+            protocol,
+            version=dataset_version(val),
+            classes=tuple(experiment.class_names[c - 1] for c in self.class_ids),
+        )
+        self.left_out = sorted(set(protocol.classes) - set(self.protocol.classes))
+        names = experiment.config.eval.focus
+        self.focus = [name for name in names if name in self.protocol.classes]
         self.predict = experiment.predictor(weights)
         self.cosine = experiment.cosine_predictor(weights)
 
-    def _scorable_classes(self) -> tuple[int, ...]:
-        """Return the novel classes which some episode can show.
+    def describe(self) -> str:
+        """Return the protocol, and which classes have too few images for it."""
+        lines = [f"protocol: {self.protocol}"]
+        if self.left_out:
+            shots = self.protocol.shots
+            names = ", ".join(self.left_out)
+            lines.append(f"left out, too few images for {shots} shot(s): {names}")
+        return "\n".join(lines)
 
-        The others would count as 0 in every mean.
-        """
-        shown = np.flatnonzero(self.samplers[0].pairs.any(axis=0))
-        return tuple(c for i, c in enumerate(self.experiment.fold.novel) if i in shown)
+    def miou(self, params: PyTree[Array]) -> float:
+        """Return mIoU in percent and write nothing."""
+        scores, _ = self._evaluate("selection", lambda b: self.predict(params, b))
+        return 100 * mean_iou(scores, self.class_ids)
 
     def references(self) -> str:
         """Score the untrained network and the training-free baseline; tabulate."""
@@ -78,41 +98,48 @@ class Evaluator:
 
     def __call__(
         self, params: PyTree[Array], **facts: Any
-    ) -> tuple[dict[str, Any], UInt8[np.ndarray, "h w 3"]]:
+    ) -> tuple[dict[str, Any], UInt8[Any, "h w 3"]]:
         """Score the network; write and return the results and a figure."""
 
         def predict(batch: Episode) -> Array:
             return self.predict(params, batch)
 
         results = self._score("qpenet", predict) | facts
+        results["class_ids"] = list(self.class_ids)
+        results["selection"] = self.experiment.selection
         # References of another protocol (an earlier call) compare to nothing here.
         found, ours = self._read(REFERENCES), self.protocol.to_dict()
         same = all(reference["protocol"] == ours for reference in found.values())
         results["references"] = found if same else {}
         if "cosine" in results["references"]:
             results["gain_over_cosine"] = self._gain("cosine")
-        write_json(self.folder / RESULTS, results)
+        write_report(self.folder, results)
         figure = episode_figure(
             self.val,
-            [self.samplers[0](i) for i in range(FIGURE_EPISODES)],
+            [self.samplers[0](i) for i in range(self._shown())],
             {"cosine": self.cosine, "QPENet": predict},
             self.protocol.side,
+            self.protocol.resize,
         )
         Image.fromarray(figure).save(self.folder / FIGURE)
         return results, figure
 
-    def report(self) -> str:
-        """Return the last results as a table beside their references."""
+    def step(self) -> int | None:
+        """Return the step of the last written results of this protocol, if any."""
         results = self._read(RESULTS)
-        lines = ["", table({**results["references"], "QPENet": results})]
-        for what, (value, low, high) in results.get("gain_over_cosine", {}).items():
-            lines.append(
-                f"gain over cosine, {what}: {value:+.1f} [{low:+.1f}, {high:+.1f}]"
-            )
-        lines.append("in brackets: 95 % bootstrap intervals over query images")
-        return "\n".join(lines)
+        same = results.get("protocol") == self.protocol.to_dict()
+        return results.get("step") if same else None
 
-    def _score(self, name: str, predict: Callable[[Episode], Array]) -> dict[str, Any]:
+    def report(self) -> str:
+        """Return the last results as text: the table beside their references."""
+        return (self.folder / TABLE).read_text()
+
+    def _shown(self) -> int:
+        return min(FIGURE_EPISODES, self.protocol.episodes)
+
+    def _evaluate(
+        self, name: str, predict: Callable[[Episode], Array]
+    ) -> tuple[Scores, float]:
         start = time.perf_counter()
         scores = evaluate(
             predict,
@@ -122,7 +149,10 @@ class Evaluator:
             workers=self.experiment.config.workers,
             label=f"evaluating {name}",
         )
-        seconds = time.perf_counter() - start
+        return scores, time.perf_counter() - start
+
+    def _score(self, name: str, predict: Callable[[Episode], Array]) -> dict[str, Any]:
+        scores, seconds = self._evaluate(name, predict)
         scores.save(self._episodes(name))
         return summarize(scores, self.protocol, self.class_ids, seconds, self.focus)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,17 +18,22 @@ from qpenet_jax.datasets.folds import (
     PASCAL_CLASSES,
     Fold,
     coco_fold,
+    fold_of,
+    named_fold,
     pascal_fold,
 )
+from qpenet_jax.datasets.prepared import Prepared, prepared_classes
 from qpenet_jax.datasets.shapes import Shapes
 from qpenet_jax.datasets.voc import VOCLayout
 from qpenet_jax.episodes import EpisodeSampler
 from qpenet_jax.errors import InputError
-from qpenet_jax.evaluation import Protocol, make_eval_step, write_json
+from qpenet_jax.evaluation import make_eval_step
 from qpenet_jax.losses import LossWeights
 from qpenet_jax.models.backbone import Backbone, backbone
 from qpenet_jax.models.cosine import nearest_prototype
 from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.protocols import PRESETS, Protocol, preset_fields
+from qpenet_jax.report import write_json
 from qpenet_jax.training import Optimizer, TrainState, init_state, make_train_step
 from qpenet_jax.transforms import Augmentation
 from qpenet_jax.typing import Episode, SegmentationDataset
@@ -38,6 +43,15 @@ CONFIG_FILE = "config.json"
 
 # What a resumed run may change, as no result depends on it.
 FREE = {"workers", "log_every", "save_every", "dataset.root", "backbone.weights"}
+
+
+SELECTION = {
+    "base": "best of the run by mIoU on base classes of the val split",
+    "novel": "best of the run by mIoU on the novel classes: this leaks them (the "
+    "field's custom)",
+    "last": "the last of the run",
+}
+"""What `config.select_on` may be, as the results tell it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +64,16 @@ class Experiment:
         """Refuse values that could only fail later."""
         whole = ("batch_size", "shots", "log_every", "save_every")
         counts = {name: self.config[name] for name in whole}
-        counts["eval.every"] = self.config.eval.every
+        for name in ("every", "base_episodes"):
+            counts[f"eval.{name}"] = self.config.eval[name]
         for name, value in counts.items():
             if value < 1:
                 raise InputError(f"config.{name}={value} must be 1 or more")
+        if self.config.select_on not in SELECTION:
+            raise InputError(
+                f"config.select_on={self.config.select_on!r}: choose "
+                f"{', '.join(SELECTION)}"
+            )
         if self.config.seed < 0:
             raise InputError(f"config.seed={self.config.seed} must be 0 or more")
         unknown = set(self.config.eval.focus) - set(self.protocol().classes)
@@ -70,28 +90,37 @@ class Experiment:
             )
         _ = self.fold, self.backbone, self.model, self.optimizer
 
-    @property
+    @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
         """Names of all classes of the data set."""
         data = self.config.dataset
         if data.kind == "shapes":
             return Shapes("val", 1).classes
-        return PASCAL_CLASSES if data.split == "pascal" else COCO_CLASSES
+        if data.split == "pascal":
+            return PASCAL_CLASSES
+        if data.split.startswith("coco"):
+            return COCO_CLASSES
+        return prepared_classes(data.root)
 
-    @property
+    @functools.cached_property
     def fold(self) -> Fold:
         """Base and novel class ids."""
         data = self.config.dataset
-        folds: dict[str, Callable[[int], Fold]] = {
+        rules: dict[str, Callable[[int], Fold]] = {
             "pascal": pascal_fold,
             "coco_fwb": functools.partial(coco_fold, split="fwb"),
             "coco_panet": functools.partial(coco_fold, split="panet"),
+            "blocks": lambda i: fold_of(len(self.class_names), i, data.folds, "blocks"),
+            "strided": lambda i: fold_of(
+                len(self.class_names), i, data.folds, "strided"
+            ),
+            "named": lambda _: named_fold(self.class_names, tuple(data.novel)),
         }
-        if data.split not in folds:
+        if data.split not in rules:
             raise InputError(
-                f"config.dataset.split={data.split!r}: choose {', '.join(folds)}"
+                f"config.dataset.split={data.split!r}: choose {', '.join(rules)}"
             )
-        return folds[data.split](data.fold)
+        return rules[data.split](data.fold)
 
     def dataset(self, split: Literal["train", "val"]) -> SegmentationDataset:
         """Return the images of a split; raises InputError where files are missing."""
@@ -102,12 +131,26 @@ class Experiment:
         data = self.config.dataset
         if data.kind == "shapes":
             return Shapes(split, data[f"{split}_images"], data.side, self.config.seed)
+        if data.kind == "prepared":
+            return self._prepared(split)
         if data.kind != "voc":
             raise InputError(
-                f"config.dataset.kind={data.kind!r}: choose 'voc' or 'shapes'"
+                f"config.dataset.kind={data.kind!r}: choose 'prepared', 'voc' or "
+                "'shapes'"
             )
         ids = data[f"{split}_ids"]
         return VOCLayout(data.root, ids, self.class_names, data.images, data.masks)
+
+    def _prepared(self, split):
+        root = self.config.dataset.root
+        dataset = Prepared(root, split)
+        if dataset.classes != self.class_names:
+            raise InputError(
+                f"{root} has {len(dataset.classes)} other classes than "
+                f"config.dataset.split={self.config.dataset.split!r} expects; choose "
+                "'blocks', 'strided' or 'named'"
+            )
+        return dataset
 
     def train_sampler(self, dataset: SegmentationDataset) -> EpisodeSampler:
         """Return the training episodes: base classes."""
@@ -123,34 +166,70 @@ class Experiment:
             class_names=self.class_names,
         )
 
-    def protocol(self, **changes: Any) -> Protocol:
-        """Return how this experiment is evaluated: novel classes of the val split."""
-        config = self.config
-        fields = {
-            "dataset": config.dataset.name,
-            "fold": config.dataset.fold,
-            "classes": tuple(self.class_names[c - 1] for c in self.fold.novel),
+    def protocol(self, preset: str | None = None, **changes: Any) -> Protocol:
+        """Return how this experiment is evaluated: novel classes of the val split.
+
+        The preset is the config's, with the config's changes, unless one is given;
+        what the run itself settles (data, shots, training list) is never the preset's.
+        """
+        config, data = self.config, self.config.dataset
+        fields: dict[str, Any] = {
+            "dataset": data.name,
+            "split": data.split,
+            "fold": data.fold,
+            "classes": self._names(self.fold.novel),
+            "exclude_novel": data.exclude_novel,
+            "min_pixels": data.min_pixels,
             "shots": config.shots,
-            "episodes": config.eval.episodes,
-            "seeds": tuple(config.eval.seeds),
-            "side": config.side,
-            "scoring": config.eval.scoring,
-            "min_pixels": config.dataset.min_pixels,
+            "preset": preset or config.eval.protocol,
         }
-        return Protocol(**fields | changes)
+        if "side" not in PRESETS.get(fields["preset"], {}):
+            fields["side"] = config.side
+        if preset is None:
+            chosen = {k: config.eval[k] for k in ("episodes", "seeds", "scoring")}
+            fields |= {k: v for k, v in chosen.items() if v}
+        fields = preset_fields(fields["preset"], data.split) | fields | changes
+        fields["seeds"] = tuple(fields["seeds"])  # a list when read from JSON
+        return Protocol(**fields)
+
+    def selection_protocol(self) -> Protocol | None:
+        """Return how checkpoints are chosen while training; None: the last is."""
+        if self.config.select_on == "base":
+            return self.protocol(
+                preset="ours",
+                classes=self._names(self.fold.base),
+                episodes=self.config.eval.base_episodes,
+            )
+        return self.protocol() if self.config.select_on == "novel" else None
+
+    @property
+    def selection(self) -> str:
+        """How this run's checkpoint was chosen, for its results."""
+        return SELECTION[self.config.select_on]
+
+    def _names(self, class_ids: Sequence[int]) -> tuple[str, ...]:
+        return tuple(self.class_names[c - 1] for c in class_ids)
 
     def eval_samplers(
         self, dataset: SegmentationDataset, protocol: Protocol
     ) -> list[EpisodeSampler]:
-        """Return the protocol's episodes, one sampler a seed."""
+        """Return the protocol's episodes, one sampler a seed.
+
+        Images for base classes, when the protocol names those, show no novel class;
+        base classes with too few images are left out.
+        """
+        base = protocol.classes == self._names(self.fold.base)
         return [
             EpisodeSampler(
                 dataset.counts,
-                self.fold.novel,
+                tuple(self.class_names.index(name) + 1 for name in protocol.classes),
                 protocol.shots,
                 seed,
+                exclude=self.fold.novel if base else (),
                 min_pixels=protocol.min_pixels,
-                on_few=self.config.dataset.on_few,
+                on_few="drop" if base else self.config.dataset.on_few,
+                order=protocol.order,
+                targets=protocol.targets,
                 class_names=self.class_names,
             )
             for seed in protocol.seeds
@@ -255,8 +334,8 @@ def claim(workdir: Path, config: Any) -> None:
         write_json(path, ours)
 
 
-def open_run(workdir: str | Path) -> tuple[Experiment, PyTree[Array]]:
-    """Return the experiment of a finished or running workdir and its best parameters.
+def open_run(workdir: str | Path) -> tuple[Experiment, PyTree[Array], int]:
+    """Return a workdir's experiment, the parameters that it selected, and their step.
 
     Raises InputError if it holds no run or no checkpoint yet.
     """
@@ -271,7 +350,7 @@ def open_run(workdir: str | Path) -> tuple[Experiment, PyTree[Array]]:
         like = experiment.untrained()
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no config of this version: {error}") from None
-    return experiment, restore_params(Path(workdir), like)
+    return experiment, *restore_params(Path(workdir), like)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -74,10 +74,10 @@ class Segmenter:
 
 
 def load(workdir: str | Path) -> Segmenter:
-    """Return the segmenter of a run of train.py, with its best checkpoint.
+    """Return the segmenter of a run of train.py, with the checkpoint that it selected.
 
     Raises InputError if the folder holds no run.
     """
-    experiment, params = open_run(workdir)
+    experiment, params, _ = open_run(workdir)
     predict = experiment.predictor(experiment.backbone_weights())
     return Segmenter(lambda batch: predict(params, batch), experiment.config.side)

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qpenet_jax.episodes import EpisodeIds, load_episode
 from qpenet_jax.evaluation import unpad
 from qpenet_jax.metrics import count_pixels
-from qpenet_jax.transforms import binary_mask
+from qpenet_jax.transforms import Resize, binary_mask
 from qpenet_jax.typing import Episode, SegmentationDataset
 
 RGB = UInt8[np.ndarray, "h w 3"]
@@ -37,6 +37,7 @@ def episode_figure(
     episodes: Sequence[EpisodeIds],
     predictors: dict[str, Callable[[Episode], Float[Array, "1 s s"]]],
     side: int,
+    resize: Resize = "pad",
 ) -> RGB:
     """Return a row an episode: support with mask, query, truth, each prediction.
 
@@ -53,10 +54,12 @@ def episode_figure(
             _tile(query),
             _tile(overlay(query, truth, TRUTH)),
         ]
-        episode = Episode(*(x[None] for x in load_episode(dataset, ids, side)))
+        loaded = load_episode(dataset, ids, side, resize=resize)
+        episode = Episode(*(x[None] for x in loaded))
         for predict in predictors.values():
             margin = np.asarray(predict(episode))[0]
-            found = unpad(margin, *truth.shape) > 0
+            height, width = truth.shape
+            found = unpad(margin, height, width, resize) > 0
             *_, both, either = count_pixels(found, truth)
             picture = overlay(query, found.astype(np.uint8), PREDICTION)
             tiles.append(_tile(picture, f"IoU {100 * both / max(either, 1):.0f}"))

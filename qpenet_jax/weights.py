@@ -202,7 +202,8 @@ def _default_source(name: str, out_dir: Path) -> Path:
         raise InputError(f"no public file for {name}: give the .pth file to convert")
     url = SOURCES[name]
     target = out_dir / url.rpartition("/")[2]
-    return download(url, target, target.stem.rpartition("-")[2])
+    # torchvision's file names end in the first digits of the hash.
+    return download(url, target, f"sha256:{target.stem.rpartition('-')[2]}")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ def test_the_best_and_the_latest_are_kept(tmp_path):
         assert latest.step == 4
         np.testing.assert_array_equal(latest.params["kernel"], 4)
         save(manager, latest)  # already there: nothing happens
-    best = restore_params(tmp_path, state(0).params)
+    best, step = restore_params(tmp_path, state(0).params)
+    assert step == 1
     np.testing.assert_array_equal(best["kernel"], 1)
 
 
@@ -34,5 +35,6 @@ def test_without_a_score_the_latest_is_loaded(tmp_path):
         restore_params(tmp_path, state(0).params)
     with open_checkpoints(tmp_path) as manager:
         save(manager, state(7))
-    params = restore_params(tmp_path, state(0).params)
+    params, step = restore_params(tmp_path, state(0).params)
+    assert step == 7
     np.testing.assert_array_equal(params["kernel"], 7)

@@ -7,11 +7,14 @@ import threading
 import numpy as np
 import pytest
 
-from qpenet_jax.download import download
+from qpenet_jax import download as module
+from qpenet_jax.download import digest, download, sha256
 from qpenet_jax.errors import InputError
 
 CONTENT = np.random.default_rng(0).bytes(200_000)
-PREFIX = hashlib.sha256(CONTENT).hexdigest()[:8]
+SHA256 = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
+MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
+PREFIX = SHA256[: len("sha256:") + 8]
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -20,6 +23,7 @@ class Server(http.server.ThreadingHTTPServer):
     content = CONTENT
     cut: int | None = None
     ignores_range = False
+    tells_length = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -39,9 +43,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start = int(self.headers["Range"][len("bytes=") : -1])
         content = self.server.content[start:]
         if not content:
-            return self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(self.server.content)}")
+            return self.end_headers()
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content)))
+        if self.server.tells_length:
+            self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content[: self.server.cut])
 
@@ -94,7 +101,9 @@ def test_download_of_a_part_that_was_complete(server, tmp_path):
 
 def test_download_with_a_wrong_hash_is_deleted(server, tmp_path):
     server.content = b"x" + CONTENT[1:]
-    with pytest.raises(InputError, match=rf"SHA-256 is [0-9a-f]{{64}}, not {PREFIX}"):
+    with pytest.raises(
+        InputError, match=rf"sha256 is [0-9a-f]{{64}}, not {PREFIX[7:]}"
+    ):
         download(server.url, tmp_path / "file.pth", PREFIX, progress=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -106,3 +115,69 @@ def test_download_without_file_or_connection(server, tmp_path):
     with pytest.raises(InputError, match=r"cannot reach http://127\.0\.0\.1:1/a "):
         download("http://127.0.0.1:1/a", tmp_path / "a", PREFIX, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("checksum", [SHA256, PREFIX, MD5, None])
+def test_kinds_of_checksums(checksum, server, tmp_path):
+    server.cut = 150_000
+    target = download(server.url, tmp_path / "file", checksum, progress=False)
+    assert target.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=150000-"]
+    download(server.url, target, checksum, progress=False)
+    assert len(server.ranges) == 2
+
+
+def test_a_wrong_file_is_fetched_again(server, tmp_path):
+    (tmp_path / "file").write_bytes(b"another")
+    download(server.url, tmp_path / "file", MD5, progress=False)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    server.content = CONTENT[:-1]
+    with pytest.raises(InputError, match=r"md5 is [0-9a-f]{32}, not [0-9a-f]{32}; del"):
+        download(server.url, tmp_path / "other", MD5, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("checksum", [MD5, None])
+def test_a_part_longer_than_the_file_starts_again(checksum, server, tmp_path):
+    (tmp_path / "file.part").write_bytes(CONTENT + b"more")
+    download(server.url, tmp_path / "file", checksum, progress=False)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def test_without_length_only_a_checksum_tells_the_end(server, tmp_path):
+    server.tells_length = False
+    download(server.url, tmp_path / "file", SHA256, progress=False)
+    assert (tmp_path / "file").read_bytes() == CONTENT
+    with pytest.raises(InputError, match="tells no length and no hash is published"):
+        download(server.url, tmp_path / "other", None, progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_errors_of_the_disk_are_not_taken_for_a_broken_connection(
+    server, tmp_path, monkeypatch
+):
+    class Full:
+        n = 0
+
+        def update(self, _):
+            raise OSError(28, "No space left on device")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+    monkeypatch.setattr(module, "tqdm", lambda **_: Full())
+    with pytest.raises(OSError, match="No space left"):
+        download(server.url, tmp_path / "file", SHA256)
+    assert len(server.ranges) == 1
+
+
+def test_digest_shows_a_bar_for_large_files(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_bytes(CONTENT)
+    assert f"sha256:{sha256(tmp_path / 'file')}" == SHA256
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module, "BAR_BYTES", 200_000)
+    assert f"md5:{digest(tmp_path / 'file', 'md5')}" == MD5
+    assert "hashing file: 100%" in capsys.readouterr().err

@@ -133,6 +133,53 @@ def test_class_and_supports_are_uniform():
     assert sum((n - 100) ** 2 / 100 for n in drawn.values()) < 27.9
 
 
+def test_list_order_is_the_same_in_every_epoch():
+    sampler = sampler_of(order="list")
+    queries = [sampler(i).query for i in range(2 * len(sampler))]
+    assert queries == [*sampler.images, *sampler.images]
+    assert sampler(0).query == sampler_of(seed=8, order="list")(0).query
+    classes = [sampler(i).class_id for i in range(200)]
+    assert classes != [sampler(i + len(sampler)).class_id for i in range(200)]
+
+
+def test_pair_order_goes_through_all_pairs():
+    sampler = sampler_of(order="pairs")
+    count = int(sampler.pairs.sum())
+    drawn = [(sampler(i).query, sampler(i).class_id) for i in range(2 * count)]
+    rows, columns = np.nonzero(sampler.pairs)
+    expected = list(zip(rows.tolist(), np.take(CLASSES, columns).tolist(), strict=True))
+    assert drawn == expected * 2
+
+
+def test_class_order_draws_classes_uniformly():
+    counts = np.zeros((40, 3), int)
+    counts[:30, 0] = counts[30:35, 1] = counts[35:, 2] = 5000
+    sampler = EpisodeSampler(counts, (1, 2, 3), 1, seed=0, order="classes")
+    times = Counter(sampler(i).class_id for i in range(3000))
+    assert all(abs(times[c] - 1000) < 4 * np.sqrt(3000 * 2 / 9) for c in (1, 2, 3))
+    queries = Counter(sampler(i).query for i in range(3000))
+    assert len(queries) == 40
+    for i in range(300):
+        ids = sampler(i)
+        assert ids.query not in ids.supports
+        assert counts[ids.query, ids.class_id - 1] == 5000
+
+
+def test_any_target_is_a_class_with_a_pixel_in_a_listed_query():
+    sampler, counts = sampler_of(targets="any"), random_counts()
+    seen = set()
+    for i in range(2000):
+        ids = sampler(i)
+        assert ids.query in sampler.images
+        seen.add((ids.query, ids.class_id))
+        assert all(counts[s, ids.class_id - 1] >= 2048 for s in ids.supports)
+        assert ids.query not in ids.supports
+    shown = {
+        (int(q), c) for q in sampler.images for c in CLASSES if counts[q, c - 1] > 0
+    }
+    assert seen == shown
+
+
 def test_images_with_excluded_classes_never_appear():
     sampler = sampler_of(exclude=(1, 6), on_few="drop")
     clean = set(np.flatnonzero((sampler.counts[:, [0, 5]] == 0).all(axis=1)))

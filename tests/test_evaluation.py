@@ -1,7 +1,6 @@
-"""Scoring at three sizes, the evaluation loop and what it reports."""
+"""Scoring at three sizes, and the evaluation loop."""
 
-import json
-
+import cv2
 import flax.linen as nn
 import jax
 import numpy as np
@@ -9,26 +8,19 @@ import pytest
 
 from qpenet_jax.datasets.shapes import Shapes
 from qpenet_jax.episodes import EpisodeSampler
-from qpenet_jax.evaluation import (
-    Protocol,
-    evaluate,
-    make_eval_step,
-    score,
-    summarize,
-    table,
-    unpad,
-    write_json,
-)
-from qpenet_jax.metrics import Scores, class_iou, fb_iou, mean_iou
+from qpenet_jax.evaluation import evaluate, make_eval_step, score, unpad
+from qpenet_jax.metrics import fb_iou, mean_iou
 from qpenet_jax.models.backbone import Backbone, features
 from qpenet_jax.models.cosine import nearest_prototype
+from qpenet_jax.protocols import Protocol
 from qpenet_jax.typing import Episode
 
 NAMES = ("one", "two", "three")
 
 
 def protocol(**changes):
-    fields = {"dataset": "toy", "fold": 1, "classes": NAMES, "episodes": 6, "side": 33}
+    fields = {"dataset": "toy", "split": "blocks", "fold": 1, "classes": NAMES}
+    fields |= {"episodes": 6, "side": 33}
     return Protocol(**fields | changes)
 
 
@@ -86,6 +78,18 @@ def test_exact_undoes_the_padding():
     assert counts == (128 * 64 - area, 128 * 64 - area + 4, area - 4, area)
     other = score(margin, random_mask(33, 33), mask, protocol(scoring="original"))
     assert other[2] < area - 4, "the released protocol shifts the prediction"
+
+
+@pytest.mark.parametrize("scoring", ["original", "exact"])
+def test_squashed_predictions_are_stretched_back(scoring):
+    margin, mask = smooth_margin(33), random_mask(50, 20)
+    counts = score(
+        margin,
+        np.zeros((33, 33)),
+        mask,
+        protocol(scoring=scoring, resize="squash"),
+    )
+    assert counts == counts_by_loop(cv2.resize(margin, (20, 50)) > 0, mask)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5000, 3), (3, 700), (375, 500), (473, 473)])
@@ -172,55 +176,3 @@ def test_eval_step_is_the_lead_of_the_foreground_logit():
     query = features(backbone, weights, batch.query_image)
     logits, _ = nearest_prototype(support, batch.support_masks, query)
     np.testing.assert_allclose(margin, 2 * (logits[..., 1] - logits[..., 0]), atol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def scores():
-    """Class 4 at IoU 0.5, 5 at 0.25, 6 never drawn; background 0.8."""
-    rows = [(0, i, i, 4, 80, 100, 10, 20) for i in range(3)]
-    rows += [(0, i, i, 5, 80, 100, 10, 40) for i in range(3, 6)]
-    return Scores(np.array(rows))
-
-
-def test_summary_in_percent(scores):
-    p = protocol(seeds=(0,), shots=5)
-    result = summarize(scores, p, (4, 5, 6), 12.345, focus=("two", "one"))
-    assert result["miou"] == 25.0
-    assert result["miou_interval"] == [25.0, 25.0]
-    np.testing.assert_allclose(result["fb_iou"], 100 * (0.8 + 60 / 180) / 2, atol=0.01)
-    assert result["per_class"] == {"one": 50.0, "two": 25.0, "three": 0.0}
-    assert result["per_seed"] == {"0": 25.0}
-    assert (result["episodes"], result["seeds"], result["seconds"]) == (6, [0], 12.3)
-    assert result["protocol"]["scoring"] == "original"
-    assert result["protocol"]["text"] == str(p)
-    for part in ("toy fold 1", "5-shot", "6 episodes", "input 33", "original", "2048"):
-        assert part in str(p)
-    assert result["focus"]["classes"] == ["two", "one"]
-    assert result["focus"]["miou"] == 37.5
-    assert "focus" not in summarize(scores, p, (4, 5, 6), 1.0)
-
-
-def test_results_are_json_and_replace_older_ones(scores, tmp_path):
-    result = summarize(scores, protocol(), (4, 5, 6), 1.0)
-    for _ in range(2):
-        write_json(tmp_path / "results.json", result)
-    read = json.loads((tmp_path / "results.json").read_text())
-    assert read["per_class"] == result["per_class"]
-    assert read["protocol"]["classes"] == list(NAMES)
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_table_is_markdown(scores):
-    result = summarize(scores, protocol(), (4, 5, 6), 1.0, focus=("one",))
-    lines = table({"cosine": result, "ours": result}).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["IoU %", "cosine", "ours"]
-    assert set("".join(cells[1])) == {"-"}
-    assert cells[2] == ["one", "50.0", "50.0"]
-    assert cells[5] == ["mean of one", "50.0 [50.0, 50.0]", "50.0 [50.0, 50.0]"]
-    assert [row[0] for row in cells[6:]] == ["mIoU", "FB-IoU"]
-    assert len({len(line) for line in lines}) == 1
-
-
-def test_a_class_that_is_never_drawn_counts_zero(scores):
-    np.testing.assert_allclose(class_iou(scores, (4, 5, 6)), [0.5, 0.25, 0])

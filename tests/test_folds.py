@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -6,6 +7,8 @@ from qpenet_jax.datasets.folds import (
     COCO_CLASSES,
     PASCAL_CLASSES,
     coco_fold,
+    fold_of,
+    named_fold,
     pascal_fold,
 )
 from qpenet_jax.errors import InputError
@@ -71,3 +74,54 @@ def test_unknown_fold(fold_of, fold):
 def test_unknown_split():
     with pytest.raises(InputError, match="'hsnet': choose"):
         coco_fold(0, "hsnet")
+
+
+@pytest.mark.parametrize("rule", ["blocks", "strided"])
+@pytest.mark.parametrize(
+    ("classes", "folds"), [(2, 2), (7, 3), (7, 7), (10, 4), (1000, 4)]
+)
+def test_any_number_of_classes(classes, folds, rule):
+    parts = [fold_of(classes, fold, folds, rule) for fold in range(folds)]
+    sizes = [len(part.novel) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == classes
+    for base, novel in parts:
+        assert list(novel) == sorted(novel)
+        assert sorted(base + novel) == list(range(1, classes + 1))
+        steps = {b - a for a, b in itertools.pairwise(novel)}
+        assert steps <= {1 if rule == "blocks" else folds}
+    assert {c for part in parts for c in part.novel} == set(range(1, classes + 1))
+
+
+def test_uneven_folds_by_hand():
+    blocks = [fold_of(10, fold).novel for fold in range(4)]
+    assert blocks == [(1, 2), (3, 4, 5), (6, 7), (8, 9, 10)]
+    strided = [fold_of(5, fold, 3, "strided").novel for fold in range(3)]
+    assert strided == [(1, 4), (2, 5), (3,)]
+
+
+@pytest.mark.parametrize(("classes", "folds"), [(3, 4), (0, 4), (1, 1), (5, 0)])
+def test_folds_that_would_be_empty(classes, folds):
+    with pytest.raises(InputError, match=f"{classes} classes can't make {folds} folds"):
+        fold_of(classes, 0, folds)
+
+
+def test_unknown_rule_or_fold_of_a_rule():
+    with pytest.raises(InputError, match=r"rule 'random': choose 'blocks'"):
+        fold_of(8, 0, rule="random")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"fold 2: choose 0 to 1"):
+        fold_of(8, 2, folds=2)
+
+
+def test_named_fold():
+    classes = ("ant", "bee", "cow", "dog")
+    assert named_fold(classes, ["dog", "bee"]) == ((1, 3), (2, 4))
+    assert named_fold(classes, classes) == ((), (1, 2, 3, 4))
+    assert named_fold(PASCAL_CLASSES, PASCAL_CLASSES[10:15]) == pascal_fold(2)
+
+
+def test_named_fold_without_or_with_unknown_names():
+    with pytest.raises(InputError, match=r"called emu, fox; choose of ant, bee$"):
+        named_fold(("ant", "bee"), ("emu", "bee", "fox"))
+    with pytest.raises(InputError, match=r"none given; choose of ant, bee$"):
+        named_fold(("ant", "bee"), ())

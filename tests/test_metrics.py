@@ -1,79 +1,109 @@
 """Metrics against confusion matrices of random label maps, and their intervals."""
 
+import statistics
+import time
+
 import numpy as np
 import pytest
 
+from qpenet_jax.errors import InputError
 from qpenet_jax.metrics import (
     COLUMNS,
     Scores,
-    bootstrap,
     class_iou,
+    common_episodes,
     count_pixels,
+    estimate,
+    estimate_difference,
     fb_iou,
-    interval,
     load_scores,
     mean_iou,
     paired_difference,
     seed_iou,
+    seed_spread,
 )
 
-CLASSES = (6, 7, 8, 9, 10)  # 9 is never drawn
-SEEDS = (0, 3)
+CLASSES = (6, 7, 8, 9, 10)  # 9 is in the label maps but never drawn
+SEEDS = (0, 3, 4)  # seed 4 never draws class 10
+IMAGES = 12
+SAMPLES = 2000
 
 
-def confusion(prediction, mask):
-    """Return `matrix[truth, prediction]` over the pixels that aren't 255."""
-    matrix = np.zeros((2, 2), int)
-    valid = mask != 255
-    np.add.at(matrix, (mask[valid], prediction[valid].astype(int)), 1)
+# An independent implementation: confusion matrices over whole label maps, where
+# everything that isn't the class of the episode is background once it is summed up.
+
+
+def confusion(label, predicted):
+    """Return `matrix[truth, predicted]` over 0..20, pixel by pixel; 255 counts not."""
+    matrix = np.zeros((21, 21))
+    for truth, found in zip(label.ravel(), predicted.ravel(), strict=True):
+        if truth != 255:
+            matrix[truth, found] += 1
     return matrix
 
 
-def iou(matrix, c):
-    union = matrix[c].sum() + matrix[:, c].sum() - matrix[c, c]
-    return matrix[c, c] / union if union else 0.0
+def iou(matrix, wanted):
+    """Return IoU of the union of the classes `wanted`."""
+    rest = [c for c in range(21) if c not in wanted]
+    both = matrix[np.ix_(wanted, wanted)].sum()
+    either = matrix.sum() - matrix[np.ix_(rest, rest)].sum()
+    return both / either if either else 0.0
+
+
+def plain_class_iou(episodes, weight=None):
+    """Return `[seeds, classes]`; `weight[query]` says how often an image counts."""
+    weight = np.ones(IMAGES) if weight is None else weight
+    table = np.zeros((len(SEEDS), len(CLASSES)))
+    for i, seed in enumerate(SEEDS):
+        for j, class_id in enumerate(CLASSES):
+            total = np.zeros((21, 21))
+            for s, query, c, matrix in episodes:
+                if (s, c) == (seed, class_id):
+                    total += weight[query] * matrix
+            table[i, j] = iou(total, [class_id])
+    return table
+
+
+def plain_fb_iou(episodes, weight=None):
+    weight = np.ones(IMAGES) if weight is None else weight
+    total = np.zeros((2, 2))
+    for _, query, c, m in episodes:
+        rest = [k for k in range(21) if k != c]
+        total += weight[query] * np.array(
+            [
+                [m[np.ix_(rest, rest)].sum(), m[rest, c].sum()],
+                [m[c, rest].sum(), m[c, c]],
+            ]
+        )
+    either = total.sum() - np.diag(total)[::-1]
+    return (np.diag(total) / either).mean()
+
+
+def run(seed, quality=30, count=40):
+    """Return scores of random predictions and (seed, query, class, matrix) of each."""
+    rng = np.random.default_rng(seed)
+    labels = [
+        rng.choice([0, *CLASSES, 255], rng.integers(3, 9, 2)).astype(np.uint8)
+        for _ in range(IMAGES)
+    ]
+    rows, episodes = [], []
+    for s in SEEDS:
+        for index in range(count):
+            drawn = [6, 7, 8] if s == 4 else [6, 7, 8, 10]
+            class_id, query = int(rng.choice(drawn)), int(rng.integers(IMAGES))
+            label = labels[query]
+            found = (label == class_id) ^ (rng.random(label.shape) < class_id / quality)
+            mask = np.where(label == 255, 255, label == class_id).astype(np.uint8)
+            counts = count_pixels(found, mask)
+            rows.append((s, index, query, class_id, *counts))
+            matrix = confusion(label, found * class_id)
+            episodes.append((s, query, class_id, matrix))
+    return Scores(np.array(rows, np.int64)), episodes
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    """Return scores and, for every episode, (seed, class, confusion matrix)."""
-    rng = np.random.default_rng(0)
-    rows, episodes = [], []
-    for seed in SEEDS:
-        for index in range(30):
-            class_id = int(rng.choice([6, 7, 8, 10]))
-            shape = rng.integers(3, 12, 2)
-            mask = rng.choice([0, 1, 255], shape, p=[0.6, 0.3, 0.1]).astype(np.uint8)
-            wrong = rng.random(shape) < class_id / 30  # later classes are harder
-            prediction = (mask == 1) ^ wrong
-            counts = count_pixels(prediction, mask)
-            rows.append((seed, index, int(rng.integers(12)), class_id, *counts))
-            episodes.append((seed, class_id, confusion(prediction, mask)))
-    return Scores(np.array(rows, np.int64)), episodes
-
-
-def summed(episodes, seed=None, class_id=None):
-    zero = np.zeros((2, 2), int)
-    return zero + sum(
-        m for s, c, m in episodes if seed in (None, s) and class_id in (None, c)
-    )
-
-
-def expected_iou(episodes):
-    """Return `[seeds, classes]`."""
-    return [[iou(summed(episodes, s, c), 1) for c in CLASSES] for s in SEEDS]
-
-
-def test_counts_of_every_episode(experiment):
-    scores, episodes = experiment
-    for row, (_, _, m) in zip(scores.rows, episodes, strict=True):
-        background, foreground = m[0].sum(), m[1].sum()
-        assert row[4:].tolist() == [
-            m[0, 0],
-            background + m[1, 0],
-            m[1, 1],
-            foreground + m[0, 1],
-        ]
+    return run(0)
 
 
 def test_counts_by_hand():
@@ -85,9 +115,9 @@ def test_counts_by_hand():
 
 def test_class_iou_and_its_means(experiment):
     scores, episodes = experiment
-    expected = np.array(expected_iou(episodes))
-    assert expected[:, 3].max() == 0
-    assert expected[:, :3].min() > 0
+    expected = plain_class_iou(episodes)
+    assert expected[:, 3].max() == expected[2, 4] == 0, "never drawn"
+    assert (expected[:2, [0, 1, 2, 4]] > 0).all()
     np.testing.assert_allclose(class_iou(scores, CLASSES), expected.mean(axis=0))
     np.testing.assert_allclose(mean_iou(scores, CLASSES), expected.mean())
     by_seed = seed_iou(scores, CLASSES)
@@ -105,17 +135,104 @@ def test_classes_are_returned_in_the_order_asked_for(experiment):
 
 def test_fb_iou(experiment):
     scores, episodes = experiment
-    matrix = summed(episodes)
-    np.testing.assert_allclose(fb_iou(scores), (iou(matrix, 0) + iou(matrix, 1)) / 2)
+    np.testing.assert_allclose(fb_iou(scores), plain_fb_iou(episodes))
 
 
-def test_weights_repeat_episodes(experiment):
-    scores, _ = experiment
-    weights = np.random.default_rng(1).integers(0, 3, len(scores.rows))
-    repeated = Scores(np.repeat(scores.rows, weights, axis=0))
+def test_spread_over_seeds(experiment):
+    scores, episodes = experiment
+    mious = plain_class_iou(episodes).mean(axis=1).tolist()
     np.testing.assert_allclose(
-        class_iou(scores, CLASSES, weights.astype(float)), class_iou(repeated, CLASSES)
+        seed_spread(scores, CLASSES),
+        (statistics.stdev(mious), min(mious), max(mious)),
     )
+    first = Scores(scores.rows[scores.column("seed") == 0])
+    np.testing.assert_allclose(seed_spread(first, CLASSES)[1:], mious[0])
+    assert seed_spread(first, CLASSES).std is None
+
+
+def plain_intervals(statistic):
+    """Return `[measures, 2]`: 95 % intervals over exponential weights of the images."""
+    draws = np.random.default_rng(0).exponential(size=(SAMPLES, IMAGES))
+    values = [statistic(draw) for draw in draws]
+    return np.percentile(values, [2.5, 97.5], axis=0).T
+
+
+def compact(episodes):
+    """Return counts `[episodes, measure]` and membership, for speed of the plain way.
+
+    The plain functions above are exact but too slow for 2000 samples.
+    """
+    matrices = np.stack([m for *_, m in episodes])
+    s, query, c = (np.array([e[k] for e in episodes]) for k in range(3))
+    hit = matrices[np.arange(len(c)), c, c]
+    truth = matrices[np.arange(len(c)), c].sum(axis=1)
+    found = matrices[np.arange(len(c)), :, c].sum(axis=1)
+    return s, query, c, hit, truth + found - hit, matrices.sum(axis=(1, 2))
+
+
+def plain_measures(episodes):
+    s, query, c, both, either, pixels = compact(episodes)
+
+    def statistic(weight):
+        w, ious = weight[query], np.zeros((len(SEEDS), len(CLASSES)))
+        for i, seed in enumerate(SEEDS):
+            for j, class_id in enumerate(CLASSES):
+                mine = (s == seed) & (c == class_id)
+                if mine.any():
+                    ious[i, j] = w[mine] @ both[mine] / (w[mine] @ either[mine])
+        foreground = w @ both / (w @ either)
+        background = w @ (pixels - either) / (w @ (pixels - both))
+        return [*ious.mean(axis=0), ious.mean(), (foreground + background) / 2]
+
+    return statistic
+
+
+def flat(estimates):
+    return np.array([*estimates.per_class, estimates.miou, estimates.fb_iou])
+
+
+def test_all_intervals_are_those_of_a_plain_bootstrap(experiment):
+    scores, episodes = experiment
+    measures, found = plain_measures(episodes), flat(estimate(scores, CLASSES))
+    weight = np.random.default_rng(1).random(IMAGES)
+    exact = plain_class_iou(episodes, weight).mean(axis=0)
+    np.testing.assert_allclose(measures(weight)[:5], exact)
+    np.testing.assert_allclose(measures(weight)[6], plain_fb_iou(episodes, weight))
+
+    np.testing.assert_allclose(found[:, 0], measures(np.ones(IMAGES)))
+    np.testing.assert_allclose(found[:, 1:], plain_intervals(measures))
+    np.testing.assert_array_equal(found[3], 0)
+    assert (found[[0, 5, 6], 1] < found[[0, 5, 6], 0]).all()
+    assert (found[[0, 5, 6], 0] < found[[0, 5, 6], 2]).all()
+
+
+def test_all_paired_differences_are_those_of_a_plain_bootstrap(experiment):
+    (ours, our_episodes), (theirs, their_episodes) = experiment, run(0, quality=20)
+    ours_at, theirs_at = plain_measures(our_episodes), plain_measures(their_episodes)
+    np.testing.assert_array_equal(ours.rows[:, :4], theirs.rows[:, :4])
+
+    def difference(weight):
+        return np.subtract(ours_at(weight), theirs_at(weight))
+
+    found = flat(estimate_difference(ours, theirs, CLASSES))
+    np.testing.assert_allclose(found[:, 0], difference(np.ones(IMAGES)), atol=1e-12)
+    np.testing.assert_allclose(found[:, 1:], plain_intervals(difference), atol=1e-12)
+    assert found[5, 1] > 0, "the worse one is worse for sure"
+    np.testing.assert_array_equal(paired_difference(ours, theirs, CLASSES), found[5])
+
+
+def test_bootstrap_is_fast_enough_for_five_seeds_of_5000_episodes():
+    rng = np.random.default_rng(0)
+    count = 5 * 5000
+    rows = np.zeros((count, 8), np.int64)
+    rows[:, 0], rows[:, 1] = np.divmod(np.arange(count), 5000)
+    rows[:, 2] = rng.integers(15000, size=count)
+    rows[:, 3] = 1 + rows[:, 2] % 20
+    rows[:, 5] = rows[:, 7] = 1000
+    rows[:, 4], rows[:, 6] = rng.integers(1000, size=(2, count))
+    start = time.process_time()
+    estimate(Scores(rows), range(1, 21))
+    assert time.process_time() - start < 6, "0.4 s on two cores, room for slow ones"
 
 
 def test_files_keep_every_number(experiment, tmp_path):
@@ -129,6 +246,34 @@ def test_files_keep_every_number(experiment, tmp_path):
 
     Scores(scores.rows[:1]).save(tmp_path / "one.csv")
     assert load_scores(tmp_path / "one.csv").rows.shape == (1, 8)
+
+
+HEADER = ",".join(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        HEADER.encode(),
+        f"{HEADER}\n0,0,1,6,1,2,3\n".encode(),
+        f"{HEADER}\n0,0,1,6,1,2,3,4\n0,1\n".encode(),
+        f"{HEADER}\n0,0,1,6,1,2,3,x\n".encode(),
+        f"{HEADER}\n0,0,1,6,1,2,3,{2**70}\n".encode(),
+        b"a,b\n1,2\n",
+        b"\x89PNG\r\n\xff\xfe",
+    ],
+)
+def test_a_broken_file_is_one_line_that_names_it(content, tmp_path):
+    path = tmp_path / "broken.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"broken\.csv: not a whole file .* again$"):
+        load_scores(path)
+
+
+def test_a_missing_file_is_one_line_that_names_it(tmp_path):
+    with pytest.raises(InputError, match=r"none\.csv: no such file"):
+        load_scores(tmp_path / "none.csv")
 
 
 def draw_scores(images, rng, mean=0.5):
@@ -145,25 +290,20 @@ def test_interval_is_that_of_the_mean():
     """With equal unions mIoU is a mean of n numbers: +- 1.96 s / sqrt(n)."""
     scores = draw_scores(400, np.random.default_rng(0))
     values = scores.column("foreground_intersection") / 1000
-    low, high = interval(scores, [1])
+    miou = estimate(scores, [1]).miou
     half = 1.96 * values.std() / 20
     np.testing.assert_allclose(
-        [low, high], values.mean() + np.array([-half, half]), atol=2e-3
+        miou, values.mean() + np.array([0, -half, half]), atol=2e-3
     )
-    assert interval(scores, [1]) == (low, high), "deterministic"
+    assert estimate(scores, [1]).miou == miou, "deterministic"
 
 
 def test_episodes_of_one_query_are_not_counted_as_independent():
     scores = draw_scores(50, np.random.default_rng(0))
     four_times = Scores(np.repeat(scores.rows, 4, axis=0))
     np.testing.assert_allclose(
-        interval(four_times, [1]), interval(scores, [1]), rtol=1e-9
+        estimate(four_times, [1]).miou, estimate(scores, [1]).miou, rtol=1e-9
     )
-
-
-def test_bootstrap_of_a_constant_is_a_point():
-    scores = draw_scores(5, np.random.default_rng(0))
-    assert bootstrap(lambda weights: 0.25, scores, samples=10) == (0.25, 0.25)
 
 
 def test_paired_difference_cancels_what_episodes_share():
@@ -175,16 +315,42 @@ def test_paired_difference_cancels_what_episodes_share():
     gain = (better[:, 6] - theirs.rows[:, 6]).mean() / 1000
     np.testing.assert_allclose(difference, gain)
     assert low < gain < high
-    assert high - low < 0.1 * np.subtract(*interval(theirs, [1])[::-1])
+    alone = estimate(theirs, [1]).miou
+    assert high - low < 0.1 * (alone.high - alone.low)
+
+
+def test_differences_are_taken_on_common_episodes_only(experiment):
+    scores, _ = experiment
+    rng = np.random.default_rng(0)
+    other = scores.rows.copy()
+    # Another index, query, class or seed each; then shuffled, with more behind.
+    for column, row in enumerate((3, 50, 70, 90)):
+        other[row, column] += 100
+    kept = rng.permutation(len(other))[:100]
+    more = scores.rows[:5] + np.array([7, *[0] * 7])
+    common = sorted(set(kept) - {3, 50, 70, 90})
+    for ours, theirs in (
+        common_episodes(scores, Scores(np.concatenate([more, other[kept]]))),
+        common_episodes(Scores(other[kept]), scores),
+    ):
+        np.testing.assert_array_equal(ours.rows, scores.rows[common])
+        np.testing.assert_array_equal(theirs.rows, scores.rows[common])
+    better = other[kept]
+    better[:, 6] = better[:, 7]
+    expected = mean_iou(Scores(better[np.isin(kept, common)]), CLASSES) - mean_iou(
+        Scores(scores.rows[common]), CLASSES
+    )
+    found = paired_difference(Scores(better), scores, CLASSES)[0]
+    np.testing.assert_allclose(found, expected)
 
 
 def test_paired_difference_refuses_other_episodes():
     ours = draw_scores(9, np.random.default_rng(0))
-    rows = ours.rows.copy()
-    rows[4, 2] += 1
-    for theirs in (Scores(rows), Scores(ours.rows[:8])):
-        with pytest.raises(ValueError, match="not scored on the same episodes"):
-            paired_difference(ours, theirs, [1])
+    for column in range(4):
+        rows = ours.rows.copy()
+        rows[:, column] += 1000
+        with pytest.raises(InputError, match="no episode in common"):
+            paired_difference(ours, Scores(rows), [1])
 
 
 def test_interval_keeps_classes_with_few_images():
@@ -194,4 +360,4 @@ def test_interval_keeps_classes_with_few_images():
     rare[:, 3] = 2
     scores = Scores(np.concatenate([common, rare]))
     worst = class_iou(scores, [1])[0] - 0.05, rare[:, 6].min() / 1000
-    assert interval(scores, [1, 2])[0] > np.mean(worst)
+    assert estimate(scores, [1, 2]).miou.low > np.mean(worst)

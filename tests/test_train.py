@@ -156,7 +156,7 @@ def test_a_nan_stops_training_and_keeps_the_last_checkpoint(tmp_path):
     )
     assert_refused(result, "step", "last good checkpoint", "lower config.optimizer.lr")
     assert not (workdir / "results.json").exists()
-    _, params = open_run(workdir)
+    _, params, _ = open_run(workdir)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
@@ -218,19 +218,129 @@ def test_a_missing_config_is_refused(tmp_path):
     assert_refused(train(tmp_path / "run", config="nope"), "configs/nope.py")
 
 
+def test_a_checkpoint_is_selected_on_base_classes(tmp_path):
+    """The best of three, by the validation images that show no novel class."""
+    workdir = tmp_path / "run"
+    result = train(
+        workdir,
+        select_on="base",
+        eval__every=1,
+        eval__base_episodes=8,
+        eval__references=False,
+        steps=3,
+    )
+    assert result.returncode == 0, result.stderr
+    events = EventAccumulator(str(workdir))
+    events.Reload()
+    scored = {e.step: e.value for e in events.Scalars("eval/base_miou")}
+    assert set(scored) == {1, 2, 3}
+    results = json.loads((workdir / "results.json").read_text())
+    assert scored[results["step"]] == max(scored.values())
+    assert open_run(workdir)[2] == results["step"]
+    assert "base classes" in results["selection"]
+    assert "leaks" not in results["selection"]
+    # The same number by hand, of the checkpoint that is the last and always kept.
+    experiment, *_ = open_run(workdir)
+    val = experiment.dataset("val")
+    protocol = experiment.selection_protocol()
+    sampler = experiment.eval_samplers(val, protocol)[0]
+    novel = np.subtract(experiment.fold.novel, 1)
+    assert set(sampler.classes) == set(experiment.fold.base)
+    assert not val.counts[sampler.images][:, novel].any()
+
+
+def test_selection_on_novel_classes_is_flagged_as_leaking(tmp_path):
+    workdir = tmp_path / "run"
+    result = train(
+        workdir, select_on="novel", eval__every=1, eval__references=False, steps=2
+    )
+    assert result.returncode == 0, result.stderr
+    results = json.loads((workdir / "results.json").read_text())
+    assert "leaks" in results["selection"]
+    assert "leaks" in result.stdout
+    assert "leaks" in (workdir / "results.md").read_text()
+    events = EventAccumulator(str(workdir))
+    events.Reload()
+    scored = [e.value for e in events.Scalars("eval/novel_miou")]
+    np.testing.assert_allclose(results["miou"], max(scored), atol=0.006)
+
+
 def test_evaluate_scores_shots_and_seeds(finished, tmp_path):
     workdir, _ = finished
     arguments = ("evaluate", "--workdir", workdir, "--out", tmp_path, "--episodes", 3)
     result = qpenet(*arguments, "--shots", "1,2", "--seeds", "0,1", "--references")
     assert result.returncode == 0, result.stderr
     for shots in (1, 2):
-        results = json.loads((tmp_path / f"{shots}shot" / "results.json").read_text())
+        folder = tmp_path / f"ours_{shots}shot"
+        results = json.loads((folder / "results.json").read_text())
         assert results["protocol"]["shots"] == shots
         assert results["seeds"] == [0, 1]
         assert set(results["per_seed"]) == {"0", "1"}
-        rows = (tmp_path / f"{shots}shot" / "episodes_qpenet.csv").read_text()
+        assert results["step"] == 4
+        rows = (folder / "episodes_qpenet.csv").read_text()
         assert len(rows.splitlines()) == 1 + 2 * 3
     assert "2-shot" in result.stdout
+    assert "ours, but episodes=3 seeds=0,1 side=65" in result.stdout
+
+
+def test_a_published_protocol_with_one_field_changed(finished, tmp_path):
+    workdir, _ = finished
+    out = ("--episodes", 2, "--out", tmp_path)
+    result = qpenet("evaluate", "--workdir", workdir, "--protocol", "hsnet", *out)
+    assert result.returncode == 0, result.stderr
+    assert "hsnet, but episodes=2 min_pixels=64 exclude_novel=True" in result.stdout
+    assert "pairs queries" in result.stdout
+    assert "input 401 (squash)" in result.stdout
+
+
+def test_frozen_episodes_are_scored_exactly_and_compared(finished, tmp_path):
+    workdir, _ = finished
+    listed = tmp_path / "lists" / "episodes.csv"
+    export = ("episodes", "export", "--workdir", workdir, "--out", listed)
+    result = qpenet(*export, "--episodes", 5, "--seeds", "3,4")
+    assert result.returncode == 0, result.stderr
+    assert "sha256" in result.stdout
+    evaluate = ("evaluate", "--workdir", workdir)
+    common = (*evaluate, "--episode-list", listed)
+    drawn = ("--episodes", 5, "--seeds", "3,4")
+    for run in (
+        (*common, "--out", tmp_path / "a"),
+        (*evaluate, *drawn, "--out", tmp_path),
+    ):
+        result = qpenet(*run)
+        assert result.returncode == 0, result.stderr
+    a, b = tmp_path / "a" / "episode_list", tmp_path / "ours_1shot"
+    ours, theirs = ((x / "episodes_qpenet.csv").read_text() for x in (a, b))
+    assert ours == theirs
+
+    refused = qpenet("compare", a / "results.json", b / "results.json")
+    assert_refused(refused, "episode_list")
+    forced = qpenet(
+        "compare", a / "results.json", b / "results.json", "--different-protocols"
+    )
+    assert forced.returncode == 0, forced.stderr
+    assert "10" in forced.stdout
+    same = qpenet("compare", a / "results.json", a / "results.json")
+    assert same.returncode == 0, same.stderr
+    assert "mIoU" in same.stdout
+
+    assert_refused(qpenet(*common, "--episodes", 3), "--episodes", "--episode-list")
+    listed.write_text(listed.read_text().replace(",1,", ",2,", 1))
+    assert_refused(qpenet(*common), str(listed), "changed")
+
+
+def test_export_reads_a_config_with_overrides(tmp_path):
+    listed = tmp_path / "episodes.csv"
+    size = ("--config.dataset.val_images=60", "--config.dataset.min_pixels=100")
+    small = ("--config.dataset.side=65", "--config.eval.episodes=4", *size)
+    export = ("episodes", "export", "--config", "configs/quickstart.py")
+    result = qpenet(*export, "--out", listed, *small)
+    assert result.returncode == 0, result.stderr
+    assert len(listed.read_text().splitlines()) == 1 + 1 + 4
+    other = tmp_path / "other.csv"
+    bad = qpenet(*export, "--out", other, "--config.nope=1")
+    assert_refused(bad, "nope", "configs/common.py")
+    assert not other.exists()
 
 
 def test_predict_writes_masks_of_the_querys_size(finished, tmp_path):

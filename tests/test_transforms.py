@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 
@@ -146,12 +147,32 @@ def test_fit_label(shape):
     assert (fitted[:, width:] == 255).all()
 
 
+@pytest.mark.parametrize("shape", [(375, 500), (500, 281), (50, 60)])
+def test_squashing_fills_the_square(shape):
+    image, label = smooth_image(*shape), blocks(*shape)
+    assert content_size(*shape, 321, "squash") == (321, 321)
+    close(fit(image, 321, "squash"), resized(image, 321, 321), within=1)
+    expected = nearest(label, 321, 321)
+    assert (fit_label(label, 321, "squash") == expected).mean() > 0.995
+
+
 def test_binary_mask():
     label = np.array([[0, 3, 7], [255, 3, 1]], np.uint8)
     mask = binary_mask(label, 3)
     assert mask.dtype == np.uint8
     assert mask.tolist() == [[0, 1, 0], [255, 1, 0]]
     assert binary_mask(label, 1).tolist() == [[0, 0, 0], [255, 0, 1]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (40, 30)])
+def test_binary_mask_of_every_class_and_size(shape):
+    labels = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
+    for label in (labels[0], labels.transpose(1, 2, 0)[..., 1]):  # The latter strided.
+        for class_id in (1, 20, 80):
+            expected = np.select([label == 255, label == class_id], [255, 1], 0)
+            mask = binary_mask(label, class_id)
+            assert mask.shape == shape
+            assert (mask == expected).all()
 
 
 # --- Training ---
@@ -213,6 +234,25 @@ def test_rotation(angle):
     rows, columns = (np.clip(np.round(c), 0, 80).astype(int) for c in (y, x))
     assert (turned_mask == mask[rows, columns])[inside].mean() > 0.98
     assert (turned_mask[outside] == 255).all()
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (7, 90), (1, 5), (64, 64)])
+def test_rotation_of_noise_is_opencvs_of_every_channel(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    mask, side = np.ones(shape, np.uint8), max(shape)
+    augmentation = Augmentation((1.0, 1.0), rotate=10.0, blur=False, flip=False)
+    for angle in (-10.0, -0.3, 6.1):
+        rng = Scripted(chances=[True], angle=angle)
+        turned, turned_mask = augment(image, mask, side, augmentation, rng)
+        centre = (shape[1] / 2, shape[0] / 2)
+        turn = (cv2.getRotationMatrix2D(centre, angle, 1.0), shape[::-1])
+        planes = [
+            cv2.warpAffine(plane, *turn, borderValue=int(mean))
+            for plane, mean in zip(cv2.split(image), MEAN, strict=True)
+        ]
+        close(turned, placed(np.stack(planes, -1), side, MEAN), within=1)
+        expected = cv2.warpAffine(mask, *turn, flags=cv2.INTER_NEAREST, borderValue=255)
+        close(turned_mask, placed(expected, side, 255), within=0)
 
 
 def test_blur():
@@ -300,6 +340,17 @@ def test_half_of_the_images_are_flipped():
     assert abs(kept - DRAWS / 2) < 4 * np.sqrt(DRAWS / 4)
 
 
+def test_half_of_the_images_are_blurred():
+    image, mask = smooth_image(20, 20), blocks(20, 20)
+    rng = np.random.default_rng(0)
+    augmentation = Augmentation((1.0, 1.0), rotate=0.0, flip=False)
+    kept = sum(
+        (augment(image, mask, 20, augmentation, rng)[0] == image).all()
+        for _ in range(DRAWS)
+    )
+    assert abs(kept - DRAWS / 2) < 4 * np.sqrt(DRAWS / 4)
+
+
 def test_half_of_the_images_are_turned_by_at_most_ten_degrees():
     """A straight edge through the centre tells the angle."""
     mask = np.zeros((201, 201), np.uint8)
@@ -360,6 +411,55 @@ def test_crops_are_redrawn_31_times():
     sigma = np.sqrt(draws * found * (1 - found))
     assert abs(hits - draws * found) < 4 * sigma
     assert 4 * sigma < draws * found  # A single draw would hit 5 times.
+
+
+class Positions(Scripted):
+    """Crops start where the test says; `draws` counts them."""
+
+    def __init__(self, corners):
+        super().__init__()
+        self._numbers = iter(n for corner in corners for n in corner)
+        self.draws = 0
+
+    def integers(self, *args, **kwargs):
+        self.draws += 0.5  # Top, then left.
+        return next(self._numbers)
+
+
+def crop_start(mask: np.ndarray, side: int, rng: np.random.Generator):
+    """Crop an image that holds its own coordinates."""
+    y, x = np.mgrid[: mask.shape[0], : mask.shape[1]].astype(np.uint8)
+    image = np.stack([y, x, y], axis=-1)
+    crop, crop_mask = augment(image, mask, side, STILL, rng)
+    top, left = (int(n) for n in crop[0, 0, :2])
+    window = np.s_[top : top + side, left : left + side]
+    assert (crop == image[window]).all()
+    assert (crop_mask == mask[window]).all()
+    return top, left
+
+
+def test_the_first_crop_that_keeps_enough_is_taken():
+    mask = np.zeros((50, 60), np.uint8)
+    mask[20:30, 30:40] = 1
+    rng = Positions([(0, 0), (30, 40), (15, 25), (20, 30)])
+    assert crop_start(mask, 20, rng) == (15, 25)
+    assert rng.draws == 3
+
+
+def test_the_last_of_32_crops_is_kept_if_none_keeps_enough():
+    mask = np.zeros((50, 60), np.uint8)
+    mask[::49, ::59] = 1  # The four corners.
+    corners = [(0, 0)] + [(i % 30, 3 * i % 40) for i in range(1, 40)]
+    rng = Positions(corners)  # The first crop would be the best one.
+    assert crop_start(mask, 20, rng) == corners[31]
+    assert rng.draws == 32
+
+
+def test_85_percent_are_enough_and_ignored_pixels_do_not_count():
+    mask = np.full((40, 60), 255, np.uint8)
+    mask[5, :20] = 1
+    rng = Positions([(0, 4), (0, 3), (0, 2)])  # Keep 16, 17, 18 of 20.
+    assert crop_start(mask, 30, rng) == (0, 3)
 
 
 def test_crops_of_a_mask_without_foreground():

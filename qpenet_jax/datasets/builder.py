@@ -6,9 +6,13 @@ removed by the next run, which starts again.
 """
 
 import contextlib
+import functools
+import itertools
 import json
+import math
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -18,25 +22,33 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from jaxtyping import Int, UInt8
+from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 from tqdm import tqdm
 
 from qpenet_jax.datasets.images import check_label, read_image
 from qpenet_jax.errors import InputError
 
-BUCKETS = 100
-"""TFDS sorts examples by 128-bit keys through files of equal ranges of keys."""
+SHARD_BYTES = 256_000_000
+"""About how many bytes of images go into a file; TFDS keeps as much in memory."""
 
-SPARE = 2.2
-"""Free disk needed per byte of images: those files, the data set, and 10 % more."""
+SPARE = 1.1
+"""Free disk needed per byte of images: masks and index take a few percent."""
 
 
 class Example(NamedTuple):
-    """One image as it came, and its label map: 0 background, 1..C, 255 ignore."""
+    """One image as it came, and its label map: 0 background, 1..C, 255 ignore.
+
+    Messages name the image by `image_from` and the label by `label_from`, say
+    "archive: member", or by `name`.
+    """
 
     name: str
     image: bytes
     label: UInt8[np.ndarray, "h w"]
+    image_from: str = ""
+    label_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,13 +67,18 @@ class Source:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes a `Source`; subclasses give `name`, `VERSION` and where it comes from."""
+class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
+    """Writes a `Source`; subclasses give `name`, `VERSION` and where it comes from.
+
+    Shards are written in the source's order, one after the other. TFDS's other kind
+    of builder sorts examples, and from 1 GB on needs TensorFlow for that.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, source: Source, **arguments: Any):
         self.source = source
+        self.index: dict[str, dict[str, list]] = {}  # filled as examples are written
         super().__init__(file_format="array_record", **arguments)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -78,7 +95,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         metadata = {
             "classes": list(self.source.classes),
             "facts": self.source.facts,
-            "index": {},  # filled as examples are written
+            "index": self.index,
         }
         return tfds.core.DatasetInfo(
             builder=self,
@@ -88,13 +105,23 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+    def _shard_iterators_per_split(
+        self, dl_manager: Any
+    ) -> dict[str, list[Callable[[], Iterator]]]:
         del dl_manager
-        return {split: self._generate_examples(split) for split in self.source.splits}
+        return {split: self._shards(split) for split in self.source.splits}
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _shards(self, split: str) -> list[Callable[[], Iterator]]:
+        """Return a function for each shard that yields its part of the examples."""
+        examples = self._examples(split)
+        images = sum(map(len, self.source.splits.values()))
+        size = max(1, images * SHARD_BYTES // max(1, self.source.image_bytes))
+        shards = math.ceil(len(self.source.splits[split]) / size)
+        return [functools.partial(itertools.islice, examples, size)] * shards
+
+    def _examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         names = self.source.splits[split]
-        index = self.info.metadata["index"][split] = {"names": [], "counts": []}
+        index = self.index[split] = {"names": [], "counts": []}
         bar = tqdm(names, desc=f"writing {split}", unit="image")
         for position, name in enumerate(bar):
             example = self.source.example(split, name)
@@ -103,7 +130,7 @@ class SegmentationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
             shown = np.flatnonzero(counts)
             index["counts"].append([[int(c) + 1, int(counts[c])] for c in shown])
             yield (
-                _key(position, len(names)),
+                position,
                 {
                     "name": example.name,
                     "image": BytesIO(example.image),
@@ -120,8 +147,10 @@ def check_example(example: Example, classes: int) -> Int[np.ndarray, " classes"]
         InputError: the image is broken, has another size than the label, or the label
             holds a value that is no class.
     """
-    height, width = read_image(BytesIO(example.image), name=example.name).shape[:2]
-    return check_label(example.label, (height, width), classes, example.name)
+    image_from = example.image_from or example.name
+    height, width = read_image(BytesIO(example.image), name=image_from).shape[:2]
+    label_from = example.label_from or example.name
+    return check_label(example.label, (height, width), classes, label_from)
 
 
 def encode_mask(label: UInt8[np.ndarray, "h w"]) -> bytes:
@@ -135,26 +164,50 @@ def prepare(
     """Write the data set below `out` and return its folder; a finished one is kept.
 
     Raises:
-        InputError: a finished one was made in another way; too little free disk; an
-            example that can't be used.
+        InputError: a finished one was made in another way; a split without images or
+            with a name twice; too little free disk; an example that can't be used.
     """
-    made = builder(
-        source=source,
-        data_dir=str(out),
-        config=tfds.core.BuilderConfig(name=config, version=builder.VERSION),
-    )
+    _check_names(source)
+    with _quiet_tfds():
+        made = builder(
+            source=source,
+            data_dir=str(out),
+            config=tfds.core.BuilderConfig(name=config, version=builder.VERSION),
+        )
     folder = Path(made.data_dir)
     if folder.is_dir():
         _check_same(folder, source)
         return folder
-    for left in folder.parent.glob(f"{folder.name}.incomplete*"):
+    for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # TFDS's own name
         shutil.rmtree(left)
     _check_disk(out, source.image_bytes)
-    tfds.disable_progress_bar()  # ours know the total
-    # TFDS makes a folder for downloads in any case, and prints.
-    with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(None):
+    # TFDS makes a folder for downloads in any case.
+    with tempfile.TemporaryDirectory() as unused, _quiet_tfds():
         made.download_and_prepare(download_dir=unused)
     return folder
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keep TFDS from printing, and from warning that a configuration isn't its own."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(None):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_names(source: Source) -> None:
+    for split, names in source.splits.items():
+        if not names:
+            raise InputError(f"split {split!r} has no image; check the lists of images")
+        name, times = Counter(names).most_common(1)[0]
+        if times > 1:
+            raise InputError(
+                f"split {split!r} lists image {name} {times} times; keep one"
+            )
 
 
 def _check_same(folder: Path, source: Source) -> None:
@@ -176,12 +229,3 @@ def _check_disk(out: Path, image_bytes: int) -> None:
             f"{out}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed; "
             "make room or choose another --out"
         )
-
-
-def _key(position: int, examples: int) -> int:
-    """Return an ascending key, spread over the range of keys.
-
-    TFDS keeps the order of ascending keys. Small numbers would all go to one sorting
-    file, which is read into memory as a whole.
-    """
-    return position * BUCKETS // examples * (2**128 // BUCKETS) + position

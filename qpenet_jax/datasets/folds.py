@@ -1,6 +1,7 @@
-"""Which classes are trained on and which are novel: PASCAL-5i and COCO-20i."""
+"""Which classes are trained on and which are novel: by a rule, or by their names."""
 
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Literal, NamedTuple
 
 from qpenet_jax.errors import InputError
 
@@ -38,6 +39,53 @@ class Fold(NamedTuple):
     novel: tuple[int, ...]
 
 
+def fold_of(
+    classes: int,
+    fold: int,
+    folds: int = FOLDS,
+    rule: Literal["blocks", "strided"] = "blocks",
+) -> Fold:
+    """Return fold 0 .. folds - 1 of the class ids 1 .. `classes`.
+
+    "blocks" cuts the ids into runs, "strided" takes fold + 1, fold + 1 + folds and so
+    on. Every class is novel in exactly one fold; if `folds` doesn't divide `classes`,
+    the numbers of novel classes differ by one.
+
+    Raises:
+        InputError: there is no such fold or rule, or a fold would be empty.
+    """
+    if not 2 <= folds <= classes:
+        raise InputError(
+            f"{classes} classes can't make {folds} folds: choose 2 or more folds, and "
+            "not more than classes"
+        )
+    if fold not in range(folds):
+        raise InputError(f"fold {fold}: choose 0 to {folds - 1}")
+    ids = range(1, classes + 1)
+    novel = {
+        "blocks": ids[fold * classes // folds : (fold + 1) * classes // folds],
+        "strided": ids[fold::folds],
+    }
+    if rule not in novel:
+        raise InputError(f"fold rule {rule!r}: choose 'blocks' or 'strided'")
+    return _fold(classes, novel[rule])
+
+
+def named_fold(classes: Sequence[str], novel: Sequence[str]) -> Fold:
+    """Return the fold that holds out the classes named in `novel`.
+
+    All classes may be novel: a trained network is then scored on each of them.
+
+    Raises:
+        InputError: a name that is none of `classes`, or no name at all.
+    """
+    unknown = [name for name in novel if name not in classes]
+    if unknown or not novel:
+        wrong = f"no class is called {', '.join(unknown)}" if unknown else "none given"
+        raise InputError(f"novel classes: {wrong}; choose of {', '.join(classes)}")
+    return _fold(len(classes), {classes.index(name) + 1 for name in novel})
+
+
 def pascal_fold(fold: int) -> Fold:
     """Return fold 0..3 of PASCAL-5i: novel classes are 5 fold + 1 .. 5 fold + 5.
 
@@ -48,7 +96,7 @@ def pascal_fold(fold: int) -> Fold:
 
     Source: Shaban et al., "One-Shot Learning for Semantic Segmentation", BMVC 2017.
     """
-    return _fold(20, range(5 * fold + 1, 5 * fold + 6), fold)
+    return fold_of(20, fold)
 
 
 def coco_fold(fold: int, split: str = "fwb") -> Fold:
@@ -61,17 +109,11 @@ def coco_fold(fold: int, split: str = "fwb") -> Fold:
     Raises:
         InputError: there is no such fold or split.
     """
-    novel = {
-        "fwb": range(fold + 1, 81, FOLDS),
-        "panet": range(20 * fold + 1, 20 * fold + 21),
-    }
-    if split not in novel:
+    if split not in ("fwb", "panet"):
         raise InputError(f"COCO-20i split {split!r}: choose 'fwb' or 'panet'")
-    return _fold(80, novel[split], fold)
+    return fold_of(80, fold, rule="strided" if split == "fwb" else "blocks")
 
 
-def _fold(classes: int, novel: range, fold: int) -> Fold:
-    if fold not in range(FOLDS):
-        raise InputError(f"fold {fold}: choose 0, 1, 2 or 3")
+def _fold(classes: int, novel: Collection[int]) -> Fold:
     base = (c for c in range(1, classes + 1) if c not in novel)
-    return Fold(base=tuple(base), novel=tuple(novel))
+    return Fold(base=tuple(base), novel=tuple(sorted(novel)))

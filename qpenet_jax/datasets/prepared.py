@@ -1,8 +1,10 @@
 """A data set that `qpenet prepare` wrote, read by random access."""
 
 import functools
+import json
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,23 +31,20 @@ class Prepared:
         # TFDS is imported where a data set is opened: it takes most of a second.
         import tensorflow_datasets as tfds
 
-        if not (Path(root) / "metadata.json").is_file():
-            raise InputError(
-                f"{root} is no prepared data set; make it with `qpenet prepare` "
-                "(data/README.md)"
-            )
-        builder = tfds.builder_from_directory(str(root))
-        info = builder.info
-        index = info.metadata["index"]
+        metadata = read_metadata(root)
+        index = metadata["index"]
         if split not in index:
             raise InputError(f"{root} has no split {split!r}, only {', '.join(index)}")
+        builder = tfds.builder_from_directory(str(root))
         encoded = tfds.decode.SkipDecoding()
-        self.classes = tuple(info.metadata["classes"])
+        self._root = root
+        self.classes = tuple(metadata["classes"])
         self.names = tuple(index[split]["names"])
-        self.version = info.full_name
+        self.version = builder.info.full_name
         self._counts = index[split]["counts"]
-        self._records = builder.as_data_source(
-            split, decoders={"image": encoded, "mask": encoded}
+        self._records = builder.as_data_source(  # its decorator hides the arguments
+            split,  # pyright: ignore[reportCallIssue]
+            decoders={"image": encoded, "mask": encoded},
         )
 
     def __len__(self) -> int:
@@ -62,16 +61,67 @@ class Prepared:
         return counts
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Return image `index`, RGB; `prepare` has seen that it can be decoded."""
-        data = self._records[index]["image"]
-        if data.startswith(JPEG):  # OpenCV gives the same pixels in half the time.
-            return _decode(data, cv2.IMREAD_COLOR_RGB)
+        """Return image `index`, RGB.
+
+        Raises:
+            InputError: the data set's files are damaged; `prepare` has decoded all.
+        """
+        data = self._bytes(index, "image")
+        # OpenCV gives Pillow's pixels in half the time (+-2 for CMYK).
+        if data.startswith(JPEG):
+            return cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
         return read_image(BytesIO(data), self.names[index])
 
     def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
-        """Return the label map of image `index`."""
-        return _decode(self._records[index]["mask"], cv2.IMREAD_GRAYSCALE)
+        """Return the label map of image `index`.
+
+        Raises:
+            InputError: the data set's files are damaged.
+        """
+        return _decode(self._bytes(index, "mask"), cv2.IMREAD_GRAYSCALE)
+
+    def _bytes(self, index: int, feature: str) -> bytes:
+        reason = "cut off"
+        try:
+            data = self._records[index][feature]
+        except RuntimeError as error:  # of ArrayRecord, whose checksums found it
+            data, reason = None, str(error).splitlines()[0]
+        if data is None:
+            raise InputError(
+                f"{self._root}: image {self.names[index]} can't be read ({reason}); "
+                "remove the folder and prepare it again"
+            )
+        return data
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray:
-    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    assert image is not None  # Checksums guard what `prepare` has checked.
+    return image
+
+
+def prepared_classes(root: str | Path) -> tuple[str, ...]:
+    """Return the class names of a prepared data set.
+
+    Raises:
+        InputError: no prepared data set.
+    """
+    return tuple(read_metadata(root)["classes"])
+
+
+def read_metadata(root: str | Path) -> dict[str, Any]:
+    """Return classes, facts and index of a prepared data set.
+
+    Raises:
+        InputError: no prepared data set.
+    """
+    try:
+        metadata = json.loads((Path(root) / "metadata.json").read_text())
+        if not {"classes", "facts", "index"} <= metadata.keys():
+            raise ValueError
+    except (OSError, ValueError, AttributeError):
+        raise InputError(
+            f"{root} is no prepared data set; make it with `qpenet prepare` "
+            "(data/README.md)"
+        ) from None
+    return metadata

@@ -48,7 +48,7 @@ class VOCLayout:
         if not folder.is_dir():
             raise InputError(f"data folder {root} doesn't exist; see data/README.md")
         self.classes = tuple(classes)
-        self.names = _read_ids(Path(ids_file))
+        self.names = read_ids(Path(ids_file))
         self._images = _find("image", folder / images, self.names, IMAGE_SUFFIXES)
         self._masks = _find("mask", folder / masks, self.names, (".png",))
 
@@ -99,7 +99,12 @@ class VOCLayout:
         return label, check_label(label, size, len(self.classes), path)
 
 
-def _read_ids(path: Path) -> tuple[str, ...]:
+def read_ids(path: Path) -> tuple[str, ...]:
+    """Read a list of image ids, one a line.
+
+    Raises:
+        InputError: an unreadable, empty or malformed list, a repeated id.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):

@@ -1,0 +1,236 @@
+"""Comparing two results: by hand-made folders of scores whose difference is known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qpenet_jax.compare import compare, comparison_table
+from qpenet_jax.errors import InputError
+from qpenet_jax.metrics import Scores
+from qpenet_jax.protocols import Protocol
+from qpenet_jax.report import summarize, write_report
+
+NAMES = ("cat", "dog")
+IDS = (3, 8)
+
+
+def scores_of(seeds, episodes, gain=0):
+    """Class 3 for the even episodes; `gain` is of its 1000 pixels an episode.
+
+    IoU varies by image, 0.3 to 0.5; the background is 0.9 everywhere.
+    """
+    rows = [
+        (s, i, i % 17, IDS[i % 2], 900, 1000, 300 + 12 * (i % 17), 1000)
+        for s in seeds
+        for i in range(episodes)
+    ]
+    rows = np.array(rows)
+    rows[rows[:, 3] == 3, 6] += gain
+    return Scores(rows)
+
+
+def write_run(folder, *, gain=0, name="episodes_qpenet.csv", facts=None, **changes):
+    """Write what an evaluation leaves; return the path of its results.json."""
+    fields = {"dataset": "toy", "split": "toy", "fold": 0, "classes": NAMES}
+    fields |= {"version": "1.0 abc", "episodes": 40, "seeds": (0, 1)}
+    protocol = Protocol(**fields | changes)
+    scores = scores_of(protocol.seeds, protocol.episodes, gain)
+    results = summarize(scores, protocol, IDS, 1.0) | {"class_ids": list(IDS)}
+    folder.mkdir()
+    scores.save(folder / name)
+    write_report(folder, results | (facts or {}))
+    return folder / "results.json"
+
+
+def test_a_run_against_itself_is_0(tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    found = compare(a, b)
+    assert found["differs"] == {}
+    assert found["episodes"] == {"common": 80, "a": 80, "b": 80}
+    rows = [*found["per_class"].values(), found["miou"], found["fb_iou"]]
+    for row in rows:
+        assert row["a"] == row["b"] > 30
+        assert (row["difference"], row["interval"]) == (0, [0, 0])
+
+
+def test_a_known_shift(tmp_path):
+    facts = {"selection": "last step", "episodes_file": "scores.csv"}
+    a = write_run(tmp_path / "a")
+    b = write_run(tmp_path / "b", gain=100, name="scores.csv", facts=facts)
+    found = compare(a, b)
+    values = scores_of((0, 1), 40)
+    cat = values.rows[values.column("class_id") == 3]
+    assert found["per_class"] == {
+        "cat": {
+            "a": round(cat[:, 6].mean() / 10, 2),
+            "b": round(cat[:, 6].mean() / 10 + 10, 2),
+            "difference": 10.0,
+            "interval": [10.0, 10.0],  # every image gains 10, whatever its weight
+            "episodes": 40,
+        },
+        "dog": found["per_class"]["dog"] | {"difference": 0.0, "interval": [0.0, 0.0]},
+    }
+    assert (found["miou"]["difference"], found["miou"]["interval"]) == (5, [5, 5])
+    # FB-IoU gains a half of the foreground's 100 pixels in each second episode.
+    assert found["fb_iou"]["difference"] == 2.5
+    low, high = found["fb_iou"]["interval"]
+    assert 1 < low < 2.5 < high < 4
+    assert compare(b, a)["miou"]["difference"] == -5
+    assert compare(a.parent, b.parent) == found, "folders will do"
+
+    text = comparison_table(found)
+    lines = text.splitlines()
+    assert lines[0] == f"A: {a}"
+    assert lines[2] == f"B: {b} (last step)"
+    assert lines[4] == f"Protocol: {json.loads(a.read_text())['protocol']['text']}"
+    assert "Common episodes: 80, of 80 in A and 80 in B" in text
+    table = [line.strip("|").split(" | ") for line in lines if line.startswith("|")]
+    cells = [[cell.strip() for cell in row] for row in table]
+    assert cells[0] == ["IoU %", "A", "B", "B - A", "episodes"]
+    assert cells[2][0] == "cat"
+    assert cells[2][3:] == ["+10.0 [+10.0, +10.0]", "40"]
+    assert [row[0] for row in cells[3:]] == ["dog", "mIoU", "FB-IoU"]
+    assert cells[4][3:] == ["+5.0 [+5.0, +5.0]", "80"]
+
+
+def test_other_protocols_are_refused_then_paired_where_told(tmp_path):
+    a = write_run(tmp_path / "a")
+    b = write_run(tmp_path / "b", gain=100, episodes=30, seeds=(1, 2), scoring="exact")
+    with pytest.raises(InputError) as error:
+        compare(a, b)
+    message = str(error.value)
+    told = "episodes 40 / 30, seeds 0,1 / 1,2, scoring original / exact"
+    assert message.startswith(f"{a} and {b}: different protocols ({told}); ")
+    assert "--different-protocols" in message
+    assert "\n" not in message
+
+    found = compare(a, b, different_protocols=True)
+    assert found["differs"] == {
+        "episodes": [40, 30],
+        "seeds": [[0, 1], [1, 2]],
+        "scoring": ["original", "exact"],
+    }
+    assert found["episodes"] == {"common": 30, "a": 80, "b": 60}
+    assert found["per_class"]["cat"]["episodes"] == 15
+    common = scores_of((1,), 30)
+    dog = common.rows[common.column("class_id") == 8, 6].mean() / 10
+    assert found["per_class"]["dog"]["a"] == round(dog, 2), "both on common episodes"
+    assert (found["miou"]["difference"], found["miou"]["interval"]) == (5, [5, 5])
+    text = comparison_table(found)
+    assert f"DIFFERENT PROTOCOLS, A / B: {told}\n" in text
+    assert "Common episodes: 30, of 80 in A and 60 in B" in text
+
+
+def test_names_of_a_protocol_do_not_make_it_another(tmp_path):
+    a = write_run(tmp_path / "a")
+    b = write_run(tmp_path / "b", preset="bam")
+    results = json.loads(b.read_text())
+    preset = results["protocol"]
+    assert preset["name"] != json.loads(a.read_text())["protocol"]["name"]
+    assert compare(a, b)["differs"] == {}
+
+
+@pytest.mark.parametrize("change", [{"dataset": "toy2"}, {"version": "1.1 def"}])
+@pytest.mark.parametrize("forced", [False, True])
+def test_other_data_is_always_refused(change, forced, tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", side=33, **change)
+    ((key, value),) = change.items()
+    old = {"dataset": "toy", "version": "1.0 abc"}[key]
+    match = rf"different data \({key} {old} / {value}\), so no episode is common"
+    with pytest.raises(InputError, match=match):
+        compare(a, b, different_protocols=forced)
+
+
+def test_a_class_that_only_one_scored_is_left_out(tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", gain=100)
+    results = json.loads(b.read_text())
+    scores = scores_of((0, 1), 40, 100)
+    cats = Scores(scores.rows[scores.column("class_id") == 3])
+    cats.save(b.parent / "episodes_qpenet.csv")
+    results["class_ids"], results["protocol"]["classes"] = [3], ["cat"]
+    results["miou"] = results["per_class"]["cat"]
+    b.write_text(json.dumps(results))
+    with pytest.raises(InputError, match=r"\(classes cat,dog / cat\)"):
+        compare(a, b)
+    found = compare(a, b, different_protocols=True)
+    assert list(found["per_class"]) == ["cat"]
+    assert found["miou"]["difference"] == 10
+    assert found["episodes"] == {"common": 40, "a": 80, "b": 40}
+
+
+def test_long_values_are_told_shortly(tmp_path):
+    a = write_run(tmp_path / "a")
+    b = write_run(tmp_path / "b", seeds=(*range(20), 77), episode_list="e" * 64)
+    with pytest.raises(InputError) as error:
+        compare(a, b)
+    told = "seeds 0,1 / 21 with 2,3,4,5,6,7,8,9,10,11,12,13,1..."
+    assert told in str(error.value)
+    assert f"episode_list (none) / {'e' * 37}...)" in str(error.value)
+
+
+def test_no_common_episode(tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", seeds=(5,))
+    with pytest.raises(InputError) as error:
+        compare(a, b, different_protocols=True)
+    assert str(error.value).startswith(f"{a} and {b}: ")
+    assert "no episode in common" in str(error.value)
+
+
+def test_missing_files(tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    with pytest.raises(InputError, match=r"c/results\.json: no such file"):
+        compare(a, tmp_path / "c" / "results.json")
+    (b.parent / "episodes_qpenet.csv").unlink()
+    with pytest.raises(InputError, match=r"b/episodes_qpenet\.csv: no such file"):
+        compare(a, b)
+
+
+def test_broken_scores(tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    csv = b.parent / "episodes_qpenet.csv"
+    csv.write_text(csv.read_text()[:-9])
+    with pytest.raises(InputError, match=r"b/episodes_qpenet\.csv: not a whole file"):
+        compare(a, b)
+
+
+def test_scores_of_another_run(tmp_path):
+    """As when an evaluation is killed between its two files."""
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", gain=1)
+    scores_of((0, 1), 40).save(b.parent / "episodes_qpenet.csv")
+    with pytest.raises(InputError, match=r"b/episodes_qpenet\.csv: not the episodes"):
+        compare(a, b)
+
+
+def change(results, **changes):
+    return json.dumps(results | changes)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda results: "",
+        lambda results: json.dumps(results)[:-20],
+        lambda results: "[]",
+        lambda results: "\x00",
+        lambda results: change(results, protocol="toy"),
+        lambda results: change(results, protocol=None),
+        lambda results: change(results, class_ids=[3]),
+        lambda results: change(results, class_ids=[[3], [8]]),
+        lambda results: change(results, miou="high"),
+        lambda results: change(results, episodes_file=3),
+        lambda results: json.dumps({k: results[k] for k in results if k != "miou"}),
+    ],
+)
+def test_broken_results(broken, tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    b.write_text(broken(json.loads(b.read_text())))
+    with pytest.raises(InputError, match=r"b/results\.json: not a results\.json of"):
+        compare(a, b)
+
+
+def test_results_that_are_no_text(tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    b.write_bytes(b"\xff\xfe\x00{")
+    with pytest.raises(InputError, match=r"b/results\.json: not a results\.json of"):
+        compare(a, b)

@@ -1,0 +1,488 @@
+import copy
+import functools
+import hashlib
+import http.server
+import json
+import shutil
+import threading
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHARED_DATA
+from PIL import Image
+from pycocotools import mask as rle
+
+from qpenet_jax.datasets import coco
+from qpenet_jax.datasets.coco import Instances, download_coco, prepare_coco
+from qpenet_jax.datasets.folds import COCO_CLASSES, coco_fold
+from qpenet_jax.datasets.prepared import Prepared
+from qpenet_jax.episodes import EpisodeSampler, eligible_pairs
+from qpenet_jax.errors import InputError
+
+# pycocotools' arrays under NumPy 2, where a test calls it; the package is silent.
+calls_pycocotools = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+
+# The ids up to 90 that COCO doesn't use; see its paper's list of 91 categories.
+GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+IDS = [i for i in range(1, 91) if i not in GAPS]
+PERSON, STOP_SIGN, BACKPACK, TOOTHBRUSH = 1, 13, 27, 90
+HEIGHT, WIDTH = 40, 60
+
+
+def box(x: int, y: int, width: int, height: int) -> list[float]:
+    """A polygon around whole pixels: it covers exactly [y:y+height, x:x+width]."""
+    right, bottom = x + width, y + height
+    return [float(v) for v in (x, y, right, y, right, bottom, x, bottom)]
+
+
+def runs(*counts: int) -> dict:
+    """An uncompressed RLE: runs of 0, 1, 0, ... down the columns."""
+    return {"size": [HEIGHT, WIDTH], "counts": list(counts)}
+
+
+def annotation(number, image, category, segmentation, crowd=0) -> dict:
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "segmentation": segmentation,
+        "iscrowd": crowd,
+        "area": 1.0,
+        "bbox": [0, 0, 1, 1],
+    }
+
+
+CONTENT = {
+    "images": [
+        {"id": n, "file_name": f"COCO_val2014_{n:012d}.jpg", "height": h, "width": w}
+        for n, h, w in [(42, 40, 60), (7, 40, 60), (9, 40, 60), (3, 50, 30), (8, 9, 9)]
+    ],
+    # Annotations of several images in turn, as in the official files.
+    "annotations": [
+        annotation(1, 42, PERSON, [box(2, 3, 10, 20), box(40, 5, 8, 6)]),
+        annotation(2, 3, BACKPACK, [box(0, 0, 30, 50)]),
+        annotation(3, 42, STOP_SIGN, [box(8, 10, 12, 5)]),  # over the person
+        annotation(4, 9, PERSON, runs(100, 50, 2250), crowd=1),  # nothing else there
+        annotation(5, 42, BACKPACK, runs(0, HEIGHT * WIDTH), crowd=1),
+        annotation(6, 7, TOOTHBRUSH, runs(80, 40, 2280)),  # column 2, no crowd
+        annotation(7, 3, TOOTHBRUSH, [box(10, 10, 5, 5)]),
+        annotation(8, 3, BACKPACK, [box(12, 12, 5, 5)]),  # the first class once more
+    ],
+    "categories": [
+        {"id": i, "name": n} for i, n in zip(IDS, COCO_CLASSES, strict=True)
+    ][::-1],
+}
+
+
+def expected_labels() -> dict[str, np.ndarray]:
+    """The label maps of CONTENT, painted by hand."""
+    street, brush, bags = (
+        np.zeros(s, np.uint8) for s in ((40, 60), (40, 60), (50, 30))
+    )
+    street[3:23, 2:12] = 1
+    street[5:11, 40:48] = 1
+    street[10:15, 8:20] = 12
+    brush[:, 2] = 80
+    bags[:] = 25
+    bags[10:15, 10:15] = 80
+    bags[12:17, 12:17] = 25
+    names = (f"COCO_val2014_{n:012d}" for n in (42, 7, 3))
+    return dict(zip(names, (street, brush, bags), strict=True))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """The annotation file, and a folder with the images that show something."""
+    root = tmp_path / "coco"
+    (root / "val2014").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for image in CONTENT["images"]:
+        pixels = rng.integers(0, 256, (image["height"], image["width"], 3), np.uint8)
+        Image.fromarray(pixels).save(root / "val2014" / image["file_name"])
+    save(root, CONTENT)
+    return root
+
+
+def save(root: Path, content, name: str = "instances_val2014.json") -> Path:
+    path = root / name
+    path.write_text(json.dumps(content))
+    return path
+
+
+def prepare(root: Path, out: Path) -> Path:
+    return prepare_coco([root / "val2014"], [root / "instances_val2014.json"], out)
+
+
+def facts(folder: Path) -> dict:
+    return json.loads((folder / "metadata.json").read_text())["facts"]
+
+
+def test_labels_order_and_names(root, tmp_path, capfd):
+    folder = prepare(root, tmp_path / "out")
+    assert capfd.readouterr().out == ""
+    assert folder == tmp_path / "out" / "coco20i" / "2014" / "1.0.0"
+    data = Prepared(folder, "val")
+    expected = expected_labels()
+    assert data.classes == COCO_CLASSES
+    assert data.names == tuple(expected)
+    for index, (name, label) in enumerate(expected.items()):
+        np.testing.assert_array_equal(data.label(index), label)
+        counts = np.bincount(label.ravel(), minlength=81)[1:]
+        np.testing.assert_array_equal(data.counts[index], counts)
+        stored = data._records[index]["image"]
+        assert stored == (root / "val2014" / f"{name}.jpg").read_bytes()
+
+
+def test_facts(root, tmp_path):
+    folder = prepare(root, tmp_path / "out")
+    content = (root / "instances_val2014.json").read_bytes()
+    found = facts(folder)
+    assert found["annotations"] == [
+        {
+            "name": "instances_val2014.json",
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    ]
+    assert found["images"] == {"val": 3}
+    assert found["note"] == "val has 3 images, the whole release 40,137"
+    assert "crowds skipped" in found["rules"]
+    assert prepare(root, tmp_path / "out") == folder
+    save(root, {**CONTENT, "annotations": CONTENT["annotations"][:-1]})
+    with pytest.raises(InputError, match=r"made in another way \(annotations differ\)"):
+        prepare(root, tmp_path / "out")
+
+
+def test_annotations_may_share_an_id(root):
+    content = copy.deepcopy(CONTENT)
+    for item in content["annotations"]:
+        item["id"] = 1
+    instances = Instances(save(root, content))
+    for name, label in expected_labels().items():
+        np.testing.assert_array_equal(instances.label(name), label)
+
+
+def test_no_note_on_a_whole_release(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(coco.COMPLETE, "2014", {"train": 5, "val": 3})
+    assert "note" not in facts(prepare(root, tmp_path / "out"))
+
+
+def test_whole_releases_divide_the_same_images():
+    totals = {sum(counts.values()) for counts in coco.COMPLETE.values()}
+    assert totals == {122_218}
+
+
+@calls_pycocotools
+def test_compressed_runs(root):
+    content = copy.deepcopy(CONTENT)
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+    mask[5:9, 3:50] = 1
+    encoded = rle.encode(mask)
+    encoded["counts"] = encoded["counts"].decode()
+    content["annotations"].append(annotation(9, 7, STOP_SIGN, encoded))
+    label = Instances(save(root, content)).label("COCO_val2014_000000000007")
+    expected = expected_labels()["COCO_val2014_000000000007"]
+    expected[5:9, 3:50] = 12
+    np.testing.assert_array_equal(label, expected)
+
+
+@pytest.mark.parametrize("packed", ["folder", "zip"])
+def test_two_splits_from_nested_folders_or_zips(root, tmp_path, packed):
+    for image in ("42", "07", "03"):
+        name = f"0000000000{image}.jpg"
+        source = root / "val2014" / f"COCO_val2014_{name}"
+        source.with_name(f"COCO_train2014_{name}").write_bytes(source.read_bytes())
+    text = json.dumps(CONTENT).replace("COCO_val", "COCO_train")
+    save(root, json.loads(text), "instances_train2014.json")
+    images = root
+    if packed == "zip":
+        images = tmp_path / "all.zip"
+        with zipfile.ZipFile(images, "w") as archive:
+            for path in (root / "val2014").iterdir():
+                archive.write(path, f"some/where/{path.name}")
+    annotations = [root / f"instances_{split}2014.json" for split in ("val", "train")]
+    folder = prepare_coco([images], annotations, tmp_path / "out")
+    for split in ("train", "val"):
+        data = Prepared(folder, split)
+        for index, (name, label) in enumerate(expected_labels().items()):
+            assert data.names[index] == name.replace("val", split)
+            np.testing.assert_array_equal(data.label(index), label)
+    archives = facts(folder)["archives"]
+    assert [a["name"] for a in archives] == (["all.zip"] if packed == "zip" else [])
+
+
+# --- What can be wrong, each told in one line ---
+
+
+def changed(content: dict, path: str, value) -> dict:
+    """Return `content` with the item at `path`, such as "images.0.id", replaced."""
+    content = copy.deepcopy(content)
+    *keys, last = (int(k) if k.isdigit() else k for k in path.split("."))
+    item = functools.reduce(lambda item, key: item[key], keys, content)
+    if value is None:
+        del item[last]
+    else:
+        item[last] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("images", None, r"isn't an instances file .*no 'images' in it"),
+        ("annotations", None, r"no 'annotations' in it"),
+        ("categories", None, r"no 'categories' in it"),
+        ("images.0.file_name", None, r"no 'file_name' in it"),
+        ("images.0.height", None, r"no 'height' in it"),
+        ("images.0.width", "wide", r"isn't an instances file .*'wide'"),
+        ("annotations.0.image_id", None, r"no 'image_id' in it"),
+        ("annotations.0.category_id", None, r"no 'category_id' in it"),
+        ("annotations.0.iscrowd", None, r"no 'iscrowd' in it"),
+        (
+            "annotations.0.segmentation",
+            None,
+            r"annotation 1 of .*42.*\(no 'segmentation'",
+        ),
+        (
+            "annotations.0.segmentation",
+            [],
+            r"annotation 1 of COCO_val.* can't be drawn",
+        ),
+        ("annotations.0.segmentation", [["a"] * 6], r"annotation 1 .* can't be drawn"),
+        (
+            "annotations.5.segmentation.size",
+            [60, 40],
+            r"annotation 6 .* can't be drawn",
+        ),
+        (
+            "annotations.2.image_id",
+            666,
+            r"annotation 3 is of image 666, which isn't in",
+        ),
+        ("annotations.0.category_id", 12, r"no category has the id 12"),
+        ("categories.0.name", "tooth brush", r"categories aren't COCO's 80"),
+        ("categories.0", None, r"categories aren't COCO's 80"),
+        ("categories.0.id", 2.5, r"categories aren't COCO's 80"),
+        ("images.1.file_name", "COCO_val2014_000000000042.png", r"two images have one"),
+        ("annotations", [], r"no image has an annotation but crowds"),
+    ],
+)
+def test_what_can_be_wrong_in_the_file(root, tmp_path, path, value, message):
+    save(root, changed(CONTENT, path, value))
+    with pytest.raises(
+        InputError, match=rf"instances_val2014\.json.*{message}"
+    ) as error:
+        prepare(root, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").glob("coco20i/2014/1.0.0"))
+
+
+@pytest.mark.parametrize("text", ['{"images": [', "", "[]", "\x00"])
+def test_broken_json(root, tmp_path, text):
+    (root / "instances_val2014.json").write_text(text)
+    with pytest.raises(InputError, match=r"val2014\.json isn't an instances file of"):
+        prepare(root, tmp_path / "out")
+
+
+def test_no_annotation_file(root, tmp_path):
+    (root / "instances_val2014.json").unlink()
+    with pytest.raises(InputError, match=r"val2014\.json: no such file"):
+        prepare(root, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "of one release are needed: none given"),
+        (["instances_val2015.json"], r"val2015\.json: annotation files are"),
+        (["captions_val2014.json"], r"captions_val2014\.json: annotation files are"),
+        (["instances_train2014.json", "instances_val2017.json"], "of one release"),
+        (["a/instances_val2014.json", "b/instances_val2014.json"], "one file for val"),
+    ],
+)
+def test_names_of_annotation_files(tmp_path, names, message):
+    with pytest.raises(InputError, match=message):
+        prepare_coco([tmp_path], [tmp_path / name for name in names], tmp_path / "out")
+
+
+def test_missing_images(root, tmp_path):
+    (root / "val2014" / "COCO_val2014_000000000009.jpg").unlink()  # only a crowd
+    prepare(root, tmp_path / "out")
+    (root / "val2014" / "COCO_val2014_000000000007.jpg").unlink()
+    message = r"no image COCO_val2014_0+7\.jpg in .*val2014 \(1 of 3 are missing\)"
+    with pytest.raises(InputError, match=message):
+        prepare(root, tmp_path / "out")
+
+
+def test_no_folder_of_images(root, tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: no such"):
+        prepare_coco(
+            [root / "nowhere"], [root / "instances_val2014.json"], tmp_path / "out"
+        )
+    with pytest.raises(InputError, match=r"in no folder \(3 of 3 are missing\)"):
+        prepare_coco([], [root / "instances_val2014.json"], tmp_path / "out")
+
+
+def test_two_images_of_one_name(root, tmp_path):
+    shutil.copytree(root / "val2014", root / "small")
+    with pytest.raises(InputError, match=r"(COCO_val2014_0+\d+\.jpg).*\1 share a name"):
+        prepare_coco([root], [root / "instances_val2014.json"], tmp_path / "out")
+
+
+def test_image_of_another_size(root, tmp_path):
+    path = root / "val2014" / "COCO_val2014_000000000003.jpg"
+    Image.new("RGB", (30, 49)).save(path)
+    message = r"instances_val2014\.json: COCO_val2014_0+3\.jpg: .* 30x50 .* of 30x49"
+    with pytest.raises(InputError, match=message):
+        prepare(root, tmp_path / "out")
+
+
+def test_broken_image(root, tmp_path):
+    path = root / "val2014" / "COCO_val2014_000000000003.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(
+        InputError, match=r"COCO_val2014_0+3\.jpg: (broken|not an) image"
+    ):
+        prepare(root, tmp_path / "out")
+
+
+# --- Downloading, from a server on this machine ---
+
+
+@pytest.fixture
+def server(root, tmp_path, monkeypatch):
+    """The official names with tiny content; returns the folder that is served."""
+    served = tmp_path / "served"
+    contents = {
+        "zips/train2014.zip": [],
+        "zips/val2014.zip": sorted((root / "val2014").iterdir()),
+        "annotations/annotations_trainval2014.zip": [
+            save(root, CONTENT, f"instances_{split}2014.json")
+            for split in ("train", "val")
+        ],
+    }
+    table = {}
+    for name, files in contents.items():
+        path = served / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in files:
+                folder = "annotations" if file.suffix == ".json" else "val2014"
+                archive.write(file, f"{folder}/{file.name}")
+        data = path.read_bytes()
+        table[name] = len(data), hashlib.sha256(data).hexdigest()
+    handler = functools.partial(QuietHandler, directory=str(served))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
+        thread = threading.Thread(target=http_server.serve_forever)
+        thread.start()
+        monkeypatch.setattr(
+            coco, "SERVER", f"http://127.0.0.1:{http_server.server_port}"
+        )
+        monkeypatch.setitem(coco.ARCHIVES, "2014", table)
+        yield served
+        http_server.shutdown()
+        thread.join()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
+
+
+def test_download_then_prepare(server, tmp_path):
+    images, annotations = download_coco(tmp_path / "data", "2014")
+    assert [path.name for path in images] == ["train2014.zip", "val2014.zip"]
+    names = ["instances_train2014.json", "instances_val2014.json"]
+    assert [path.name for path in annotations] == names
+    assert not list((tmp_path / "data").glob("*.part"))
+    folder = prepare_coco(images, annotations[1:], tmp_path / "out")
+    label = next(iter(expected_labels().values()))
+    np.testing.assert_array_equal(Prepared(folder, "val").label(0), label)
+    shutil.rmtree(server)  # what is there isn't fetched again
+    assert download_coco(tmp_path / "data", "2014") == (images, annotations)
+
+
+def test_download_of_another_file(server, tmp_path):
+    with (server / "zips/val2014.zip").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputError, match=r"val2014\.zip: sha256 is"):
+        download_coco(tmp_path / "data", "2014")
+
+
+def test_download_without_room(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=20_000_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"20\.0 GB are free, 20\.4 GB are to be"):
+        download_coco(tmp_path / "data", "2014")
+
+
+def test_unknown_release(tmp_path):
+    with pytest.raises(InputError, match=r"release '2015': choose 2014 or 2017"):
+        download_coco(tmp_path, "2015")
+
+
+# --- Real COCO images and annotations ---
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> tuple[dict, Prepared]:
+    """The annotation file's content, and what was prepared from it."""
+    root = SHARED_DATA / "coco"
+    if not root.is_dir():
+        pytest.skip(f"no real COCO data at {root}")
+    path = root / "annotations" / "instances_train2017.json"
+    folder = prepare_coco([root / "train2017"], [path], tmp_path_factory.mktemp("out"))
+    return json.loads(path.read_text()), Prepared(folder, "train")
+
+
+@calls_pycocotools
+def test_real_masks_agree_with_pycocotools(real):
+    """Each polygon is decoded on its own; overlaps belong to the later annotation."""
+    content, data = real
+    assert len(content["annotations"]) == 929
+    of_image = defaultdict(list)
+    for item in content["annotations"]:
+        of_image[item["image_id"]].append(item)
+    images = [image for image in content["images"] if image["id"] in of_image]
+    assert [image["file_name"] for image in images] == [f"{n}.jpg" for n in data.names]
+    overlaps = 0
+    for index, image in enumerate(images):
+        size = image["height"], image["width"]
+        ranks = {IDS.index(item["category_id"]) + 1 for item in of_image[image["id"]]}
+        shown = {rank: np.zeros(size, bool) for rank in ranks}
+        last = np.zeros(size, np.uint8)
+        for item in of_image[image["id"]]:
+            rank = IDS.index(item["category_id"]) + 1
+            mask = rle.decode(rle.frPyObjects(item["segmentation"], *size)).any(axis=2)
+            shown[rank] |= mask
+            last = np.where(mask, rank, last)
+        label, classes = data.label(index), np.sum(list(shown.values()), axis=0)
+        np.testing.assert_array_equal(label[classes == 0], 0)
+        for rank, mask in shown.items():
+            np.testing.assert_array_equal(label[mask & (classes == 1)], rank)
+        np.testing.assert_array_equal(label, last)
+        overlaps += np.count_nonzero(classes > 1)
+        counts = np.bincount(label.ravel(), minlength=81)[1:]
+        np.testing.assert_array_equal(data.counts[index], counts)
+    assert overlaps > 10_000  # else nothing was said about them
+
+
+@pytest.mark.parametrize("split", ["fwb", "panet"])
+def test_real_lists_come_from_the_counts_alone(real, split, monkeypatch):
+    content, data = real
+    monkeypatch.delattr(Prepared, "label")
+    monkeypatch.delattr(Prepared, "image")
+    assert len(data) == len({a["image_id"] for a in content["annotations"]})
+    listed = np.zeros(80, np.int64)
+    for fold in range(4):
+        base, novel = coco_fold(fold, split)
+        listed[np.subtract(novel, 1)] = eligible_pairs(data.counts, novel).sum(axis=0)
+        unfiltered = eligible_pairs(data.counts, base).any(axis=1)
+        filtered = eligible_pairs(data.counts, base, exclude=novel).any(axis=1)
+        free = ~data.counts[:, np.subtract(novel, 1)].any(axis=1)
+        np.testing.assert_array_equal(filtered, unfiltered & free)
+        sampler = EpisodeSampler(data.counts, novel, shots=1, seed=0, on_few="drop")
+        assert sampler(0).class_id in novel
+    np.testing.assert_array_equal(listed, (data.counts >= 2048).sum(axis=0))

@@ -1,0 +1,332 @@
+"""Prepared data sets: what is written is what is read, whole or not at all."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from absl import logging
+from PIL import Image
+from tensorflow_datasets.core import shuffle
+
+from qpenet_jax.datasets import builder
+from qpenet_jax.datasets.builder import (
+    Example,
+    SegmentationBuilder,
+    Source,
+    check_example,
+    encode_mask,
+    prepare,
+)
+from qpenet_jax.datasets.images import read_image
+from qpenet_jax.datasets.prepared import Prepared
+from qpenet_jax.episodes import EpisodeSampler, training_batches
+from qpenet_jax.errors import InputError
+from qpenet_jax.transforms import Augmentation
+from qpenet_jax.typing import SegmentationDataset
+
+EXIF_ORIENTATION = 0x0112
+
+
+class Tiny(SegmentationBuilder, skip_registration=True):
+    """Small images made by the tests."""
+
+    name = "tiny"
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def pictures() -> dict[str, bytes]:
+    """Images of 30x40, 40x30 upright, in the forms that users have."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8)).resize((40, 30))
+    turned = Image.Exif()
+    turned[EXIF_ORIENTATION] = 6
+    return {
+        "jpeg": encoded(image, "JPEG"),
+        "progressive": encoded(image, "JPEG", progressive=True, subsampling=0),
+        "grey": encoded(image.convert("L"), "JPEG"),
+        "turned": encoded(image.resize((30, 40)), "JPEG", exif=turned),
+        "png": encoded(image, "PNG"),
+        "grey png": encoded(image.convert("L"), "PNG"),
+        "alpha": encoded(image.convert("RGBA"), "PNG"),
+        "palette": encoded(image.convert("P"), "PNG"),
+    }
+
+
+def label_of(name: str) -> np.ndarray:
+    """Return a label that shows class 1, class 2 and the border, by the name."""
+    first = sum(name.encode()) % 20
+    label = np.zeros((30, 40), np.uint8)
+    label[first : first + 5] = 1
+    label[:, first : first + 3] = 2
+    label[29] = 255
+    return label
+
+
+def source(images: dict[str, bytes], **changes) -> Source:
+    def example(split, name):
+        return Example(name, images[name], label_of(name))
+
+    given = {
+        "classes": ("cat", "dog"),
+        "splits": {"train": list(images), "val": list(images)[:2]},
+        "example": example,
+        "image_bytes": sum(map(len, images.values())),
+        "facts": {"rule": "all", "archives": {"a": "1"}},
+    }
+    return Source(**given | changes)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return prepare(Tiny, source(pictures()), tmp_path_factory.mktemp("data"), "main")
+
+
+def check_whole(folder: Path, images: dict[str, bytes]) -> None:
+    data = Prepared(folder, "train")
+    assert data.names == tuple(images)
+    for index, name in enumerate(images):
+        np.testing.assert_array_equal(data.label(index), label_of(name))
+        image = read_image(io.BytesIO(images[name]))
+        np.testing.assert_array_equal(data.image(index), image)
+        pixels = [(label_of(name) == value).sum() for value in (1, 2)]
+        assert data.counts[index].tolist() == pixels
+    assert Prepared(folder, "val").names == tuple(images)[:2]
+
+
+def test_read_as_written(tiny):
+    check_whole(tiny, pictures())
+    data = Prepared(tiny, "train")
+    assert isinstance(data, SegmentationDataset)
+    assert len(data) == len(pictures())
+    assert data.classes == ("cat", "dog")
+    assert data.version == "tiny/main/1.0.0"
+
+
+def test_stored_bytes_are_those_that_came(tiny):
+    stored = tfds.builder_from_directory(str(tiny)).as_data_source(
+        "train", decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    for record, (name, data) in zip(stored, pictures().items(), strict=True):
+        assert (record["name"], record["image"]) == (name.encode(), data)
+
+
+def test_shards_keep_the_order(monkeypatch, tmp_path):
+    images = {f"{i}": pictures()["png"] for i in range(11)}
+    monkeypatch.setattr(builder, "SHARD_BYTES", 5 * len(images["0"]) // 2)
+    # TFDS's sorting of examples, which needs TensorFlow for large sets, isn't used.
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1000)
+    folder = prepare(Tiny, source(images), tmp_path, "main")
+    check_whole(folder, images)
+    records = sorted(path.name for path in folder.glob("*train*"))
+    assert records == [f"tiny-train.array_record-{i:05d}-of-00006" for i in range(6)]
+
+
+def test_folder_can_be_moved(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "elsewhere")
+    check_whole(tmp_path / "elsewhere", pictures())
+
+
+def test_pickled_and_read_by_workers(tiny):
+    data = pickle.loads(pickle.dumps(Prepared(tiny, "train")))
+    sampler = EpisodeSampler(data.counts, (1, 2), shots=1, seed=3, min_pixels=10)
+    here, workers = (
+        training_batches(
+            data,
+            sampler,
+            side=33,
+            augmentation=Augmentation(),
+            batch_size=2,
+            seed=3,
+            workers=workers,
+        )
+        for workers in (0, 1)
+    )
+    with contextlib.closing(here), contextlib.closing(workers):
+        for _ in range(3):
+            for ours, theirs in zip(next(here), next(workers), strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+from qpenet_jax.datasets.prepared import Prepared
+data = Prepared(sys.argv[1], "train")
+data.counts, data.image(0), data.label(0)
+print([name for name in sys.modules if name.startswith("tensorflow.")
+       or name == "tensorflow"])
+"""
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
+def test_no_tensorflow(tiny):
+    assert python(WITHOUT_TENSORFLOW, tiny).stdout == "[]\n"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from test_prepared import Tiny, pictures, prepare, source
+
+def example(split, name):
+    if name == "png":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole.example(split, name)
+
+whole = source(pictures())
+prepare(Tiny, source(pictures(), example=example), Path(sys.argv[1]), "main")
+"""
+
+
+def test_killed_and_run_again(tmp_path):
+    assert python(KILLED, tmp_path).returncode == -signal.SIGKILL
+    left = list((tmp_path / "tiny/main").iterdir())
+    assert [path.name[:11] for path in left] == ["incomplete."]
+    with pytest.raises(InputError, match="no prepared data set"):
+        Prepared(left[0], "train")
+    folder = prepare(Tiny, source(pictures()), tmp_path, "main")
+    check_whole(folder, pictures())
+    assert list((tmp_path / "tiny/main").iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, InputError("bad image")])
+def test_interrupted_leaves_nothing(error, tmp_path):
+    def example(split, name):
+        if name == "png":
+            raise error
+        return source(pictures()).example(split, name)
+
+    with pytest.raises(error if isinstance(error, type) else InputError) as raised:
+        prepare(Tiny, source(pictures(), example=example), tmp_path, "main")
+    assert "bad image" in str(raised.value) or error is KeyboardInterrupt
+    assert list((tmp_path / "tiny/main").iterdir()) == []
+
+
+def test_finished_one_is_kept_unless_made_in_another_way(tiny):
+    out, before = tiny.parents[2], (tiny / "metadata.json").stat().st_mtime_ns
+    same = source(pictures(), example=lambda *_: pytest.fail("written again"))
+    assert prepare(Tiny, same, out, "main") == tiny
+    facts = {"rule": "some", "archives": {"a": "1"}, "new": (1, 2)}
+    with pytest.raises(InputError, match=r"main/1\.0\.0 was .* \(new, rule differ\)"):
+        prepare(Tiny, source(pictures(), facts=facts), out, "main")
+    assert (tiny / "metadata.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": ["a", "b", "a"]}, "split 'train' lists image a 2 times; keep one"),
+        ({"train": ["a"], "val": []}, "split 'val' has no image"),
+    ],
+)
+def test_bad_splits(splits, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        prepare(Tiny, source(pictures(), splits=splits), tmp_path, "main")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_told_before_writing(monkeypatch, tmp_path):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9))
+    needy = source(pictures(), image_bytes=10**9)
+    with pytest.raises(InputError, match=r"1\.0 GB are free, 1\.1 GB are needed"):
+        prepare(Tiny, needy, tmp_path, "main")
+    assert list(tmp_path.glob("**/*.*")) == []
+
+
+def test_estimate_of_the_disk(monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8))
+    data = encoded(image, "JPEG", quality=60)
+    big = np.kron(label_of("a"), np.ones((10, 10), np.uint8))
+    images = {f"{i}": data for i in range(60)}  # A file is filled up to 64 KiB.
+    made = source(
+        images,
+        splits={"train": list(images)},
+        example=lambda _, name: Example(name, data, big),
+    )
+    folder = prepare(Tiny, made, tmp_path, "main")
+    used = sum(path.stat().st_size for path in folder.iterdir())
+    assert made.image_bytes < used < builder.SPARE * made.image_bytes
+
+
+def test_tfds_is_silent(tmp_path, caplog, capfd, monkeypatch):
+    monkeypatch.setattr(builder, "tqdm", lambda names, **_: names)
+    before = logging.get_verbosity()
+    prepare(Tiny, source(pictures()), tmp_path, "main")
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+    assert logging.get_verbosity() == before
+    # What is kept silent:
+    config = tfds.core.BuilderConfig(name="other", version="1.0.0")
+    Tiny(source=source(pictures()), data_dir=str(tmp_path), config=config)
+    assert "custom data configuration" in caplog.text
+
+
+def test_check_example_names_image_and_label():
+    data, label = pictures()["png"], label_of("png")
+    counts = check_example(Example("a", data, label), classes=2)
+    assert counts.tolist() == [(label == 1).sum(), (label == 2).sum()]
+    sources = {"image_from": "a.zip: 1.png", "label_from": "b.zip: 2.png"}
+    with pytest.raises(InputError, match=r"^a: label value 2 is no class"):
+        check_example(Example("a", data, label), classes=1)
+    with pytest.raises(InputError, match=r"^b\.zip: 2\.png: label value 2 is no"):
+        check_example(Example("a", data, label, **sources), classes=1)
+    with pytest.raises(InputError, match=r"^b\.zip: 2\.png: mask of 39x30 pixels"):
+        check_example(Example("a", data, label[:, :39], **sources), classes=2)
+    with pytest.raises(InputError, match=r"^a\.zip: 1\.png: broken image"):
+        check_example(Example("a", data[:-200], label, **sources), classes=2)
+
+
+def test_encode_mask_is_a_grey_png():
+    label = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    with Image.open(io.BytesIO(encode_mask(label))) as image:
+        assert image.mode == "L"
+        np.testing.assert_array_equal(np.array(image), label)
+
+
+def test_opening_what_is_not_there(tiny, tmp_path):
+    with pytest.raises(InputError, match="no prepared data set; make it with"):
+        Prepared(tmp_path, "train")
+    with pytest.raises(InputError, match="no split 'test', only train, val"):
+        Prepared(tiny, "test")
+    for text in ("{", "[]", json.dumps({"classes": []})):
+        (tmp_path / "metadata.json").write_text(text)
+        with pytest.raises(InputError, match="no prepared data set; make it with"):
+            Prepared(tmp_path, "train")
+
+
+def test_lost_and_damaged_records(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "data")
+    (records,) = folder.glob("*train*")
+    whole = records.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:70_000] + b"?" * 999, None):
+        records.unlink()
+        if damaged:
+            records.write_bytes(damaged)
+        with pytest.raises(InputError, match="prepare it again"):
+            [Prepared(folder, "train").image(i) for i in range(8)]

@@ -1,0 +1,168 @@
+"""What an evaluation reports: numbers in percent, tables and files."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+
+from qpenet_jax.metrics import Scores
+from qpenet_jax.protocols import Protocol
+from qpenet_jax.report import markdown, summarize, table, write_json, write_report
+
+NAMES = ("one", "two", "three")
+IDS = (4, 5, 6)
+
+
+def protocol(**changes):
+    fields = {"dataset": "toy", "split": "toy", "fold": 1, "classes": NAMES}
+    return Protocol(**fields | {"episodes": 6, "side": 33} | changes)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    """Class 4 at IoU 0.5, 5 at 0.25, 6 never drawn; background 0.8."""
+    rows = [(0, i, i, 4, 80, 100, 10, 20) for i in range(3)]
+    rows += [(0, i, i, 5, 80, 100, 10, 40) for i in range(3, 6)]
+    return Scores(np.array(rows))
+
+
+@pytest.fixture(scope="module")
+def two_seeds(scores):
+    """Seed 7 does better: class 4 at 0.6, 5 at 0.5."""
+    rows = scores.rows.copy()
+    rows[:, 0] = 7
+    rows[:, 6] = [6, 12, 18, 10, 20, 30]
+    return Scores(np.concatenate([scores.rows, rows]))
+
+
+def cells(text):
+    """Return the rows of a Markdown table."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_summary_in_percent(scores):
+    p = protocol(shots=5)
+    result = summarize(scores, p, IDS, 12.345, focus=("two", "one"))
+    assert result["miou"] == 25.0
+    assert result["miou_interval"] == [25.0, 25.0]
+    np.testing.assert_allclose(result["fb_iou"], 100 * (0.8 + 60 / 180) / 2, atol=0.01)
+    low, high = result["fb_iou_interval"]
+    assert (40 + 25 / 2) < low < result["fb_iou"] < high < (40 + 50 / 2)
+    assert result["per_class"] == {"one": 50.0, "two": 25.0, "three": 0.0}
+    assert result["per_class_interval"] == {
+        "one": [50.0, 50.0],
+        "two": [25.0, 25.0],
+        "three": [0.0, 0.0],
+    }
+    assert result["per_seed"] == {"0": 25.0}
+    assert result["seed_spread"] == {"std": None, "min": 25.0, "max": 25.0}
+    assert (result["episodes"], result["seeds"], result["seconds"]) == (6, [0], 12.3)
+    assert result["protocol"] == p.to_dict()
+    assert result["focus"]["classes"] == ["two", "one"]
+    assert result["focus"]["miou"] == 37.5
+    assert result["focus"]["miou_interval"] == [37.5, 37.5]
+    assert "focus" not in summarize(scores, p, IDS, 1.0)
+
+
+def test_summary_of_two_seeds(two_seeds):
+    result = summarize(two_seeds, protocol(seeds=(0, 7)), IDS, 1.0)
+    second = round(110 / 3, 2)
+    assert result["per_seed"] == {"0": 25.0, "7": second}
+    assert result["miou"] == round((25 + 110 / 3) / 2, 2)
+    std = round((110 / 3 - 25) / np.sqrt(2), 2)
+    assert result["seed_spread"] == {"std": std, "min": 25.0, "max": second}
+
+
+def test_table_is_markdown(scores):
+    result = summarize(scores, protocol(), IDS, 1.0, focus=("one",))
+    text = table({"cosine": result, "ours": result})
+    rows = cells(text)
+    assert rows[0] == ["IoU %", "cosine", "ours"]
+    assert set("".join(rows[1])) == {"-"}
+    assert rows[2] == ["one", "50.0", "50.0"]
+    assert rows[5] == ["mean of one", "50.0 [50.0, 50.0]", "50.0 [50.0, 50.0]"]
+    assert rows[6] == ["mIoU", "25.0 [25.0, 25.0]", "25.0 [25.0, 25.0]"]
+    low, high = result["fb_iou_interval"]
+    assert rows[7] == ["FB-IoU", *[f"56.7 [{low:.1f}, {high:.1f}]"] * 2]
+    assert len({len(line) for line in text.splitlines()}) == 1
+
+
+def test_markdown_escapes_what_would_end_a_cell():
+    rows = markdown(["class", "IoU"], [["cat|dog", "1.0"]]).splitlines()
+    assert rows == ["| class    | IoU |", "| -------- | --- |", r"| cat\|dog | 1.0 |"]
+
+
+def test_report_is_three_files(two_seeds, scores, tmp_path):
+    p = protocol(seeds=(0, 7))
+    results = summarize(two_seeds, p, IDS, 1.0, focus=("one",))
+    results["references"] = {"cosine": summarize(scores, p, IDS, 1.0, focus=("one",))}
+    results["gain_over_cosine"] = {"mIoU": [5.83, -1.0, 12.0]}
+    results["selection"] = "last step (the novel classes had no say)"
+    for _ in range(2):  # the second time over the first
+        write_report(tmp_path, results)
+    names = ["results.csv", "results.json", "results.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+    page = (tmp_path / "results.md").read_text()
+    assert table({**results["references"], "QPENet": results}) in page
+    for part in (
+        f"Protocol: {p}\n",
+        "Spread over 2 seeds: mIoU 25.0 to 36.7, standard deviation 8.25 "
+        "(0: 25.0, 7: 36.7).",
+        "Gain over cosine, mIoU: +5.8 [-1.0, +12.0]",
+        "95 % intervals over query images",
+        "never drawn counts 0",
+        "Checkpoint: last step (the novel classes had no say)\n",
+    ):
+        assert part in page
+
+
+def test_sheet_has_a_row_a_class_and_the_means(two_seeds, tmp_path):
+    names = ("dining, table", 'so "called"', "café")
+    p = protocol(seeds=(0, 7), classes=names)
+    results = summarize(two_seeds, p, IDS, 1.0, focus=names[:2])
+    write_report(tmp_path, results)
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["name", "iou", "low", "high"]
+    titles = [*names, 'mean of dining, table, so "called"', "mIoU", "FB-IoU"]
+    assert [row[0] for row in rows] == titles
+    numbers = np.array([row[1:] for row in rows], float)
+    np.testing.assert_array_equal(numbers[:3, 0], list(results["per_class"].values()))
+    ends = list(results["per_class_interval"].values())
+    np.testing.assert_array_equal(numbers[:3, 1:], ends)
+    mean = results["focus"]
+    assert (numbers[:2, 1] < numbers[:2, 0]).all()
+    assert (numbers[:2, 0] < numbers[:2, 2]).all()
+    assert numbers[3].tolist() == [mean["miou"], *mean["miou_interval"]]
+    assert numbers[4].tolist() == [results["miou"], *results["miou_interval"]]
+    assert numbers[5].tolist() == [results["fb_iou"], *results["fb_iou_interval"]]
+
+
+def test_page_without_the_optional_parts(scores, tmp_path):
+    write_report(tmp_path, summarize(scores, protocol(), IDS, 1.0))
+    page = (tmp_path / "results.md").read_text()
+    assert cells(page)[0] == ["IoU %", "QPENet"]
+    assert "Spread over seeds: unknown, there is one (seed 0)." in page
+    assert not re.search("Checkpoint|Gain|mean of", page)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_json(path, {"miou": 1.0})
+    with pytest.raises(TypeError):
+        write_json(path, {"miou": object()})
+    assert json.loads(path.read_text()) == {"miou": 1.0}
+
+    def full(self, text, **_):
+        self.write_bytes(text.encode()[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"miou": 2.0})
+    assert json.loads(path.read_bytes()) == {"miou": 1.0}
