@@ -174,7 +174,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """Run training with the parsed flags."""
     del argv
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save
+    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     keep_freed_memory()
     cache = Path.home() / ".cache" / "qpenet_jax" / "xla"

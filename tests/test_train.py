@@ -280,7 +280,7 @@ def test_evaluate_scores_shots_and_seeds(finished, tmp_path):
         rows = (folder / "episodes_qpenet.csv").read_text()
         assert len(rows.splitlines()) == 1 + 2 * 3
     assert "2-shot" in result.stdout
-    assert "ours, but episodes=3 seeds=0,1 side=65" in result.stdout
+    assert "ours, but episodes=3 seeds=0,1 min_pixels=64 side=65" in result.stdout
 
 
 def test_a_published_protocol_with_one_field_changed(finished, tmp_path):
