@@ -29,7 +29,7 @@ from qpenet_jax.config_files import tell_config_errors
 from qpenet_jax.episodes import training_batches
 from qpenet_jax.errors import InputError, exit_on_input_error
 from qpenet_jax.evaluator import Evaluator
-from qpenet_jax.experiment import Experiment, claim
+from qpenet_jax.experiment import Experiment, claim, inputs_of
 from qpenet_jax.training import global_batch, shardings
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -55,7 +55,7 @@ def train(config: Any, workdir: Path) -> None:
     selector = selection and Evaluator(experiment, weights, workdir, val, selection)
     key = jax.random.key(config.seed + 1)
 
-    claim(workdir, config)
+    claim(workdir, config, inputs_of(dataset, val, weights))
     print(f"{config.dataset.name}: {len(sampler)} training images, {steps} steps")
     print(evaluator.describe())
     with checkpoints.open_checkpoints(workdir) as manager, stop_signal() as stop:

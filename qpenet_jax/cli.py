@@ -1,7 +1,7 @@
 """The command `qpenet`: all that isn't training."""
 
 import argparse
-import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -27,7 +27,7 @@ from qpenet_jax.evaluator import Evaluator
 from qpenet_jax.experiment import Experiment, open_run
 from qpenet_jax.models.backbone import BACKBONES, backbone
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.protocols import PRESETS, Scoring, dataset_version
+from qpenet_jax.protocols import PRESETS, Protocol, Scoring, check_side, of_dataset
 from qpenet_jax.report import write_json
 from qpenet_jax.segmenter import load
 from qpenet_jax.transforms import Resize
@@ -42,12 +42,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args, overrides = parser.parse_known_args(argv)
     args.overrides = overrides
-    if overrides and not hasattr(args, "config"):
+    if overrides and not getattr(args, "config", None):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     keep_freed_memory()
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what read-only implies
-    with exit_on_input_error():
-        args.run(args)
+    try:
+        with exit_on_input_error():
+            args.run(args)
+    except KeyboardInterrupt:
+        print("\nstopped; nothing half-made is left", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,8 +211,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _describe(args: argparse.Namespace) -> None:
-    if args.side % 8 != 1 or args.side < 17:
-        raise InputError(f"--side {args.side} must be 8 n + 1 and at least 17")
+    check_side(args.side)
     grid, channels = args.side // 8 + 1, backbone(args.backbone).channels
     support = jnp.zeros((1, args.shots, grid, grid, channels))
     masks = jnp.zeros((1, args.shots, args.side, args.side), jnp.int32)
@@ -278,17 +281,23 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.episode_list:
         frozen = read_episodes(Path(args.episode_list), val)
         _refuse_overrides(args, ("shots", "episodes", "seeds", "order", "targets"))
-    for shots in (0,) if frozen else args.shots or (1,):
+    for shots in (1,) if frozen else args.shots or (1,):
         protocol = experiment.protocol(args.protocol, **changes | {"shots": shots})
-        folder = out / (f"{protocol.preset}_{shots}shot" if shots else "episode_list")
+        evaluator = Evaluator(experiment, weights, out, val, protocol, frozen)
+        evaluator.folder = folder = out / _folder_name(evaluator.protocol)
         folder.mkdir(parents=True, exist_ok=True)
-        evaluator = Evaluator(experiment, weights, folder, val, protocol, frozen)
         print(evaluator.describe())
         if args.references:
             evaluator.references()
         evaluator(params, step=step)
         print(evaluator.report())
         print(f"written to {folder}")
+
+
+def _folder_name(protocol: Protocol) -> str:
+    """Return a name of its own for every protocol, such as pfenet_1shot."""
+    name = protocol.name.replace(", but ", "_").replace(" ", "_")
+    return f"{name}_{protocol.shots}shot"
 
 
 def _refuse_overrides(args: argparse.Namespace, names: Sequence[str]) -> None:
@@ -307,7 +316,7 @@ def _export(args: argparse.Namespace) -> None:
     protocol = experiment.protocol(args.protocol, **changes)
     samplers = experiment.eval_samplers(val, protocol)
     digest = export_episodes(Path(args.out), val, samplers, protocol.episodes)
-    print(f"protocol: {dataclasses.replace(protocol, version=dataset_version(val))}")
+    print(f"protocol: {of_dataset(protocol, val)}")
     print(f"{len(samplers) * protocol.episodes} episodes in {args.out}")
     print(f"sha256 {digest}")
 

@@ -23,7 +23,7 @@ EPISODES = "episodes_qpenet.csv"
 DERIVED = {"text", "name", "preset"}
 """Entries of a protocol that only put the others into words."""
 
-IDENTITY = {"dataset", "version"}
+IDENTITY = {"version"}
 """Where these differ, query 17 is another image: no episode can be common."""
 
 ROUNDING = 0.011

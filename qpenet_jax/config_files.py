@@ -25,9 +25,12 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> Any:
     # Our configs import `configs.common` from the folder that holds configs/.
     sys.path.insert(0, str(Path(file).resolve().parents[1]))
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    argv = ["qpenet", f"--config={file}", *overrides]
+    config_flags.DEFINE_config_file(
+        "config", lock_config=True, flag_values=values, sys_argv=argv
+    )
     with tell_config_errors():
-        rest = values(["qpenet", f"--config={file}", *overrides])
+        rest = values(argv)
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}: overrides are --config.x=y")
     return values.config

@@ -6,12 +6,13 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from qpenet_jax.errors import InputError
+from qpenet_jax.files import check_room
 
 ATTEMPTS = 5
 CHUNK = 1 << 16
@@ -52,6 +53,18 @@ def download(
     return dest
 
 
+def check_download_room(sizes: Mapping[Path, int]) -> None:
+    """Check that all files, less what earlier tries left of them, have room.
+
+    Raises:
+        InputError: there is less free space where the first is to go.
+    """
+    files = [f for path in sizes for f in (path, path.with_name(f"{path.name}.part"))]
+    have = sum(f.stat().st_size for f in files if f.exists())
+    folder = next(iter(sizes)).parent
+    check_room(folder, sum(sizes.values()) - have, "make room or choose another --out")
+
+
 def _mismatch(path: Path, checksum: str | None) -> str | None:
     """Return how the file's hash differs from `checksum`, None if it doesn't."""
     if checksum is None:
@@ -76,7 +89,7 @@ def _fetch(url: str, part: Path, checksum: str | None, progress: bool) -> bool:
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
             return _is_whole(part, error.headers.get("Content-Range"))
         raise InputError(f"{url}: HTTP {error.code} {error.reason}") from None
-    except OSError as error:  # URLError is one
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", error)
         raise InputError(
             f"cannot reach {url} ({reason}): get the file in another way and give it"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from qpenet_jax.episodes import EpisodeIds, EpisodeSampler
 from qpenet_jax.errors import InputError
+from qpenet_jax.files import write_whole
 from qpenet_jax.typing import SegmentationDataset
 
 HASH_LINE = "# sha256 "
@@ -52,6 +53,9 @@ class EpisodeList(NamedTuple):
             "episodes": len(first),
             "seeds": tuple(sampler.seed for sampler in self.samplers),
             "episode_list": self.sha256,
+            # What drawing goes by; here the list says it all.
+            "order": "list",
+            "targets": "any",
         }
 
 
@@ -73,10 +77,7 @@ def export_episodes(
             writer.writerow([sampler.seed, ids.index, ids.class_id, name, *images])
     content = text.getvalue().encode()
     digest = hashlib.sha256(content).hexdigest()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(f"{HASH_LINE}{digest}\n".encode() + content)
-    part.replace(path)
+    write_whole(path, f"{HASH_LINE}{digest}\n".encode() + content)
     return digest
 
 
@@ -94,7 +95,7 @@ def read_episodes(path: Path, dataset: SegmentationDataset) -> EpisodeList:
     if first.startswith(HASH_LINE.encode()):
         content = rest
     digest = hashlib.sha256(content).hexdigest()
-    if content is rest and first.decode().strip() != HASH_LINE + digest:
+    if content is rest and first.strip() != (HASH_LINE + digest).encode():
         raise InputError(
             f"{path} was changed: its content doesn't have the SHA-256 of the first "
             "line; get the original, or delete that line to accept the change"
@@ -102,8 +103,12 @@ def read_episodes(path: Path, dataset: SegmentationDataset) -> EpisodeList:
     seeds: dict[int, list[EpisodeIds]] = {}
     position = {name: i for i, name in enumerate(dataset.names)}
     for number, row in enumerate(_rows(path, content), start=2):
-        seed, ids = _episode(row, dataset, position, f"{path}, episode {number - 1}")
-        seeds.setdefault(seed, []).append(ids)
+        where = f"{path}, episode {number - 1}"
+        seed, ids = _episode(row, dataset, position, where)
+        rows = seeds.setdefault(seed, [])
+        if any(ids.index == other.index for other in rows):
+            raise InputError(f"{where}: seed {seed} has a second index {ids.index}")
+        rows.append(ids)
     samplers = [FrozenEpisodes(seed, tuple(rows)) for seed, rows in seeds.items()]
     shapes = {(len(s.rows), len(row.supports)) for s in samplers for row in s.rows}
     if len(shapes) != 1:

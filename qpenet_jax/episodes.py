@@ -65,7 +65,7 @@ def eligible_pairs(
     A class must cover `min_pixels`, and no pixel of the image may be of a class in
     `exclude`: training leaves out images with novel objects, as the paper's system.
     """
-    large = counts[:, np.subtract(classes, 1)] >= max(min_pixels, 1)
+    large = counts[:, np.array(classes, np.int64) - 1] >= max(min_pixels, 1)
     excluded = counts[:, np.array(exclude, np.int64) - 1]
     return large & ~excluded.any(axis=1, keepdims=True)
 
@@ -102,12 +102,15 @@ class EpisodeSampler:
 
     def __post_init__(self):
         """Check now that every episode can be drawn."""
+        if self.on_few not in ("error", "drop"):
+            raise InputError(f"on_few {self.on_few!r}: choose error or drop")
         if self.shots < 1:
             raise InputError(f"shots {self.shots}: an episode needs 1 support or more")
         if not len(self.images):
             raise InputError(
-                "the list of episodes is empty: no image has a chosen class on at least"
-                f" {self.min_pixels} pixels; check the id list, the fold and the filter"
+                f"the list of episodes is empty: no class has {self.shots + 1} images "
+                f"with at least {self.min_pixels} pixels of it, as {self.shots}-shot "
+                "episodes need; check the id list, the fold, the filter and the shots"
             )
 
     def __len__(self) -> int:

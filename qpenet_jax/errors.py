@@ -1,6 +1,7 @@
 """The one error that a user can mend: it names the file or value and the remedy."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 
@@ -17,9 +18,9 @@ def exit_on_input_error() -> Iterator[None]:
     except InputError as error:
         message = str(error)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        message = f"{error.filename}: {error.strerror}"
+        message = f"{error.filename or 'while writing'}: {error.strerror}"
     else:
         return
     print(f"error: {message}", file=sys.stderr)

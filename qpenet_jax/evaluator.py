@@ -14,7 +14,7 @@ from qpenet_jax.episode_lists import EpisodeList
 from qpenet_jax.evaluation import evaluate
 from qpenet_jax.experiment import Experiment
 from qpenet_jax.metrics import Scores, load_scores, mean_iou, paired_difference
-from qpenet_jax.protocols import Protocol, dataset_version
+from qpenet_jax.protocols import Protocol, of_dataset
 from qpenet_jax.report import (
     RESULTS,
     TABLE,
@@ -53,17 +53,17 @@ class Evaluator:
         A list of `episodes` replaces drawing.
         """
         self.experiment, self.folder, self.val = experiment, folder, val
-        protocol = protocol or experiment.protocol()
+        protocol = of_dataset(protocol or experiment.protocol(), val)
         if episodes:
             protocol = dataclasses.replace(protocol, **episodes.fields)
-            self.samplers = episodes.samplers
-        else:
-            self.samplers = experiment.eval_samplers(val, protocol)
+            experiment.check_novel(episodes)
+        drawn = experiment.eval_samplers(val, protocol, drop_few=bool(episodes))
+        self.samplers = episodes.samplers if episodes else drawn
         # Classes that no episode can show would count as 0 in every mean.
-        self.class_ids = self.samplers[0].shown
+        shown = {c for sampler in (drawn[0], *self.samplers) for c in sampler.shown}
+        self.class_ids = tuple(sorted(shown))
         self.protocol = dataclasses.replace(
             protocol,
-            version=dataset_version(val),
             classes=tuple(experiment.class_names[c - 1] for c in self.class_ids),
         )
         self.left_out = sorted(set(protocol.classes) - set(self.protocol.classes))
@@ -93,7 +93,8 @@ class Evaluator:
             "untrained": self._score("untrained", lambda b: self.predict(initial, b)),
             "cosine": self._score("cosine", self.cosine),
         }
-        write_json(self.folder / REFERENCES, found)
+        made = {"run": self.experiment.identity, "results": found}
+        write_json(self.folder / REFERENCES, made)
         return table(found)
 
     def __call__(
@@ -107,13 +108,9 @@ class Evaluator:
         results = self._score("qpenet", predict) | facts
         results["class_ids"] = list(self.class_ids)
         results["selection"] = self.experiment.selection
-        # References of another protocol (an earlier call) compare to nothing here.
-        found, ours = self._read(REFERENCES), self.protocol.to_dict()
-        same = all(reference["protocol"] == ours for reference in found.values())
-        results["references"] = found if same else {}
+        results["references"] = self._references()
         if "cosine" in results["references"]:
             results["gain_over_cosine"] = self._gain("cosine")
-        write_report(self.folder, results)
         figure = episode_figure(
             self.val,
             [self.samplers[0](i) for i in range(self._shown())],
@@ -122,7 +119,17 @@ class Evaluator:
             self.protocol.resize,
         )
         Image.fromarray(figure).save(self.folder / FIGURE)
+        write_report(self.folder, results)  # last: it says that all is done
         return results, figure
+
+    def _references(self) -> dict[str, Any]:
+        """Return what `references` found, unless for another run or protocol."""
+        made, ours = self._read(REFERENCES), self.protocol.to_dict()
+        if made.get("run") != self.experiment.identity:
+            return {}
+        found = made["results"]
+        same = all(reference["protocol"] == ours for reference in found.values())
+        return found if same else {}
 
     def step(self) -> int | None:
         """Return the step of the last written results of this protocol, if any."""

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
@@ -25,6 +27,7 @@ from qpenet_jax.datasets.folds import (
 from qpenet_jax.datasets.prepared import Prepared, prepared_classes
 from qpenet_jax.datasets.shapes import Shapes
 from qpenet_jax.datasets.voc import VOCLayout
+from qpenet_jax.episode_lists import EpisodeList
 from qpenet_jax.episodes import EpisodeSampler
 from qpenet_jax.errors import InputError
 from qpenet_jax.evaluation import make_eval_step
@@ -32,7 +35,12 @@ from qpenet_jax.losses import LossWeights
 from qpenet_jax.models.backbone import Backbone, backbone
 from qpenet_jax.models.cosine import nearest_prototype
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.protocols import PRESETS, Protocol, preset_fields
+from qpenet_jax.protocols import (
+    PRESETS,
+    Protocol,
+    dataset_version,
+    preset_fields,
+)
 from qpenet_jax.report import write_json
 from qpenet_jax.training import Optimizer, TrainState, init_state, make_train_step
 from qpenet_jax.transforms import Augmentation
@@ -41,7 +49,10 @@ from qpenet_jax.weights import load_weights
 
 CONFIG_FILE = "config.json"
 
-# What a resumed run may change, as no result depends on it.
+INPUTS_FILE = "inputs.json"
+
+# What a resumed run may change, as no result depends on it: of the last two, the
+# contents are compared.
 FREE = {"workers", "log_every", "save_every", "dataset.root", "backbone.weights"}
 
 
@@ -83,11 +94,6 @@ class Experiment:
                 f"fold {self.config.dataset.fold}: choose of "
                 f"{', '.join(self.protocol().classes)}"
             )
-        if self.config.side % 8 != 1 or self.config.side < 17:
-            raise InputError(
-                f"config.side={self.config.side} must be 8 n + 1 and at least 17, "
-                "such as 161, 321 or 473"
-            )
         _ = self.fold, self.backbone, self.model, self.optimizer
 
     @functools.cached_property
@@ -100,6 +106,11 @@ class Experiment:
             return PASCAL_CLASSES
         if data.split.startswith("coco"):
             return COCO_CLASSES
+        if data.kind != "prepared":
+            raise InputError(
+                f"config.dataset.split={data.split!r} needs the class names of a "
+                "prepared data set: config.dataset.kind=prepared"
+            )
         return prepared_classes(data.root)
 
     @functools.cached_property
@@ -155,6 +166,10 @@ class Experiment:
     def train_sampler(self, dataset: SegmentationDataset) -> EpisodeSampler:
         """Return the training episodes: base classes."""
         data = self.config.dataset
+        if not self.fold.base:
+            raise InputError(
+                "there is no base class to train on: config.dataset.novel names all"
+            )
         return EpisodeSampler(
             dataset.counts,
             self.fold.base,
@@ -203,6 +218,13 @@ class Experiment:
         return self.protocol() if self.config.select_on == "novel" else None
 
     @property
+    def identity(self) -> str:
+        """A hash of all that this experiment's results depend on."""
+        fields = _flat(json.loads(self.config.to_json()))
+        text = json.dumps({k: v for k, v in fields.items() if k not in FREE})
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
     def selection(self) -> str:
         """How this run's checkpoint was chosen, for its results."""
         return SELECTION[self.config.select_on]
@@ -210,13 +232,26 @@ class Experiment:
     def _names(self, class_ids: Sequence[int]) -> tuple[str, ...]:
         return tuple(self.class_names[c - 1] for c in class_ids)
 
+    def check_novel(self, episodes: EpisodeList) -> None:
+        """Refuse a list with classes that this experiment trains on.
+
+        Raises:
+            InputError: naming one.
+        """
+        shown = {c for sampler in episodes.samplers for c in sampler.shown}
+        for class_id in sorted(shown - set(self.fold.novel)):
+            raise InputError(
+                f"the episode list shows {self.class_names[class_id - 1]}, which isn't "
+                f"novel in fold {self.config.dataset.fold}: give a list of this fold"
+            )
+
     def eval_samplers(
-        self, dataset: SegmentationDataset, protocol: Protocol
+        self, dataset: SegmentationDataset, protocol: Protocol, drop_few: bool = False
     ) -> list[EpisodeSampler]:
         """Return the protocol's episodes, one sampler a seed.
 
         Images for base classes, when the protocol names those, show no novel class;
-        base classes with too few images are left out.
+        base classes with too few images are left out, novel ones if `drop_few`.
         """
         base = protocol.classes == self._names(self.fold.base)
         return [
@@ -227,7 +262,7 @@ class Experiment:
                 seed,
                 exclude=self.fold.novel if base else (),
                 min_pixels=protocol.min_pixels,
-                on_few="drop" if base else self.config.dataset.on_few,
+                on_few="drop" if base or drop_few else self.config.dataset.on_few,
                 order=protocol.order,
                 targets=protocol.targets,
                 class_names=self.class_names,
@@ -310,10 +345,11 @@ class Experiment:
         return lambda batch: step({}, weights, batch)
 
 
-def claim(workdir: Path, config: Any) -> None:
+def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
     """Write the config into a new workdir, or check that it's that of an old one.
 
-    Raises InputError naming the differing fields.
+    `inputs` are hashes of what the config names by path. Raises InputError naming what
+    differs.
     """
     path = workdir / CONFIG_FILE
     ours = json.loads(config.to_json())
@@ -330,8 +366,31 @@ def claim(workdir: Path, config: Any) -> None:
                 "differ): choose another --workdir, or give the same config to resume"
             )
     else:
-        workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, ours)
+    path = workdir / INPUTS_FILE
+    theirs = _read_config(path) if path.exists() else inputs
+    changed = sorted(name for name in inputs if inputs[name] != theirs.get(name))
+    if changed:
+        raise InputError(
+            f"{workdir} holds a run on other inputs ({', '.join(changed)} differ from "
+            "what it started with): give the same data and weights, or choose another "
+            "--workdir"
+        )
+    write_json(path, inputs)
+
+
+def inputs_of(
+    train: SegmentationDataset, val: SegmentationDataset, weights: PyTree[Array]
+) -> dict[str, str]:
+    """Return hashes of the images' names and pixel counts, and of the weights."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(weights):
+        digest.update(np.asarray(leaf).tobytes())
+    return {
+        "training images": dataset_version(train),
+        "validation images": dataset_version(val),
+        "backbone weights": digest.hexdigest()[:12],
+    }
 
 
 def open_run(workdir: str | Path) -> tuple[Experiment, PyTree[Array], int]:

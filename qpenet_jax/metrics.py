@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
 from qpenet_jax.errors import InputError
+from qpenet_jax.files import write_whole
 from qpenet_jax.typing import IGNORE
 
 COLUMNS = (
@@ -55,10 +57,10 @@ class Scores:
 
     def save(self, path: Path) -> None:
         """Write the rows as CSV with a header."""
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(self.rows.tolist())
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([COLUMNS, *self.rows.tolist()])
+        write_whole(path, text.getvalue())
 
 
 def load_scores(path: Path) -> Scores:
@@ -124,9 +126,12 @@ def mean_iou(scores: Scores, classes: Sequence[int]) -> float:
 
 
 def fb_iou(scores: Scores) -> float:
-    """Return the mean of foreground and background IoU over all episodes, in 0..1."""
-    sums = scores.rows[:, KEYS:].sum(axis=0).astype(float)
-    return float(_ratio(sums[::2], sums[1::2]).mean())
+    """Return the mean of foreground and background IoU, in 0..1.
+
+    Each is summed over all episodes of a seed, whatever their class, then averaged
+    over the seeds.
+    """
+    return float(_whole(scores, classes=())[-1])
 
 
 def seed_iou(
@@ -234,15 +239,17 @@ def _measures(scores: Scores, classes: Sequence[int]) -> tuple[Measures, int]:
 
     intersection = per_image("foreground_intersection")
     union = per_image("foreground_union")
-    overall = np.zeros((len(queries), len(COLUMNS) - KEYS))
-    np.add.at(overall, image, scores.rows[:, KEYS:])
+    overall = np.zeros((len(queries), len(seeds), len(COLUMNS) - KEYS))
+    np.add.at(overall, (image, seed), scores.rows[:, KEYS:])
+    overall = overall.reshape(len(queries), -1)
 
     def measures(weights):
         iou = _ratio(weights @ intersection, weights @ union)
-        iou = iou.reshape(-1, len(seeds), len(classes)).mean(axis=1)
-        sums = weights @ overall
+        iou = iou.reshape(len(weights), len(seeds), len(classes)).mean(axis=1)
+        sums = weights @ overall  # of background and foreground in turn, per seed
         fb = _ratio(sums[:, ::2], sums[:, 1::2])
-        return np.column_stack([iou, iou.mean(axis=1), fb.mean(axis=1)])
+        miou = iou.mean(axis=1) if len(classes) else np.zeros(len(weights))
+        return np.column_stack([iou, miou, fb.mean(axis=1)])
 
     return measures, len(queries)
 

@@ -14,6 +14,9 @@ Scoring = Literal["original", "input", "exact"]
 
 FIVE = (0, 1, 2, 3, 4)
 
+SHORT = 12
+"""Characters of a changed field that a protocol's name shows."""
+
 # What published evaluations do otherwise than ours, the defaults of `Protocol`. Their
 # random draws can't be repeated outside of their code: a preset draws by their rules.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -57,7 +60,8 @@ PRESETS_ON_COCO: dict[str, dict[str, Any]] = {
 class Protocol:
     """What was measured and how: two results compare only if these are equal.
 
-    `split` is the family of folds, `version` names the exact images and masks,
+    `split` is the family of folds, `release` the prepared data set (and so the training
+    images), `version` a hash of the scored images' names and pixel counts;
     `exclude_novel` says that training left out images with pixels of novel classes.
     `order` is how queries follow each other, `targets` which classes of a query count,
     from `min_pixels` on or any pixel (see `EpisodeSampler`); `episode_list` is the hash
@@ -73,6 +77,7 @@ class Protocol:
     split: str
     fold: int
     classes: tuple[str, ...]
+    release: str = ""
     version: str = ""
     exclude_novel: bool = True
     shots: int = 1
@@ -101,11 +106,13 @@ class Protocol:
                 raise InputError(
                     f"{name} {getattr(self, name)!r}: choose {', '.join(choices)}"
                 )
-        if self.episodes < 1 or not self.seeds or min(self.seeds) < 0:
+        repeated = len(set(self.seeds)) < len(self.seeds)
+        if self.episodes < 1 or not self.seeds or repeated or min(self.seeds) < 0:
             raise InputError(
                 f"{self.episodes} episodes with seeds {list(self.seeds)}: give 1 "
-                "episode or more, and seeds from 0 on"
+                "episode or more, and different seeds from 0 on"
             )
+        check_side(self.side)
 
     @property
     def name(self) -> str:
@@ -129,9 +136,10 @@ class Protocol:
         size = "any size" if self.targets == "any" else f">= {self.min_pixels} px"
         draw = f"{self.order} queries, targets of {size}"
         if self.episode_list:
-            draw = f"episode list {self.episode_list[:12]}"
+            draw = f"episode list {_short(self.episode_list)}"
         novel = "without" if self.exclude_novel else "with"
-        version = f" ({self.version})" if self.version else ""
+        versions = " ".join(filter(None, (self.release, self.version)))
+        version = f" ({versions})" if versions else ""
         return (
             f"{self.name}: {self.dataset}{version}, {self.split} fold {self.fold}, "
             f"{self.shots}-shot, {self.episodes} episodes x seeds "
@@ -169,17 +177,33 @@ def preset_fields(preset: str, split: str) -> dict[str, Any]:
     return ours | PRESETS[preset] | on_coco
 
 
-def dataset_version(dataset: SegmentationDataset) -> str:
-    """Return what names the exact images and masks of a split.
+def check_side(side: int) -> None:
+    """Refuse sides of the network's input that its stride of 8 doesn't fit.
 
-    12 hex digits of a hash over names and pixel counts, after the version that a
-    prepared data set has.
+    Raises:
+        InputError: not 8 n + 1, or below 17.
     """
+    if side % 8 != 1 or side < 17:
+        raise InputError(
+            f"side={side} must be 8 n + 1 and at least 17, such as 161, 321 or 473"
+        )
+
+
+def dataset_version(dataset: SegmentationDataset) -> str:
+    """Return 12 hex digits of a hash over a split's names and pixel counts."""
     digest = hashlib.sha256("\n".join(dataset.names).encode())
     digest.update(dataset.counts.astype("<i8").tobytes())
-    version = getattr(dataset, "version", "")
-    return f"{version} {digest.hexdigest()[:12]}".strip()
+    return digest.hexdigest()[:12]
+
+
+def of_dataset(protocol: Protocol, dataset: SegmentationDataset) -> Protocol:
+    """Return the protocol with the release and version of the data it is used on."""
+    release = getattr(dataset, "version", "")
+    return dataclasses.replace(
+        protocol, release=release, version=dataset_version(dataset)
+    )
 
 
 def _short(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text[:SHORT]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qpenet_jax import metrics
+from qpenet_jax.files import write_whole
 from qpenet_jax.metrics import Interval, Scores
 from qpenet_jax.protocols import Protocol
 
@@ -88,19 +89,21 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_report(folder: Path, results: Results) -> None:
-    """Write results.json, results.md and results.csv, each whole or not at all.
+    """Write results.md, results.csv and last results.json, each whole or not at all.
 
+    So where there is a results.json, the others belong to it.
     The table stands beside `results["references"]`, where there are any;
     `results["selection"]` is a sentence on how the checkpoint was chosen.
     """
+    (folder / RESULTS).unlink(missing_ok=True)  # the older one
+    write_whole(folder / TABLE, _page(results))
+    write_whole(folder / SHEET, _sheet(results))
     write_json(folder / RESULTS, results)
-    _write(folder / TABLE, _page(results))
-    _write(folder / SHEET, _sheet(results))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    _write(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _page(results: Results) -> str:
@@ -152,13 +155,6 @@ def _sheet(results: Results) -> str:
     writer = csv.writer(sheet, lineterminator="\n")
     writer.writerows([("name", "iou", "low", "high"), *rows])
     return sheet.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all: into a part file, which is then renamed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _mean(miou: Interval) -> Results:

@@ -131,15 +131,21 @@ def test_names_of_a_protocol_do_not_make_it_another(tmp_path):
     assert compare(a, b)["differs"] == {}
 
 
-@pytest.mark.parametrize("change", [{"dataset": "toy2"}, {"version": "1.1 def"}])
 @pytest.mark.parametrize("forced", [False, True])
-def test_other_data_is_always_refused(change, forced, tmp_path):
-    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", side=33, **change)
-    ((key, value),) = change.items()
-    old = {"dataset": "toy", "version": "1.0 abc"}[key]
-    match = rf"different data \({key} {old} / {value}\), so no episode is common"
+def test_other_data_is_always_refused(forced, tmp_path):
+    a = write_run(tmp_path / "a")
+    b = write_run(tmp_path / "b", side=33, version="1.1 def")
+    match = r"different data \(version 1.0 abc / 1.1 def\), so no episode is common"
     with pytest.raises(InputError, match=match):
         compare(a, b, different_protocols=forced)
+
+
+def test_runs_trained_on_other_pools_are_compared_on_the_same_images(tmp_path):
+    a = write_run(tmp_path / "a", release="pascal5i/main/1.0.0")
+    b = write_run(tmp_path / "b", release="pascal5i/trainaug/1.0.0")
+    with pytest.raises(InputError, match="release"):
+        compare(a, b)
+    assert set(compare(a, b, different_protocols=True)["differs"]) == {"release"}
 
 
 def test_a_class_that_only_one_scored_is_left_out(tmp_path):

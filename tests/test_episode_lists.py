@@ -97,12 +97,18 @@ def test_what_does_not_fit_is_named(listed, dataset):
     assert "class 99" in error(seed, index, "99", name, query, one, two)
     assert "disc2" in error(seed, index, class_id, "disc2", query, one, two)
     assert "whole numbers" in error(seed, "x", class_id, name, query, one, two)
+    listed.write_text(header + first + first)
+    with pytest.raises(InputError, match="second index 0"):
+        read_episodes(listed, dataset)
     assert "twice" in error(seed, index, class_id, name, query, one, one)
     shows = error(seed, index, class_id, name, query, one, dataset.names[absent])
     assert "shows no" in shows
     assert "column query" in error(seed, top=header.replace("query", "q"))
     listed.write_text(header)
     with pytest.raises(InputError, match="one at least"):
+        read_episodes(listed, dataset)
+    listed.write_bytes(b"# sha256 \xff\n")
+    with pytest.raises(InputError, match="was changed"):
         read_episodes(listed, dataset)
     listed.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="no CSV"):

@@ -65,18 +65,19 @@ def plain_class_iou(episodes, weight=None):
 
 
 def plain_fb_iou(episodes, weight=None):
+    """Return the mean over seeds."""
     weight = np.ones(IMAGES) if weight is None else weight
-    total = np.zeros((2, 2))
-    for _, query, c, m in episodes:
-        rest = [k for k in range(21) if k != c]
-        total += weight[query] * np.array(
-            [
-                [m[np.ix_(rest, rest)].sum(), m[rest, c].sum()],
-                [m[c, rest].sum(), m[c, c]],
-            ]
-        )
-    either = total.sum() - np.diag(total)[::-1]
-    return (np.diag(total) / either).mean()
+    by_seed = []
+    for seed in SEEDS:
+        total = np.zeros((2, 2))
+        for s, query, c, m in episodes:
+            if s == seed:
+                rest = [k for k in range(21) if k != c]
+                inside = [m[np.ix_(rest, rest)].sum(), m[rest, c].sum()]
+                total += weight[query] * np.array([inside, [m[c, rest].sum(), m[c, c]]])
+        either = total.sum() - np.diag(total)[::-1]
+        by_seed.append((np.diag(total) / either).mean())
+    return np.mean(by_seed)
 
 
 def run(seed, quality=30, count=40):
@@ -180,9 +181,13 @@ def plain_measures(episodes):
                 mine = (s == seed) & (c == class_id)
                 if mine.any():
                     ious[i, j] = w[mine] @ both[mine] / (w[mine] @ either[mine])
-        foreground = w @ both / (w @ either)
-        background = w @ (pixels - either) / (w @ (pixels - both))
-        return [*ious.mean(axis=0), ious.mean(), (foreground + background) / 2]
+        fb = []
+        for seed in SEEDS:
+            v = w * (s == seed)
+            foreground = v @ both / (v @ either)
+            background = v @ (pixels - either) / (v @ (pixels - both))
+            fb.append((foreground + background) / 2)
+        return [*ious.mean(axis=0), ious.mean(), np.mean(fb)]
 
     return statistic
 

@@ -414,7 +414,7 @@ def test_download_of_another_file(server, tmp_path):
 def test_download_without_room(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=20_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match=r"20\.0 GB are free, 20\.4 GB are to be"):
+    with pytest.raises(InputError, match=r"20\.0 GB are free, 20\.4 GB are needed"):
         download_coco(tmp_path / "data", "2014")
 
 

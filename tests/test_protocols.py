@@ -13,6 +13,7 @@ from qpenet_jax.protocols import (
     PRESETS,
     Protocol,
     dataset_version,
+    of_dataset,
     preset_fields,
 )
 
@@ -59,6 +60,7 @@ def test_every_field_is_told():
     one = made()
     changes = {
         "dataset": "other", "split": "blocks", "fold": 2, "version": "ab12",
+        "release": "x/1.0.0",
         "shots": 5, "episodes": 9, "seeds": (3,), "order": "list", "targets": "any",
         "min_pixels": 1, "side": 33, "resize": "squash", "scoring": "exact",
         "exclude_novel": False, "episode_list": "0123456789ab", "preset": "bam",
@@ -82,6 +84,9 @@ def test_every_field_is_told():
         {"episodes": 0},
         {"seeds": ()},
         {"seeds": (-1,)},
+        {"seeds": (1, 1)},
+        {"side": 100},
+        {"side": 9},
     ],
 )
 def test_senseless_values_are_refused(change):
@@ -100,4 +105,7 @@ def test_the_version_names_images_and_pixels():
     class Prepared:
         names, counts, version = one.names, np.asarray(one.counts), "toy/main/1.0.0"
 
-    assert dataset_version(Prepared()) == f"toy/main/1.0.0 {dataset_version(one)}"
+    ours = of_dataset(made(), Prepared())
+    assert (ours.release, ours.version) == ("toy/main/1.0.0", dataset_version(one))
+    assert f"toy (toy/main/1.0.0 {dataset_version(one)})" in str(ours)
+    assert of_dataset(made(), one).release == ""

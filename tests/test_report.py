@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from qpenet_jax.errors import InputError
 from qpenet_jax.metrics import Scores
 from qpenet_jax.protocols import Protocol
 from qpenet_jax.report import markdown, summarize, table, write_json, write_report
@@ -158,11 +159,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_json(path, {"miou": object()})
     assert json.loads(path.read_text()) == {"miou": 1.0}
 
-    def full(self, text, **_):
-        self.write_bytes(text.encode()[:3])
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:3])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(path), "write_text", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(InputError, match=r"results.json: .*No space"):
         write_json(path, {"miou": 2.0})
     assert json.loads(path.read_bytes()) == {"miou": 1.0}

@@ -111,6 +111,35 @@ def test_a_run_leaves_results_figure_events_and_checkpoints(finished):
     assert "4" in saved
 
 
+@pytest.mark.parametrize("lost", [["results.json"], ["results.json", "episodes.png"]])
+def test_a_run_killed_while_writing_results_writes_them_again(finished, tmp_path, lost):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    for name in lost:
+        (copy / name).unlink()
+    (copy / "results.md").write_text("of an older evaluation")
+    result = train(copy)
+    assert result.returncode == 0, result.stderr
+    for name in ("results.md", "results.csv", "episodes.png", "episodes_qpenet.csv"):
+        assert (copy / name).read_bytes() == (finished[0] / name).read_bytes()
+    ours, theirs = (
+        json.loads((run / "results.json").read_text()) for run in (copy, finished[0])
+    )
+    assert ours.pop("seconds") > 0
+    del theirs["seconds"]
+    assert ours == theirs
+
+
+def test_a_run_goes_on_only_with_the_data_that_it_started_with(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    inputs = json.loads((copy / "inputs.json").read_text())
+    assert set(inputs) == {"training images", "validation images", "backbone weights"}
+    changed = inputs | {"training images": "000000000000"}
+    (copy / "inputs.json").write_text(json.dumps(changed))
+    assert_refused(train(copy), "training images", "choose another --workdir")
+
+
 def test_a_finished_run_is_not_trained_again(finished):
     workdir, _ = finished
     before = (workdir / "results.json").read_bytes()
@@ -203,7 +232,7 @@ def test_the_config_of_another_run_is_refused(finished):
     ("change", "words"),
     [
         ({"nope": 1}, ["nope", "configs/common.py"]),
-        ({"side": 64}, ["config.side=64", "8 n + 1"]),
+        ({"side": 64}, ["side=64", "8 n + 1"]),
         ({"optimizer__name": "adam"}, ["adam", "sgd"]),
         ({"dataset__kind": "voc", "dataset__root": "nowhere"}, ["nowhere"]),
     ],
@@ -271,7 +300,7 @@ def test_evaluate_scores_shots_and_seeds(finished, tmp_path):
     result = qpenet(*arguments, "--shots", "1,2", "--seeds", "0,1", "--references")
     assert result.returncode == 0, result.stderr
     for shots in (1, 2):
-        folder = tmp_path / f"ours_{shots}shot"
+        (folder,) = tmp_path.glob(f"ours_episodes=3_*_{shots}shot")
         results = json.loads((folder / "results.json").read_text())
         assert results["protocol"]["shots"] == shots
         assert results["seeds"] == [0, 1]
@@ -288,7 +317,7 @@ def test_a_published_protocol_with_one_field_changed(finished, tmp_path):
     out = ("--episodes", 2, "--out", tmp_path)
     result = qpenet("evaluate", "--workdir", workdir, "--protocol", "hsnet", *out)
     assert result.returncode == 0, result.stderr
-    assert "hsnet, but episodes=2 min_pixels=64 exclude_novel=True" in result.stdout
+    assert "hsnet, but exclude_novel=True episodes=2 min_pixels=64" in result.stdout
     assert "pairs queries" in result.stdout
     assert "input 401 (squash)" in result.stdout
 
@@ -309,12 +338,13 @@ def test_frozen_episodes_are_scored_exactly_and_compared(finished, tmp_path):
     ):
         result = qpenet(*run)
         assert result.returncode == 0, result.stderr
-    a, b = tmp_path / "a" / "episode_list", tmp_path / "ours_1shot"
+    (a,), (b,) = (tmp_path / "a").iterdir(), tmp_path.glob("ours_*_1shot")
     ours, theirs = ((x / "episodes_qpenet.csv").read_text() for x in (a, b))
     assert ours == theirs
 
     refused = qpenet("compare", a / "results.json", b / "results.json")
     assert_refused(refused, "episode_list")
+    assert_refused(qpenet(*evaluate, "--side", 100), "8 n + 1")
     forced = qpenet(
         "compare", a / "results.json", b / "results.json", "--different-protocols"
     )
@@ -325,6 +355,17 @@ def test_frozen_episodes_are_scored_exactly_and_compared(finished, tmp_path):
     assert "mIoU" in same.stdout
 
     assert_refused(qpenet(*common, "--episodes", 3), "--episodes", "--episode-list")
+    typo = qpenet(*export, "--protcol", "paper")
+    assert typo.returncode == 2
+    assert "--protcol" in typo.stderr
+    base = tmp_path / "base.csv"
+    swapped = ("--config.dataset.fold=1", "--config.dataset.min_pixels=64")
+    small = [f"--config.{k}={SHRUNK[k]}" for k in SHRUNK if k.startswith("dataset")]
+    config = ("episodes", "export", "--config", "configs/quickstart.py")
+    result = qpenet(*config, *small, *swapped, "--out", base)
+    assert result.returncode == 0, result.stderr
+    refused = qpenet(*evaluate, "--episode-list", base, "--out", tmp_path)
+    assert_refused(refused, "novel in fold 0")
     listed.write_text(listed.read_text().replace(",1,", ",2,", 1))
     assert_refused(qpenet(*common), str(listed), "changed")
 

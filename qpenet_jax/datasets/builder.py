@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from qpenet_jax.datasets.images import check_label, read_image
 from qpenet_jax.errors import InputError
+from qpenet_jax.files import check_room
 
 SHARD_BYTES = 256_000_000
 """About how many bytes of images go into a file; TFDS keeps as much in memory."""
@@ -182,7 +183,8 @@ def prepare(
         return folder
     for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # TFDS's own name
         shutil.rmtree(left)
-    _check_disk(out, source.image_bytes)
+    needed = int(SPARE * source.image_bytes)
+    check_room(out, needed, "make room or choose another --out")
     # TFDS makes a folder for downloads in any case.
     with tempfile.TemporaryDirectory() as unused, _quiet_tfds():
         made.download_and_prepare(download_dir=unused)
@@ -220,14 +222,4 @@ def _check_same(folder: Path, source: Source) -> None:
         raise InputError(
             f"{folder} was made in another way ({', '.join(changed)} differ): remove "
             "it, or choose another --out"
-        )
-
-
-def _check_disk(out: Path, image_bytes: int) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    needed, free = int(SPARE * image_bytes), shutil.disk_usage(out).free
-    if free < needed:
-        raise InputError(
-            f"{out}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed; "
-            "make room or choose another --out"
         )

@@ -7,7 +7,6 @@ numbers. The choices made here are `RULES`, and are kept with the data set.
 import contextlib
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -20,7 +19,7 @@ from pycocotools.coco import COCO
 from qpenet_jax.datasets.archives import Archive, fingerprint, open_archive
 from qpenet_jax.datasets.builder import Example, SegmentationBuilder, Source, prepare
 from qpenet_jax.datasets.folds import COCO_CLASSES
-from qpenet_jax.download import download
+from qpenet_jax.download import check_download_room, download
 from qpenet_jax.errors import InputError
 
 RULES = (
@@ -186,7 +185,7 @@ def download_coco(folder: Path, release: str) -> tuple[list[Path], list[Path]]:
         raise InputError(f"COCO release {release!r}: choose {' or '.join(ARCHIVES)}")
     folder = Path(folder)
     archives = {folder / Path(name).name: name for name in ARCHIVES[release]}
-    _check_disk(folder, {p: ARCHIVES[release][n][0] for p, n in archives.items()})
+    check_download_room({p: ARCHIVES[release][n][0] for p, n in archives.items()})
     for path, name in archives.items():
         download(f"{SERVER}/{name}", path, f"sha256:{ARCHIVES[release][name][1]}")
     *images, annotations = archives
@@ -199,18 +198,6 @@ def download_coco(folder: Path, release: str) -> tuple[list[Path], list[Path]]:
             part.write_bytes(archive[f"annotations/{path.name}"])
             os.replace(part, path)
     return images, unpacked
-
-
-def _check_disk(folder: Path, sizes: Mapping[Path, int]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = (p.with_name(f"{p.name}.part") for p in sizes)
-    have = sum(p.stat().st_size for p in (*sizes, *parts) if p.exists())
-    needed, free = sum(sizes.values()) - have, shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(
-            f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are to be "
-            "fetched; make room or choose another folder"
-        )
 
 
 def _release(annotations: Sequence[Path]) -> tuple[str, dict[str, Path]]:

@@ -21,21 +21,23 @@ from qpenet_jax.datasets.builder import Example, SegmentationBuilder, Source, pr
 from qpenet_jax.datasets.folds import PASCAL_CLASSES
 from qpenet_jax.datasets.images import read_label
 from qpenet_jax.datasets.voc import read_ids
-from qpenet_jax.download import download
+from qpenet_jax.download import check_download_room, download
 from qpenet_jax.errors import InputError
 
 ARCHIVES = {
     "VOCtrainval_11-May-2012.tar": (
         "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
         "md5:6cd6e144f989b92b3379bac3b3de84fd",
+        1_999_639_040,
     ),
     "benchmark.tgz": (
         "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/"
         "semantic_contours/benchmark.tgz",
         "md5:82b4d87ceb2ed10f6038a1cba92111cb",
+        1_420_000_000,
     ),
 }
-"""URL and MD5 of VOC 2012 and SBD; the MD5s are those that torchvision publishes."""
+"""URL, MD5 (as torchvision publishes it) and bytes (SBD: about) of VOC 2012 and SBD."""
 
 POOLS = {
     "main": (
@@ -131,9 +133,10 @@ def download_pascal(folder: str | Path) -> tuple[Path, Path]:
     Raises:
         InputError: as `qpenet_jax.download.download`.
     """
+    check_download_room({Path(folder) / name: a[2] for name, a in ARCHIVES.items()})
     voc, sbd = (
         download(url, Path(folder) / name, checksum)
-        for name, (url, checksum) in ARCHIVES.items()
+        for name, (url, checksum, _) in ARCHIVES.items()
     )
     return voc, sbd
 
