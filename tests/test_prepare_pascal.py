@@ -21,7 +21,6 @@ from PIL import Image
 from qpenet_jax.datasets import pascal
 from qpenet_jax.datasets.archives import fingerprint, open_archive
 from qpenet_jax.datasets.folds import PASCAL_CLASSES, pascal_fold
-from qpenet_jax.datasets.images import check_label, read_label
 from qpenet_jax.datasets.pascal import download_pascal, prepare_pascal
 from qpenet_jax.datasets.prepared import Prepared
 from qpenet_jax.episodes import eligible_pairs
@@ -398,22 +397,43 @@ def test_rule_gives_the_order_of_the_real_list(shared_voc):
     assert list(ids) == real["all_train_5953"]
 
 
-def test_counts_of_the_real_masks(shared_voc):
+def write_stand_ins(path, lists, masks):
+    """Write a VOC tar with the real lists, and plain images of the masks' sizes.
+
+    `ImageSets/Main/train` isn't at hand: the 5,623 ids that the rule takes from it.
+    """
+    names = {
+        "Segmentation/train": "voc_train_1464",
+        "Segmentation/val": "all_val_1449",
+        "Main/train": "sbd_5623",
+    }
+    jpegs = {}
+    with tarfile.open(path, "w") as tar, open_archive(masks) as archive:
+        for member, name in names.items():
+            content = (lists / f"{name}.txt").read_bytes()
+            add_member(tar, f"VOCdevkit/VOC2012/ImageSets/{member}.txt", content)
+        for member, data in archive.items():
+            size = Image.open(io.BytesIO(data)).size
+            if size not in jpegs:
+                jpegs[size] = io.BytesIO()
+                Image.new("RGB", size).save(jpegs[size], "JPEG")
+            image = f"VOCdevkit/VOC2012/JPEGImages/{Path(member).stem}.jpg"
+            add_member(tar, image, jpegs[size].getvalue())
+
+
+def add_member(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def test_the_real_masks_give_the_lists_of_the_field(shared_voc, tmp_path):
+    masks = shared_voc / "SegmentationClassAug-all.tar.gz"
+    voc = tmp_path / "voc.tar"
+    write_stand_ins(voc, shared_voc / "lists", masks)
     start = time.perf_counter()
-    rows = {}
-    with open_archive(shared_voc / "SegmentationClassAug-all.tar.gz") as masks:
-        for member, data in masks.items():
-            if member.endswith(".png"):
-                label = read_label(io.BytesIO(data), name=masks.where(member))
-                counts = check_label(label, label.shape, 20, masks.where(member))
-                rows[Path(member).stem] = counts
-    train, val = (
-        np.stack(
-            [rows[n] for n in (shared_voc / "lists" / f"{f}.txt").read_text().split()]
-        )
-        for f in ("all_train_5953", "all_val_1449")
-    )
-    seconds = time.perf_counter() - start
+    folder = prepare_pascal(voc, None, tmp_path / "out", masks=masks)
+    train, val = (Prepared(folder, split).counts for split in ("train", "val"))
     found = []
     for fold in range(4):
         base, novel = pascal_fold(fold)
@@ -430,5 +450,7 @@ def test_counts_of_the_real_masks(shared_voc):
         (592, 2752, 4097, 734, 3044),
         (336, 4510, 5108, 357, 5832),
     ]
-    print(f"counted {len(rows)} masks in {seconds:.1f} s")
+    seconds = time.perf_counter() - start
+    print(f"prepared {len(train) + len(val)} images in {seconds:.1f} s")
+    assert (len(train), len(val)) == (5953, 1449)
     assert seconds < 60

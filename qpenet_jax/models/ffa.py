@@ -1,4 +1,9 @@
-"""FFA: Feature Filtering and Activation, the decoder (paper III.E, eqs 12-16)."""
+"""FFA: Feature Filtering and Activation, the decoder (paper III.E, eqs 12-16).
+
+Eqs 13 and 14 are in `qpenet.py`, where every decoder's view of the foreground is made.
+"""
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,18 +17,15 @@ from qpenet_jax.models.layers import (
     Residual,
     kernel_init,
 )
-from qpenet_jax.models.prototypes import activation_map
 
 
 class FFA(nn.Module):
     """Filter the background out of the query, activate the foreground, decode."""
 
-    head_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    heads: int = 8
-    ffn_features: int = 768
-    residual: bool = True
-    auxiliary_head: bool = True
+    make_head: Callable[..., Head]
+    make_cross: Callable[..., "CrossAttention"]
+    residual: bool
+    auxiliary_head: bool
 
     @nn.compact
     def __call__(
@@ -31,39 +33,33 @@ class FFA(nn.Module):
         F_q: Float[Array, "b h w c"],
         F_s: Float[Array, "b k h w c"],
         M_s: Bool[Array, "b k h w"],
-        prototypes: dict[str, Float[Array, "b c"]],
+        P_bg: Float[Array, "b c"],
+        P_fg: Float[Array, "b p"],
+        maps: Float[Array, "b h w m"],
         *,
         train: bool,
     ) -> dict[str, Array]:
-        """Return `y_final` [b, h, w, 2], `A_main`, `A_aux` [b, h, w] (and `y_aux`).
+        """Return the logits `y_final` (and `y_aux`) [b, h, w, 2].
 
-        `prototypes` holds P_bg, P_pre, P_main and P_aux. The residual blocks and the
-        auxiliary head (`y_aux`) are the released system's, not the paper's.
+        In the paper `P_fg` is P_pre and `maps` are A_main and A_aux. The residual
+        blocks and the auxiliary head (`y_aux`) are the released system's.
         """
         c = F_q.shape[-1]
         refine = Residual if self.residual else lambda name: lambda x: x
         out = {}
 
-        F_dot = MergePrototype(c, name="filter")(F_q, prototypes["P_bg"])  # eq 12
-        out["A_main"] = activation_map(F_q, prototypes["P_main"])  # eq 13
-        out["A_aux"] = activation_map(F_q, prototypes["P_aux"])  # eq 14
-        maps = jnp.stack([out["A_main"], out["A_aux"]], axis=-1)
+        F_dot = MergePrototype(c, name="filter")(F_q, P_bg)  # eq 12
         activated = jnp.concatenate([F_dot, maps], axis=-1)
-        x = MergePrototype(c, name="activate")(activated, prototypes["P_pre"])  # eq 15
+        x = MergePrototype(c, name="activate")(activated, P_fg)  # eq 15
         x = refine(name="activate_residual")(x)
         if self.auxiliary_head:
-            head = Head(self.head_dropout, name="auxiliary_head")
-            out["y_aux"] = head(x, train=train)
+            out["y_aux"] = self.make_head(name="auxiliary_head")(x, train=train)
 
         for layer in ("cross1", "cross2"):  # eq 16
-            cross = CrossAttention(
-                self.heads, self.ffn_features, self.attention_dropout, name=layer
-            )
-            x = cross(x, F_s, M_s, train=train)
+            x = self.make_cross(name=layer)(x, F_s, M_s, train=train)
         x = Conv1x1(c, name="reduce")(x)
         x = refine(name="reduce_residual")(x)
-        head = Head(self.head_dropout, name="head")
-        return {**out, "y_final": head(x, train=train)}
+        return {**out, "y_final": self.make_head(name="head")(x, train=train)}
 
 
 class CrossAttention(nn.Module):
@@ -73,9 +69,9 @@ class CrossAttention(nn.Module):
     LayerNorm after it; no biases and no position code, as in the released system.
     """
 
-    heads: int = 8
-    ffn_features: int = 768
-    dropout: float = 0.1
+    heads: int
+    ffn_features: int
+    dropout: float
 
     @nn.compact
     def __call__(

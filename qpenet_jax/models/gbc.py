@@ -1,5 +1,7 @@
 """GBC: Global Background Cleansing (paper III.D, eqs 9-11)."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,11 +11,14 @@ from qpenet_jax.models.prototypes import predicted
 
 
 class GBC(nn.Module):
-    """Cleanse the learned global background prototype for one query."""
+    """Cleanse the learned global background prototype for one query.
 
-    channel_dropout: float = 0.5
-    head_dropout: float = 0.1
-    gate_dropout: float = 0.5
+    Without `cleanse`, P_bg is P_global itself (rows of Table III without BGPE).
+    """
+
+    make_convs: Callable[..., Convs]
+    gate_dropout: float
+    cleanse: bool
 
     @nn.compact
     def __call__(
@@ -31,18 +36,20 @@ class GBC(nn.Module):
         b, k, *_, c = F_s.shape
         # One vector for all images: what the backgrounds of the training set share.
         P_global = self.param("P_global", nn.initializers.normal(1.0), (c,))
-        convs = Convs(self.channel_dropout, self.head_dropout, name="convs")
+        P_bg = jnp.tile(P_global, (b, 1))
+        convs = self.make_convs(name="convs")
 
         out = {}
-        y_bg_q = convs(F_q, jnp.tile(P_global, (b, 1)), train=train)  # eq 10
+        y_bg_q = convs(F_q, P_bg, train=train)  # eq 10
         if train:
             folded = F_s.reshape(b * k, *F_s.shape[2:])
             y_bg_s = convs(folded, jnp.tile(P_global, (b * k, 1)), train=train)  # eq 9
             out["y_bg_s"] = y_bg_s.reshape(b, k, *y_bg_s.shape[1:])
 
-        background = predicted(y_bg_q)[..., None]
-        pooled = jnp.mean(F_q * background, axis=(1, 2))
-        P_bg = P_global * self._cleaner(pooled, train=train)  # eq 11
+        if self.cleanse:
+            background = predicted(y_bg_q)[..., None]
+            pooled = jnp.mean(F_q * background, axis=(1, 2))
+            P_bg = P_global * self._cleaner(pooled, train=train)  # eq 11
         return {"y_bg_q": y_bg_q, "P_bg": P_bg, **out}
 
     def _cleaner(self, pooled, *, train):
