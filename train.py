@@ -24,12 +24,12 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from qpenet_jax import checkpoints
-from qpenet_jax.allocator import keep_freed_memory
 from qpenet_jax.config_files import tell_config_errors
 from qpenet_jax.episodes import training_batches
 from qpenet_jax.errors import InputError, exit_on_input_error
 from qpenet_jax.evaluator import Evaluator
 from qpenet_jax.experiment import Experiment, claim, inputs_of
+from qpenet_jax.runtime import keep_compilations, keep_freed_memory
 from qpenet_jax.training import global_batch, shardings
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -177,8 +177,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     keep_freed_memory()
-    cache = Path.home() / ".cache" / "qpenet_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    keep_compilations()
     train(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"))
 
 

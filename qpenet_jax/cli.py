@@ -14,7 +14,6 @@ from flax.linen.summary import tabulate
 from PIL import Image
 from tqdm import tqdm
 
-from qpenet_jax.allocator import keep_freed_memory
 from qpenet_jax.benchmark.data import benchmark_data, markdown
 from qpenet_jax.compare import compare, comparison_table
 from qpenet_jax.config_files import load_config
@@ -29,6 +28,7 @@ from qpenet_jax.models.backbone import BACKBONES, backbone
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.protocols import PRESETS, Protocol, Scoring, check_side, of_dataset
 from qpenet_jax.report import write_json
+from qpenet_jax.runtime import keep_compilations, keep_freed_memory
 from qpenet_jax.segmenter import load
 from qpenet_jax.transforms import Resize
 from qpenet_jax.visualize import overlay
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if overrides and not getattr(args, "config", None):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     keep_freed_memory()
+    keep_compilations()
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what read-only implies
     try:
         with exit_on_input_error():

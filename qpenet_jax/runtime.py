@@ -1,10 +1,19 @@
-"""One setting of the C library that XLA's CPU backend gains from."""
+"""What a process sets up before it computes: kept memory, kept compilations."""
 
 import ctypes
 import sys
+from pathlib import Path
+
+import jax
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_compilations() -> None:
+    """Let XLA's compilations of a second or more be found by later processes."""
+    cache = Path.home() / ".cache" / "qpenet_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def keep_freed_memory() -> None:

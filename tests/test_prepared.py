@@ -277,14 +277,16 @@ def test_estimate_of_the_disk(monkeypatch, tmp_path):
 def test_tfds_is_silent(tmp_path, caplog, capfd, monkeypatch):
     monkeypatch.setattr(builder, "tqdm", lambda names, **_: names)
     before = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)  # the default; the CLI, in a test, lowers it
     prepare(Tiny, source(pictures()), tmp_path, "main")
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
-    assert logging.get_verbosity() == before
+    assert logging.get_verbosity() == logging.WARNING
     # What is kept silent:
     config = tfds.core.BuilderConfig(name="other", version="1.0.0")
     Tiny(source=source(pictures()), data_dir=str(tmp_path), config=config)
     assert "custom data configuration" in caplog.text
+    logging.set_verbosity(before)
 
 
 def test_check_example_names_image_and_label():

@@ -20,7 +20,6 @@ import cv2
 import numpy as np
 
 from qpenet_jax import transforms
-from qpenet_jax.allocator import keep_freed_memory
 from qpenet_jax.benchmark import plain
 from qpenet_jax.benchmark.photos import made_up_photos
 from qpenet_jax.episodes import (
@@ -29,6 +28,7 @@ from qpenet_jax.episodes import (
     load_episode,
     training_batches,
 )
+from qpenet_jax.runtime import keep_freed_memory
 from qpenet_jax.transforms import Augmentation
 from qpenet_jax.typing import Episode, SegmentationDataset
 
