@@ -24,6 +24,7 @@ from qpenet_jax.episodes import Order, Targets
 from qpenet_jax.errors import InputError, exit_on_input_error
 from qpenet_jax.evaluator import Evaluator
 from qpenet_jax.experiment import Experiment, open_run
+from qpenet_jax.figures import figures
 from qpenet_jax.models.backbone import BACKBONES, backbone
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.protocols import PRESETS, Protocol, Scoring, check_side, of_dataset
@@ -113,6 +114,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shots", type=_numbers, default=(1, 5))
     sub.add_argument("--workers", type=_numbers, default=(0, 1, 2))
     sub.add_argument("--seconds", type=float, default=10.0, help="a measurement")
+
+    sub = command("figures", _figures, "Draw episodes: predictions, prototypes, maps.")
+    sub.add_argument("--workdir", required=True, nargs="+", help="one run or more")
+    sub.add_argument("--episodes", type=_numbers, help="such as 3,17; default: drawn")
+    sub.add_argument("--count", type=int, default=6, help="of drawn episodes")
+    sub.add_argument("--seed", type=int, default=0, help="of the drawing")
+    sub.add_argument("--shots", type=int, default=1)
+    sub.add_argument("--out", required=True, help="folder of the figures")
 
     sub = command("predict", _predict, "Segment images by annotated examples.")
     sub.add_argument("--workdir", required=True, help="of train.py")
@@ -328,6 +337,18 @@ def _compare(args: argparse.Namespace) -> None:
     print(comparison_table(result))
     if args.out:
         write_json(Path(args.out), result)
+
+
+def _figures(args: argparse.Namespace) -> None:
+    paths = figures(
+        [Path(workdir) for workdir in args.workdir],
+        Path(args.out),
+        episodes=args.episodes,
+        count=args.count,
+        seed=args.seed,
+        shots=args.shots,
+    )
+    print(*paths, sep="\n")
 
 
 def _benchmark(args: argparse.Namespace) -> None:

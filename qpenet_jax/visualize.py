@@ -1,6 +1,12 @@
-"""Pictures of episodes: support, query, truth, prediction."""
+"""Pictures of episodes: what is drawn into a tile, and sheets of tiles.
 
+The colours are those of Okabe and Ito, told apart by colour-blind readers too; one
+colour means the same on every sheet.
+"""
+
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -14,22 +20,98 @@ from qpenet_jax.transforms import Resize, binary_mask
 from qpenet_jax.typing import Episode, SegmentationDataset
 
 RGB = UInt8[np.ndarray, "h w 3"]
+Mask = UInt8[np.ndarray, "h w"]
+Colour = tuple[int, int, int]
 
-SUPPORT = (46, 134, 222)
-TRUTH = (39, 174, 96)
-PREDICTION = (231, 76, 60)
+SUPPORT = (0, 114, 178)
+TRUTH = (0, 158, 115)
+PREDICTION = (213, 94, 0)
 INK, PAPER = (34, 34, 34), (255, 255, 255)
-TILE, GAP, HEADER = 224, 8, 30
+TILE, GAP, HEADER, LINE, SWATCH = 224, 8, 30, 24, 14
+
+LEGEND = {"annotated support": SUPPORT, "truth": TRUTH, "prediction": PREDICTION}
+
+Row = tuple[str, Sequence[Image.Image]]
+"""A label, with line breaks, and a tile for every column."""
 
 
-def overlay(image: RGB, mask: UInt8[np.ndarray, "h w"], colour=PREDICTION) -> RGB:
-    """Tint the pixels of a mask and draw its outline."""
-    inside = (mask == 1).astype(np.uint8)
+class Scene(NamedTuple):
+    """What a figure shows of an episode, at original sizes; of K supports the first."""
+
+    label: str
+    query: RGB
+    truth: Mask
+    support: RGB
+    support_mask: Mask
+
+
+def read_scene(dataset: SegmentationDataset, ids: EpisodeIds) -> Scene:
+    """Read an episode's pictures, labelled by the class and the episode's index."""
+    first = ids.supports[0]
+    return Scene(
+        f"{dataset.classes[ids.class_id - 1]}\n#{ids.index}",
+        dataset.image(ids.query),
+        binary_mask(dataset.label(ids.query), ids.class_id),
+        dataset.image(first),
+        binary_mask(dataset.label(first), ids.class_id),
+    )
+
+
+def overlay(image: RGB, mask: Mask, colour: Colour = PREDICTION) -> RGB:
+    """Tint the pixels of a mask and draw its outline.
+
+    The picture's own colours are taken off there: mixed with them, a tint would be of
+    another colour on every picture.
+    """
+    inside = mask == 1
     result = image.copy()  # uint8 throughout: photographs may have 48 million pixels
-    result[inside == 1] = result[inside == 1] // 2 + np.array(colour, np.uint8) // 2
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[inside]
+    result[inside] = grey[:, None] // 2 + np.array(colour, np.uint8) // 2
+    return outline(result, mask, colour)
+
+
+def outline(image: RGB, mask: Mask, colour: Colour = TRUTH, share: int = 200) -> RGB:
+    """Draw the outline of a mask, as wide as 1 / `share` of the longer side."""
+    inside = (mask == 1).astype(np.uint8)
     outlines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    width = max(1, round(max(mask.shape) / 200))
-    return cv2.drawContours(result, outlines, -1, colour, width)
+    width = max(1, round(max(mask.shape) / share))
+    return cv2.drawContours(image.copy(), outlines, -1, colour, width)
+
+
+def found_mask(
+    margin: Float[np.ndarray, "s s"], like: Mask, resize: Resize = "pad"
+) -> Mask:
+    """Return where the margin is positive, unpadded to the size of a mask."""
+    height, width = like.shape
+    return (unpad(margin, height, width, resize) > 0).astype(np.uint8)
+
+
+def iou_note(found: Mask, truth: Mask) -> str:
+    """Return the IoU of the foreground in percent, as tiles show it."""
+    *_, both, either = count_pixels(found == 1, truth)
+    return f"IoU {100 * both / max(either, 1):.0f}"
+
+
+def annotated(scene: Scene) -> list[Image.Image]:
+    """Return the tiles of support, query and truth."""
+    return [
+        tile(overlay(scene.support, scene.support_mask, SUPPORT)),
+        tile(scene.query),
+        tile(overlay(scene.query, scene.truth, TRUTH)),
+    ]
+
+
+def prediction_row(
+    scene: Scene,
+    margins: Sequence[Float[np.ndarray, "s s"]],
+    resize: Resize = "pad",
+) -> Row:
+    """Return support, query, truth and the predictions with their IoU."""
+    found = [found_mask(margin, scene.truth, resize) for margin in margins]
+    tiles = [
+        tile(overlay(scene.query, mask), iou_note(mask, scene.truth)) for mask in found
+    ]
+    return scene.label, [*annotated(scene), *tiles]
 
 
 def episode_figure(
@@ -45,59 +127,80 @@ def episode_figure(
     """
     rows = []
     for ids in episodes:
-        query, label = dataset.image(ids.query), dataset.label(ids.query)
-        truth = binary_mask(label, ids.class_id)
-        first = ids.supports[0]
-        shown = binary_mask(dataset.label(first), ids.class_id)
-        tiles = [
-            _tile(overlay(dataset.image(first), shown, SUPPORT)),
-            _tile(query),
-            _tile(overlay(query, truth, TRUTH)),
-        ]
         loaded = load_episode(dataset, ids, side, resize=resize)
         episode = Episode(*(x[None] for x in loaded))
-        for predict in predictors.values():
-            margin = np.asarray(predict(episode))[0]
-            height, width = truth.shape
-            found = unpad(margin, height, width, resize) > 0
-            *_, both, either = count_pixels(found, truth)
-            picture = overlay(query, found.astype(np.uint8), PREDICTION)
-            tiles.append(_tile(picture, f"IoU {100 * both / max(either, 1):.0f}"))
-        rows.append((dataset.classes[ids.class_id - 1], tiles))
-    return _sheet(("support", "query", "truth", *predictors), rows)
+        margins = [np.asarray(predict(episode))[0] for predict in predictors.values()]
+        rows.append(prediction_row(read_scene(dataset, ids), margins, resize))
+    return sheet(("support", "query", "truth", *predictors), rows, LEGEND)
 
 
-def _tile(image: RGB, note: str = "") -> Image.Image:
-    """Fit a picture into a square, with a note in its corner."""
+def tile(image: RGB, note: str = "") -> Image.Image:
+    """Fit a picture into the top of a square, with a note in its corner."""
     picture = Image.fromarray(image)
     scale = TILE / max(picture.size)
     width, height = (max(1, round(n * scale)) for n in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    tile = Image.new("RGB", (TILE, TILE), (240, 240, 240))
-    tile.paste(picture, ((TILE - width) // 2, (TILE - height) // 2))
+    square = Image.new("RGB", (TILE, TILE), PAPER)
+    square.paste(picture, ((TILE - width) // 2, 0))
     if note:
-        draw = ImageDraw.Draw(tile)
-        font = ImageFont.load_default(16)
+        draw, font = ImageDraw.Draw(square), ImageFont.load_default(16)
         box = draw.textbbox((6, 5), note, font=font)
         draw.rectangle((0, 0, box[2] + 6, box[3] + 5), fill=INK)
         draw.text((6, 5), note, PAPER, font=font)
-    return tile
+    return square
 
 
-def _sheet(
-    columns: Sequence[str], rows: Sequence[tuple[str, list[Image.Image]]]
+def sheet(
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    legend: dict[str, Colour],
+    notes: Sequence[str] = (),
 ) -> RGB:
-    """Arrange tiles under column titles, the row's class name on its left."""
-    left, step = 100, TILE + GAP
-    width = left + step * len(columns)
-    sheet = Image.new("RGB", (width, HEADER + step * len(rows)), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(17)
+    """Arrange tiles under column titles, labels on their left, notes at the foot.
+
+    Raises ValueError if a row doesn't have a tile for every column.
+    """
+    font, step = ImageFont.load_default(17), TILE + GAP
+    left = 20 + max((_width(label, font) for label, _ in rows), default=0)
+    foot = HEADER + step * len(rows)
+    words = (_legend_width(legend, font), *(20 + _width(note, font) for note in notes))
+    size = max(left + step * len(columns), *words), foot + LINE * (1 + len(notes)) + GAP
+    page = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(page)
     for i, title in enumerate(columns):
         centre = (left + step * i + TILE // 2, HEADER // 2)
-        draw.text(centre, title, INK, font=font, anchor="mm")
-    for j, (name, tiles) in enumerate(rows):
+        draw.text(centre, title, INK, font=_fitting_font(title), anchor="mm")
+    for j, (label, tiles) in enumerate(rows):
         top = HEADER + step * j
-        draw.text((left - 10, top + TILE // 2), name, INK, font=font, anchor="rm")
-        for i, tile in enumerate(tiles):
-            sheet.paste(tile, (left + step * i, top))
-    return np.asarray(sheet)
+        draw.text((10, top + 4), label, INK, font=font)
+        for i, (_, square) in enumerate(zip(columns, tiles, strict=True)):
+            page.paste(square, (left + step * i, top))
+    _draw_legend(draw, legend, foot, font)
+    for k, note in enumerate(notes, start=1):
+        draw.text((10, foot + LINE * k), note, INK, font=font)
+    return np.asarray(page)
+
+
+def _width(text, font) -> int:
+    return math.ceil(max(font.getlength(line) for line in text.split("\n")))
+
+
+def _fitting_font(title):
+    """Return the largest font, of 17 pixels or less, in which a title fits its tile."""
+    fonts = (ImageFont.load_default(size) for size in range(17, 7, -1))
+    return next(
+        (f for f in fonts if _width(title, f) <= TILE), ImageFont.load_default(8)
+    )
+
+
+def _legend_width(legend, font) -> int:
+    return 10 + sum(SWATCH + _width(name, font) + 30 for name in legend)
+
+
+def _draw_legend(draw, legend, top, font) -> None:
+    """Draw swatches and names from left to right."""
+    x = 10
+    for name, colour in legend.items():
+        draw.rectangle((x, top + 4, x + SWATCH, top + 4 + SWATCH), fill=colour)
+        draw.text((x + SWATCH + 6, top + 1), name, INK, font=font)
+        x += SWATCH + _width(name, font) + 30

@@ -384,6 +384,19 @@ def test_export_reads_a_config_with_overrides(tmp_path):
     assert not other.exists()
 
 
+def test_figures_are_drawn_of_a_run(finished, tmp_path):
+    workdir, _ = finished
+    command = ("figures", "--workdir", workdir, "--episodes", "1,4", "--out", tmp_path)
+    result = qpenet(*command)
+    assert result.returncode == 0, result.stderr
+    for name in ("predictions", "evolution", "background"):
+        assert str(tmp_path / f"{name}.jpg") in result.stdout
+        width, height = size_of(tmp_path / f"{name}.jpg")
+        assert width > 500
+        assert height > 300
+    assert_refused(qpenet(*command[:3], "--episodes", 99, *command[5:]), "99")
+
+
 def test_predict_writes_masks_of_the_querys_size(finished, tmp_path):
     workdir, _ = finished
     shapes = Shapes("val", 3, 120)

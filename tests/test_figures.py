@@ -1,0 +1,474 @@
+"""Sheets of episodes: colours at known pixels, columns, notes, files, refusals."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import quickstart
+from qpenet_jax import InputError, figures, visualize
+from qpenet_jax.episodes import EpisodeIds
+from qpenet_jax.experiment import Experiment, claim, inputs_of
+from qpenet_jax.figures import (
+    AUX,
+    BACKGROUND,
+    DARK,
+    MAIN,
+    Seen,
+    background_sheet,
+    background_tiles,
+    evolution_sheet,
+    evolution_tiles,
+    predictions_sheet,
+    support_regions,
+)
+from qpenet_jax.models.layers import Conv1x1, Convs
+from qpenet_jax.training import episode_features
+from qpenet_jax.typing import Episode
+from qpenet_jax.visualize import PREDICTION, SUPPORT, TILE, TRUTH, Scene
+
+SIDE, GRID = 65, 9
+SHRUNK = {
+    "side": SIDE,
+    "model.channels": 16,
+    "dataset.side": SIDE,
+    "dataset.train_images": 60,
+    "dataset.val_images": 60,
+    "dataset.min_pixels": 64,
+    "dataset.on_few": "drop",
+    "eval.episodes": 6,
+}
+
+
+# Hand-made: pictures as wide as a tile, whose content fills the upper half of the
+# network's input, so that column j of the feature grid is centred on 3.5 * 8 j.
+
+SCALE = TILE / (SIDE - 1)
+MIDDLE = 36 * SCALE  # between the last column of "left" and the first of "right"
+
+
+def half(where):
+    """Logits whose class 1 wins in the grid's left or right half."""
+    left = np.arange(GRID) <= GRID // 2
+    wins = np.tile(left if where == "left" else ~left, (GRID, 1))
+    logits = np.stack([np.zeros((GRID, GRID)), np.where(wins, 5.0, -5.0)], -1)
+    return logits.astype(np.float32)
+
+
+def scene():
+    black = np.zeros((TILE // 2, TILE, 3), np.uint8)
+    mask = np.zeros(black.shape[:2], np.uint8)
+    mask[14:98, 28:196] = 1
+    return Scene("dog\n#3", black, mask, black + 40, mask)
+
+
+def out_of(**changes):
+    ramp = np.tile(np.linspace(0.2, 0.9, GRID, dtype=np.float32), (GRID, 1))
+    out = {
+        "y_pre": half("left"),
+        "y_rev": half("left")[None],
+        "A_main": ramp,
+        "A_aux": np.zeros((GRID, GRID), np.float32),
+        "y_bg_q": half("right"),
+        "y_bg_clean": half("left"),
+    }
+    return {k: v for k, v in (out | changes).items() if v is not None}
+
+
+MARGIN = np.tile(np.where(np.arange(SIDE) < 32, -1.0, 1.0), (SIDE, 1)).astype("f4")
+
+
+def pixel(tile, x, y):
+    return tuple(np.asarray(tile)[y, x].tolist())
+
+
+def tint(colour, grey=0):
+    return tuple(c // 2 + grey // 2 for c in colour)
+
+
+def test_the_supports_foreground_is_shared_out():
+    shown, out = scene(), out_of()
+    main, aux = support_regions(shown, out)
+    np.testing.assert_array_equal(main + aux, shown.support_mask == 1)
+    columns = np.flatnonzero(main.any(axis=0))
+    assert columns[0] == 28
+    assert columns[-1] == pytest.approx(MIDDLE, abs=2)
+    columns = np.flatnonzero(aux.any(axis=0))
+    assert columns[0] == pytest.approx(MIDDLE, abs=2)
+    assert columns[-1] == 195
+
+
+def test_ignored_pixels_of_the_support_are_in_no_region():
+    shown, out = scene(), out_of()
+    shown.support_mask[14:98, 28:60] = 255
+    main, aux = support_regions(shown, out)
+    assert not (main + aux)[:, :60].any()
+    assert main[20:90, 60:100].all()
+
+
+def test_padding_is_cut_off():
+    below = out_of(y_rev=half("right").swapaxes(0, 1)[None])
+    main, _ = support_regions(scene(), below)
+    assert not main.any()
+    # Squashed, the picture's 112 rows fill the square.
+    main, _ = support_regions(scene(), below, "squash")
+    first = np.flatnonzero(main.any(axis=1))[0]
+    assert first == pytest.approx(36 / SIDE * 112, abs=2)
+
+
+def test_only_the_first_support_is_looked_at():
+    rev = np.stack([half("right"), half("left"), half("left")])
+    main, _ = support_regions(scene(), out_of(y_rev=rev))
+    assert main[20:90, 140:190].all()
+    assert not main[:, :110].any()
+
+
+def test_colours_of_the_evolution():
+    pre, regions, a_main, a_aux, final = evolution_tiles(scene(), MARGIN, out_of())
+    assert pixel(pre, 60, 80) == tint(PREDICTION)
+    assert pixel(pre, 160, 80) == (0, 0, 0)
+    assert pixel(regions, 60, 80) == tint(MAIN, 40)
+    assert pixel(regions, 160, 80) == tint(AUX, 40)
+    assert pixel(regions, 210, 80) == (40, 40, 40)
+    assert pixel(final, 160, 80) == tint(PREDICTION)
+    assert pixel(final, 60, 80) == (0, 0, 0)
+    # The truth's outline on both predictions, found or not.
+    for tile in (pre, final):
+        assert pixel(tile, 28, 80) == TRUTH
+        assert pixel(tile, 195, 80) == TRUTH
+    # Black at the lowest, white at the highest, the colour itself in between.
+    assert max(pixel(a_main, 0, 80)) < 10
+    assert min(pixel(a_main, 223, 80)) > 240
+    between = np.array([pixel(a_main, x, 80) for x in range(TILE)])
+    assert np.abs(between - MAIN).sum(1).min() < 10
+    assert pixel(a_aux, 100, 80) == (0, 0, 0)
+
+
+def test_heat_maps_darken_the_query_and_have_a_colour_bar():
+    grey = scene()._replace(query=np.full((TILE // 2, TILE, 3), 200, np.uint8))
+    *_, a_main, a_aux, _ = evolution_tiles(grey, MARGIN, out_of())
+    assert pixel(a_aux, 100, 80) == (int(200 * DARK),) * 3
+    bar = np.asarray(a_main)[13, :160].astype(int)
+    assert (np.abs(bar - visualize.PAPER).sum(1) < 20).any()
+    assert (np.abs(bar - MAIN).sum(1) < 20).any()
+
+
+def test_a_picture_keeps_its_shape_on_white():
+    wide = np.asarray(visualize.tile(np.zeros((30, 60, 3), np.uint8)))
+    assert wide.shape == (TILE, TILE, 3)
+    assert (wide[: TILE // 2] == 0).all()
+    assert (wide[TILE // 2 :] == 255).all()
+    tall = np.asarray(visualize.tile(np.zeros((60, 30, 3), np.uint8)))
+    assert (tall[:, TILE // 4 : -TILE // 4] == 0).all()
+    assert (tall[:, : TILE // 4] == 255).all()
+    assert (tall[:, -TILE // 4 :] == 255).all()
+
+
+def test_colours_of_the_background():
+    by_global, by_clean = background_tiles(scene(), out_of())
+    assert pixel(by_global, 160, 80) == tint(BACKGROUND)
+    assert pixel(by_global, 60, 80) == (0, 0, 0)
+    assert pixel(by_clean, 60, 80) == tint(BACKGROUND)
+    assert pixel(by_clean, 160, 80) == (0, 0, 0)
+    assert pixel(by_clean, 28, 80) == TRUTH
+
+
+def test_notes_of_the_background(monkeypatch):
+    notes = []
+    monkeypatch.setattr(figures, "tile", lambda _, note: notes.append(note))
+    nothing, all_of_it = half("left"), half("left")
+    nothing[..., 1], all_of_it[..., 1] = -1, 1
+    background_tiles(scene(), out_of(y_bg_q=nothing, y_bg_clean=all_of_it))
+    # All is called background: the truth is what the object leaves of the picture.
+    share = round(100 * (1 - 84 * 168 / (112 * 224)))
+    assert notes == ["IoU 0, lost 0 %", f"IoU {share}, lost 100 %"]
+
+
+def test_the_iou_of_a_tile_leaves_ignored_pixels_out():
+    truth = np.array([[1, 1, 0, 255]], np.uint8)
+    assert visualize.iou_note(np.array([[1, 0, 1, 1]], np.uint8), truth) == "IoU 33"
+    assert visualize.iou_note(np.zeros((1, 4), np.uint8), truth * 0) == "IoU 0"
+
+
+def test_tints_are_the_same_on_every_picture():
+    mask = np.ones((20, 20), np.uint8)
+    for grey in (0, 90, 255):
+        picture = visualize.overlay(np.full((20, 20, 3), grey, np.uint8), mask, SUPPORT)
+        assert tuple(picture[10, 10]) == tint(SUPPORT, grey)
+    red = np.zeros((20, 20, 3), np.uint8)
+    red[..., 0] = 255
+    *_, blue = visualize.overlay(red, mask, SUPPORT)[10, 10]
+    assert blue == tint(SUPPORT, 76)[2]  # 0.299 * 255
+
+
+def test_the_figure_of_an_evaluation():
+    data = shrunk().dataset("val")
+    episodes = [EpisodeIds(3, 0, 1, (1, 2)), EpisodeIds(4, 5, 2, (7, 8))]
+    page = visualize.episode_figure(
+        data, episodes, {"all": lambda _: jnp.ones((1, SIDE, SIDE))}, SIDE
+    )
+    assert page.shape[1] > 4 * (TILE + visualize.GAP)
+    last = page[60 : visualize.HEADER + TILE - 60, -TILE // 2]  # all of it is tinted
+    assert (np.abs(last - np.array(PREDICTION) // 2 - 64) <= 64).all()
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """What is given to `sheet`: columns, rows, legend, notes."""
+    given = []
+
+    def record(*args):
+        given.append(args)
+        return visualize.sheet(*args)
+
+    monkeypatch.setattr(figures, "sheet", record)
+    return given
+
+
+def seen(**outs):
+    runs = {name: (MARGIN, out) for name, out in outs.items()}
+    return [Seen(scene(), MARGIN, runs), Seen(scene(), -MARGIN, runs)]
+
+
+def test_one_column_a_run_after_the_baseline(sheets):
+    page = predictions_sheet(seen(baseline=out_of(), full=out_of()), ["a note"])
+    ((columns, rows, legend, notes),) = sheets
+    assert columns == ("support", "query", "truth", "cosine", "baseline", "full")
+    assert [len(tiles) for _, tiles in rows] == [6, 6]
+    assert [label for label, _ in rows] == ["dog\n#3"] * 2
+    assert set(legend.values()) == {SUPPORT, TRUTH, PREDICTION}
+    assert notes == ["a note"]
+    cosine = [tiles[3] for _, tiles in rows]
+    assert pixel(cosine[0], 160, 80) == tint(PREDICTION)
+    assert pixel(cosine[1], 160, 80) == (0, 0, 0)
+    step = TILE + visualize.GAP
+    assert page.shape[1] > 6 * step
+    assert page.shape[0] > 2 * step
+    colours = {tuple(c) for c in page[2 * step + visualize.HEADER :].reshape(-1, 3)}
+    assert colours >= {SUPPORT, TRUTH, PREDICTION}  # the legend's swatches
+
+
+def test_runs_without_evolution_are_left_out_with_a_note(sheets):
+    baseline = out_of(y_pre=None, y_rev=None, A_main=None, A_aux=None, y_bg_clean=None)
+    episodes = seen(baseline=baseline, full=out_of())
+    evolution_sheet(episodes, [])
+    background_sheet(episodes, [])
+    (columns, rows, *_, notes), (titles, backgrounds, *_, more) = sheets
+    assert len(columns) == 5
+    assert [label for label, _ in rows] == ["dog\n#3\nfull"] * 2
+    assert notes[-1] == "baseline: no evolution of the foreground"
+    assert titles == ("support", "truth", "full: P_global", "full: P_bg")
+    assert [len(tiles) for _, tiles in backgrounds] == [4, 4]
+    assert more[-1] == "baseline: no cleaner, P_bg is P_global"
+
+
+def test_a_map_that_a_variant_lacks_is_an_empty_tile():
+    *_, a_aux, _ = evolution_tiles(scene(), MARGIN, out_of(A_aux=None))
+    assert pixel(a_aux, 100, 80) == visualize.PAPER
+
+
+def test_sheets_that_no_run_can_fill_say_why(sheets):
+    only = seen(baseline=out_of(y_pre=None, y_rev=None, y_bg_clean=None))
+    assert evolution_sheet(only, []).shape[1] > 500
+    assert background_sheet(only, []).shape[1] > 500
+    (_, rows, *_), (titles, *_) = sheets
+    assert rows == []
+    assert titles == ("support", "truth")
+
+
+def test_a_row_needs_a_tile_for_every_column():
+    tiles = [visualize.tile(np.zeros((5, 5, 3), np.uint8))] * 2
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        visualize.sheet(["a", "b", "c"], [("row", tiles)], {})
+
+
+def test_long_titles_fit_their_tile():
+    tiles = [visualize.tile(np.zeros((5, 5, 3), np.uint8))]
+    page = visualize.sheet(["a very long name of a run, " * 2], [("", tiles)], {})
+    assert (page[: visualize.HEADER] != 255).any()
+    assert (page[: visualize.HEADER, :10] == 255).all()
+    assert (page[: visualize.HEADER, -2:] == 255).all()
+
+
+# On runs: real experiments with random parameters in place of a checkpoint, as to
+# initialise and to restore them would compile for longer than all tests here take.
+
+
+def shrunk(**changes):
+    config = quickstart.get_config()
+    fields = SHRUNK | {name.replace("__", "."): v for name, v in changes.items()}
+    config.update_from_flattened_dict(fields)
+    return Experiment(config)
+
+
+def random_params(experiment):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(experiment.untrained)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), shapes
+    )
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """What `open_run` returns, by the workdir."""
+    folder = tmp_path_factory.mktemp("runs")
+    experiments = [shrunk(variant=name) for name in ("full", "baseline")]
+    found = {}
+    for experiment in experiments:
+        workdir = folder / f"run_{experiment.config.variant}"
+        workdir.mkdir()
+        found[workdir] = experiment, random_params(experiment), 0
+    return found
+
+
+@pytest.fixture
+def runs(opened, monkeypatch):
+    """The workdirs of a full network and of a baseline."""
+    monkeypatch.setattr(figures, "open_run", opened.__getitem__)
+    return list(opened)
+
+
+def test_three_sheets_of_two_runs(runs, tmp_path, sheets):
+    out = tmp_path / "new" / "figures"
+    paths = figures.figures(runs, out, episodes=[4, 0], shots=2)
+    names = ["predictions.jpg", "evolution.jpg", "background.jpg"]
+    assert paths == [out / name for name in names]
+    assert sorted(p.name for p in out.iterdir()) == sorted(names)
+    (columns, rows, _, notes), (_, evolution, *_), (titles, *_) = sheets
+    assert columns[3:] == ("cosine", "full", "baseline")
+    assert titles[2:] == ("full: P_global", "full: P_bg")
+    assert [label.split("\n")[1] for label, _ in rows] == ["#4", "#0"]
+    assert len(evolution) == 2
+    assert "2-shot" in notes[0]
+    assert notes[1] == "of 2 supports the first is shown"
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.format == "JPEG"
+            assert image.size[1] > 2 * TILE
+
+
+def test_the_background_by_p_bg_is_the_heads_answer_to_it(runs):
+    run, _ = figures._open_runs(runs)
+    backbone, params = run.experiment.backbone, run.params
+    rng = np.random.default_rng(0)
+    episode = Episode(
+        rng.integers(0, 256, (1, SIDE, SIDE, 3), np.uint8),
+        rng.integers(0, 2, (1, SIDE, SIDE), np.uint8),
+        rng.integers(0, 256, (1, 2, SIDE, SIDE, 3), np.uint8),
+        rng.integers(0, 2, (1, 2, SIDE, SIDE), np.uint8),
+    )
+    margin, out = figures._look(run)(episode)
+
+    @jax.jit
+    def expected():
+        _, query = episode_features(backbone, run.weights, episode)
+        F_q = Conv1x1(16).apply({"params": params["reduce_support"]}, query)
+        head = {"params": params["gbc"]["convs"]}
+        prototypes = {"y_bg_q": params["gbc"]["P_global"], "y_bg_clean": out["P_bg"]}
+        return {
+            name: Convs().apply(head, F_q, prototype[None], train=False)[0]
+            for name, prototype in prototypes.items()
+        }
+
+    for name, logits in expected().items():
+        np.testing.assert_allclose(out[name], logits, rtol=1e-4, atol=1e-5)
+    assert np.abs(out["y_bg_clean"] - out["y_bg_q"]).max() > 1e-3
+    lead = out["y_final"][..., 1] - out["y_final"][..., 0]
+    np.testing.assert_allclose(margin[::8, ::8], lead, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_written_if_a_sheet_fails(runs, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    def quick(*_):
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(figures, "_look_at", lambda *_: [])
+    monkeypatch.setattr(figures, "predictions_sheet", quick)
+    monkeypatch.setattr(figures, "evolution_sheet", quick)
+    monkeypatch.setattr(figures, "background_sheet", fail)
+    with pytest.raises(RuntimeError):
+        figures.figures(runs[:1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"episodes": [2, 6]}, "episode 6: the protocol has episodes 0 to 5"),
+        ({"episodes": [-1]}, "episode -1"),
+        ({"episodes": []}, "no episode is chosen"),
+        ({"count": 7}, "7 episodes"),
+        ({"count": 0}, "0 episodes"),
+        ({"seed": -1}, "seed -1"),
+        ({"episodes": [1] * 201}, "more than 200 rows"),
+        ({"shots": 50}, "50-shot episodes need"),
+    ],
+)
+def test_choices_that_cannot_be_shown(runs, tmp_path, choice, words):
+    with pytest.raises(InputError, match=words):
+        figures.figures(runs[:1], tmp_path / "out", **choice)
+    assert not (tmp_path / "out").exists()
+
+
+def test_drawn_episodes_follow_the_seed():
+    protocol = shrunk(eval__episodes=1000).protocol()
+    drawn = [figures._indices(protocol, None, 6, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 6
+    assert drawn[0] == sorted(drawn[0])
+    assert figures._indices(protocol, (999, 0), 6, 0) == [999, 0]
+
+
+def test_folders_that_cannot_be_shown(tmp_path):
+    with pytest.raises(InputError, match="no run is given"):
+        figures.figures([], tmp_path / "out")
+    with pytest.raises(InputError, match="is no run"):
+        figures.figures([tmp_path], tmp_path / "out")
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(InputError, match="is no folder"):
+        figures.figures([tmp_path], file)
+
+
+def test_names_of_runs(runs):
+    def names(workdirs):
+        return [run.name for run in figures._open_runs(workdirs)]
+
+    assert names(runs) == ["full", "baseline"]
+    assert names(dict(zip("ab", runs, strict=True))) == ["a", "b"]
+    with pytest.raises(InputError, match="give every run once"):
+        names([runs[0], runs[0]])
+    same = [shrunk(), shrunk()]
+    assert figures._names([Path("x/one"), Path("two")], same) == ["one", "two"]
+    assert figures._names([Path("x/one"), Path("one")], same) == ["x/one", "one"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset__fold": 1}, "other novel classes"),
+        ({"side": 73}, "other input size"),
+    ],
+)
+def test_runs_that_do_not_compare(tmp_path, changes, words):
+    pair = [shrunk(), shrunk(**changes)]
+    with pytest.raises(InputError, match=words):
+        figures._check_comparable([tmp_path, tmp_path / "other"], pair)
+
+
+def test_runs_on_other_images_do_not_compare(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    pair = [shrunk(), shrunk(seed=1)]  # the shapes' seed too
+    for folder, experiment in zip(folders, pair, strict=True):
+        folder.mkdir()
+        data = experiment.dataset("val")
+        claim(folder, experiment.config, inputs_of(data, data, {}))
+    with pytest.raises(InputError, match="b has other validation images"):
+        figures._check_comparable(folders, pair)
+    figures._check_comparable(folders[:1] * 2, pair[:1] * 2)
