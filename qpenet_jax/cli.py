@@ -108,6 +108,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", help="also write this JSON file")
 
+    sub = command("reproduce", _reproduce, "Train and score a table of the paper.")
+    sub.add_argument("table", choices=[f"table{i}" for i in range(1, 6)])
+    sub.add_argument("--config", required=True, help="the settings of every row")
+    sub.add_argument("--workdir", required=True, help="folder of all its runs")
+    sub.add_argument("--seeds", type=_numbers, help="of training, such as 0,1,2")
+    sub.add_argument("--rows", type=_names, default=(), help="only these variants")
+    sub.add_argument("--backbones", type=_names, default=("resnet50", "resnet101"))
+    sub.add_argument("--folds", type=_numbers, default=(0, 1, 2, 3))
+    sub.add_argument("--dry-run", action="store_true", help="tell the plan and cost")
+
     sub = command("benchmark", _benchmark, "Measure speed on this machine.")
     sub.add_argument("what", choices=["data"])
     sub.add_argument("--config", help="measure its training images; default: drawn")
@@ -214,6 +224,10 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"{text!r}: give whole numbers such as 1,5"
         ) from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -337,6 +351,22 @@ def _compare(args: argparse.Namespace) -> None:
     print(comparison_table(result))
     if args.out:
         write_json(Path(args.out), result)
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    from qpenet_jax.reproduce import reproduce  # locks its runs as Unix alone can
+
+    reproduce(
+        args.table,
+        args.config,
+        args.workdir,
+        seeds=args.seeds,
+        overrides=args.overrides,
+        rows=args.rows,
+        backbones=args.backbones,
+        folds=args.folds,
+        dry_run=args.dry_run,
+    )
 
 
 def _figures(args: argparse.Namespace) -> None:

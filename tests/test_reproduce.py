@@ -1,0 +1,455 @@
+"""The paper's tables on the quick start, shrunk: train, kill, resume, skip, tell."""
+
+import csv
+import fcntl
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qpenet_jax import reproduce as module
+from qpenet_jax.errors import InputError
+from qpenet_jax.metrics import Scores, estimate
+from qpenet_jax.models.qpenet import VARIANTS
+from qpenet_jax.reproduce import (
+    COLUMNS,
+    PAPER,
+    Found,
+    figures,
+    mean_over_folds,
+    pooled,
+    reproduce,
+    verdict,
+)
+
+# Of ml_collections, where it reads a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "quickstart.py"
+SHRUNK = {
+    "side": 65,
+    "steps": 4,  # and all else as in test_train.py: compiled once for both
+    "batch_size": 2,
+    "workers": 0,
+    "log_every": 1,
+    "save_every": 1,
+    "model.channels": 16,
+    "dataset.side": 65,
+    "dataset.train_images": 60,
+    "dataset.val_images": 80,
+    "dataset.min_pixels": 64,
+    "dataset.on_few": "drop",
+    "eval.episodes": 6,
+    "eval.references": False,
+    "eval.focus": "('disc','star')",
+}
+ROWS = ("fgpe_ffa", "full")
+
+
+def overrides(**changes):
+    fields = SHRUNK | {name.replace("__", "."): v for name, v in changes.items()}
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+TABLE3 = {"rows": ROWS, "seeds": (0, 1), "overrides": overrides()}
+# The focus is of fold 0: tables over folds drop it.
+TABLE1 = {
+    "backbones": ("efficientnet_lite0",),
+    "folds": (0, 1),
+    "overrides": [text for text in overrides() if "focus" not in text],
+}
+
+# Most of a run this short is compilation, also of what takes less than a second.
+QUICK = {
+    "JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "qpenet_jax" / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
+def start(table, workdir, options):
+    command = [sys.executable, "-m", "qpenet_jax.cli", "reproduce", table]
+    command += ["--config", CONFIG, "--workdir", workdir]
+    for name in options.keys() - {"overrides", "dry_run"}:
+        if options[name]:
+            command += [f"--{name}", ",".join(map(str, options[name]))]
+    command += ["--dry-run"] if options.get("dry_run") else []
+    command = [*map(str, command), *options["overrides"]]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | QUICK,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return out
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Table I, started early: it goes on while the others run."""
+    workdir = tmp_path_factory.mktemp("table1") / "runs"
+    process = start("table1", workdir, TABLE1)
+    yield workdir, process
+    if process.poll() is None:
+        process.terminate()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def killed(started, tmp_path_factory):
+    """Table III, stopped by Ctrl-C in the first step of its second run."""
+    workdir = tmp_path_factory.mktemp("table3") / "runs"
+    process = start("table3", workdir, TABLE3)
+    deadline = time.monotonic() + 300
+    log = workdir / "fgpe_ffa" / "seed1" / "train.log"
+    while not log.exists() or "training:" not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=100)
+    return workdir, process.returncode, out, errors
+
+
+@pytest.fixture(scope="module")
+def finished(killed):
+    """The same command again, after the first run's results were lost."""
+    workdir, *_ = killed
+    first = workdir / "fgpe_ffa" / "seed0"
+    (first / "results.json").unlink()
+    episodes = (first / "episodes_qpenet.csv").read_text()
+    out = finish(start("table3", workdir, TABLE3))
+    assert (first / "episodes_qpenet.csv").read_text() == episodes
+    return workdir, out
+
+
+def test_ctrl_c_stops_the_run_too_and_says_one_line(killed):
+    workdir, code, out, errors = killed
+    assert code == 130
+    assert errors.strip() == "stopped: the same command goes on"
+    assert "[1/4] fgpe_ffa seed0: mIoU" in out
+    assert not (workdir / "fgpe_ffa" / "seed1" / "results.json").exists()
+    assert not (workdir / "table3.md").exists()
+    with (workdir / "fgpe_ffa" / "seed1" / "train.log").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # train.py has ended too
+        assert "step 1 is saved: the same command goes on" in file.read()
+    cost = json.loads((workdir / "fgpe_ffa" / "seed1" / "cost.json").read_text())
+    assert cost["seconds"] > 1
+
+
+def test_every_run_has_its_line_and_is_finished(finished):
+    workdir, out = finished
+    lines = [line for line in out.splitlines() if line.startswith("[")]
+    names = [f"[{i + 1}/4] {ROWS[i // 2]} seed{i % 2}: mIoU " for i in range(4)]
+    assert len(lines) == 4
+    for line, name in zip(lines, names, strict=True):
+        assert line.startswith(name)
+    assert lines[0].endswith("min for the 3 left")
+    for variant in ROWS:
+        for seed in (0, 1):
+            config = workdir / variant / f"seed{seed}" / "config.json"
+            read = json.loads(config.read_text())
+            assert (read["variant"], read["seed"]) == (variant, seed)
+
+
+def by_hand(folder, classes):
+    """Return mIoU over classes and FB-IoU of a run, in percent, from its episodes."""
+    with (folder / "episodes_qpenet.csv").open() as file:
+        rows = [{k: int(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+    def iou(ground, rows):
+        union = sum(row[f"{ground}_union"] for row in rows)
+        return 100 * sum(row[f"{ground}_intersection"] for row in rows) / (union or 1)
+
+    of_class = [
+        iou("foreground", [row for row in rows if row["class_id"] == c])
+        for c in classes
+    ]
+    fb = (iou("foreground", rows) + iou("background", rows)) / 2
+    return statistics.mean(of_class), fb
+
+
+def test_the_table_holds_what_the_episodes_give(finished):
+    workdir, out = finished
+    content = json.loads((workdir / "table3.json").read_text())
+    page = (workdir / "table3.md").read_text()
+    assert page in out
+    found = {}
+    for variant in ROWS:
+        row, seeds = content["rows"][variant], []
+        for seed in (0, 1):
+            folder = workdir / variant / f"seed{seed}"
+            ids = json.loads((folder / "results.json").read_text())["class_ids"]
+            miou, fb_iou = by_hand(folder, ids)
+            seeds.append((miou, fb_iou, by_hand(folder, [1, 3])[0]))
+        measures = ("mIoU", "FB-IoU", "mIoU of disc, star")
+        for k, measure in enumerate(measures):
+            values = [values[k] for values in seeds]
+            figure = row[measure]
+            np.testing.assert_allclose(figure["by_seed"], values, atol=0.006)
+            mean = statistics.mean(values)
+            np.testing.assert_allclose(figure["ours"], mean, atol=0.006)
+            std = statistics.stdev(values)
+            np.testing.assert_allclose(figure["std"], std, atol=0.01)
+            low, high = figure["interval"]
+            assert low - 0.01 <= figure["ours"] <= high + 0.01
+            found[variant, measure] = figure["ours"]
+            line = next(s for s in page.splitlines() if s.startswith(f"| {variant} "))
+            assert f"{figure['ours']:.1f} [{low:.1f}, {high:.1f}]" in line
+        assert row["mIoU"]["paper"] == VARIANTS[variant].miou
+        assert row["FB-IoU"]["paper"] == VARIANTS[variant].fb_iou
+    for measure, difference in content["differences"]["fgpe_ffa - full"].items():
+        ours = found["fgpe_ffa", measure] - found["full", measure]
+        np.testing.assert_allclose(difference["ours"], ours, atol=0.02)
+        assert difference["paper"] == -0.4
+        assert difference["order"] in ("holds", "contrary", "undecided")
+
+
+def test_the_page_has_the_papers_columns_and_the_circumstances(finished):
+    page = (finished[0] / "table3.md").read_text()
+    cells = [[c.strip() for c in s.split("|")[1:-1]] for s in page.splitlines()]
+    tables = [row for row in cells if row]
+    assert tables[0][:4] == ["row", "FGPE", "BGPE", "FFA"]
+    assert tables[2][:4] == ["fgpe_ffa", "✓", "", "✓"]
+    assert tables[3][:4] == ["full", "✓", "✓", "✓"]
+    for text in (
+        "Protocol: ours, but episodes=6",
+        "generates images of its own",  # shapes do
+        "2 training seed(s) (0, 1)",
+        "4 runs of 4 steps",
+        "JAX device",
+        "Command: `qpenet reproduce table3 --config",
+        "--seeds 0,1 --rows fgpe_ffa,full --config.side=65",
+    ):
+        assert text in page
+
+
+def test_what_is_done_is_skipped_and_shared(finished, capsys, monkeypatch):
+    workdir, _ = finished
+    monkeypatch.setattr(module, "_logged", None)  # nothing may be started
+    page = (workdir / "table3.md").read_text()
+    reproduce("table3", CONFIG, workdir, **TABLE3)
+    printed = capsys.readouterr().out
+    assert printed.count("done before, mIoU") == 4
+    assert (workdir / "table3.md").read_text() == page
+    reproduce("table5", CONFIG, workdir, **TABLE3 | {"rows": ("full",)})
+    assert capsys.readouterr().out.count("done before") == 2
+    assert "| full | ✓               |     |" in (workdir / "table5.md").read_text()
+
+
+def edited(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_runs_that_do_not_compare_are_refused(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_logged", None)
+    workdir = tmp_path / "runs"
+    shutil.copytree(finished[0], workdir)
+    run = workdir / "full" / "seed1"
+    whole = (run / "results.json").read_text()
+
+    def refused(*words):
+        with pytest.raises(InputError) as error:
+            reproduce("table3", CONFIG, workdir, **TABLE3)
+        for word in words:
+            assert word in str(error.value)
+
+    edited(run / "results.json", lambda r: r["protocol"].update(scoring="input"))
+    refused("rows of a training seed", "scoring")
+    (run / "results.json").write_text(whole)
+    edited(run / "results.json", lambda r: r.update(miou=r["miou"] + 1))
+    refused(str(run / "results.json"), "delete")
+    (run / "results.json").write_text(whole)
+    edited(run / "inputs.json", lambda r: r.update({"backbone weights": "0"}))
+    refused("rows of a training seed", "backbone weights")
+
+
+def test_a_run_in_use_and_one_of_another_config_are_told(finished, tmp_path, capsys):
+    workdir = tmp_path / "runs"
+    shutil.copytree(finished[0], workdir)
+    log = workdir / "full" / "seed0" / "train.log"
+    options = {"rows": ("full",), "seeds": (0,), "overrides": overrides(steps=3)}
+    with log.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="in use by another process"):
+            reproduce("table3", CONFIG, workdir, **options)
+    with pytest.raises(InputError, match="1 of 1 runs failed"):
+        reproduce("table3", CONFIG, workdir, **options)
+    printed = capsys.readouterr().out
+    assert "full seed0: FAILED (error: " in printed
+    assert "(steps differ)" in printed
+    assert f"log: {log}" in printed
+
+
+def test_a_dry_run_tells_plan_and_cost_and_writes_nothing(finished):
+    workdir = finished[0]
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    out = finish(start("table3", workdir, TABLE3 | {"rows": (), "dry_run": True}))
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+    lines = out.splitlines()
+    cells = [[c.strip() for c in s.split("|")[1:-1]] for s in lines[2:12]]
+    rows = ("baseline", "fgpe", "fgpe_bgpe", *ROWS)
+    for i, row in enumerate(cells):
+        state = "done" if i >= 6 else "to do"
+        assert row == [f"{rows[i // 2]} seed{i % 2}", "4", "6", state]
+    assert lines[12].startswith("full seed1: ")
+    assert "s a step" in lines[12]
+    assert lines[14].startswith("10 runs, 6 to do: about 0.0 h")
+
+
+def test_the_cost_counts_references_and_selection(monkeypatch, capsys):
+    """3 h: 2 runs x (1,000 steps x 3 s + 240 episodes x 10 s)."""
+    monkeypatch.setattr(module, "_measure", lambda run: (3.0, {1: 10.0}))
+    changes = {"eval__references": True, "select_on": "base", "steps": 1000}
+    changes |= {"eval__every": 300, "eval__base_episodes": 45, "eval__episodes": 20}
+    options = {"rows": ("full",), "seeds": (0, 1), "overrides": overrides(**changes)}
+    reproduce("table4", CONFIG, "nowhere", **options, dry_run=True)
+    printed = capsys.readouterr().out
+    assert "240" in printed
+    assert "2 runs, 2 to do: about 3.0 h" in printed
+    assert not Path("nowhere").exists()
+
+
+def test_table1_over_two_folds_and_five_shots(started):
+    workdir, process = started
+    out = finish(process)
+    assert "[2/2] efficientnet_lite0 fold1 seed0: mIoU" in out
+    content = json.loads((workdir / "table1.json").read_text())
+    for shots in ("1", "5"):
+        row = content["rows"][shots]["efficientnet_lite0"]
+        assert list(row) == ["Fold-0", "Fold-1", "Mean", "FB-IoU"]
+        mious, fb_ious = [], []
+        for fold in (0, 1):
+            folder = workdir / "efficientnet_lite0" / f"fold{fold}" / "seed0"
+            if shots == "5":
+                (folder,) = (folder / "5shot").iterdir()
+            results = json.loads((folder / "results.json").read_text())
+            assert results["protocol"]["shots"] == int(shots)
+            assert results["protocol"]["fold"] == fold
+            miou, fb_iou = by_hand(folder, results["class_ids"])
+            np.testing.assert_allclose(row[f"Fold-{fold}"]["ours"], miou, atol=0.006)
+            mious.append(miou)
+            fb_ious.append(fb_iou)
+        for name, values in (("Mean", mious), ("FB-IoU", fb_ious)):
+            mean = statistics.mean(values)
+            np.testing.assert_allclose(row[name]["ours"], mean, atol=0.02)
+    page = (workdir / "table1.md").read_text()
+    assert page.index("## 1-shot") < page.index("## 5-shot")
+    assert "5-shot, 6 episodes" in page
+
+
+def test_tables_1_and_2_plan_folds_backbones_and_weights(monkeypatch, capsys):
+    monkeypatch.setattr(module, "_steps", lambda experiment: 210_400)
+    monkeypatch.setattr(module, "_measure", lambda run: (1.0, {1: 0.0, 5: 0.0}))
+    config = ROOT / "configs" / "coco_fold0.py"
+    reproduce("table2", config, "nowhere", dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split("|")[1].strip() for line in lines if "to do |" in line]
+    backbones = ("resnet50", "resnet101")
+    assert names == [f"{b} fold{f} seed0" for b in backbones for f in range(4)]
+    # 4,000 episodes x 5 seeds x 2 numbers of shots; every 5,000 steps 1,000 to select
+    assert "83,000" in lines[2]
+    hours = 8 * 210_400 / 3600
+    assert f"8 runs, 8 to do: about {hours:.1f} h" in lines[-1]
+    runs = []
+    monkeypatch.setattr(module, "_print_plan", runs.extend)
+    reproduce("table2", config, "nowhere", dry_run=True)
+    files = {run.experiment.config.backbone.weights for run in runs}
+    assert files == {f"data/weights/{name}.safetensors" for name in backbones}
+    for run in runs:
+        assert run.command[-1] == "--config.seed=0"
+        assert run.experiment.config.shots == 1
+
+
+def test_bad_calls_are_refused_in_one_line(tmp_path):
+    def refused(table, words, config=CONFIG, **options):
+        with pytest.raises(InputError, match=words):
+            reproduce(table, config, tmp_path / "runs", **options)
+
+    refused("table6", "choose table1, table2, table3, table4, table5")
+    refused("table4", "fgpe: no row of table4: choose pre, main", rows=("fgpe",))
+    refused("table3", "settled by the table", overrides=["--config.seed=4"])
+    refused("table2", "give configs/coco_fold0.py")
+    refused("table3", "no such config file", config="nope.py")
+    stray = tmp_path / "folder" / "a.py"
+    stray.parent.mkdir()
+    shutil.copy(CONFIG, stray)
+    refused("table3", "train.py: no such file", config=stray)
+    assert not (tmp_path / "runs").exists()
+
+
+def synthetic(gain=0.0, noise=0.0, version="v", seed=0):
+    """60 episodes of 20 images and two classes: IoU 0.5 + gain + noise."""
+    rng = np.random.default_rng(seed)
+    index = np.arange(60)
+    iou = 0.5 + gain + noise * rng.normal(size=60)
+    found = np.round(1000 * iou)
+    columns = (0, index, index % 20, index % 2 + 1, 8000, 9000, found, 1000)
+    rows = np.stack(np.broadcast_arrays(*columns), 1).astype(np.int64)
+    facts = {"version": version, "classes": ["a", "b"]}
+    return Found(Scores(rows), {"mIoU": [1, 2]}, facts)
+
+
+def test_seeds_of_the_same_images_are_no_new_evidence():
+    """Twice the same scores: the interval shrinks only if the images are others."""
+    one = synthetic(noise=0.1)
+    alone = estimate(one.scores, [1, 2]).miou
+    same = estimate(pooled([one, one]), [1, 2]).miou
+    np.testing.assert_allclose(same, alone, rtol=1e-9)
+    other = synthetic(noise=0.1, version="w")
+    apart = estimate(pooled([one, other]), [1, 2]).miou
+    np.testing.assert_allclose(apart.value, alone.value, rtol=1e-9)
+    width = (apart.high - apart.low) / (alone.high - alone.low)
+    np.testing.assert_allclose(width, 2**-0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("gain", "order"), [(-0.03, "holds"), (0.03, "contrary"), (0.0, "undecided")]
+)
+def test_orders_are_told_from_paired_differences(gain, order):
+    """Noise that both share cancels: 3 points show under noise of 20."""
+    ours = [synthetic(gain, 0.2, seed=s) for s in (1, 2)]
+    noise = [synthetic(0, 0.2, seed=s) for s in (1, 2)]
+    difference = figures(ours, noise)["mIoU"]
+    np.testing.assert_allclose(difference["ours"], 100 * gain, atol=0.01)
+    np.testing.assert_allclose(difference["by_seed"], 100 * gain, atol=0.01)
+    assert verdict(-1.0, difference["interval"]) == order
+
+
+def test_the_mean_over_folds_and_its_interval():
+    def fold(ours, low, high, *by_seed):
+        return {"ours": ours, "interval": [low, high], "by_seed": by_seed}
+
+    mean = mean_over_folds([fold(50, 46, 56, 49, 51), fold(60, 57, 68, 60, 60)])
+    assert mean["ours"] == 55
+    assert mean["interval"] == [
+        52.5,
+        60,
+    ]  # 55 - sqrt(16 + 9) / 2 and + sqrt(36 + 64) / 2
+    assert mean["by_seed"] == [54.5, 55.5]
+    assert mean["std"] == round(statistics.stdev((54.5, 55.5)), 2)
+
+
+def test_the_papers_means_are_those_of_its_folds():
+    for rows in PAPER.values():
+        for figures_of in rows.values():
+            row = dict(zip(COLUMNS, figures_of, strict=True))
+            mean = statistics.mean(row[f"Fold-{i}"] for i in range(4))
+            assert abs(mean - row["Mean"]) < 0.0751
