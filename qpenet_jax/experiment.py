@@ -289,7 +289,7 @@ class Experiment:
             raise InputError(
                 f"config.variant={self.config.variant!r}: choose {', '.join(VARIANTS)}"
             )
-        fields = dict(self.config.model) | VARIANTS[self.config.variant].fields
+        fields = {**self.config.model, **VARIANTS[self.config.variant].fields}
         return QPENet(**fields)
 
     @property
