@@ -15,7 +15,7 @@ Scoring = Literal["original", "input", "exact"]
 FIVE = (0, 1, 2, 3, 4)
 
 SHORT = 12
-"""Characters of a changed field that a protocol's name shows."""
+"""Characters that stand for the hash of an episode list, as the words are shorter."""
 
 # What published evaluations do otherwise than ours, the defaults of `Protocol`. Their
 # random draws can't be repeated outside of their code: a preset draws by their rules.
@@ -205,5 +205,6 @@ def of_dataset(protocol: Protocol, dataset: SegmentationDataset) -> Protocol:
 
 
 def _short(value: Any) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return text[:SHORT]
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))  # seeds: all of them count
+    return str(value)[:SHORT]

@@ -34,6 +34,13 @@ def test_a_preset_goes_by_its_name_until_a_field_is_changed(preset, split):
     assert changed.name == f"{preset}, but episodes=7 seeds=8,9"
 
 
+def test_names_tell_all_seeds_and_the_start_of_a_hash():
+    ten = tuple(range(10))
+    assert made(seeds=ten).name == "ours, but seeds=0,1,2,3,4,5,6,7,8,9"
+    assert "x seeds 0,1,2,3,4,5,6,7,8,9," in str(made(seeds=ten))
+    assert made(episode_list="ab" * 32).name == "ours, but episode_list=abababababab"
+
+
 def test_facts_of_the_published_evaluations():
     def facts(preset, split):
         fields = preset_fields(preset, split)
