@@ -53,7 +53,7 @@ def compare(a: Path, b: Path, *, different_protocols: bool = False) -> dict[str,
     first, second = _read(a), _read(b)
     differs = _differences(first["protocol"], second["protocol"])
     _refuse(differs, f"{a} and {b}", different_protocols)
-    all_a, all_b = _scores(a, first), _scores(b, second)
+    all_a, all_b = episode_scores(a, first), episode_scores(b, second)
     try:
         ours, theirs = common_episodes(all_a, all_b)
     except InputError as error:
@@ -133,8 +133,8 @@ def _read(path: Path) -> dict[str, Any]:
     return results
 
 
-def _scores(path: Path, results: dict[str, Any]) -> Scores:
-    """Return the episodes of a results.json; they must give its mIoU."""
+def episode_scores(path: Path, results: Mapping[str, Any]) -> Scores:
+    """Return the episodes of a results.json; raises InputError unless of its mIoU."""
     episodes = path.parent / results.get("episodes_file", EPISODES)
     scores = load_scores(episodes)
     miou = 100 * mean_iou(scores, results["class_ids"])

@@ -19,16 +19,16 @@ from qpenet_jax import reproduce as module
 from qpenet_jax.errors import InputError
 from qpenet_jax.metrics import Scores, estimate
 from qpenet_jax.models.qpenet import VARIANTS
-from qpenet_jax.reproduce import (
+from qpenet_jax.paper_tables import (
     COLUMNS,
     PAPER,
     Found,
     figures,
     mean_over_folds,
     pooled,
-    reproduce,
     verdict,
 )
+from qpenet_jax.reproduce import reproduce
 
 # Of ml_collections, where it reads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
