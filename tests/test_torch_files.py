@@ -214,9 +214,10 @@ def test_missing_and_foreign_files(tmp_path):
 
 
 def test_no_module_imports_torch_or_tensorflow():
-    """But the twin, the tests' parity oracle, which no module imports either."""
+    """But the twin, and its side of the benchmark, which no module imports either."""
     package = Path(qpenet_jax.__path__[0])
-    files = [file for file in package.rglob("*.py") if file.name != "twin.py"]
+    of_torch = ("twin.py", "opponent.py")
+    files = [file for file in package.rglob("*.py") if file.name not in of_torch]
     assert len(files) > 3
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -226,4 +227,7 @@ def test_no_module_imports_torch_or_tensorflow():
                 names += [f"{node.module}.{alias.name}" for alias in node.names]
             for name in names:
                 assert name.split(".")[0] not in ("torch", "torchvision", "tensorflow")
-                assert name != "qpenet_jax.twin"
+                assert name not in (
+                    "qpenet_jax.twin",
+                    "qpenet_jax.benchmark.opponent",
+                )

@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import numpy as np
 from qpenet_jax import transforms
 from qpenet_jax.benchmark import plain
 from qpenet_jax.benchmark.photos import made_up_photos
+from qpenet_jax.datasets.decoded import Decoded
+from qpenet_jax.device_augmentation import canvas_side, load_raw_episode
 from qpenet_jax.episodes import (
     EpisodeIds,
     EpisodeSampler,
@@ -30,7 +32,7 @@ from qpenet_jax.episodes import (
 )
 from qpenet_jax.runtime import keep_freed_memory
 from qpenet_jax.transforms import Augmentation
-from qpenet_jax.typing import Episode, SegmentationDataset
+from qpenet_jax.typing import SegmentationDataset
 
 BATCH = 4
 """Episodes a batch, as in the paper."""
@@ -83,17 +85,23 @@ def benchmark_data(
     options = {"side": side, "augmentation": Augmentation(), "seed": seed}
     ours = functools.partial(load_episode, dataset, **options)
     opponent = functools.partial(plain.plain_episode, dataset, **options)
-    stream = functools.partial(training_batches, dataset, batch_size=BATCH, **options)
     keep_freed_memory()
-    with _one_thread():
+    with _one_thread(), tempfile.TemporaryDirectory() as folder:
+        decoded = Decoded(dataset, folder)
+        canvas = canvas_side(decoded.sizes)
+        raw = functools.partial(load_raw_episode, decoded, canvas=canvas, **options)
+        augmenting = {"host": ours, "device": raw}
         return {
             "machine": _machine(),
             "data": getattr(dataset, "version", type(dataset).__name__),
             "images": len(dataset),
             "side": side,
-            "one_core": [_compare(s, ours, opponent, seconds) for s in samplers],
+            "one_core": [_compare(s, ours, raw, opponent, seconds) for s in samplers],
             "grain": [
-                _throughput(stream, s, n, seconds) for s in samplers for n in workers
+                {"augmenting": where} | _throughput(load, s, n, seconds)
+                for where, load in augmenting.items()
+                for s in samplers
+                for n in workers
             ],
             "stages": _stages(dataset, samplers[0], ours, opponent),
         }
@@ -111,22 +119,28 @@ def _one_thread() -> Iterator[None]:
 
 
 def _compare(
-    sampler: EpisodeSampler, ours: Load, plain: Load, seconds: float
+    sampler: EpisodeSampler, ours: Load, raw: Load, plain: Load, seconds: float
 ) -> dict[str, Any]:
-    """Let both make the same episodes in turn; rates are those of the median round."""
-    times: dict[Load, list[float]] = {ours: [], plain: []}
+    """Let all make the same episodes in turn; rates are those of the median round.
+
+    `raw` leaves augmentation to the device.
+    """
+    times: dict[Load, list[float]] = {ours: [], plain: [], raw: []}
     start, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - start < seconds:
         # Whoever comes second finds the files in the cache: take turns in that, too.
-        for load in (ours, plain) if rounds % 2 else (plain, ours):
+        for load in (ours, plain, raw) if rounds % 2 else (raw, plain, ours):
             times[load].append(_time(load, sampler, rounds * ROUND))
         rounds += 1
     # The first round warms up.
-    ours_s, plain_s = (np.array(times[load][1:]) / ROUND for load in (ours, plain))
+    ours_s, raw_s, plain_s = (
+        np.array(times[load][1:]) / ROUND for load in (ours, raw, plain)
+    )
     return {
         "shots": sampler.shots,
         "rounds": rounds - 1,
         "episodes_per_s": float(1 / np.median(ours_s)),
+        "raw_episodes_per_s": float(1 / np.median(raw_s)),
         "plain_episodes_per_s": float(1 / np.median(plain_s)),
         "ratio": float(np.median(plain_s) / np.median(ours_s)),
         "ratio_quartiles": np.quantile(plain_s / ours_s, (0.25, 0.75)).tolist(),
@@ -141,13 +155,11 @@ def _time(load: Load, sampler: EpisodeSampler, first: int) -> float:
 
 
 def _throughput(
-    stream: Callable[..., Generator[Episode, None, None]],
-    sampler: EpisodeSampler,
-    workers: int,
-    seconds: float,
+    load: Load, sampler: EpisodeSampler, workers: int, seconds: float
 ) -> dict[str, Any]:
     """Count the episodes of a stream from when its workers and buffers run."""
-    with contextlib.closing(stream(sampler, workers=workers)) as batches:
+    stream = training_batches(load, sampler, batch_size=BATCH, workers=workers)
+    with contextlib.closing(stream) as batches:
         for _ in range(WARM_UP * max(workers, 1)):
             next(batches)
         start, episodes = time.perf_counter(), 0
@@ -227,17 +239,20 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             "One core: in this process, cv2.setNumThreads(0), freed memory kept. Plain "
             "float32 OpenCV makes the same episodes in turn; medians of rounds of "
-            f"{ROUND} episodes, and the quartiles of their ratio.",
+            f"{ROUND} episodes, and the quartiles of their ratio. Device: the host's "
+            "work where the device augments, from images that are decoded already.",
             "",
             *_table(
-                "shots | episodes/s | images/s | plain: episodes/s | images/s | ratio",
+                "shots | episodes/s | images/s | plain: episodes/s | images/s | ratio "
+                "| device: episodes/s | images/s",
                 map(_one_core_row, result["one_core"]),
             ),
             "",
             f"Batches of {BATCH} by Grain, cv2.setNumThreads(0).",
             "",
             *_table(
-                "shots | workers | episodes/s | images/s | images/s per worker",
+                "augmenting | shots | workers | episodes/s | images/s | images/s per "
+                "worker",
                 map(_grain_row, result["grain"]),
             ),
             "",
@@ -256,17 +271,17 @@ def _table(header: str, rows: Iterable[str]) -> list[str]:
 
 def _one_core_row(row: dict[str, Any]) -> str:
     images, (low, high) = row["shots"] + 1, row["ratio_quartiles"]
-    rates = row["episodes_per_s"], row["plain_episodes_per_s"]
-    ours, plain = (f"{rate:.1f} | {rate * images:.0f}" for rate in rates)
-    return (
-        f"{row['shots']} | {ours} | {plain} | {row['ratio']:.2f} ({low:.2f}-{high:.2f})"
-    )
+    sides = ("episodes_per_s", "plain_episodes_per_s", "raw_episodes_per_s")
+    ours, plain, raw = (f"{row[s]:.1f} | {row[s] * images:.0f}" for s in sides)
+    ratio = f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"
+    return f"{row['shots']} | {ours} | {plain} | {ratio} | {raw}"
 
 
 def _grain_row(row: dict[str, Any]) -> str:
     workers, rate = row["workers"], row["episodes_per_s"]
     images = rate * (row["shots"] + 1)
     return (
-        f"{row['shots']} | {workers or '0 (a thread)'} | {rate:.1f} | {images:.0f} | "
+        f"{row['augmenting']} | {row['shots']} | {workers or '0 (a thread)'} | "
+        f"{rate:.1f} | {images:.0f} | "
         f"{images / max(workers, 1):.0f}"
     )

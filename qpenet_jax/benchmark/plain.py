@@ -18,7 +18,7 @@ from PIL import Image
 from qpenet_jax import transforms
 from qpenet_jax.datasets.prepared import Prepared
 from qpenet_jax.datasets.voc import VOCLayout
-from qpenet_jax.episodes import AUGMENT, EpisodeIds, _generator
+from qpenet_jax.episodes import AUGMENT, EpisodeIds, generator
 from qpenet_jax.transforms import Augmentation
 from qpenet_jax.typing import IGNORE, SegmentationDataset
 
@@ -46,7 +46,7 @@ def plain_episode(
     def load(slot: int, item: int) -> Sample:
         image, label = _image(dataset, item), _label(dataset, item)
         mask = _mask(label, ids.class_id)
-        rng = _generator(seed, AUGMENT, ids.index, slot)
+        rng = generator(seed, AUGMENT, ids.index, slot)
         return plain_augment(image, mask, side, augmentation, rng)
 
     query = load(0, ids.query)

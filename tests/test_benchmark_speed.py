@@ -1,0 +1,497 @@
+"""The benchmark's engine at tiny sizes: what it counts, compares, refuses, reports."""
+
+import dataclasses
+import json
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from qpenet_jax import weights as weights_module
+from qpenet_jax.benchmark import measure, ours, photos, speed, tables
+from qpenet_jax.benchmark.measure import Case, compare, flop
+from qpenet_jax.benchmark.protocol import protocol_run
+from qpenet_jax.errors import InputError
+
+NETWORK = {"channels": 16, "heads": 2, "ffn_features": 24}
+EVAL = Case("eval", size=33, network=NETWORK)
+TRAIN = dataclasses.replace(EVAL, what="train", batch=2)
+BACKBONE = dataclasses.replace(EVAL, what="backbone")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """What is compiled here runs for milliseconds, in the child processes, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        patch.setattr(speed, "PEAK_SIDE", {"cpu": 64})
+        patch.setattr(measure, "PAUSE", 0.0)
+        patch.setattr(measure, "TURN", 1e-9)
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+# --- FLOP -------------------------------------------------------------------------
+
+
+def conv(x, kernel, **options):
+    options = {"window_strides": (1, 1), "padding": "SAME"} | options
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, dimension_numbers=dims, **options)
+
+
+def count(f, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return flop(jax.make_jaxpr(f)(*arguments))
+
+
+IMAGE, KERNEL = (2, 12, 10, 6), (3, 3, 6, 8)
+ONE_CONV = 2 * (2 * 12 * 10 * 8) * (3 * 3 * 6)
+
+
+@pytest.mark.parametrize(
+    ("f", "shapes", "expected"),
+    [
+        (jnp.matmul, [(3, 5), (5, 7)], 2 * 3 * 5 * 7),
+        (jnp.matmul, [(4, 3, 5), (4, 5, 7)], 4 * 2 * 3 * 5 * 7),
+        (conv, [IMAGE, KERNEL], ONE_CONV),
+        (
+            lambda x, k: conv(x, k, window_strides=(2, 2)),
+            [IMAGE, KERNEL],
+            ONE_CONV // 4,
+        ),
+        (lambda x, k: conv(x, k, rhs_dilation=(2, 2)), [IMAGE, KERNEL], ONE_CONV),
+        (
+            lambda x, k: conv(x, k, feature_group_count=6),
+            [IMAGE, (3, 3, 1, 6)],
+            2 * (2 * 12 * 10 * 6) * 9,
+        ),
+        (lambda x, k: jax.lax.map(lambda y: y @ k, x), [(5, 3, 4), (4, 2)], 5 * 48),
+        (jax.jit(lambda x, k: (x @ k, conv)[0]), [(3, 4), (4, 2)], 48),
+        (lambda x: x.sum(), [(3, 4)], 0),
+    ],
+)
+def test_flop_of_known_operations(f, shapes, expected):
+    assert count(f, *shapes) == expected
+
+
+def test_flop_of_gradients():
+    def loss(x, kernel):
+        return (conv(x, kernel) ** 2).sum()
+
+    assert count(jax.grad(loss, (0, 1)), IMAGE, KERNEL) == 3 * ONE_CONV
+    assert count(jax.grad(loss, 1), IMAGE, KERNEL) == 2 * ONE_CONV
+
+
+def test_flop_of_a_strided_convolutions_input_gradient_leaves_inserted_zeros_out():
+    def loss(x, kernel):
+        return (conv(x, kernel, window_strides=(2, 2), padding=((1, 1),) * 2)).sum()
+
+    # input gradient alone: the forward result isn't needed for a sum
+    assert count(jax.grad(loss), (1, 16, 16, 4), (3, 3, 4, 4)) == pytest.approx(
+        2 * (8 * 8 * 4) * (9 * 4), rel=0.01
+    )
+
+
+def test_flop_leaves_out_what_no_output_needs_and_fast_formulations():
+    def unused(x, k):
+        inner = jax.jit(lambda x, k: (x @ k, x @ k @ k))
+        return inner(x, k)[0]
+
+    assert count(unused, (4, 4), (4, 4)) == 2 * 4**3
+
+    def by_platform(x, k):
+        both = {"cpu": lambda x, k: x @ k @ k, "default": jnp.matmul}
+        return jax.lax.platform_dependent(x, k, **both)
+
+    assert count(by_platform, (4, 4), (4, 4)) == 2 * 4**3
+
+    def either(x, k):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ k, lambda: x @ k @ k)
+
+    assert count(either, (4, 4), (4, 4)) == 4 * 4**3
+
+
+def test_flop_of_resnet50():
+    """He et al. 2016 give 3.8e9 multiplications at 224; layer4 and stride differ here.
+
+    Summed by hand over the layers at 473 pixels.
+    """
+
+    def bottleneck(cells, wide, inside, first=0, cells_in=0):
+        before = cells_in or cells
+        out = 4 * inside
+        products = before * wide * inside + cells * 9 * inside**2 + cells * inside * out
+        return products + (cells * wide * out if first else 0)
+
+    a, b = 119**2, 60**2
+    products = 237**2 * 49 * 3 * 64
+    products += bottleneck(a, 64, 64, 1) + 2 * bottleneck(a, 256, 64)
+    products += bottleneck(b, 256, 128, 1, a) + 3 * bottleneck(b, 512, 128)
+    products += bottleneck(b, 512, 256, 1) + 5 * bottleneck(b, 1024, 256)
+    case = Case("backbone")
+    drawn = ours.draw_weights(case)
+    found = ours.count_flop(case, drawn, measure.made_up_episodes(case))
+    assert found == 2 * (2 * products)  # two images, two operations a product
+
+
+# --- inputs, clocks, comparisons, processes ---------------------------------------
+
+
+def test_made_up_episodes():
+    case = Case("eval", shots=2, batch=3, size=65, seed=5)
+    episode = measure.made_up_episodes(case)
+    assert episode.query_image.shape == (3, 65, 65, 3)
+    assert episode.support_images.shape == (3, 2, 65, 65, 3)
+    assert episode.support_masks.shape == (3, 2, 65, 65)
+    for found, again in zip(episode, measure.made_up_episodes(case), strict=True):
+        np.testing.assert_array_equal(found, again)
+    masks = np.concatenate([episode.query_mask[:, None], episode.support_masks], 1)
+    low, high = measure.SHARES
+    for mask in masks.reshape(-1, 65, 65):
+        assert set(np.unique(mask)) == {0, 1, 255}
+        share = (mask == 1).sum() / (mask != 255).sum()
+        assert 0.7 * low < share < 1.1 * high
+
+
+def test_sides_take_turns():
+    calls = []
+    sides = [lambda: calls.append("A"), lambda: calls.append("B")]
+    times = measure.interleave(sides, rounds=4)
+    assert "".join(calls) == "AB" * 5  # one round warms up
+    assert [len(t) for t in times] == [4, 4]
+    assert min(map(min, times)) > 0
+
+
+def test_short_steps_are_repeated(monkeypatch):
+    clock = iter(np.arange(0, 100, 0.01))
+    monkeypatch.setattr(measure, "TURN", 0.035)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
+    calls = []
+    (times,) = measure.interleave([lambda: calls.append(0)], rounds=2)
+    assert len(calls) == 1 + 2 * 4
+    np.testing.assert_allclose(times, 0.01 / 4)
+
+
+def margins(*values):
+    return {"margin": np.array(values, np.float32)}
+
+
+def test_compare_tells_differences():
+    found = compare(EVAL, margins(2.0, -1.0, 1e-4), margins(2.0002, -1.0, -1e-4))
+    assert found["margin"] == pytest.approx(1e-4, rel=1e-2)
+    assert found["masks"] == 0  # the third pixel is a tie
+    half = dataclasses.replace(EVAL, dtype="bfloat16")
+    assert compare(half, margins(2.0, -1.0), margins(2.1, -1.0))["masks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "found", "expected", "named"),
+    [
+        (EVAL, margins(2.0, -1.0), margins(2.01, -1.0), "margin"),
+        (EVAL, margins(np.nan, -1.0), margins(2.0, -1.0), "margin"),
+        (
+            dataclasses.replace(EVAL, dtype="bfloat16"),
+            margins(2.0, -0.1),
+            margins(2.0, 0.1),
+            "masks",
+        ),
+        (TRAIN, {"loss": np.array(1.001)}, {"loss": np.array(1.0)}, "loss"),
+        (TRAIN, {"gradient": np.ones(4)}, {"gradient": np.zeros(4) + 1.02}, "gradient"),
+    ],
+)
+def test_compare_refuses(case, found, expected, named):
+    with pytest.raises(InputError, match=f"{named} of JAX and PyTorch differ"):
+        compare(case, found, expected)
+
+
+def test_child_process(tmp_path, monkeypatch):
+    (tmp_path / "a_child.py").write_text(
+        "import json, sys, time\n"
+        "told = json.loads(sys.argv[1])\n"
+        "print('noise')\n"
+        "print(json.dumps({'twice': 2 * told['n'], 'age': time.time() - told"
+        "['started']}))\n"
+        "sys.exit(told['n'] == 3 and 'out of patience')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = measure.run_child("a_child", n=2)
+    assert found["twice"] == 4
+    assert 0 < found["age"] < 10
+    with pytest.raises(InputError, match=r"a_child failed .*\(out of patience\)"):
+        measure.run_child("a_child", n=3)
+
+
+def test_our_child_process(tmp_path):
+    told = {"case": dataclasses.asdict(BACKBONE), "cache": str(tmp_path)}
+    found = measure.run_child("qpenet_jax.benchmark.ours", **told)
+    assert found.keys() == {"start_s", "peak_bytes", "import_bytes"}
+    assert 0 < found["start_s"] < 60
+    assert 2e7 < found["import_bytes"] < found["peak_bytes"] < 4e9
+
+
+def test_bfloat16_computes_in_bfloat16():
+    dense = nn.Dense(4)
+    x = jnp.ones((2, 3))
+    variables = dense.init(jax.random.key(0), x)
+    found = ours.InBfloat16(dense).apply(variables, x)
+    assert found.dtype == jnp.bfloat16
+    returned = ours.InBfloat16(dense, jnp.float32).apply(variables, x)
+    assert returned.dtype == jnp.float32
+    np.testing.assert_array_equal(found.astype(jnp.float32), returned)
+    np.testing.assert_allclose(found, dense.apply(variables, x), atol=0.03)
+
+
+# --- the whole --------------------------------------------------------------------
+
+
+def measured(**options):
+    fixed = {"size": 33, "network": NETWORK, "seconds": 0.0, "processes": False}
+    return speed.benchmark(**{"shots": (1,), "batch": (1,), **fixed, **options})
+
+
+def test_without_opponent(tmp_path):
+    result = measured(what=("backbone", "eval"))
+    assert json.loads(json.dumps(result)) == result
+    names = [case["name"] for case in result["cases"]]
+    assert names == [
+        "eval, 1 shot, batch 1, float32",
+        "backbone, 1 shot, batch 1, float32",
+    ]
+    for case in result["cases"]:
+        low, median, high = case["seconds"]
+        assert 0 < low <= median <= high
+        assert case["rounds"] == 5
+    flops = [case["flop"] for case in result["cases"]]
+    assert flops[0] > flops[1]
+    assert result["peak_flops"]["float32"]["jax"] > 1e6
+    assert result["facts"]["versions"].keys() == {"jax", "jaxlib", "flax", "numpy"}
+    page = tables.markdown(result)
+    assert page.count("| not measured | | | ") == 2
+    rate = flops[0] / result["cases"][0]["seconds"][1] / 1e9
+    assert f"| {flops[0] / 1e9:,.1f} | {rate:,.0f} | " in page
+    tables.chart(result, tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as picture:
+        assert picture.size[0] > 500
+
+
+def an_invented_result():
+    facts = {
+        "backbone": "resnet50",
+        "size": 473,
+        "weights": "drawn",
+        "seed": 0,
+        "dropout": "off on both sides",
+        "device": "cpu",
+        "platform": "cpu",
+        "cpu": "A CPU",
+        "cores": 2,
+        "python": "3.11",
+        "date": "2026-01-01",
+        "torch_threads": 2,
+        "versions": {"jax": "1", "torch": "2"},
+    }
+    child = {"start_s": 12.34, "peak_bytes": 3 * 2**30, "import_bytes": 2**28}
+    case = {
+        "what": "eval",
+        "name": "eval, 1 shot, batch 1, float32",
+        "dtype": "float32",
+        "flop": 200 * 10**9,
+        "seconds": [0.7, 0.8, 0.9],
+        "torch_seconds": [0.9, 1.0, 1.1],
+        "ratio": [0.78, 0.8, 0.85],
+        "variant": "channels_last",
+        "variants": {"channels_last": 1.0, "compile": "not available (no compiler)"},
+        "processes": {
+            "cold": child,
+            "cached": child,
+            "torch": child,
+            "memory_ratio": 1.0,
+        },
+    }
+    peaks = {"float32": {"jax": 400e9, "torch": 500e9}}
+    run = {
+        "shots": 5,
+        "episodes": 1000,
+        "seeds": 5,
+        "protocol": "ours: PASCAL-5i",
+        "seconds_per_episode": 0.25,
+        "step_seconds": 1.0,
+        "ratio": 0.25,
+    }
+    return {"facts": facts, "peak_flops": peaks, "cases": [case], "protocol": [run]}
+
+
+def test_markdown_of_known_numbers():
+    page = tables.markdown(an_invented_result())
+    assert (
+        "| eval, 1 shot, batch 1, float32 | 800 ms | 1.00 s | eager, channels_last | "
+        "0.80 (0.78-0.85) | 200.0 | 250 | 50% |"
+    ) in page
+    assert "torch.compile, channels_last not available (no compiler)" in page
+    memory = "3,072 MiB (256)"
+    assert (
+        f"| 12.3 s | 12.3 s | 12.3 s | {memory} | {memory} | {memory} | 1.00 |" in page
+    )
+    assert "| 5 | 1000 x 5 | 250 ms | 1.00 s | 0.25 |" in page
+    headers = [line for line in page.splitlines() if line.startswith("|")]
+    for line in headers:
+        assert line.count("|") in (9, 6), line
+
+
+def test_chart_of_known_numbers(tmp_path):
+    tables.chart(an_invented_result(), tmp_path / "chart.png")
+    with Image.open(tmp_path / "chart.png") as picture:
+        pixels = np.asarray(picture)
+    lengths = [
+        max((pixels == colour).all(-1).sum(1))
+        for colour in ((213, 94, 0), (0, 114, 178))
+    ]
+    assert lengths[0] / lengths[1] == pytest.approx(0.8, abs=0.02)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        tables.chart({**an_invented_result(), "cases": []}, tmp_path / "none.png")
+
+
+def test_protocol_on_made_up_photos(monkeypatch):
+    monkeypatch.setattr(photos, "PHOTOS", 16)
+    given = Case("", size=33, network=NETWORK)
+    run = protocol_run(given, 1, None, 2)
+    assert run["shots"] == 1
+    assert run["episodes"] == 2
+    assert run["seeds"] == 1
+    assert run["ratio"] == run["seconds_per_episode"] / run["step_seconds"]
+    assert 0 < run["step_seconds"] < 10
+    assert "made-up photos" in run["protocol"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"what": ("evil",)}, "--what 'evil': choose eval, train, backbone"),
+        ({"dtype": ("float64",)}, "--dtype 'float64': choose float32"),
+        ({"dtype": ("tf32",)}, "tf32 is of NVIDIA's GPUs"),
+        ({"shots": (0,)}, "give numbers of 1 or more"),
+        ({"size": 64}, "side=64 must be 8 n"),
+        ({"backbone": "vgg16"}, "unknown backbone 'vgg16'"),
+        ({"against": "tensorflow"}, "choose torch"),
+    ],
+)
+def test_refused_values(options, message):
+    with pytest.raises(InputError, match=message):
+        measured(**options)
+
+
+def test_pytorch_is_missing(monkeypatch):
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs torch, .*pip install -e .\[parity\]"):
+        measured(against="torch")
+
+
+# --- against PyTorch --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opponent():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("torchvision")
+    from qpenet_jax.benchmark import opponent
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # waiting threads spin, and take the cores from XLA's
+    yield opponent
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def first():
+    """What our side computes in `EVAL`, and from what."""
+    inputs = measure.made_up_episodes(EVAL), ours.draw_weights(EVAL)
+    return ours.side(EVAL, inputs[1], inputs[0]).first(), inputs
+
+
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0"])
+def test_backbone_weights_go_both_ways(opponent, name):
+    if name == "efficientnet_lite0":
+        pytest.importorskip("efficientnet_lite_pytorch")
+    drawn = ours.draw_weights(Case("eval", name, network=NETWORK)).backbone
+    state = opponent.backbone_state(name, drawn)
+    net = opponent.twin.backbone(name).net
+    assert state.keys() <= net.state_dict().keys()
+    net.load_state_dict({**net.state_dict(), **state})
+    tensors = {k: v.numpy() for k, v in net.state_dict().items()}
+    returned = weights_module.to_flax(name, tensors)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), returned, drawn)
+
+
+def test_against_the_twin(opponent):
+    variants = ("eager", "channels_last")
+    result = measured(what=("train",), against="torch", variants=variants)
+    assert json.loads(json.dumps(result)) == result
+    (case,) = result["cases"]
+    assert case["differences"].keys() == {"loss", "gradient"}
+    assert max(case["differences"].values()) < 1e-4
+    assert case["variants"].keys() == set(variants)
+    assert case["variants"][case["variant"]] == min(case["variants"].values())
+    ratio = case["seconds"][1] / case["torch_seconds"][1]
+    low, _, high = case["ratio"]
+    assert 0.3 * low < ratio < 3 * high
+    assert result["facts"]["torch_threads"] == 1
+    assert result["peak_flops"]["float32"].keys() == {"jax", "torch"}
+    assert "| train, 1 shot, batch 1, float32 | " in tables.markdown(result)
+
+
+@pytest.mark.parametrize("variant", ["eager", "channels_last"])
+def test_the_twin_evaluates_the_same(opponent, first, variant):
+    found, inputs = first
+    side = opponent.side(EVAL, variant, "cpu", *inputs)
+    differences = compare(EVAL, found, side.first())
+    assert differences["masks"] == 0
+    assert differences["margin"] < 1e-4
+
+
+@pytest.mark.parametrize("variant", ["eager", "channels_last"])
+def test_images_lie_in_memory_as_the_variant_asks(opponent, variant):
+    images = np.arange(2 * 5 * 7 * 3, dtype=np.uint8).reshape(2, 5, 7, 3)
+    tensor = opponent._place(images, variant, "cpu")
+    np.testing.assert_array_equal(tensor, images)
+    assert tensor.permute(0, 3, 1, 2).is_contiguous() == (variant == "eager")
+
+
+@pytest.mark.parametrize("part", ["backbone", "network"])
+def test_a_changed_weight_of_the_twin_is_refused(opponent, first, monkeypatch, part):
+    found, inputs = first
+    if part == "backbone":
+        make, name = opponent.backbone_state, "layer2.1.conv2.weight"
+        monkeypatch.setattr(opponent, "backbone_state", lambda *a: one_more(make(*a)))
+    else:
+        make, name = opponent.twin.from_flax, "final.2.0.weight"
+        monkeypatch.setattr(opponent.twin, "from_flax", lambda p: one_more(make(p)))
+
+    def one_more(state):
+        state[name][0] += 1
+        return state
+
+    side = opponent.side(EVAL, "eager", "cpu", *inputs)
+    with pytest.raises(InputError, match="margin of JAX and PyTorch differ by"):
+        compare(EVAL, found, side.first())
+
+
+def test_a_failing_compiler_is_told(opponent, first, monkeypatch):
+    def fail(self):
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(opponent.torch.nn.Module, "compile", fail)
+    found, inputs = first
+    rival = speed.Opponent(opponent, "cpu")
+    _, told = speed._best(EVAL, rival, ("eager", "compile"), found, inputs)
+    assert told["variant"] == "eager"
+    assert told["variants"]["compile"] == "not available (no C++ compiler)"
+    assert math.isfinite(told["variants"]["eager"])
+    with pytest.raises(InputError, match="PyTorch runs none of compile"):
+        speed._best(EVAL, rival, ("compile",), found, inputs)
