@@ -68,12 +68,9 @@ def train(config: Any, workdir: Path) -> None:
 
         # Loop.
         batches = training_batches(
-            dataset,
+            experiment.loader(dataset),
             sampler,
-            side=config.side,
-            augmentation=experiment.augmentation,
             batch_size=config.batch_size,
-            seed=config.seed,
             start_step=start,
             workers=config.workers,
             shard=(jax.process_index(), jax.process_count()),
@@ -84,7 +81,7 @@ def train(config: Any, workdir: Path) -> None:
             tqdm(total=steps, initial=start, desc="training", unit="step") as bar,
         ):
             for step in range(start + 1, steps + 1):
-                batch = global_batch(next(batches), split)
+                batch = experiment.augmented(global_batch(next(batches), split))
                 state, measured = train_step(state, weights, batch, key)
                 bar.update()
                 stopping = stop.is_set()
@@ -177,7 +174,8 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     keep_freed_memory()
-    keep_compilations()
+    if CONFIG.value.keep_compilations:
+        keep_compilations()
     train(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"))
 
 

@@ -68,6 +68,9 @@ def get_config() -> Any:
     config.augmentation.rotate = 10.0
     config.augmentation.blur = True
     config.augmentation.flip = True
+    # Where: "host"; "device", from images that are decoded once into
+    # ~/.cache/qpenet_jax/decoded; "auto", on the device if that is no CPU.
+    config.augment_on = "auto"
     config.optimizer = ConfigDict()
     config.optimizer.name = "sgd"
     config.optimizer.lr = 0.0025
@@ -87,6 +90,8 @@ def get_config() -> Any:
     config.select_on = "base"
     config.log_every = 50
     config.save_every = 1000
+    # Let later processes find what XLA compiled, in ~/.cache/qpenet_jax/xla.
+    config.keep_compilations = True
     config.eval = ConfigDict()
     config.eval.every = 5000  # steps from one evaluation for the selection to the next
     config.eval.base_episodes = 1000  # of each, with select_on "base"
@@ -107,5 +112,6 @@ def for_coco(config: Any) -> Any:
     config.dataset.root = "data/coco20i/2014/1.0.0"
     config.dataset.split = "coco_fwb"
     config.augmentation.scale = (0.8, 1.25)
+    config.augment_on = "host"  # decoded, its images would take 100 GB
     config.epochs = 50
     return config

@@ -14,10 +14,9 @@ from flax.linen.summary import tabulate
 from PIL import Image
 from tqdm import tqdm
 
-from qpenet_jax.benchmark.data import benchmark_data, markdown
 from qpenet_jax.compare import compare, comparison_table
 from qpenet_jax.config_files import load_config
-from qpenet_jax.datasets.images import image_size, read_image, read_mask
+from qpenet_jax.datasets.images import IMAGE_SUFFIXES, image_size, read_image, read_mask
 from qpenet_jax.datasets.prepared import read_metadata
 from qpenet_jax.episode_lists import export_episodes, read_episodes
 from qpenet_jax.episodes import Order, Targets
@@ -25,6 +24,7 @@ from qpenet_jax.errors import InputError, exit_on_input_error
 from qpenet_jax.evaluator import Evaluator
 from qpenet_jax.experiment import Experiment, open_run
 from qpenet_jax.figures import figures
+from qpenet_jax.files import write_whole
 from qpenet_jax.models.backbone import BACKBONES, backbone
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.protocols import PRESETS, Protocol, Scoring, check_side, of_dataset
@@ -34,8 +34,6 @@ from qpenet_jax.segmenter import load
 from qpenet_jax.transforms import Resize
 from qpenet_jax.visualize import overlay
 from qpenet_jax.weights import convert
-
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,11 +117,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="tell the plan and cost")
 
     sub = command("benchmark", _benchmark, "Measure speed on this machine.")
-    sub.add_argument("what", choices=["data"])
-    sub.add_argument("--config", help="measure its training images; default: drawn")
-    sub.add_argument("--shots", type=_numbers, default=(1, 5))
-    sub.add_argument("--workers", type=_numbers, default=(0, 1, 2))
-    sub.add_argument("--seconds", type=float, default=10.0, help="a measurement")
+    kinds = "eval, train, backbone, protocol, data; comma between (eval,train)"
+    sub.add_argument("what", nargs="?", type=_names, default=argparse.SUPPRESS)
+    sub.add_argument("--what", type=_names, default=("eval", "train"), help=kinds)
+    sub.add_argument("--shots", type=_numbers, default=(1,))
+    sub.add_argument("--batch", type=_numbers, default=(1, 4), help="episodes a step")
+    sub.add_argument("--size", type=int, default=473, help="of the images, in pixels")
+    sub.add_argument("--dtype", type=_names, default=("float32",))
+    sub.add_argument("--backbone", choices=BACKBONES, default="resnet50")
+    sub.add_argument("--weights", default="", help="converted; default: drawn")
+    sub.add_argument("--against", choices=["torch"], help="also time PyTorch")
+    sub.add_argument("--config", help="protocol and data: its images; default: drawn")
+    sub.add_argument("--episodes", type=int, help="protocol: so many a seed")
+    sub.add_argument(
+        "--workers", type=_numbers, default=(0, 1, 2), help="data: so many"
+    )
+    sub.add_argument("--seconds", type=float, default=20.0, help="a measurement")
+    sub.add_argument("--out", help="folder of benchmark.md, .json and .png")
 
     sub = command("figures", _figures, "Draw episodes: predictions, prototypes, maps.")
     sub.add_argument("--workdir", required=True, nargs="+", help="one run or more")
@@ -382,14 +392,35 @@ def _figures(args: argparse.Namespace) -> None:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    dataset = None
+    from qpenet_jax.benchmark.speed import benchmark
+    from qpenet_jax.benchmark.tables import chart, markdown
+
+    experiment = None
     if args.config:
         experiment = Experiment(load_config(args.config, args.overrides))
-        dataset = experiment.dataset("train")
-    result = benchmark_data(
-        dataset, shots=args.shots, workers=args.workers, seconds=args.seconds
+    result = benchmark(
+        args.what,
+        shots=args.shots,
+        batch=args.batch,
+        size=args.size,
+        dtype=args.dtype,
+        backbone=args.backbone,
+        weights=args.weights,
+        against=args.against,
+        experiment=experiment,
+        episodes=args.episodes,
+        workers=args.workers,
+        seconds=args.seconds,
     )
-    print(markdown(result))
+    text = markdown(result)
+    print(text)
+    if args.out:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "benchmark.md", text + "\n")
+        write_json(out / "benchmark.json", result)
+        if result["cases"]:
+            chart(result, out / "benchmark.png")
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -434,10 +465,11 @@ def _query_files(arguments: Sequence[str]) -> list[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
+            found = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
-                raise InputError(f"{path} holds no image ({', '.join(sorted(IMAGES))})")
-            files += found
+                known = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise InputError(f"{path} holds no image ({known})")
+            files += sorted(found)
         elif path.exists():
             files.append(path)
         else:

@@ -15,9 +15,10 @@ from typing import Literal, NamedTuple, TypeVar
 
 import cv2
 import grain
+import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int
 
 from qpenet_jax.errors import InputError
 from qpenet_jax.transforms import (
@@ -119,7 +120,7 @@ class EpisodeSampler:
 
     def __call__(self, index: int) -> EpisodeIds:
         """Return episode `index`, any integer from 0 on."""
-        rng = _generator(self.seed, DRAW, index)
+        rng = generator(self.seed, DRAW, index)
         query, column = self._query(index, rng)
         others = self._members[column]
         others = others[others != query]
@@ -215,7 +216,7 @@ def load_episode(
         mask = binary_mask(dataset.label(item), ids.class_id)
         if augmentation is None:
             return fit(image, side, resize), fit_label(mask, side, resize)
-        rng = _generator(seed, AUGMENT, ids.index, slot)
+        rng = generator(seed, AUGMENT, ids.index, slot)
         return augment(image, mask, side, augmentation, rng)
 
     query_image, query_mask = load(0, ids.query)
@@ -227,23 +228,21 @@ def load_episode(
 
 
 def training_batches(
-    dataset: SegmentationDataset,
+    load: Callable[[EpisodeIds], T],
     sampler: EpisodeSampler,
     *,
-    side: int,
-    augmentation: Augmentation | None,
     batch_size: int,
-    seed: int,
     start_step: int = 0,
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
-) -> Generator[Episode, None, None]:
+) -> Generator[T, None, None]:
     """Yield the batches from `start_step` on, without end, loaded ahead by workers.
 
-    Batch t holds episodes t B .. t B + B - 1, whatever the number of workers, and
-    process p of P, `shard=(p, P)`, gets the p-th of P equal parts. Close the generator
-    (`contextlib.closing`) to end its workers. They are spawned: a script that uses
-    them needs the usual `if __name__ == "__main__"`.
+    `load` returns an episode as a tree of arrays (`load_episode`, `load_raw_episode`);
+    a batch is that tree, stacked. Batch t holds episodes t B .. t B + B - 1, whatever
+    the number of workers, and process p of P, `shard=(p, P)`, gets the p-th of P equal
+    parts. Close the generator (`contextlib.closing`) to end its workers. They are
+    spawned: a script that uses them needs the usual `if __name__ == "__main__"`.
 
     Raises:
         InputError: the batch can't be shared equally; while iterating, an image or
@@ -256,67 +255,19 @@ def training_batches(
             "choose a multiple"
         )
     size = batch_size // processes
-    load = functools.partial(
-        load_episode, dataset, side=side, augmentation=augmentation, seed=seed
-    )
     batch = functools.partial(
         _load_batch, load, sampler, stride=batch_size, offset=process * size, size=size
     )
-    return _ahead(batch, range(start_step, sys.maxsize), workers)
+    return ahead(batch, range(start_step, sys.maxsize), workers)
 
 
-def evaluation_episodes(
-    dataset: SegmentationDataset,
-    sampler: Callable[[int], EpisodeIds],
-    episodes: int,
-    side: int,
-    workers: int = 0,
-    resize: Resize = "pad",
-) -> Generator[tuple[EpisodeIds, Episode, UInt8[np.ndarray, "h w"]], None, None]:
-    """Yield episodes 0 .. `episodes` - 1, each with its query's mask at original size.
-
-    Close the generator, if it isn't exhausted, to end its workers.
-
-    Raises:
-        InputError: while iterating, an image or label that can't be used.
-    """
-    load = functools.partial(_load_evaluation, dataset, sampler, side, resize)
-    return _ahead(load, range(episodes), workers)
-
-
-# Module-level functions, as what goes to a worker process is pickled.
-
-
-def _load_batch(
-    load: Callable[[EpisodeIds], Episode],
-    sampler: EpisodeSampler,
-    step: int,
-    *,
-    stride: int,
-    offset: int,
-    size: int,
-) -> Episode:
-    first = step * stride + offset
-    episodes = (load(sampler(index)) for index in range(first, first + size))
-    return Episode(*map(np.stack, zip(*episodes, strict=True)))
-
-
-def _load_evaluation(
-    dataset: SegmentationDataset,
-    sampler: Callable[[int], EpisodeIds],
-    side: int,
-    resize: Resize,
-    index: int,
-) -> tuple[EpisodeIds, Episode, UInt8[np.ndarray, "h w"]]:
-    ids = sampler(index)
-    label = binary_mask(dataset.label(ids.query), ids.class_id)
-    return ids, load_episode(dataset, ids, side, resize=resize), label
-
-
-def _ahead(
+def ahead(
     load: Callable[[int], T], indices: range, workers: int
 ) -> Generator[T, None, None]:
-    """Yield `load(i)` in order, computed in worker processes, or a thread if 0."""
+    """Yield `load(i)` in order, computed in worker processes, or a thread if 0.
+
+    Close the generator, if it isn't exhausted, to end its workers.
+    """
     loaded = grain.MapDataset.range(indices.start, indices.stop).map(load)
     stream = loaded.to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
@@ -332,6 +283,21 @@ def _ahead(
         raise InputError(str(error)) from None
     finally:
         iterator.close()
+
+
+# At module level, as what goes to a worker process is pickled.
+def _load_batch(
+    load: Callable[[EpisodeIds], T],
+    sampler: EpisodeSampler,
+    step: int,
+    *,
+    stride: int,
+    offset: int,
+    size: int,
+) -> T:
+    first = step * stride + offset
+    episodes = (load(sampler(index)) for index in range(first, first + size))
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *episodes)
 
 
 def _mark_flags_as_parsed() -> None:
@@ -357,13 +323,11 @@ def _quiet_worker(worker: int, workers: int) -> None:
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, length: int) -> Int[np.ndarray, "listed"]:
-    return _generator(seed, ORDER, epoch).permutation(length)
+    return generator(seed, ORDER, epoch).permutation(length)
 
 
-def _generator(
-    seed: int, stream: int, index: int, slot: int = 0
-) -> np.random.Generator:
-    """Return a generator of its own for every set of arguments.
+def generator(seed: int, stream: int, index: int, slot: int = 0) -> np.random.Generator:
+    """Return a random generator of its own for every set of arguments.
 
     Philox counts in the lowest 64 bits of its 256-bit counter; the rest is ours.
     """

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from jaxtyping import Array, PyTree, UInt8
 from PIL import Image
 
 from qpenet_jax.episode_lists import EpisodeList
-from qpenet_jax.evaluation import evaluate
+from qpenet_jax.evaluation import Predictor, evaluate
 from qpenet_jax.experiment import Experiment
 from qpenet_jax.metrics import Scores, load_scores, mean_iou, paired_difference
 from qpenet_jax.protocols import Protocol, of_dataset
@@ -23,7 +22,7 @@ from qpenet_jax.report import (
     write_json,
     write_report,
 )
-from qpenet_jax.typing import Episode, SegmentationDataset
+from qpenet_jax.typing import SegmentationDataset
 from qpenet_jax.visualize import episode_figure
 
 REFERENCES = "references.json"
@@ -69,7 +68,7 @@ class Evaluator:
         self.left_out = sorted(set(protocol.classes) - set(self.protocol.classes))
         names = experiment.config.eval.focus
         self.focus = [name for name in names if name in self.protocol.classes]
-        self.predict = experiment.predictor(weights)
+        self.weights = weights
         self.cosine = experiment.cosine_predictor(weights)
 
     def describe(self) -> str:
@@ -83,14 +82,16 @@ class Evaluator:
 
     def miou(self, params: PyTree[Array]) -> float:
         """Return mIoU in percent and write nothing."""
-        scores, _ = self._evaluate("selection", lambda b: self.predict(params, b))
+        predict = self.experiment.predictor(params, self.weights)
+        scores, _ = self._evaluate("selection", predict)
         return 100 * mean_iou(scores, self.class_ids)
 
     def references(self) -> str:
         """Score the untrained network and the training-free baseline; tabulate."""
         initial = self.experiment.untrained()
+        untrained = self.experiment.predictor(initial, self.weights)
         found = {
-            "untrained": self._score("untrained", lambda b: self.predict(initial, b)),
+            "untrained": self._score("untrained", untrained),
             "cosine": self._score("cosine", self.cosine),
         }
         made = {"run": self.experiment.identity, "results": found}
@@ -101,10 +102,7 @@ class Evaluator:
         self, params: PyTree[Array], **facts: Any
     ) -> tuple[dict[str, Any], UInt8[Any, "h w 3"]]:
         """Score the network; write and return the results and a figure."""
-
-        def predict(batch: Episode) -> Array:
-            return self.predict(params, batch)
-
+        predict = self.experiment.predictor(params, self.weights)
         results = self._score("qpenet", predict) | facts
         results["class_ids"] = list(self.class_ids)
         results["selection"] = self.experiment.selection
@@ -144,9 +142,7 @@ class Evaluator:
     def _shown(self) -> int:
         return min(FIGURE_EPISODES, self.protocol.episodes)
 
-    def _evaluate(
-        self, name: str, predict: Callable[[Episode], Array]
-    ) -> tuple[Scores, float]:
+    def _evaluate(self, name: str, predict: Predictor) -> tuple[Scores, float]:
         start = time.perf_counter()
         scores = evaluate(
             predict,
@@ -158,7 +154,7 @@ class Evaluator:
         )
         return scores, time.perf_counter() - start
 
-    def _score(self, name: str, predict: Callable[[Episode], Array]) -> dict[str, Any]:
+    def _score(self, name: str, predict: Predictor) -> dict[str, Any]:
         scores, seconds = self._evaluate(name, predict)
         scores.save(self._episodes(name))
         return summarize(scores, self.protocol, self.class_ids, seconds, self.focus)

@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
 from qpenet_jax.checkpoints import restore_params
+from qpenet_jax.datasets.decoded import Decoded
 from qpenet_jax.datasets.folds import (
     COCO_CLASSES,
     PASCAL_CLASSES,
@@ -27,13 +28,17 @@ from qpenet_jax.datasets.folds import (
 from qpenet_jax.datasets.prepared import Prepared, prepared_classes
 from qpenet_jax.datasets.shapes import Shapes
 from qpenet_jax.datasets.voc import VOCLayout
+from qpenet_jax.device_augmentation import (
+    augment_episodes,
+    canvas_side,
+    load_raw_episode,
+)
 from qpenet_jax.episode_lists import EpisodeList
-from qpenet_jax.episodes import EpisodeSampler
+from qpenet_jax.episodes import EpisodeIds, EpisodeSampler, load_episode
 from qpenet_jax.errors import InputError
-from qpenet_jax.evaluation import make_eval_step
+from qpenet_jax.evaluation import Predictor, cosine_predictor, qpenet_predictor
 from qpenet_jax.losses import LossWeights
 from qpenet_jax.models.backbone import Backbone, backbone
-from qpenet_jax.models.cosine import nearest_prototype
 from qpenet_jax.models.qpenet import VARIANTS, QPENet
 from qpenet_jax.protocols import (
     PRESETS,
@@ -51,9 +56,19 @@ CONFIG_FILE = "config.json"
 
 INPUTS_FILE = "inputs.json"
 
+DECODED = Path.home() / ".cache" / "qpenet_jax" / "decoded"
+"""Decoded training images, by data set; only what augments on the device needs them."""
+
 # What a resumed run may change, as no result depends on it: of the last two, the
 # contents are compared.
-FREE = {"workers", "log_every", "save_every", "dataset.root", "backbone.weights"}
+FREE = {
+    "workers",
+    "log_every",
+    "save_every",
+    "keep_compilations",
+    "dataset.root",
+    "backbone.weights",
+}
 
 
 SELECTION = {
@@ -304,6 +319,37 @@ class Experiment:
         fields["scale"] = tuple(fields["scale"])  # a list when read from JSON
         return Augmentation(**fields)
 
+    @property
+    def augments_on_device(self) -> bool:
+        """Whether the device augments the training images, not the host."""
+        where = self.config.augment_on
+        if where not in ("host", "device", "auto"):
+            raise InputError(f"config.augment_on={where!r}: choose host, device, auto")
+        return where == "device" or (where == "auto" and jax.default_backend() != "cpu")
+
+    def loader(self, dataset: SegmentationDataset) -> Callable[[EpisodeIds], Any]:
+        """Return what loads a training episode; `augmented` takes a batch of them.
+
+        For the device the images are decoded once into a file in DECODED. Raises
+        InputError where that can't be.
+        """
+        options: dict[str, Any] = {
+            "side": self.config.side,
+            "augmentation": self.augmentation,
+            "seed": self.config.seed,
+        }
+        if not self.augments_on_device:
+            return functools.partial(load_episode, dataset, **options)
+        decoded = Decoded(dataset, DECODED)
+        canvas = canvas_side(decoded.sizes)
+        return functools.partial(load_raw_episode, decoded, canvas=canvas, **options)
+
+    def augmented(self, batch: Any) -> Episode:
+        """Return a batch as the train step takes it."""
+        if not self.augments_on_device:
+            return batch
+        return augment_episodes(batch, side=self.config.side)
+
     def steps(self, listed_images: int) -> int:
         """Return the length of training in steps."""
         epoch = listed_images // self.config.batch_size
@@ -329,25 +375,13 @@ class Experiment:
         loss = LossWeights(**self.config.loss)
         return make_train_step(self.model, self.backbone, tx, loss)
 
-    def predictor(
-        self, weights: PyTree[Array]
-    ) -> Callable[[PyTree[Array], Episode], Array]:
-        """Return `predict(params, batch)`, foreground's lead in QPENet's logits."""
+    def predictor(self, params: PyTree[Array], weights: PyTree[Array]) -> Predictor:
+        """Return QPENet with trained parameters over the frozen weights."""
+        return qpenet_predictor(self.model, self.backbone, params, weights)
 
-        def forward(params, *inputs) -> Any:
-            return self.model.apply({"params": params}, *inputs)
-
-        step = make_eval_step(forward, self.backbone)
-        return lambda params, batch: step(params, weights, batch)
-
-    def cosine_predictor(self, weights: PyTree[Array]) -> Callable[[Episode], Array]:
-        """Return `predict(batch)` of the training-free baseline, same features."""
-
-        def forward(_, *inputs):
-            return nearest_prototype(*inputs)
-
-        step = make_eval_step(forward, self.backbone)
-        return lambda batch: step({}, weights, batch)
+    def cosine_predictor(self, weights: PyTree[Array]) -> Predictor:
+        """Return the training-free baseline, same features."""
+        return cosine_predictor(self.backbone, weights)
 
 
 def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
@@ -359,7 +393,7 @@ def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
     path = workdir / CONFIG_FILE
     ours = json.loads(config.to_json())
     if path.exists():
-        theirs = _read_config(path)
+        theirs = read_json(path)
         changed = sorted(
             key
             for key in _flat(ours).keys() | _flat(theirs).keys()
@@ -373,7 +407,7 @@ def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
     else:
         write_json(path, ours)
     path = workdir / INPUTS_FILE
-    theirs = _read_config(path) if path.exists() else inputs
+    theirs = read_json(path) if path.exists() else inputs
     changed = sorted(name for name in inputs if inputs[name] != theirs.get(name))
     if changed:
         raise InputError(
@@ -410,14 +444,15 @@ def open_run(workdir: str | Path) -> tuple[Experiment, PyTree[Array], int]:
             "train.py"
         )
     try:
-        experiment = Experiment(ConfigDict(_read_config(path)))
+        experiment = Experiment(ConfigDict(read_json(path)))
         like = experiment.untrained()
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no config of this version: {error}") from None
     return experiment, *restore_params(Path(workdir), like)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file of a workdir; raises InputError if it is broken."""
     remedy = "restore it, or use another --workdir"
     try:
         content = json.loads(path.read_text())

@@ -1,7 +1,6 @@
 """`qpenet figures`: what QPENet's parts do on chosen episodes (paper, Figs 4-6)."""
 
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qpenet_jax.episodes import EpisodeIds, load_episode
 from qpenet_jax.errors import InputError
 from qpenet_jax.evaluation import unpad
-from qpenet_jax.experiment import INPUTS_FILE, Experiment, open_run
+from qpenet_jax.experiment import INPUTS_FILE, Experiment, open_run, read_json
 from qpenet_jax.files import write_whole
 from qpenet_jax.metrics import count_pixels
 from qpenet_jax.models.ops import interpolation_matrix
@@ -455,7 +454,7 @@ def _check_comparable(
 def _facts(folder: Path, experiment: Experiment) -> dict[str, Any]:
     protocol = experiment.protocol()
     path = folder / INPUTS_FILE
-    inputs = json.loads(path.read_text()) if path.exists() else {}
+    inputs = read_json(path) if path.exists() else {}
     return {
         "novel classes": protocol.classes,
         "input size": (protocol.side, protocol.resize),

@@ -79,5 +79,5 @@ def load(workdir: str | Path) -> Segmenter:
     Raises InputError if the folder holds no run.
     """
     experiment, params, _ = open_run(workdir)
-    predict = experiment.predictor(experiment.backbone_weights())
-    return Segmenter(lambda batch: predict(params, batch), experiment.config.side)
+    predict = experiment.predictor(params, experiment.backbone_weights())
+    return Segmenter(predict, experiment.config.side)

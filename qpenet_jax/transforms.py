@@ -115,11 +115,12 @@ def fit_label(
     """Resize a label map or mask as `fit` does its image; padding is 255."""
     height, width = content_size(label.shape[0], label.shape[1], side, resize)
     canvas = np.full((side, side), IGNORE, np.uint8)
-    canvas[:height, :width] = _nearest(label, width, height)
+    canvas[:height, :width] = nearest(label, width, height)
     return canvas
 
 
-def _nearest(mask: Mask, width: int, height: int) -> NewMask:
+def nearest(mask: Mask, width: int, height: int) -> NewMask:
+    """Resize a mask by taking the nearest pixel."""
     # INTER_NEAREST takes the top left of each source window: off by half a pixel of
     # the image's grid. EXACT shares its half-pixel centres.
     return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
@@ -127,7 +128,7 @@ def _nearest(mask: Mask, width: int, height: int) -> NewMask:
 
 def _scale(image: Image, mask: Mask, factor: float) -> tuple[NewImage, NewMask]:
     height, width = (max(round(n * factor), 1) for n in mask.shape)
-    return cv2.resize(image, (width, height)), _nearest(mask, width, height)
+    return cv2.resize(image, (width, height)), nearest(mask, width, height)
 
 
 def _rotate(image: Image, mask: Mask, angle: float) -> tuple[Image, Mask]:

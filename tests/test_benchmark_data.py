@@ -130,7 +130,9 @@ def test_benchmark(dataset, voc_photos):
     check(result)
     assert cv2.getNumThreads() == threads
     assert [row["shots"] for row in result["one_core"]] == [1, 2]
-    assert [(r["shots"], r["workers"]) for r in result["grain"]] == [(1, 0), (2, 0)]
+    grain = [(r["augmenting"], r["shots"], r["workers"]) for r in result["grain"]]
+    both = ("host", "device")
+    assert grain == [(where, shots, 0) for where in both for shots in (1, 2)]
     assert result["images"] == {"voc": 12, "shapes": 60, None: 64}[dataset]
     assert all(r["episodes_per_s"] > 1 for r in result["grain"])
     markdown(result)
@@ -152,23 +154,24 @@ def test_markdown():
                 "shots": 5,
                 "rounds": 9,
                 "episodes_per_s": 50.04,
+                "raw_episodes_per_s": 100.0,
                 "plain_episodes_per_s": 20.0,
                 "ratio": 2.502,
                 "ratio_quartiles": [2.4, 2.6],
             }
         ],
         "grain": [
-            {"shots": 1, "workers": 0, "episodes_per_s": 100.0},
-            {"shots": 5, "workers": 2, "episodes_per_s": 60.0},
+            {"shots": 1, "workers": 0, "episodes_per_s": 100.0, "augmenting": "host"},
+            {"shots": 5, "workers": 2, "episodes_per_s": 60.0, "augmenting": "device"},
         ],
         "stages": {"blur": [0.25, 1.0], "all": [1.0, 2.0]},
     }
     lines = markdown(result).splitlines()
     assert "Training episodes at 473 pixels from photos, 7 images." in lines
     assert "a machine." in lines
-    assert "| 5 | 50.0 | 300 | 20.0 | 120 | 2.50 (2.40-2.60) |" in lines
-    assert "| 1 | 0 (a thread) | 100.0 | 200 | 200 |" in lines
-    assert "| 5 | 2 | 60.0 | 360 | 180 |" in lines
+    assert "| 5 | 50.0 | 300 | 20.0 | 120 | 2.50 (2.40-2.60) | 100.0 | 600 |" in lines
+    assert "| host | 1 | 0 (a thread) | 100.0 | 200 | 200 |" in lines
+    assert "| device | 5 | 2 | 60.0 | 360 | 180 |" in lines
     assert "| blur | 0.250 | 25% | 1.000 | 50% |" in lines
     tables = [line for line in lines if line.startswith("|")]
     assert sum("--" in line for line in tables) == 3

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import itertools
 import pickle
 from collections import Counter
@@ -12,7 +13,6 @@ from qpenet_jax.episodes import (
     EpisodeIds,
     EpisodeSampler,
     eligible_pairs,
-    evaluation_episodes,
     load_episode,
     training_batches,
 )
@@ -249,8 +249,11 @@ def small_sampler(dataset: VOCLayout, shots: int = 2) -> EpisodeSampler:
 
 def batches(dataset: VOCLayout, count: int, **options) -> list[Episode]:
     """The first batches of two augmented episodes each."""
-    options = {"batch_size": 2, "seed": 5, "augmentation": Augmentation()} | options
-    stream = training_batches(dataset, small_sampler(dataset), side=SIDE, **options)
+    how = {"seed": 5, "augmentation": Augmentation()}
+    how |= {name: options.pop(name) for name in how.keys() & options.keys()}
+    load = functools.partial(load_episode, dataset, side=SIDE, **how)
+    options = {"batch_size": 2} | options
+    stream = training_batches(load, small_sampler(dataset), **options)
     with contextlib.closing(stream):
         return list(itertools.islice(stream, count))
 
@@ -332,21 +335,6 @@ def test_workers_change_nothing(root):
 def test_batch_that_processes_cannot_share(root):
     with pytest.raises(InputError, match="batch size 2 can't be shared by 3"):
         batches(opened(root), 1, shard=(0, 3))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_episodes(root, workers):
-    dataset = opened(root)
-    sampler = small_sampler(dataset)
-    loaded = list(evaluation_episodes(dataset, sampler, 10, SIDE, workers))
-    assert len(loaded) == 10
-    for i, (ids, episode, label) in enumerate(loaded):
-        assert type(ids) is EpisodeIds
-        assert ids == sampler(i)
-        raw = dataset.label(ids.query)
-        np.testing.assert_array_equal(label == 1, raw == ids.class_id)
-        np.testing.assert_array_equal(label == 255, raw == 255)
-        assert same(episode, load_episode(dataset, ids, SIDE))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -64,6 +64,20 @@ def test_winograd_equals_convolution(function, height, width, dilation):
     )
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_conv3x3_in_bfloat16(dilation):
+    """As exact as its inputs and output, and both branches have one type."""
+    x, kernel = normal(1, 30, 31, 64), normal(3, 3, 64, 8, seed=1)
+    cotangent = normal(1, 30, 31, 8, seed=2)
+    half = [a.astype(jnp.bfloat16) for a in (cotangent, x, kernel)]
+    fast = functools.partial(ops.conv3x3, dilation=dilation)
+    plain = functools.partial(library_conv3x3, dilation=dilation)
+    results = value_and_gradients(fast, *half)
+    assert {r.dtype for r in results} == {jnp.dtype(jnp.bfloat16)}
+    exact = value_and_gradients(plain, *(a.astype(jnp.float32) for a in half))
+    assert_equal([r.astype(jnp.float32) for r in results], exact, tolerance=2**-8)
+
+
 def test_winograd_with_dilation_4_on_an_odd_grid():
     x, kernel = normal(1, 10, 5, 64), normal(3, 3, 64, 3, seed=1)
     fast = jax.jit(functools.partial(ops._winograd_dilated, dilation=4))

@@ -1,6 +1,7 @@
 """Prepared data sets: what is written is what is read, whole or not at all."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -30,7 +31,7 @@ from qpenet_jax.datasets.builder import (
 )
 from qpenet_jax.datasets.images import read_image
 from qpenet_jax.datasets.prepared import Prepared
-from qpenet_jax.episodes import EpisodeSampler, training_batches
+from qpenet_jax.episodes import EpisodeSampler, load_episode, training_batches
 from qpenet_jax.errors import InputError
 from qpenet_jax.transforms import Augmentation
 from qpenet_jax.typing import SegmentationDataset
@@ -145,16 +146,11 @@ def test_folder_can_be_moved(tiny, tmp_path):
 def test_pickled_and_read_by_workers(tiny):
     data = pickle.loads(pickle.dumps(Prepared(tiny, "train")))
     sampler = EpisodeSampler(data.counts, (1, 2), shots=1, seed=3, min_pixels=10)
+    load = functools.partial(
+        load_episode, data, side=33, augmentation=Augmentation(), seed=3
+    )
     here, workers = (
-        training_batches(
-            data,
-            sampler,
-            side=33,
-            augmentation=Augmentation(),
-            batch_size=2,
-            seed=3,
-            workers=workers,
-        )
+        training_batches(load, sampler, batch_size=2, workers=workers)
         for workers in (0, 1)
     )
     with contextlib.closing(here), contextlib.closing(workers):

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qpenet_jax.datasets.builder import Example, SegmentationBuilder, Source, prepare
-from qpenet_jax.datasets.images import read_label
+from qpenet_jax.datasets.images import IMAGE_SUFFIXES, read_label
 from qpenet_jax.errors import InputError
 from qpenet_jax.typing import IGNORE
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 HASH_RANGE = 2**64
 """The split looks at 8 bytes of a name's SHA-256: the same on every machine."""

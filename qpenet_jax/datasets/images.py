@@ -12,6 +12,9 @@ from PIL import Image, ImageOps
 from qpenet_jax.errors import InputError
 from qpenet_jax.typing import IGNORE
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+"""What counts as an image in a user's folder."""
+
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""

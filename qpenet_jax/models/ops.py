@@ -30,8 +30,7 @@ def conv3x3(
     plain = functools.partial(_conv3x3_plain, dilation=dilation)
     if x.shape[1] * x.shape[2] < WINOGRAD_FROM_CELLS or x.shape[3] < 64:
         return plain(x, kernel)
-    fast = functools.partial(_winograd_dilated, dilation=dilation)
-    fast = _winograd if dilation == 1 else fast
+    fast = functools.partial(_conv3x3_winograd, dilation=dilation)
     return jax.lax.platform_dependent(x, kernel, cpu=fast, default=plain)
 
 
@@ -49,6 +48,13 @@ def _conv3x3_plain(x, kernel, dilation):
         rhs_dilation=(dilation, dilation),
         dimension_numbers=NHWC,
     )
+
+
+def _conv3x3_winograd(x, kernel, dilation):
+    """Convolve in float32: sums of 36 products would lose bfloat16's few bits."""
+    f32 = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    y = _winograd(*f32) if dilation == 1 else _winograd_dilated(*f32, dilation)
+    return y.astype(x.dtype)
 
 
 def _winograd_matrices(points):

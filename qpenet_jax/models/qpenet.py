@@ -1,7 +1,7 @@
 """QPENet: the assembly of the paper's Fig. 2 over frozen backbone features."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -59,6 +59,17 @@ class QPENet(nn.Module):
                 )
         super().__post_init__()
 
+    def setup(self):
+        """Make what `encode` needs as well; the rest is made where it is used."""
+        self.reduce_support = Conv1x1(self.channels)
+        self.reduce_query = (
+            self.reduce_support if self.shared_reducer else Conv1x1(self.channels)
+        )
+        self.make_convs = functools.partial(
+            Convs, self.channel_dropout, self.head_dropout
+        )
+        self.gbc = GBC(self.make_convs, self.gate_dropout, self.bgpe)
+
     @nn.compact
     def __call__(
         self,
@@ -67,6 +78,7 @@ class QPENet(nn.Module):
         query_features: Float[Array, "b h w f"],
         *,
         train: bool = False,
+        P_bg: Float[Array, "b c"] | None = None,
     ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
         """Return the query's logits at image size and every named intermediate.
 
@@ -75,22 +87,18 @@ class QPENet(nn.Module):
         [b, h, w]; M_s [b, k, h, w]. Variants lack what they don't compute; FEM adds a
         tuple y_inner, `prior` its map. Any K. Sides must be 8 n + 1 pixels; raises
         ValueError if masks and features do not fit. `train` needs a "dropout" key.
+        With `P_bg` the features are F_s and F_q already, as `decode` has them.
         """
         b, k, h, w, f = support_features.shape
-        reduce_support = Conv1x1(self.channels, name="reduce_support")
-        reduce_query = (
-            reduce_support
-            if self.shared_reducer
-            else Conv1x1(self.channels, name="reduce_query")
-        )
-        dropout = channel_dropout(self.channel_dropout)
-        folded = support_features.reshape(b * k, h, w, f)
-        F_s = dropout(reduce_support(folded), deterministic=not train)
-        F_s = F_s.reshape(b, k, h, w, -1)
-        F_q = dropout(reduce_query(query_features), deterministic=not train)
+        F_s, F_q = support_features, query_features
+        if P_bg is None:
+            dropout = channel_dropout(self.channel_dropout)
+            folded = F_s.reshape(b * k, h, w, f)
+            F_s = dropout(self.reduce_support(folded), deterministic=not train)
+            F_s = F_s.reshape(b, k, h, w, -1)
+            F_q = dropout(self.reduce_query(F_q), deterministic=not train)
         M_s = foreground_on_grid(support_masks, (h, w))
 
-        make_convs = functools.partial(Convs, self.channel_dropout, self.head_dropout)
         make_head = functools.partial(Head, self.head_dropout)
         make_cross = functools.partial(
             CrossAttention, self.heads, self.ffn_features, self.attention_dropout
@@ -99,13 +107,12 @@ class QPENet(nn.Module):
         # Foreground: support -> query -> support.
         out: dict[str, Any] = {"M_s": M_s, "P_pre": preliminary_prototype(F_s, M_s)}
         if self.fgpe:
-            convs = make_convs(name="convs")
+            convs = self.make_convs(name="convs")
             out |= pseudo_prototype(convs, out["P_pre"], F_q, train=train)
             guide = out["P_pre"] if self.sgm else out["P_psd"]
             out |= dual_prototypes(convs, guide, F_s, M_s, train=train)
         # Background: the global prototype, cleansed for this query.
-        gbc = GBC(make_convs, self.gate_dropout, self.bgpe, name="gbc")
-        out |= gbc(F_q, F_s, train=train)
+        out |= self.gbc(F_q, F_s, train=train) if P_bg is None else {"P_bg": P_bg}
         # Decoder.
         activation, P_fg = self._foreground(F_q, out)
         if self.prior:
@@ -124,6 +131,32 @@ class QPENet(nn.Module):
         height, width = support_masks.shape[-2:]
         logits = resize_align_corners(out["y_final"], (height, width))
         return logits, out
+
+    def encode(self, features: Float[Array, "b h w f"]) -> tuple[Array, ...]:
+        """Return all that evaluation can know of images without their episodes.
+
+        That is F_s and F_q [b, h, w, c], one map if the reducer is shared, and P_bg
+        [b, c], which depends on the query alone. With `prior` the features themselves.
+        """
+        if self.prior:
+            return (features,)
+        F_q = self.reduce_query(features)
+        P_bg = self.gbc(F_q, F_q[:, None], train=False)["P_bg"]
+        if self.shared_reducer:
+            return F_q, P_bg
+        return self.reduce_support(features), F_q, P_bg
+
+    def decode(
+        self,
+        supports: Sequence[tuple[Array, ...]],
+        support_masks: Int[Array, "b k H W"],
+        query: tuple[Array, ...],
+    ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
+        """Return what `__call__` does in evaluation, from encoded images: no y_bg_q."""
+        F_s = jnp.stack([encoded[0] for encoded in supports], axis=1)
+        if self.prior:
+            return self(F_s, support_masks, query[0])
+        return self(F_s, support_masks, query[-2], P_bg=query[-1])
 
     def _foreground(self, F_q, out):
         """Return the decoder's activation maps by name and the vectors to broadcast."""

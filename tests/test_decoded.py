@@ -1,0 +1,174 @@
+"""Decoded images: what is mapped is what is decoded, whole or made anew."""
+
+import contextlib
+import functools
+import os
+import pickle
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from qpenet_jax.datasets.decoded import PIXELS, SIZES, Decoded
+from qpenet_jax.datasets.shapes import Shapes
+from qpenet_jax.datasets.voc import VOCLayout
+from qpenet_jax.episodes import EpisodeSampler, load_episode, training_batches
+from qpenet_jax.errors import InputError
+from qpenet_jax.protocols import dataset_version
+from qpenet_jax.transforms import Augmentation
+from qpenet_jax.typing import SegmentationDataset
+
+CLASSES = ("first", "second", "third")
+
+
+@pytest.fixture
+def dataset(tmp_path, write_voc) -> VOCLayout:
+    """20 images of different sizes."""
+    return VOCLayout(
+        write_voc(tmp_path / "voc", 20, 3), tmp_path / "voc/ids.txt", CLASSES
+    )
+
+
+class Unreadable:
+    """What only tells names and counts: a data set that must not be decoded."""
+
+    def __init__(self, dataset, readable=()):
+        self.classes, self.names = dataset.classes, dataset.names
+        self.counts, self._dataset = dataset.counts, dataset
+        self._readable = readable
+
+    def __len__(self):
+        return len(self.names)
+
+    def image(self, index):
+        assert index in self._readable
+        return self._dataset.image(index)
+
+    def label(self, index):
+        assert index in self._readable
+        return self._dataset.label(index)
+
+
+def equal(decoded, dataset) -> bool:
+    return all(
+        np.array_equal(decoded.image(i), dataset.image(i))
+        and np.array_equal(decoded.label(i), dataset.label(i))
+        for i in range(len(dataset))
+    )
+
+
+def folder_of(dataset, root):
+    return root / "cache" / dataset_version(dataset)
+
+
+def test_it_is_the_data_set(dataset, tmp_path):
+    decoded = Decoded(dataset, tmp_path / "cache")
+    assert isinstance(decoded, SegmentationDataset)
+    assert len(decoded) == 20
+    assert (decoded.classes, decoded.names) == (CLASSES, dataset.names)
+    assert (decoded.counts == dataset.counts).all()
+    assert dataset_version(decoded) == dataset_version(dataset)
+    assert equal(decoded, dataset)
+    sizes = [dataset.label(i).shape for i in range(20)]
+    assert decoded.sizes.tolist() == list(map(list, sizes))
+    bytes_ = sum(4 * height * width for height, width in sizes)
+    assert (folder_of(dataset, tmp_path) / PIXELS).stat().st_size == bytes_
+    with pytest.raises(ValueError, match="read-only"):
+        decoded.image(3)[0, 0] = 0
+
+
+def test_a_second_opening_decodes_a_sample_alone(dataset, tmp_path):
+    Decoded(dataset, tmp_path / "cache")
+    many = Shapes("train", 100, 32)
+    Decoded(many, tmp_path / "cache")  # Beside the other.
+    sample = range(0, 100, 6)
+    assert equal(Decoded(Unreadable(many, sample), tmp_path / "cache"), many)
+    assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
+
+
+@pytest.mark.parametrize("damage", ["no sizes", "broken sizes", "cut", "longer"])
+def test_an_incomplete_file_is_made_anew(dataset, tmp_path, damage):
+    folder = folder_of(dataset, tmp_path)
+    Decoded(dataset, tmp_path / "cache")
+    if damage == "no sizes":
+        (folder / SIZES).unlink()
+    elif damage == "broken sizes":
+        (folder / SIZES).write_bytes((folder / SIZES).read_bytes()[:50])
+    else:
+        with (folder / PIXELS).open("r+b") as file:
+            file.truncate(100 if damage == "cut" else 10_000_000)
+    assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
+    assert sorted(file.name for file in folder.iterdir()) == [PIXELS, SIZES]
+
+
+def test_other_pixels_of_the_same_names_and_counts_are_noticed(tmp_path):
+    dataset = Shapes("train", 20, 40)
+    Decoded(dataset, tmp_path / "cache")
+    folder = folder_of(dataset, tmp_path)
+    pixels = np.fromfile(folder / PIXELS, np.uint8)
+    (255 - pixels).tofile(folder / PIXELS)
+    assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
+
+
+def test_an_interrupted_run_leaves_nothing_that_is_taken_for_whole(tmp_path):
+    dataset = Shapes("train", 40, 40)
+    folder = folder_of(dataset, tmp_path)
+    with pytest.raises(AssertionError):  # The sample can be read, image 5 can't.
+        Decoded(Unreadable(dataset, (*range(5), *range(6, 40))), tmp_path / "cache")
+    assert not list(folder.iterdir())
+    killed, writing = folder / "a.part", folder / "b.part"
+    for part in (killed, writing):
+        part.write_bytes(b"0")
+    long_ago = time.time() - 7200
+    os.utime(killed, (long_ago, long_ago))
+    assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
+    assert not killed.exists()
+    assert writing.exists()  # It may be another run's.
+
+
+def test_limits_are_told_in_one_line(dataset, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"would take .* limit of 0\.0 GB") as error:
+        Decoded(dataset, tmp_path / "cache", limit=10_000)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "cache").exists()
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(InputError, match=r"0\.0 GB are free.*cache_images=none"):
+        Decoded(dataset, tmp_path / "cache")
+
+
+def test_a_folder_that_cant_be_written_to(dataset, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(InputError, match=r"can't be written \(.*cache_images=none"):
+        Decoded(dataset, tmp_path / "cache")
+
+
+def test_a_label_of_another_size_is_named(dataset, tmp_path):
+    dataset.label = lambda index: np.zeros((7, 9), np.uint8)
+    with pytest.raises(InputError, match=r"im_000: mask of 9x7 pixels for an image"):
+        Decoded(dataset, tmp_path / "cache")
+    assert not list(folder_of(dataset, tmp_path).iterdir())
+
+
+def test_pickles_are_small_and_open_the_file(tmp_path):
+    dataset = Shapes("train", 20, 100)
+    decoded = Decoded(dataset, tmp_path / "cache")
+    decoded.image(0)
+    pickled = pickle.dumps(decoded)
+    assert len(pickled) < 10_000  # One image has 30,000 bytes.
+    assert equal(pickle.loads(pickled), dataset)
+
+
+def test_episodes_are_the_same_in_workers_too(dataset, tmp_path):
+    decoded = Decoded(dataset, tmp_path / "cache")
+    sampler = EpisodeSampler(dataset.counts, (1, 2, 3), shots=2, seed=3, min_pixels=9)
+    options = {"side": 65, "augmentation": Augmentation(), "seed": 3}
+    load = functools.partial(load_episode, decoded, **options)
+    stream = training_batches(load, sampler, batch_size=1, workers=1)
+    with contextlib.closing(stream) as batches:
+        for index in range(3):
+            batch = next(batches)
+            expected = load_episode(dataset, sampler(index), **options)
+            for ours, theirs in zip(batch, expected, strict=True):
+                assert np.array_equal(ours[0], theirs)

@@ -1,0 +1,332 @@
+"""The plan of what is encoded when, and evaluation with and without it, bit for bit."""
+
+import functools
+import itertools
+import weakref
+from collections import Counter
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qpenet_jax.datasets.shapes import Shapes
+from qpenet_jax.episode_lists import FrozenEpisodes
+from qpenet_jax.episodes import EpisodeIds, EpisodeSampler, load_episode
+from qpenet_jax.evaluation import (
+    Predictor,
+    cosine_predictor,
+    evaluate,
+    make_eval_step,
+    qpenet_predictor,
+    score,
+)
+from qpenet_jax.feature_cache import grouped, plan
+from qpenet_jax.models.backbone import Backbone
+from qpenet_jax.models.cosine import nearest_prototype
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.protocols import Protocol
+from qpenet_jax.transforms import binary_mask
+from qpenet_jax.typing import Episode
+
+SIDE, FEATURES, CLASSES = 33, 12, (1, 2, 3)
+
+
+def draw_ids(count, shots=2, images=12, seed=0):
+    """Return episodes of random images; class c has those with i % 3 == c - 1."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for index in range(count):
+        class_id = int(rng.integers(1, 4))
+        members = np.arange(class_id - 1, images, 3)
+        query, *supports = rng.choice(members, shots + 1, replace=False).tolist()
+        found.append(EpisodeIds(index, query, class_id, tuple(supports)))
+    return found
+
+
+def test_the_least_recently_used_image_goes_first():
+    def ids(*images):
+        return EpisodeIds(0, images[0], 1, images[1:])
+
+    turns = plan([ids(0, 1), ids(2, 0), ids(3, 4), ids(0, 1)], capacity=3)
+    assert [turn.load for turn in turns] == [(0, 1), (2,), (3, 4), (1,)]
+    # 1, 2, 0, 3, 4 by last use when the third episode is over.
+    assert [turn.drop for turn in turns] == [(), (), (1, 2), (3,)]
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 2, 3, 5, 12, 100])
+def test_what_stays_is_what_was_used_last(capacity):
+    episodes = draw_ids(200)
+    turns = plan(episodes, capacity)
+    assert [turn.ids for turn in turns] == episodes
+    kept, used = set(), []
+    for ids, load, drop in turns:
+        images = {ids.query, *ids.supports}
+        assert set(load) == images - kept
+        assert len(load) == len(set(load))
+        kept |= images
+        assert kept >= set(drop)
+        kept -= set(drop)
+        used += [ids.query, *ids.supports]
+        latest = list(dict.fromkeys(reversed(used)))
+        assert kept == set(latest[:capacity])
+
+
+def test_enough_room_loads_every_image_once():
+    loads = Counter(i for turn in plan(draw_ids(200), 12) for i in turn.load)
+    assert set(loads) == set(range(12))
+    assert set(loads.values()) == {1}
+
+
+def test_no_room_loads_every_image_every_time():
+    for ids, load, drop in plan(draw_ids(50), 0):
+        assert set(load) == set(drop) == {ids.query, *ids.supports}
+
+
+def test_grouping_by_class_and_query_saves_loads():
+    episodes = draw_ids(200)
+    order = grouped(episodes)
+    assert sorted(order) == list(range(200))
+    sought = [(episodes[n].class_id, episodes[n].query) for n in order]
+    assert len(list(itertools.groupby(sought))) == len(set(sought))
+
+    def loads(chosen, capacity):
+        return sum(len(turn.load) for turn in plan(chosen, capacity))
+
+    together = [episodes[n] for n in order]
+    # A class has 4 images of the 12: room for those is room enough.
+    assert loads(together, 4) == 12 < loads(episodes, 4) / 4
+    assert loads(together, 1) < loads(together, 0)
+
+
+class Patches(nn.Module):
+    """Every eighth pixel through one dense layer; notes when it is traced."""
+
+    traces: str = "patches"
+
+    @nn.compact
+    def __call__(self, images):
+        TRACES[self.traces] += 1
+        return {"stage": nn.Dense(FEATURES, name="dense")(images[:, ::8, ::8])}
+
+
+TRACES = Counter()
+BACKBONE = Backbone(Patches(), ("stage",), FEATURES)
+SMALL = {"channels": 16, "heads": 2, "ffn_features": 24}
+
+
+@functools.cache
+def weights():
+    images = jnp.zeros((1, SIDE, SIDE, 3))
+    return Patches().init(jax.random.key(0), images)["params"]
+
+
+def draw_params(model, seed=1):
+    """Return random parameters, large enough for mixed predictions."""
+    maps, masks = jnp.zeros((1, 1, 3, 3, FEATURES)), jnp.zeros((1, 1, 17, 17), int)
+    leaves, tree = jax.tree.flatten(
+        jax.eval_shape(model.init, jax.random.key(0), maps, masks, maps[0])["params"]
+    )
+    rng = np.random.default_rng(seed)
+
+    def one(leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 4
+        return (rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    return tree.unflatten([one(leaf) for leaf in leaves])
+
+
+@functools.cache
+def data():
+    return Shapes("val", size=80, side=65)
+
+
+def setting(shots, episodes=7, **changes):
+    """Return the protocol and the samplers of two seeds."""
+    protocol = Protocol(
+        dataset="shapes",
+        split="blocks",
+        fold=0,
+        classes=("one", "two", "three"),
+        shots=shots,
+        episodes=episodes,
+        seeds=(0, 5),
+        side=SIDE,
+        **changes,
+    )
+    samplers = [
+        EpisodeSampler(data().counts, CLASSES, shots, seed, min_pixels=1)
+        for seed in protocol.seeds
+    ]
+    return protocol, samplers
+
+
+def images_of(episodes):
+    return {i for ids in episodes for i in (ids.query, *ids.supports)}
+
+
+class Spy:
+    """A predictor that notes the margins and how often it encodes."""
+
+    def __init__(self, predict):
+        self.margins, self.encoded = [], 0
+
+        def encode(image):
+            self.encoded += isinstance(image, np.ndarray)  # not a traced shape
+            return predict.encode(image)
+
+        def decode(*inputs):
+            self.margins.append(np.asarray(predict.decode(*inputs)))
+            return self.margins[-1]
+
+        self.predict = Predictor(encode, decode)
+
+
+def bytes_of(predict):
+    """Return the size of one encoded image."""
+    encoded = predict.encode(np.zeros((1, SIDE, SIDE, 3), np.uint8))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(encoded))
+
+
+def check(predict, step, params, shots):
+    """Evaluate with room for everything, for one image and for none; and batched."""
+    protocol, samplers = setting(shots)
+    drawn = [(s.seed, s(i)) for s in samplers for i in range(protocol.episodes)]
+    episodes = [ids for _, ids in drawn]
+    order = grouped(episodes)
+    size = bytes_of(predict)
+    for limit, encoded in (
+        (100 * size, len(images_of(episodes))),
+        (0, len(drawn) * (shots + 1)),
+        # Room for an episode's images and for one that stays.
+        (size * (shots + 2), sum(_loads([episodes[n] for n in order]))),
+    ):
+        spy = Spy(predict)
+        scores = evaluate(spy.predict, data(), protocol, samplers, cache_bytes=limit)
+        assert spy.encoded == encoded
+        if limit == 100 * size:
+            first, rows = spy.margins, scores.rows
+        np.testing.assert_array_equal(spy.margins, first)
+        np.testing.assert_array_equal(scores.rows, rows)
+    assert len({m.tobytes() for m in first}) > len(drawn) // 2, "they differ"
+
+    by_position = dict(zip(order, first, strict=True))
+    for n, (seed, ids) in enumerate(drawn):
+        loaded = load_episode(data(), ids, SIDE)
+        episode = Episode(*(x[None] for x in loaded))
+        batched = np.asarray(step(params, weights(), episode))
+        np.testing.assert_allclose(by_position[n], batched, atol=2e-4)
+        np.testing.assert_array_equal(predict(episode), by_position[n])
+        mask = binary_mask(data().label(ids.query), ids.class_id)
+        counts = score(by_position[n][0], loaded.query_mask, mask, protocol)
+        assert rows[n].tolist() == [seed, ids.index, ids.query, ids.class_id, *counts]
+
+
+def _loads(episodes):
+    """Yield how many images each episode encodes if the one used last stays."""
+    stays = None
+    for ids in episodes:
+        yield len({ids.query, *ids.supports} - {stays})
+        stays = ids.supports[-1]
+
+
+CASES = {
+    "separate": (1, {}),
+    "shared": (5, {"shared_reducer": True}),
+    "prior": (1, {"prior": True}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_cache_changes_no_bit_of_qpenet(name):
+    shots, fields = CASES[name]
+    model = QPENet(**SMALL, **fields)
+    params = draw_params(model)
+
+    def forward(params, *inputs):
+        return model.apply({"params": params}, *inputs)
+
+    predict = qpenet_predictor(model, BACKBONE, params, weights())
+    check(predict, make_eval_step(forward, BACKBONE), params, shots)
+
+
+def test_the_cache_changes_no_bit_of_the_baseline():
+    step = make_eval_step(lambda _, *inputs: nearest_prototype(*inputs), BACKBONE)
+    check(cosine_predictor(BACKBONE, weights()), step, {}, shots=5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "floats"),
+    [
+        ({}, 5 * 5 * 2 * 16 + 16),
+        ({"shared_reducer": True}, 5 * 5 * 16 + 16),
+        ({"prior": True}, 5 * 5 * FEATURES),
+    ],
+)
+def test_the_size_of_an_encoded_image(fields, floats):
+    model = QPENet(**SMALL, **fields)
+    predict = qpenet_predictor(model, BACKBONE, draw_params(model), weights())
+    assert bytes_of(predict) == 4 * floats
+
+
+def fake(live):
+    """A predictor of constant margins that encodes into arrays noted in `live`."""
+
+    def encode(image):
+        encoded = jnp.asarray(image)
+        if isinstance(image, np.ndarray):  # not a traced shape
+            live.append(weakref.ref(encoded))
+        return encoded
+
+    def decode(supports, masks, query):
+        return np.ones((1, SIDE, SIDE), np.float32)
+
+    return Predictor(encode, decode)
+
+
+@pytest.mark.parametrize("images", [1, 3, 4, 9, 100])
+def test_memory_is_bounded(images):
+    """Three images at least, as a 2-shot episode has so many."""
+    live, most = [], []
+    plain = fake(live)
+
+    def decode(*inputs):
+        most.append(sum(ref() is not None for ref in live))
+        return plain.decode(*inputs)
+
+    protocol, samplers = setting(shots=2, episodes=20)
+    limit = images * SIDE * SIDE * 3
+    counting = plain._replace(decode=decode)
+    evaluate(counting, data(), protocol, samplers, cache_bytes=limit)
+    assert max(most) <= max(images, 3)
+    if images == 100:
+        assert max(most) == len(images_of([s(i) for s in samplers for i in range(20)]))
+
+
+def test_other_parameters_need_no_compilation():
+    """As the evaluations for the selection while training have."""
+    net = Backbone(Patches("once"), ("stage",), FEATURES)
+    protocol, samplers = setting(shots=1, episodes=2)
+    found = []
+    for seed in (1, 2):
+        model = QPENet(**SMALL)  # equal, but another object
+        predict = qpenet_predictor(model, net, draw_params(model, seed), weights())
+        found.append(Spy(predict))
+        evaluate(found[-1].predict, data(), protocol, samplers)
+    assert TRACES["once"] == 1
+    assert not np.array_equal(found[0].margins, found[1].margins)
+
+
+def test_frozen_episodes_and_workers_change_nothing():
+    protocol, samplers = setting(shots=2, scoring="input", resize="squash")
+    predict = cosine_predictor(BACKBONE, weights())
+    drawn = evaluate(predict, data(), protocol, samplers).rows
+    frozen = [
+        FrozenEpisodes(s.seed, tuple(map(s, range(protocol.episodes))))
+        for s in samplers
+    ]
+    again = evaluate(predict, data(), protocol, frozen, workers=1).rows
+    np.testing.assert_array_equal(again, drawn)
+    padded, _ = setting(shots=2, scoring="input")
+    assert (evaluate(predict, data(), padded, samplers).rows != drawn).any()
