@@ -91,10 +91,14 @@ def pooled(found: Sequence[Found]) -> Scores:
     return Scores(np.concatenate(parts))
 
 
-def verdict(paper: float, interval: Sequence[float]) -> str:
-    """Return what our interval (low, high) says about the paper's difference."""
+def verdict(paper: float, interval: Sequence[float], by_seed: Sequence[float]) -> str:
+    """Return what ours says about the sign of the paper's difference.
+
+    Undecided where the interval (low, high) over query images contains 0, or where the
+    training seeds don't agree on the sign, of which the interval knows nothing.
+    """
     low, high = interval
-    if low <= 0 <= high:
+    if low <= 0 <= high or min(by_seed) <= 0 <= max(by_seed):
         return "undecided"
     return "holds" if (low > 0) == (paper > 0) else "contrary"
 
@@ -189,7 +193,9 @@ def _ordering(a: str, b: str, found: Mapping[str, Sequence[Found]]) -> dict[str,
     row = figures(found[a], found[b])
     for name, figure in row.items():
         figure["paper"] = round(_paper(a, name) - _paper(b, name), 1)
-        figure["order"] = verdict(figure["paper"], figure["interval"])
+        figure["order"] = verdict(
+            figure["paper"], figure["interval"], figure["by_seed"]
+        )
     return row
 
 
@@ -227,8 +233,8 @@ def _ablation_page(table: str, content: Mapping[str, Any]) -> list[str]:
         "The paper's figures: PASCAL-5i, mean of the folds, ResNet-50, 1 shot.",
         "## Does the paper's order hold? Paired differences on the same episodes",
         markdown(("rows", "measure", "paper", "ours", "by seed", "order"), orders),
-        "Undecided: our interval contains 0. A mean over some classes is held against "
-        "the paper's mIoU.",
+        "Undecided: our interval contains 0, or the seeds differ in sign. A mean over "
+        "some classes is held against the paper's mIoU.",
         f"Protocol: {content['protocol']}. {same}",
     ]
 

@@ -430,7 +430,14 @@ def test_orders_are_told_from_paired_differences(gain, order):
     difference = figures(ours, noise)["mIoU"]
     np.testing.assert_allclose(difference["ours"], 100 * gain, atol=0.01)
     np.testing.assert_allclose(difference["by_seed"], 100 * gain, atol=0.01)
-    assert verdict(-1.0, difference["interval"]) == order
+    seeds = difference["by_seed"] if gain else [-1.0, 1.0]
+    assert verdict(-1.0, difference["interval"], seeds) == order
+
+
+def test_an_order_in_which_the_seeds_disagree_is_undecided():
+    assert verdict(-1.0, (-2.0, -0.5), (-2.0, -0.5)) == "holds"
+    assert verdict(-1.0, (-2.0, -0.5), (-4.0, 0.1)) == "undecided"
+    assert verdict(1.0, (-2.0, 0.5), (-2.0, -0.5)) == "undecided"
 
 
 def test_the_mean_over_folds_and_its_interval():
