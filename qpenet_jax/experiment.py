@@ -100,6 +100,12 @@ class Experiment:
                 f"config.select_on={self.config.select_on!r}: choose "
                 f"{', '.join(SELECTION)}"
             )
+        where = ("auto", "device", "host")
+        if self.config.augment_on not in where:
+            raise InputError(
+                f"config.augment_on={self.config.augment_on!r}: choose "
+                f"{', '.join(where)}"
+            )
         if self.config.seed < 0:
             raise InputError(f"config.seed={self.config.seed} must be 0 or more")
         unknown = set(self.config.eval.focus) - set(self.protocol().classes)
@@ -323,8 +329,6 @@ class Experiment:
     def augments_on_device(self) -> bool:
         """Whether the device augments the training images, not the host."""
         where = self.config.augment_on
-        if where not in ("host", "device", "auto"):
-            raise InputError(f"config.augment_on={where!r}: choose host, device, auto")
         return where == "device" or (where == "auto" and jax.default_backend() != "cpu")
 
     def loader(self, dataset: SegmentationDataset) -> Callable[[EpisodeIds], Any]:

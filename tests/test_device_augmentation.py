@@ -1,5 +1,6 @@
 """Augmentation by XLA against OpenCV's, with the same random draws."""
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -11,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from qpenet_jax import experiment
 from qpenet_jax.benchmark.photos import made_up_photo
+from qpenet_jax.config_files import load_config
 from qpenet_jax.datasets.shapes import Shapes
 from qpenet_jax.datasets.voc import VOCLayout
 from qpenet_jax.device_augmentation import (
@@ -28,6 +31,7 @@ from qpenet_jax.episodes import (
     EpisodeSampler,
     generator,
     load_episode,
+    training_batches,
 )
 from qpenet_jax.errors import InputError
 from qpenet_jax.transforms import Augmentation, augment
@@ -402,3 +406,35 @@ def test_devices_share_a_batch_without_talking():
         text=True,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_an_experiment_trains_on_the_same_batches(tmp_path, monkeypatch):
+    """config.augment_on chooses; the steps see what the host would have made."""
+    monkeypatch.setattr(experiment, "DECODED", tmp_path / "decoded")
+    words = ["--config.side=65", "--config.dataset.side=97", "--config.seed=3"]
+    words += ["--config.dataset.train_images=40", "--config.dataset.on_few=drop"]
+    file = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
+    batches = {}
+    for where in ("host", "device", "auto"):
+        settings = [*words, f"--config.augment_on={where}"]
+        made = experiment.Experiment(load_config(file, settings))
+        dataset = made.dataset("train")
+        stream = training_batches(
+            made.loader(dataset), made.train_sampler(dataset), batch_size=4
+        )
+        with contextlib.closing(stream):
+            batches[where] = made.augmented(next(stream))
+        assert made.augments_on_device == (where == "device")  # the tests' is a CPU
+    for host, device, auto in zip(*batches.values(), strict=True):
+        assert_close(np.asarray(device), host)
+        np.testing.assert_array_equal(auto, host)
+    config = load_config(file, ["--config.augment_on=gpu"])
+    with pytest.raises(InputError, match="augment_on='gpu': choose auto, device, host"):
+        experiment.Experiment(config)
+
+
+def assert_close(ours, expected):
+    difference = np.abs(ours.astype(int) - expected.astype(int))
+    assert ours.shape == expected.shape
+    assert np.mean(difference <= 1) >= 0.999
