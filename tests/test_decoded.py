@@ -134,13 +134,13 @@ def test_limits_are_told_in_one_line(dataset, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(InputError, match=r"0\.0 GB are free.*cache_images=none"):
+    with pytest.raises(InputError, match=r"0\.0 GB are free.*config.augment_on=host"):
         Decoded(dataset, tmp_path / "cache")
 
 
 def test_a_folder_that_cant_be_written_to(dataset, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(InputError, match=r"can't be written \(.*cache_images=none"):
+    with pytest.raises(InputError, match=r"can't be written \(.*config.augment_on=host"):
         Decoded(dataset, tmp_path / "cache")
 
 
