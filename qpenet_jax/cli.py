@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("benchmark", _benchmark, "Measure speed on this machine.")
     kinds = "eval, train, backbone, protocol, data; comma between (eval,train)"
-    sub.add_argument("what", nargs="?", type=_names, default=argparse.SUPPRESS)
+    sub.add_argument("kinds", nargs="?", type=_names, metavar="what", help="as --what")
     sub.add_argument("--what", type=_names, default=("eval", "train"), help=kinds)
     sub.add_argument("--shots", type=_numbers, default=(1,))
     sub.add_argument("--batch", type=_numbers, default=(1, 4), help="episodes a step")
@@ -399,7 +399,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     if args.config:
         experiment = Experiment(load_config(args.config, args.overrides))
     result = benchmark(
-        args.what,
+        args.kinds or args.what,
         shots=args.shots,
         batch=args.batch,
         size=args.size,
