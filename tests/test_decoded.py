@@ -140,7 +140,8 @@ def test_limits_are_told_in_one_line(dataset, tmp_path, monkeypatch):
 
 def test_a_folder_that_cant_be_written_to(dataset, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(InputError, match=r"can't be written \(.*config.augment_on=host"):
+    match = r"can't be written \(.*config.augment_on=host"
+    with pytest.raises(InputError, match=match):
         Decoded(dataset, tmp_path / "cache")
 
 
