@@ -10,6 +10,7 @@ import fcntl
 import functools
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -43,6 +44,7 @@ from qpenet_jax.paper_tables import (
 )
 from qpenet_jax.protocols import of_dataset
 from qpenet_jax.report import RESULTS, markdown, write_json
+from qpenet_jax.runtime import processor
 from qpenet_jax.training import global_batch, shardings
 
 LOG, COST = "train.log", "cost.json"
@@ -268,11 +270,8 @@ def _machine() -> str:
     """Return processor, JAX device (asked in another process) and versions."""
     code = "import jax; d = jax.devices(); print(len(d), 'x', d[0].device_kind)"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    names = re.findall(r"model name\s*: (.*)", text) or [platform.machine()]
     return (
-        f"{len(names)} x {names[0]}, JAX device {asked.stdout.strip()}, Python "
+        f"{os.cpu_count()} x {processor()}, JAX device {asked.stdout.strip()}, Python "
         f"{platform.python_version()}, jax {jax.__version__}"
     )
 

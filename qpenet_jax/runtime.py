@@ -1,6 +1,8 @@
-"""What a process sets up before it computes: kept memory, kept compilations."""
+"""What a process knows and sets up: its processor, kept memory and compilations."""
 
+import contextlib
 import ctypes
+import platform
 import sys
 from pathlib import Path
 
@@ -8,6 +10,15 @@ import jax
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
+
+
+def processor() -> str:
+    """Return the processor's name as Linux tells it, elsewhere its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(": ")[1]
+    return platform.machine()
 
 
 def keep_compilations() -> None:

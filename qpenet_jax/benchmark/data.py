@@ -30,7 +30,7 @@ from qpenet_jax.episodes import (
     load_episode,
     training_batches,
 )
-from qpenet_jax.runtime import keep_freed_memory
+from qpenet_jax.runtime import keep_freed_memory, processor
 from qpenet_jax.transforms import Augmentation
 from qpenet_jax.typing import SegmentationDataset
 
@@ -212,13 +212,9 @@ def _profile(
 
 
 def _machine() -> str:
-    cpu = platform.machine()
-    with contextlib.suppress(OSError):  # Linux only.
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(": ")[1] for x in lines if x.startswith("model name")), cpu)
     versions = (f"{n} {importlib.metadata.version(n)}" for n in ("numpy", "grain"))
     return (
-        f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"OpenCV {cv2.__version__}, {', '.join(versions)}"
     )
 
@@ -242,7 +238,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{ROUND} episodes, and the quartiles of their ratio. Device: the host's "
             "work where the device augments, from images that are decoded already.",
             "",
-            *_table(
+            *table(
                 "shots | episodes/s | images/s | plain: episodes/s | images/s | ratio "
                 "| device: episodes/s | images/s",
                 map(_one_core_row, result["one_core"]),
@@ -250,7 +246,7 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"Batches of {BATCH} by Grain, cv2.setNumThreads(0).",
             "",
-            *_table(
+            *table(
                 "augmenting | shots | workers | episodes/s | images/s | images/s per "
                 "worker",
                 map(_grain_row, result["grain"]),
@@ -259,12 +255,13 @@ def markdown(result: dict[str, Any]) -> str:
             f"One core, {result['one_core'][0]['shots']} shot(s), milliseconds per "
             "image. We hand uint8 to the device and normalise there.",
             "",
-            *_table("stage | ms | share | plain: ms | share", stages),
+            *table("stage | ms | share | plain: ms | share", stages),
         ]
     )
 
 
-def _table(header: str, rows: Iterable[str]) -> list[str]:
+def table(header: str, rows: Iterable[str]) -> list[str]:
+    """Return the lines of a Markdown table, numbers to the right."""
     rule = " | ".join([":--"] + ["--:"] * header.count("|"))
     return [f"| {row} |" for row in (header, rule, *rows)]
 

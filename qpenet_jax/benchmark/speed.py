@@ -3,7 +3,6 @@
 `benchmark` measures; tables.py prints and draws what it returns.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import gc
@@ -15,7 +14,6 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,7 +35,7 @@ from qpenet_jax.benchmark.protocol import protocol_run
 from qpenet_jax.errors import InputError
 from qpenet_jax.experiment import Experiment
 from qpenet_jax.protocols import check_side
-from qpenet_jax.runtime import keep_freed_memory
+from qpenet_jax.runtime import keep_freed_memory, processor
 from qpenet_jax.typing import Episode
 
 WHAT = ("eval", "train", "backbone", "protocol", "data")
@@ -163,7 +161,7 @@ def _facts(given: Case, opponent: Opponent | None) -> dict[str, Any]:
     """Return where, when and with what was measured."""
     packages = ["jax", "jaxlib", "flax", "numpy"]
     facts: dict[str, Any] = {
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
@@ -180,14 +178,6 @@ def _facts(given: Case, opponent: Opponent | None) -> dict[str, Any]:
         facts["torch_threads"] = opponent.module.threads()
     facts["versions"] = {name: importlib.metadata.version(name) for name in packages}
     return facts
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):  # Linux only
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(": ")[1]
-    return platform.machine()
 
 
 def _peak(dtype: str, opponent: Opponent | None) -> dict[str, float]:

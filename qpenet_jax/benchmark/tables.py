@@ -1,7 +1,6 @@
 """What `speed.benchmark` measured as Markdown and as a bar chart."""
 
 import itertools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +62,7 @@ def _speed(result: dict[str, Any]) -> list[str]:
         "attention to all keys (what is saved shows as speed); the peak is that of a "
         f"large matrix product ({peaks}; the largest counts).",
         "",
-        *_table(
+        *data.table(
             "step | JAX | PyTorch | its variant | JAX / PyTorch | GFLOP | GFLOP/s | "
             "share of peak",
             rows,
@@ -96,7 +95,7 @@ def _processes(result: dict[str, Any]) -> list[str]:
         "compilation cache and with a filled one; peak memory of three steps, and in "
         "brackets what the imports took, which the ratio leaves out.",
         "",
-        *_table(
+        *data.table(
             "step | cold | cached | PyTorch | memory, cold | cached | PyTorch | "
             "cached / PyTorch",
             rows,
@@ -137,16 +136,11 @@ def _protocol(result: dict[str, Any]) -> list[str]:
         "An episode of an evaluation, all included, beside the eval step of one "
         "episode from its images.",
         "",
-        *_table("shots | episodes x seeds | an episode | eval step | ratio", rows),
+        *data.table("shots | episodes x seeds | an episode | eval step | ratio", rows),
         "",
         *(f"{run['protocol']}  " for run in result["protocol"]),
         "",
     ]
-
-
-def _table(header: str, rows: Iterable[str]) -> list[str]:
-    rule = " | ".join([":--"] + ["--:"] * header.count("|"))
-    return [f"| {row} |" for row in (header, rule, *rows)]
 
 
 def _time(seconds: float | str) -> str:
