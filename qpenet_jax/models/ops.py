@@ -34,8 +34,7 @@ def conv3x3(
     return jax.lax.platform_dependent(x, kernel, cpu=fast, default=plain)
 
 
-# Below about 30 x 30 cells the transforms cost what they save, and a train step of
-# transformed convolutions compiles four times longer (29 s against 7 s).
+# Below about 30 x 30 cells the transforms cost what they save.
 WINOGRAD_FROM_CELLS = 900
 
 
@@ -58,11 +57,12 @@ def _conv3x3_winograd(x, kernel, dilation):
 
 
 def _winograd_matrices(points):
-    """Return (A^T, G, B^T) of Winograd's F(4x4, 3x3) for five points and infinity.
+    """Return (A, G, B) of Winograd's F(4x4, 3x3) for five points and infinity.
 
     Winograd's minimal filtering (Lavin and Gray, CVPR 2016) computes a 4x4 patch of
-    output with 36 products a channel pair instead of 144: Y = A^T [(G g) * (B^T d)]
-    on both axes, by Toom-Cook interpolation at the points.
+    output with 36 products a channel pair instead of 144: Y = A [(G g) * (B d)], by
+    Toom-Cook interpolation at the points. g, d and Y are the filter, the 6x6 patch of
+    input and the patch of output as vectors; both axes are transformed at once.
     """
     a = np.asarray(points)
     output, filters, inputs = np.zeros((4, 6)), np.zeros((6, 3)), np.zeros((6, 6))
@@ -73,18 +73,22 @@ def _winograd_matrices(points):
         inputs[j, :5] = np.polynomial.polynomial.polyfromroots(others)
     output[3, 5] = filters[5, 2] = 1
     inputs[5] = np.polynomial.polynomial.polyfromroots(a)
-    return output, filters, inputs
+    return (np.kron(m, m).astype(np.float32) for m in (output, filters, inputs))
 
 
 # The usual points 0, +-1, +-2 lose four times more accuracy than these, which are as
 # exact in binary: 2.7e-6 of the largest output in float32 for 256 channels.
-_AT, _G, _BT = _winograd_matrices((0, 5 / 8, -5 / 8, 3 / 2, -3 / 2))
-_GG = np.kron(_G, _G).astype(np.float32)  # [36, 9]: both axes of a filter at once
+_A, _G, _B = _winograd_matrices((0, 5 / 8, -5 / 8, 3 / 2, -3 / 2))
 
 
 @jax.custom_vjp
 def _winograd(x, kernel):
-    return _winograd_output(_products(_winograd_input(x), _filters(kernel)), x.shape)
+    b, h, w, _ = x.shape
+    th, tw, o = -(-h // 4), -(-w // 4), kernel.shape[3]
+    products = _batched(_winograd_input(x), _winograd_filters(kernel), 2, 1)
+    y = (_A @ products.reshape(36, -1)).reshape(4, 4, b, th, tw, o)
+    y = y.transpose(2, 3, 0, 4, 1, 5).reshape(b, 4 * th, 4 * tw, o)
+    return y[:, :h, :w]
 
 
 def _winograd_fwd(x, kernel):
@@ -93,12 +97,9 @@ def _winograd_fwd(x, kernel):
 
 def _winograd_bwd(residuals, dy):
     x, kernel = residuals
-    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    dx = _winograd(dy, flipped)
-    tiles = zip(_winograd_input(x), _winograd_output_transposed(dy), strict=True)
-    d_filters = jnp.stack([v.T @ m for v, m in tiles])
-    d_kernel = jnp.einsum("ft,fco->tco", _GG, d_filters).reshape(kernel.shape)
-    return dx, d_kernel
+    dx = _winograd(dy, kernel[::-1, ::-1].swapaxes(2, 3))
+    d_filters = _batched(_winograd_input(x), _winograd_output_transposed(dy), 1, 1)
+    return dx, (_G.T @ d_filters.reshape(36, -1)).reshape(kernel.shape)
 
 
 _winograd.defvjp(_winograd_fwd, _winograd_bwd)
@@ -116,60 +117,33 @@ def _winograd_dilated(x, kernel, dilation):
     return y.reshape(b, rows * d, cols * d, -1)[:, :h, :w]
 
 
-def _filters(kernel):
-    c, o = kernel.shape[2:]
-    return (_GG @ kernel.reshape(9, c * o)).reshape(36, c, o)
-
-
-def _products(inputs, filters):
-    return [v @ filters[k] for k, v in enumerate(inputs)]
+def _winograd_filters(kernel):
+    """Return the transformed filters `[36, c, o]`."""
+    return (_G @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
 
 
 def _winograd_input(x):
-    """Return the 36 transformed 6x6 tiles, each `[b * tiles, c]`."""
+    """Return the transformed 6x6 tiles `[36, b * tiles, c]`."""
     h, w, c = x.shape[1:]
     th, tw = -(-h // 4), -(-w // 4)
     x = jnp.pad(x, ((0, 0), (1, 4 * th + 1 - h), (1, 4 * tw + 1 - w), (0, 0)))
-    rows = _combine(_BT, [x[:, u : u + 4 * th - 3 : 4] for u in range(6)])
-    tiles = []
-    for row in rows:
-        columns = [row[:, :, v : v + 4 * tw - 3 : 4] for v in range(6)]
-        tiles += [t.reshape(-1, c) for t in _combine(_BT, columns)]
-    return tiles
-
-
-def _winograd_output(products, shape):
-    b, h, w, _ = shape
-    th, tw = -(-h // 4), -(-w // 4)
-    products = [p.reshape(b, th, tw, -1) for p in products]
-    rows = [_combine(_AT, products[6 * u : 6 * u + 6]) for u in range(6)]
-    columns = [_combine(_AT, [row[v] for row in rows]) for v in range(4)]
-    # columns[v][u]: output pixel (u, v) of every tile
-    y = jnp.stack([jnp.stack(c, axis=2) for c in columns], axis=4)
-    return y.reshape(b, 4 * th, 4 * tw, -1)[:, :h, :w]
+    rows = jnp.stack([x[:, u : u + 4 * th - 3 : 4] for u in range(6)])
+    columns = [rows[:, :, :, v : v + 4 * tw - 3 : 4] for v in range(6)]
+    return (_B @ jnp.stack(columns, axis=1).reshape(36, -1)).reshape(36, -1, c)
 
 
 def _winograd_output_transposed(dy):
-    """Return the 36 cotangents of the tile products, each `[b * tiles, o]`."""
-    h, w, o = dy.shape[1:]
+    """Return the cotangents of the tiles' products `[36, b * tiles, o]`."""
+    b, h, w, o = dy.shape
     th, tw = -(-h // 4), -(-w // 4)
     dy = jnp.pad(dy, ((0, 0), (0, 4 * th - h), (0, 4 * tw - w), (0, 0)))
-    rows = _combine(_AT.T, [dy[:, u::4] for u in range(4)])
-    tiles = []
-    for row in rows:
-        columns = [row[:, :, v::4] for v in range(4)]
-        tiles += [t.reshape(-1, o) for t in _combine(_AT.T, columns)]
-    return tiles
+    dy = dy.reshape(b, th, 4, tw, 4, o).transpose(2, 4, 0, 1, 3, 5)
+    return (_A.T @ dy.reshape(16, -1)).reshape(36, -1, o)
 
 
-def _combine(matrix, terms):
-    """Return `matrix @ terms` for a constant matrix, without its zeros."""
-
-    def combination(row):
-        chosen = [float(m) * t for m, t in zip(row, terms, strict=True) if m != 0]
-        return functools.reduce(jnp.add, chosen)
-
-    return [combination(row) for row in matrix]
+def _batched(a, b, axis_a, axis_b):
+    """Return the products of all `a[i]` and `b[i]` over these axes."""
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0,), (0,))))
 
 
 def depthwise_conv(
@@ -251,7 +225,7 @@ def attention(
     Scores scaled by 1 / sqrt(d), softmax in float32.
     """
     return jax.lax.platform_dependent(
-        query, key, value, mask, cpu=_attention_gathered, default=_attention_plain
+        query, key, value, mask, cpu=_attention_blocked, default=_attention_plain
     )
 
 
@@ -259,38 +233,97 @@ def _attention_plain(query, key, value, mask):
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None])
 
 
-def _attention_gathered(query, key, value, mask):
-    """Attend to the true keys only, one head at a time.
+KEY_BLOCK = 450
+"""Keys whose scores are held at once: 450 of 3600 queries' are 6 MiB, cache's size."""
 
-    The true keys are moved to the front and the rest is cut off at the smallest of
-    three static budgets that drops none of them, so the result is exact. At 473 pixels
-    all heads' scores at once would be 3600 x 3600 x 8 floats an image.
+
+def _attention_blocked(query, key, value, mask):
+    """Attend to the true keys only, in float32.
+
+    They are moved to the front, and those of one image and head are looked at block by
+    block, as many as hold true ones: exact, at the cost of the true keys.
     """
-    total = mask.shape[1]
-    budgets = [-(-total // 4), -(-total // 2), total]
+    b, _, heads, d = query.shape
     order = jnp.argsort(~mask, axis=1, stable=True)
+    block = min(KEY_BLOCK, mask.shape[1])
+    padding = ((0, 0), (0, -mask.shape[1] % block), (0, 0), (0, 0))
 
-    def attend(budget, query, key, value, mask):
-        take = functools.partial(jnp.take_along_axis, axis=1)
-        front = order[:, :budget]
-        key, value = (take(t, front[:, :, None, None]) for t in (key, value))
-        return _attention_by_head(query, key, value, take(mask, front))
+    def front(t):
+        return jnp.pad(jnp.take_along_axis(t, order[..., None, None], axis=1), padding)
 
-    most = mask.sum(axis=1).max()
-    smallest = sum(most > budget for budget in budgets[:-1])
-    branches = [functools.partial(attend, budget) for budget in budgets]
-    return jax.lax.switch(smallest, branches, query, key, value, mask)
+    def by_head(t):
+        return t.astype(jnp.float32).swapaxes(1, 2).reshape(b * heads, -1, d)
+
+    inputs = query / math.sqrt(d), front(key), front(value)
+    count = jnp.repeat(mask.sum(axis=1), heads)
+    out = _attend(block, *map(by_head, inputs), count)
+    return out.reshape(b, heads, -1, d).swapaxes(1, 2).astype(query.dtype)
 
 
-def _attention_by_head(query, key, value, mask):
-    bias = jnp.where(mask, 0.0, -1e9)[:, None, :]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(block, query, key, value, count):
+    """Attend with `[n, q, d]` queries to the first `count[n]` of the `[n, k, d]` keys.
 
-    @jax.checkpoint  # scores are made again for the gradient, not kept
-    def one_head(qkv):
-        q, k, v = qkv
-        scores = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]) + bias)
-        return jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v)
+    Softmax is gathered up over the blocks and its scores are made again for the
+    gradient, as in FlashAttention (Dao et al., NeurIPS 2022).
+    """
+    return _attend_fwd(block, query, key, value, count)[0]
 
-    heads = tuple(jnp.moveaxis(t, 2, 0) for t in (query, key, value))
-    return jnp.moveaxis(jax.lax.map(one_head, heads), 0, 2)
+
+def _attend_fwd(block, query, key, value, count):
+    def one_head(inputs):
+        q, k, v, count = inputs
+
+        def step(i, carry):
+            total, largest, weight = carry
+            scores = _scores(block, i, q, k, count)
+            new = jnp.maximum(largest, scores.max(axis=1))
+            exp, shrink = jnp.exp(scores - new[:, None]), jnp.exp(largest - new)
+            total = total * shrink[:, None] + exp @ _block(block, i, v)
+            return total, new, weight * shrink + exp.sum(axis=1)
+
+        zeros = jnp.zeros_like(q[:, 0])
+        start = jnp.zeros_like(q), zeros + MASKED, zeros
+        blocks = -(-count // block)
+        total, largest, weight = jax.lax.fori_loop(0, blocks, step, start)
+        return total / weight[:, None], largest + jnp.log(weight)
+
+    inputs = query, key, value, count
+    out, log_weight = jax.lax.map(one_head, inputs)
+    return out, (*inputs, out, log_weight)
+
+
+def _attend_bwd(block, residuals, d_out):
+    def one_head(inputs):
+        q, k, v, count, out, log_weight, d_out = inputs
+        mean = (out * d_out).sum(axis=1)
+
+        def step(i, gradients):
+            dq, dk, dv = gradients
+            exp = jnp.exp(_scores(block, i, q, k, count) - log_weight[:, None])
+            d_scores = exp * (d_out @ _block(block, i, v).T - mean[:, None])
+            dq = dq + d_scores @ _block(block, i, k)
+            put = jax.lax.dynamic_update_slice_in_dim
+            dk = put(dk, d_scores.T @ q, i * block, axis=0)
+            return dq, dk, put(dv, exp.T @ d_out, i * block, axis=0)
+
+        start = jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
+        return jax.lax.fori_loop(0, -(-count // block), step, start)
+
+    return *jax.lax.map(one_head, (*residuals, d_out)), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _scores(block, i, query, key, count):
+    beyond = i * block + jnp.arange(block) >= count
+    return query @ _block(block, i, key).T + jnp.where(beyond, MASKED, 0.0)
+
+
+def _block(block, i, rows):
+    return jax.lax.dynamic_slice_in_dim(rows, i * block, block)
+
+
+MASKED = -1e9
+"""Score of a position that takes no part."""
