@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpenet_jax.models import ops
+from qpenet_jax.models import attention, ops, winograd
 
 
 def normal(*shape, seed=0):
@@ -50,7 +50,7 @@ def library_conv3x3(x, kernel, dilation=1):
 
 @pytest.mark.parametrize(
     ("function", "height", "width", "dilation"),
-    [(ops.conv3x3, 31, 30, 1), (ops._winograd_dilated, 11, 7, 2)],
+    [(ops.conv3x3, 31, 30, 1), (winograd._conv3x3_dilated, 11, 7, 2)],
 )
 def test_winograd_equals_convolution(function, height, width, dilation):
     """Dilation 1 through the public function, on a grid that takes the fast path."""
@@ -80,7 +80,7 @@ def test_conv3x3_in_bfloat16(dilation):
 
 def test_winograd_with_dilation_4_on_an_odd_grid():
     x, kernel = normal(1, 10, 5, 64), normal(3, 3, 64, 3, seed=1)
-    fast = jax.jit(functools.partial(ops._winograd_dilated, dilation=4))
+    fast = jax.jit(functools.partial(winograd._conv3x3_dilated, dilation=4))
     assert_equal([fast(x, kernel)], [library_conv3x3(x, kernel, 4)])
 
 
@@ -92,7 +92,7 @@ def test_conv3x3_is_transformed_from_900_cells_on(side, monkeypatch):
         calls.append(x.shape)
         return library_conv3x3(x, kernel)
 
-    monkeypatch.setattr(ops, "_winograd", recorded)
+    monkeypatch.setattr(winograd, "_conv3x3", recorded)
     jax.eval_shape(
         ops.conv3x3, jnp.zeros((1, side, side, 64)), jnp.zeros((3, 3, 64, 2))
     )
@@ -189,7 +189,7 @@ def test_interpolation_weights(source, target):
     np.testing.assert_allclose(matrix @ np.arange(source), position, atol=1e-3)
 
 
-KEYS = 12  # budgets 3, 6 and 12
+KEYS = 12
 MASKS = {
     "one key": [1] + [0] * 11,
     "a quarter, at the end": [0] * 9 + [1] * 3,
@@ -200,9 +200,12 @@ MASKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def attentions():
-    """The public attention and the library's, each with its pull-back."""
+@pytest.fixture(scope="module", params=[3, 5, 450])
+def attentions(request):
+    """The public attention and the library's, each with its pull-back.
+
+    12 keys are four blocks, or three with a remainder, or one.
+    """
 
     def library(query, key, value, mask):
         return jax.nn.dot_product_attention(
@@ -218,7 +221,21 @@ def attentions():
 
         return run
 
-    return with_gradients(ops.attention), with_gradients(library)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "KEY_BLOCK", request.param)
+        yield with_gradients(ops.attention), with_gradients(library)
+
+
+def test_attention_of_bfloat16_is_as_exact_as_its_inputs(attentions):
+    """Scores and softmax are in float32, whose result is rounded once."""
+    arrays = [normal(2, n, 2, 4, seed=i) for i, n in enumerate((5, KEYS, KEYS, 5))]
+    half = [a.astype(jnp.bfloat16) for a in arrays]
+    mask = np.array([MASKS["seven"]] * 2, bool)
+    results = attentions[0](*half[:3], mask, half[3])
+    assert {r.dtype for r in results} == {jnp.dtype(jnp.bfloat16)}
+    full = [a.astype(jnp.float32) for a in half]
+    exact = attentions[1](*full[:3], mask, full[3])
+    assert_equal([r.astype(jnp.float32) for r in results], exact, tolerance=2**-8)
 
 
 @pytest.mark.parametrize("name", MASKS)

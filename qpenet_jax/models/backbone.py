@@ -262,6 +262,19 @@ def features(
     of its `init`); h = ceil(height / 8), w = ceil(width / 8).
     """
     net = backbone(network) if isinstance(network, str) else network
-    stages = net(weights, images)
-    chosen = jnp.concatenate([stages[name] for name in net.stages], axis=-1)
-    return jax.lax.stop_gradient(chosen)
+
+    def together(weights, images):
+        stages = net(weights, images)
+        return jnp.concatenate([stages[name] for name in net.stages], axis=-1)
+
+    def one_by_one(weights, images):
+        # Caches hold what one image needs, and memory eight times less than for eight.
+        return jax.lax.map(lambda image: together(weights, image[None])[0], images)
+
+    if images.shape[0] == 1:
+        maps = together(weights, images)
+    else:
+        maps = jax.lax.platform_dependent(
+            weights, images, cpu=one_by_one, default=together
+        )
+    return jax.lax.stop_gradient(maps)
