@@ -84,8 +84,8 @@ def test_winograd_with_dilation_4_on_an_odd_grid():
     assert_equal([fast(x, kernel)], [library_conv3x3(x, kernel, 4)])
 
 
-@pytest.mark.parametrize("side", [29, 30])
-def test_conv3x3_is_transformed_from_900_cells_on(side, monkeypatch):
+@pytest.mark.parametrize(("images", "side"), [(1, 19), (1, 20), (4, 9), (4, 10)])
+def test_conv3x3_is_transformed_from_400_cells_on(images, side, monkeypatch):
     calls = []
 
     def recorded(x, kernel):
@@ -94,11 +94,12 @@ def test_conv3x3_is_transformed_from_900_cells_on(side, monkeypatch):
 
     monkeypatch.setattr(winograd, "_conv3x3", recorded)
     jax.eval_shape(
-        ops.conv3x3, jnp.zeros((1, side, side, 64)), jnp.zeros((3, 3, 64, 2))
+        ops.conv3x3, jnp.zeros((images, side, side, 64)), jnp.zeros((3, 3, 64, 2))
     )
-    assert bool(calls) == (side * side >= 900)
+    large = images * side * side >= 400
+    assert bool(calls) == large
     jax.eval_shape(ops.conv3x3, jnp.zeros((1, 40, 40, 3)), jnp.zeros((3, 3, 3, 2)))
-    assert len(calls) == (side * side >= 900), "few channels: plain"
+    assert len(calls) == large, "few channels: plain"
 
 
 def test_conv3x3_by_hand():

@@ -6,6 +6,7 @@ never see which path runs. GPU and TPU take the plain XLA ops.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,14 @@ def conv3x3(
 ) -> Float[Array, "b h w o"]:
     """Convolve with a 3x3 kernel at stride 1, padded to keep the size."""
     plain = functools.partial(_conv3x3_plain, dilation=dilation)
-    if x.shape[1] * x.shape[2] < WINOGRAD_FROM_CELLS or x.shape[3] < 64:
+    if math.prod(x.shape[:3]) < WINOGRAD_FROM_CELLS or x.shape[3] < 64:
         return plain(x, kernel)
     fast = functools.partial(winograd.conv3x3, dilation=dilation)
     return jax.lax.platform_dependent(x, kernel, cpu=fast, default=plain)
 
 
-# Below about 30 x 30 cells the transforms cost what they save.
-WINOGRAD_FROM_CELLS = 900
+# In fewer cells of all images together the transforms cost what they save.
+WINOGRAD_FROM_CELLS = 400
 
 
 def _conv3x3_plain(x, kernel, dilation):
