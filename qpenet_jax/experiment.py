@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, PyTree
@@ -39,6 +40,7 @@ from qpenet_jax.errors import InputError
 from qpenet_jax.evaluation import Predictor, cosine_predictor, qpenet_predictor
 from qpenet_jax.losses import LossWeights
 from qpenet_jax.models.backbone import Backbone, backbone
+from qpenet_jax.models.precision import DTYPES, InDtype
 from qpenet_jax.models.qpenet import VARIANTS, QPENet
 from qpenet_jax.protocols import (
     PRESETS,
@@ -114,6 +116,10 @@ class Experiment:
                 f"config.eval.focus names {', '.join(sorted(unknown))}, not novel in "
                 f"fold {self.config.dataset.fold}: choose of "
                 f"{', '.join(self.protocol().classes)}"
+            )
+        if self.config.dtype not in DTYPES:
+            raise InputError(
+                f"config.dtype={self.config.dtype!r}: choose {', '.join(DTYPES)}"
             )
         _ = self.fold, self.backbone, self.model, self.optimizer
 
@@ -377,15 +383,23 @@ class Experiment:
     def train_step(self, tx: optax.GradientTransformation):
         """Return the jitted train step."""
         loss = LossWeights(**self.config.loss)
-        return make_train_step(self.model, self.backbone, tx, loss)
+        return make_train_step(*self._computing, tx, loss)
 
     def predictor(self, params: PyTree[Array], weights: PyTree[Array]) -> Predictor:
         """Return QPENet with trained parameters over the frozen weights."""
-        return qpenet_predictor(self.model, self.backbone, params, weights)
+        return qpenet_predictor(*self._computing, params, weights)
 
     def cosine_predictor(self, weights: PyTree[Array]) -> Predictor:
         """Return the training-free baseline, same features."""
-        return cosine_predictor(self.backbone, weights)
+        return cosine_predictor(self._computing[1], weights)
+
+    @property
+    def _computing(self) -> tuple[Any, Any]:
+        """The network and its backbone in `config.dtype`."""
+        net, dtype = self.backbone, self.config.dtype
+        returned = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
+        module: Any = InDtype(net.module, dtype, returned)
+        return InDtype(self.model, dtype), net._replace(module=module)
 
 
 def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:

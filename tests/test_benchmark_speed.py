@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,18 +233,6 @@ def test_our_child_process(tmp_path):
     assert found.keys() == {"start_s", "peak_bytes", "import_bytes"}
     assert 0 < found["start_s"] < 60
     assert 2e7 < found["import_bytes"] < found["peak_bytes"] < 4e9
-
-
-def test_bfloat16_computes_in_bfloat16():
-    dense = nn.Dense(4)
-    x = jnp.ones((2, 3))
-    variables = dense.init(jax.random.key(0), x)
-    found = ours.InBfloat16(dense).apply(variables, x)
-    assert found.dtype == jnp.bfloat16
-    returned = ours.InBfloat16(dense, jnp.float32).apply(variables, x)
-    assert returned.dtype == jnp.float32
-    np.testing.assert_array_equal(found.astype(jnp.float32), returned)
-    np.testing.assert_allclose(found, dense.apply(variables, x), atol=0.03)
 
 
 # --- the whole --------------------------------------------------------------------

@@ -21,8 +21,6 @@ from qpenet_jax.errors import InputError
 from qpenet_jax.transforms import fit, fit_label
 from qpenet_jax.typing import Episode
 
-DTYPES = ("float32", "tf32", "bfloat16")
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:

@@ -1,6 +1,5 @@
 """Our side of the speed benchmarks; as a program, a process of its own for one case."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -8,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +26,7 @@ from qpenet_jax.benchmark.measure import (
 from qpenet_jax.evaluation import make_eval_step
 from qpenet_jax.losses import LossWeights
 from qpenet_jax.models.backbone import Backbone, backbone, features
+from qpenet_jax.models.precision import InDtype, cast, products
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.runtime import keep_freed_memory
 from qpenet_jax.training import Optimizer, TrainState, init_state, make_train_step
@@ -107,11 +106,11 @@ def prepare(
     net: Any = backbone(case.backbone)
     model: Any = _model(case)
     if case.dtype == "bfloat16":
-        frozen = _cast(frozen, jnp.bfloat16)
-        net = net._replace(module=InBfloat16(net.module))
-        model = InBfloat16(model, jnp.float32)
+        frozen = cast(frozen, jnp.bfloat16)
+        net = net._replace(module=InDtype(net.module, case.dtype, jnp.bfloat16))
+        model = InDtype(model, case.dtype)
         if case.what != "train":
-            params = _cast(params, jnp.bfloat16)
+            params = cast(params, jnp.bfloat16)
     if case.what == "backbone":
         supports = jnp.concatenate(batch.support_images)
         images = jnp.concatenate([supports, batch.query_image])
@@ -136,32 +135,6 @@ def eval_step(model: QPENet, net: Backbone) -> Callable[..., Array]:
 
 def _features(net: Backbone) -> Callable[..., Array]:
     return jax.jit(lambda weights, images: features(net, weights, images))
-
-
-@dataclasses.dataclass(frozen=True)
-class InBfloat16:
-    """A Flax module that computes in bfloat16, whatever its parameters are in.
-
-    What it returns is of the dtype `returned`, if that is given.
-    """
-
-    module: nn.Module
-    returned: Any = jnp.bfloat16
-
-    def apply(self, variables: PyTree, *inputs: Any, **options: Any) -> Any:
-        """Return what the module's apply does."""
-        variables, inputs = _cast((variables, inputs), jnp.bfloat16)
-        found = self.module.apply(variables, *inputs, **options)
-        return _cast(found, self.returned)
-
-
-def _cast(tree: PyTree, dtype: Any) -> Any:
-    """Turn floating-point leaves into another dtype."""
-
-    def cast(x):
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-    return jax.tree.map(cast, tree)
 
 
 def side(case: Case, weights: Weights, episodes: Episode) -> Side:
@@ -203,14 +176,6 @@ def count_flop(case: Case, weights: Weights, episodes: Episode) -> int:
     return flop(jax.make_jaxpr(step)(*args))
 
 
-def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """Choose what float32 products are made of on a GPU; a CPU has no choice."""
-    if jax.default_backend() == "cpu":
-        return contextlib.nullcontext()
-    name = "tensorfloat32" if dtype == "tf32" else "float32"
-    return jax.default_matmul_precision(name)
-
-
 def peak_rate(dtype: str, n: int) -> float:
     """Return the FLOP/s of a product of two n x n matrices."""
     kind = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
@@ -234,7 +199,7 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", told["cache"])
     at_import = peak_memory() if jax.default_backend() == "cpu" else 0
     case = Case(**told["case"])
-    with precision(case.dtype):
+    with products(case.dtype):
         # Training starts with a compiled initialisation, so that counts, too.
         weights = draw_weights(case)._replace(params=_initial(case))
         ours = side(case, weights, made_up_episodes(case))

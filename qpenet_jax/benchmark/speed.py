@@ -22,7 +22,6 @@ import numpy as np
 from qpenet_jax.benchmark import ours
 from qpenet_jax.benchmark.data import benchmark_data
 from qpenet_jax.benchmark.measure import (
-    DTYPES,
     Case,
     Side,
     compare,
@@ -34,6 +33,7 @@ from qpenet_jax.benchmark.measure import (
 from qpenet_jax.benchmark.protocol import protocol_run
 from qpenet_jax.errors import InputError
 from qpenet_jax.experiment import Experiment
+from qpenet_jax.models.precision import DTYPES, products
 from qpenet_jax.protocols import check_side
 from qpenet_jax.runtime import keep_freed_memory, processor
 from qpenet_jax.typing import Episode
@@ -183,7 +183,7 @@ def _facts(given: Case, opponent: Opponent | None) -> dict[str, Any]:
 def _peak(dtype: str, opponent: Opponent | None) -> dict[str, float]:
     """Return the FLOP/s of a large matrix product, of every framework."""
     n = PEAK_SIDE[jax.default_backend()]
-    with ours.precision(dtype):
+    with products(dtype):
         peak = {"jax": ours.peak_rate(dtype, n)}
     if opponent:
         peak["torch"] = opponent.module.peak_rate(dtype, opponent.device, n)
@@ -198,7 +198,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Time our step, by turns with the best variant of the twin's if there is one."""
     weights, episodes = ours.draw_weights(case), made_up_episodes(case)
-    with ours.precision(case.dtype):
+    with products(case.dtype):
         our_side = ours.side(case, weights, episodes)
         first = our_side.first()
         found = dataclasses.asdict(case) | {

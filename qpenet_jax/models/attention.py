@@ -6,13 +6,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 KEY_BLOCK = 450
 """Keys whose scores are held at once: 450 of 3600 queries' are 6 MiB, cache's size."""
 
 MASKED = -1e9
 """Score of a position that takes no part."""
+
+
+def true_keys_first(
+    key: Float[Array, "b k n d"],
+    value: Float[Array, "b k n d"],
+    mask: Bool[Array, "b k"],
+) -> tuple[Float[Array, "b k n d"], Float[Array, "b k n d"], Int[Array, "b"]]:
+    """Move the keys and values where `mask` is true to the front; return their number.
+
+    Attention doesn't depend on the order of its keys.
+    """
+    order = jnp.argsort(~mask, axis=1, stable=True)[..., None, None]
+    key, value = (jnp.take_along_axis(t, order, axis=1) for t in (key, value))
+    return key, value, mask.sum(axis=1)
 
 
 def attend_in_blocks(
@@ -27,22 +41,19 @@ def attend_in_blocks(
     block by block, as many as hold true ones: exact, at the cost of the true keys.
     """
     b, _, heads, d = query.shape
-    order = jnp.argsort(~mask, axis=1, stable=True)
     block = min(KEY_BLOCK, mask.shape[1])
     padding = ((0, 0), (0, -mask.shape[1] % block), (0, 0), (0, 0))
+    key, value, count = true_keys_first(key, value, mask)
 
     def by_head(t):
         return t.astype(jnp.float32).swapaxes(1, 2).reshape(b * heads, -1, d)
 
-    def front(t):
-        return jnp.pad(jnp.take_along_axis(t, order[..., None, None], axis=1), padding)
-
     out: Any = _attend(
         block,
         by_head(query) / math.sqrt(d),
-        by_head(front(key)),
-        by_head(front(value)),
-        jnp.repeat(mask.sum(axis=1), heads),
+        by_head(jnp.pad(key, padding)),
+        by_head(jnp.pad(value, padding)),
+        jnp.repeat(count, heads),
     )
     return out.reshape(b, heads, -1, d).swapaxes(1, 2).astype(query.dtype)
 

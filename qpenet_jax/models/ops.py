@@ -7,6 +7,7 @@ never see which path runs. GPU and TPU take the plain XLA ops.
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from qpenet_jax.models import winograd
-from qpenet_jax.models.attention import attend_in_blocks
+from qpenet_jax.models.attention import attend_in_blocks, true_keys_first
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -136,4 +137,20 @@ def attention(
 
 
 def _attention_plain(query, key, value, mask):
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None])
+    attend = jax.nn.dot_product_attention
+    if query.dtype == jnp.bfloat16 and _has_flash_attention():
+        # Where the true keys end is all that cuDNN needs to know; a mask it would want
+        # for every pair of query and key.
+        key, value, count = true_keys_first(key, value, mask)
+        count = count.astype(jnp.int32)
+        return attend(
+            query, key, value, key_value_seq_lengths=count, implementation="cudnn"
+        )
+    return attend(query, key, value, mask=mask[:, None, None])
+
+
+def _has_flash_attention() -> bool:
+    """Whether cuDNN's is there: for 16 bits, on NVIDIA's GPUs from Ampere (8.0) on."""
+    device = jax.devices()[0]
+    version = re.fullmatch(r"(\d+)\.\d", getattr(device, "compute_capability", ""))
+    return device.platform == "gpu" and version is not None and int(version[1]) >= 8

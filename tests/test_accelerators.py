@@ -1,0 +1,106 @@
+"""The real steps lowered for CUDA and TPU, which no machine of the tests has.
+
+Lowering shows that every operation has a rule there and which path is taken, not that
+it runs, or how fast.
+"""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from qpenet_jax.benchmark import ours
+from qpenet_jax.benchmark.measure import Case
+from qpenet_jax.models import ops
+from qpenet_jax.typing import Episode
+
+B, K, SIDE = 4, 1, 473
+
+
+def lowered(what, platform, dtype="float32"):
+    """Return the step's text; nothing is computed, and no array is made."""
+    case = Case(what, batch=B, shots=K, size=SIDE, dtype=dtype)
+
+    def abstract(*shape):
+        return jax.ShapeDtypeStruct(shape, np.uint8)
+
+    batch = Episode(
+        abstract(B, SIDE, SIDE, 3),
+        abstract(B, SIDE, SIDE),
+        abstract(B, K, SIDE, SIDE, 3),
+        abstract(B, K, SIDE, SIDE),
+    )
+    weights = jax.eval_shape(lambda: ours.draw_weights(case))
+
+    def step(weights, batch):
+        made, args = ours.prepare(case, weights, batch)
+        return made(*args)
+
+    traced = jax.jit(step).trace(weights, batch)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("what", ["eval", "train"])
+def test_steps_lower_and_leave_the_cpus_paths_out(what, platform):
+    text = lowered(what, platform)
+    # 14 of the backbone aren't 1x1. QPENet: 3 each in PPG, DPE and GBC, 5 in FFA; in
+    # training 3 more in GBC, 1 in FFA, and of each the gradients of input and kernel.
+    count = {"eval": 14 + 14, "train": 14 + 3 * 18}[what]
+    assert text.count("stablehlo.convolution") == count
+    assert "stablehlo.while" not in text, "blocked attention, or images one by one"
+    on_cpu = lowered(what, "cpu")
+    assert "stablehlo.while" in on_cpu
+    assert on_cpu.count("stablehlo.convolution") < 10
+
+
+def test_bfloat16_attends_through_cudnn(monkeypatch):
+    monkeypatch.setattr(ops, "_has_flash_attention", lambda: True)
+    version = types.SimpleNamespace(cudnn_get_version=lambda: 91200)
+    monkeypatch.setattr(cudnn, "cuda_versions", version)
+    text = lowered("train", "cuda", "bfloat16")
+    assert text.count("@__cudnn$fmhaSoftmax(") == 2, "two layers of cross attention"
+    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 2
+    assert "cudnn" not in lowered("train", "cuda")
+
+
+def test_a_cpu_has_no_flash_attention():
+    assert not ops._has_flash_attention()
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("7.5", False), ("8.0", True), ("12.0", True), ("gfx90a", False)],
+)
+def test_flash_attention_needs_ampere(capability, expected, monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert ops._has_flash_attention() == expected
+
+
+def test_cudnns_arguments_mean_the_same_as_the_mask(monkeypatch):
+    """The call for cuDNN, answered by XLA's implementation."""
+    plain = functools.partial(jax.nn.dot_product_attention)
+
+    def answered(*args, implementation=None, **options):
+        found.append(implementation)
+        return plain(*args, **options)
+
+    found = []
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(2, n, 2, 8)), jnp.bfloat16) for n in (5, 7, 7)
+    )
+    mask = jnp.array([[0, 1, 0, 0, 1, 1, 0], [1] * 7], bool)
+    expected = ops._attention_plain(query, key, value, mask)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answered)
+    monkeypatch.setattr(ops, "_has_flash_attention", lambda: True)
+    result = ops._attention_plain(query, key, value, mask)
+    assert found == ["cudnn"]
+    np.testing.assert_allclose(
+        result.astype(np.float32), expected.astype(np.float32), atol=0.02
+    )

@@ -1,0 +1,94 @@
+"""What config.dtype changes, and what stays float32."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import quickstart
+from qpenet_jax.episodes import load_episode
+from qpenet_jax.errors import InputError
+from qpenet_jax.experiment import Experiment
+from qpenet_jax.models.precision import InDtype
+
+SIDE = 65
+
+
+def test_bfloat16_computes_in_bfloat16():
+    dense = nn.Dense(4)
+    x = jnp.ones((2, 3))
+    variables = dense.init(jax.random.key(0), x)
+    found = InDtype(dense, "bfloat16", jnp.bfloat16).apply(variables, x)
+    assert found.dtype == jnp.bfloat16
+    returned = InDtype(dense, "bfloat16").apply(variables, x)
+    assert returned.dtype == jnp.float32
+    np.testing.assert_array_equal(found.astype(jnp.float32), returned)
+    np.testing.assert_allclose(found, dense.apply(variables, x), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "named"),
+    [("float32", jax.lax.Precision.HIGHEST), ("tf32", jax.lax.Precision.HIGH)],
+)
+def test_products_on_a_gpu_are_what_the_dtype_says(dtype, named, monkeypatch):
+    """Also of the gradient, which is traced later."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    dense = nn.Dense(4, use_bias=False)
+    x = jnp.ones((2, 3))
+    variables = dense.init(jax.random.key(0), x)
+
+    def loss(variables):
+        return InDtype(dense, dtype).apply(variables, x).sum()
+
+    products = [
+        equation.params["precision"]
+        for equation in jax.make_jaxpr(jax.grad(loss))(variables).eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    assert products == [(named, named)] * 2
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """One step of the quick start's network, small, in every dtype."""
+
+    def train(dtype):
+        config = quickstart.get_config()
+        config.side, config.batch_size, config.dtype = SIDE, 2, dtype
+        config.dataset.train_images = 200
+        experiment = Experiment(config)
+        dataset = experiment.dataset("train")
+        sampler = experiment.train_sampler(dataset)
+        loaded = [load_episode(dataset, sampler(i), SIDE) for i in range(2)]
+        batch = jax.tree.map(lambda *x: np.stack(x), *loaded)
+        tx = experiment.optimizer.build(10)
+        weights = experiment.backbone_weights()
+        state = experiment.init(tx)
+        predict = experiment.predictor(jax.tree.map(jnp.copy, state.params), weights)
+        margin = predict(jax.tree.map(lambda x: x[:1], batch))
+        step = experiment.train_step(tx)
+        return *step(state, weights, batch, jax.random.key(0)), margin
+
+    return {dtype: train(dtype) for dtype in ("float32", "bfloat16")}
+
+
+def test_parameters_optimiser_and_losses_stay_float32(trained):
+    state, metrics, margin = trained["bfloat16"]
+    for leaf in jax.tree.leaves((state.params, state.opt_state, metrics, margin)):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+
+
+def test_bfloat16_trains_and_predicts_nearly_the_same(trained):
+    (_, exact, margin), (_, rounded, about) = trained["float32"], trained["bfloat16"]
+    assert float(exact["loss"]) != float(rounded["loss"]), "it isn't float32"
+    np.testing.assert_allclose(rounded["loss"], exact["loss"], rtol=0.02)
+    np.testing.assert_allclose(rounded["grad_norm"], exact["grad_norm"], rtol=0.2)
+    np.testing.assert_allclose(about, margin, atol=0.1 * np.abs(margin).max())
+
+
+def test_an_unknown_dtype_is_refused():
+    config = quickstart.get_config()
+    config.dtype = "float16"
+    with pytest.raises(InputError, match="choose float32, tf32, bfloat16"):
+        Experiment(config)
