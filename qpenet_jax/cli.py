@@ -14,6 +14,7 @@ from flax.linen.summary import tabulate
 from PIL import Image
 from tqdm import tqdm
 
+from qpenet_jax.benchmark.measure import TWIN_VARIANTS
 from qpenet_jax.compare import compare, comparison_table
 from qpenet_jax.config_files import load_config
 from qpenet_jax.datasets.images import IMAGE_SUFFIXES, image_size, read_image, read_mask
@@ -127,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--backbone", choices=BACKBONES, default="resnet50")
     sub.add_argument("--weights", default="", help="converted; default: drawn")
     sub.add_argument("--against", choices=["torch"], help="also time PyTorch")
+    sub.add_argument(
+        "--variants",
+        type=_names,
+        default=tuple(TWIN_VARIANTS),
+        help="of PyTorch, of which the fastest counts; compile takes minutes "
+        f"(default: {','.join(TWIN_VARIANTS)})",
+    )
     sub.add_argument("--config", help="protocol and data: its images; default: drawn")
     sub.add_argument("--episodes", type=int, help="protocol: so many a seed")
     sub.add_argument(
@@ -407,6 +415,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         backbone=args.backbone,
         weights=args.weights,
         against=args.against,
+        variants=args.variants,
         experiment=experiment,
         episodes=args.episodes,
         workers=args.workers,

@@ -367,6 +367,7 @@ def test_protocol_on_made_up_photos(monkeypatch):
         ({"size": 64}, "side=64 must be 8 n"),
         ({"backbone": "vgg16"}, "unknown backbone 'vgg16'"),
         ({"against": "tensorflow"}, "choose torch"),
+        ({"variants": ("jit",)}, "--variants 'jit': choose eager, channels_last"),
     ],
 )
 def test_refused_values(options, message):

@@ -21,6 +21,13 @@ from qpenet_jax.errors import InputError
 from qpenet_jax.transforms import fit, fit_label
 from qpenet_jax.typing import Episode
 
+TWIN_VARIANTS = {
+    "eager": "eager, NCHW",
+    "channels_last": "eager, channels_last",
+    "compile": "torch.compile, channels_last",
+}
+"""Ways of running the PyTorch twin, and what tables call them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

@@ -32,9 +32,6 @@ from qpenet_jax.runtime import keep_freed_memory
 from qpenet_jax.typing import Episode
 from qpenet_jax.weights import ORIGINALS
 
-VARIANTS = ("eager", "channels_last", "compile")
-"""Eager NCHW, eager NHWC, and NHWC through torch.compile."""
-
 
 def threads() -> int:
     """Return how many threads PyTorch computes with."""

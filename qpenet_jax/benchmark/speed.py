@@ -22,6 +22,7 @@ import numpy as np
 from qpenet_jax.benchmark import ours
 from qpenet_jax.benchmark.data import benchmark_data
 from qpenet_jax.benchmark.measure import (
+    TWIN_VARIANTS,
     Case,
     Side,
     compare,
@@ -59,7 +60,7 @@ def benchmark(
     weights: str = "",
     network: Mapping[str, Any] | None = None,
     against: Literal["torch"] | None = None,
-    variants: Sequence[str] = ("eager", "channels_last", "compile"),
+    variants: Sequence[str] = tuple(TWIN_VARIANTS),
     experiment: Experiment | None = None,
     episodes: int | None = None,
     workers: Sequence[int] = (0, 1, 2),
@@ -80,7 +81,7 @@ def benchmark(
     Raises:
         InputError: unknown values, no PyTorch, or sides that compute different things.
     """
-    _check(what, shots, batch, size, dtype)
+    _check(what, shots, batch, size, dtype, variants)
     # Both frameworks share the device: neither may take most of its memory at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     keep_freed_memory()
@@ -119,9 +120,13 @@ def benchmark(
     return result
 
 
-def _check(what, shots, batch, size, dtype) -> None:
+def _check(what, shots, batch, size, dtype, variants) -> None:
     """Refuse what would fail later, or measure nothing."""
-    for name, values, choices in (("what", what, WHAT), ("dtype", dtype, DTYPES)):
+    for name, values, choices in (
+        ("what", what, WHAT),
+        ("dtype", dtype, DTYPES),
+        ("variants", variants, TWIN_VARIANTS),
+    ):
         for value in values:
             if value not in choices:
                 raise InputError(f"--{name} {value!r}: choose {', '.join(choices)}")

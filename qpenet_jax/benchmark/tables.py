@@ -7,13 +7,8 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from qpenet_jax.benchmark import data
+from qpenet_jax.benchmark.measure import TWIN_VARIANTS
 from qpenet_jax.visualize import INK, PAPER, PREDICTION, SUPPORT, Colour
-
-VARIANTS = {
-    "eager": "eager, NCHW",
-    "channels_last": "eager, channels_last",
-    "compile": "torch.compile, channels_last",
-}
 
 # --- Markdown ---------------------------------------------------------------------
 
@@ -51,7 +46,9 @@ def _speed(result: dict[str, Any]) -> list[str]:
     rows = [_speed_row(case, result["peak_flops"]) for case in result["cases"]]
     tried = [
         f"- {case['name']}: "
-        + "; ".join(f"{VARIANTS[v]} {_time(t)}" for v, t in case["variants"].items())
+        + "; ".join(
+            f"{TWIN_VARIANTS[v]} {_time(t)}" for v, t in case["variants"].items()
+        )
         for case in result["cases"]
         if "variants" in case
     ]
@@ -79,7 +76,7 @@ def _speed_row(case: dict[str, Any], peaks: dict[str, dict[str, float]]) -> str:
     if "ratio" in case:
         low, ratio, high = case["ratio"]
         theirs = (
-            f"{_time(case['torch_seconds'][1])} | {VARIANTS[case['variant']]} | "
+            f"{_time(case['torch_seconds'][1])} | {TWIN_VARIANTS[case['variant']]} | "
             f"{ratio:.2f} ({low:.2f}-{high:.2f})"
         )
     return (
@@ -202,7 +199,7 @@ def _bars(case: dict[str, Any]) -> list[Bar]:
     theirs, ratio = case["torch_seconds"][1], case["ratio"][1]
     return [
         Bar(ours, f"{_time(ours)} ({ratio:.2f} of PyTorch's)", PREDICTION),
-        Bar(theirs, f"{_time(theirs)} ({VARIANTS[case['variant']]})", SUPPORT),
+        Bar(theirs, f"{_time(theirs)} ({TWIN_VARIANTS[case['variant']]})", SUPPORT),
     ]
 
 
