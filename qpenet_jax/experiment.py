@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, PyTree
@@ -40,7 +39,7 @@ from qpenet_jax.errors import InputError
 from qpenet_jax.evaluation import Predictor, cosine_predictor, qpenet_predictor
 from qpenet_jax.losses import LossWeights
 from qpenet_jax.models.backbone import Backbone, backbone
-from qpenet_jax.models.precision import DTYPES, InDtype
+from qpenet_jax.models.precision import DTYPES, in_dtype
 from qpenet_jax.models.qpenet import VARIANTS, QPENet
 from qpenet_jax.protocols import (
     PRESETS,
@@ -396,10 +395,7 @@ class Experiment:
     @property
     def _computing(self) -> tuple[Any, Any]:
         """The network and its backbone in `config.dtype`."""
-        net, dtype = self.backbone, self.config.dtype
-        returned = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
-        module: Any = InDtype(net.module, dtype, returned)
-        return InDtype(self.model, dtype), net._replace(module=module)
+        return in_dtype(self.model, self.backbone, self.config.dtype)
 
 
 def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:

@@ -4,7 +4,6 @@ Lowering shows that every operation has a rule there and which path is taken, no
 it runs, or how fast.
 """
 
-import functools
 import types
 
 import jax
@@ -84,7 +83,7 @@ def test_flash_attention_needs_ampere(capability, expected, monkeypatch):
 
 def test_cudnns_arguments_mean_the_same_as_the_mask(monkeypatch):
     """The call for cuDNN, answered by XLA's implementation."""
-    plain = functools.partial(jax.nn.dot_product_attention)
+    plain = jax.nn.dot_product_attention
 
     def answered(*args, implementation=None, **options):
         found.append(implementation)

@@ -26,7 +26,7 @@ from qpenet_jax.benchmark.measure import (
 from qpenet_jax.evaluation import make_eval_step
 from qpenet_jax.losses import LossWeights
 from qpenet_jax.models.backbone import Backbone, backbone, features
-from qpenet_jax.models.precision import InDtype, cast, products
+from qpenet_jax.models.precision import cast, in_dtype
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.runtime import keep_freed_memory
 from qpenet_jax.training import Optimizer, TrainState, init_state, make_train_step
@@ -103,12 +103,9 @@ def prepare(
     """Return the jitted step of a case, and its arguments."""
     frozen, params = weights
     batch = jax.tree.map(jnp.asarray, episodes)
-    net: Any = backbone(case.backbone)
-    model: Any = _model(case)
+    model, net = in_dtype(_model(case), backbone(case.backbone), case.dtype)
     if case.dtype == "bfloat16":
         frozen = cast(frozen, jnp.bfloat16)
-        net = net._replace(module=InDtype(net.module, case.dtype, jnp.bfloat16))
-        model = InDtype(model, case.dtype)
         if case.what != "train":
             params = cast(params, jnp.bfloat16)
     if case.what == "backbone":
@@ -199,11 +196,10 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", told["cache"])
     at_import = peak_memory() if jax.default_backend() == "cpu" else 0
     case = Case(**told["case"])
-    with products(case.dtype):
-        # Training starts with a compiled initialisation, so that counts, too.
-        weights = draw_weights(case)._replace(params=_initial(case))
-        ours = side(case, weights, made_up_episodes(case))
-        child_report(ours, told["started"], at_import, device_memory)
+    # Training starts with a compiled initialisation, so that counts, too.
+    weights = draw_weights(case)._replace(params=_initial(case))
+    ours = side(case, weights, made_up_episodes(case))
+    child_report(ours, told["started"], at_import, device_memory)
 
 
 if __name__ == "__main__":

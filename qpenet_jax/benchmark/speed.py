@@ -203,20 +203,19 @@ def _measure(
 ) -> dict[str, Any]:
     """Time our step, by turns with the best variant of the twin's if there is one."""
     weights, episodes = ours.draw_weights(case), made_up_episodes(case)
-    with products(case.dtype):
-        our_side = ours.side(case, weights, episodes)
-        first = our_side.first()
-        found = dataclasses.asdict(case) | {
-            "name": str(case),
-            "flop": ours.count_flop(case, weights, episodes),
-        }
-        sides = [our_side]
-        if opponent:
-            inputs = episodes, weights
-            best, tried = _best(case, opponent, variants, first, inputs)
-            sides.append(best)
-            found |= tried
-        times = interleave([s.call for s in sides], seconds)
+    our_side = ours.side(case, weights, episodes)
+    first = our_side.first()
+    found = dataclasses.asdict(case) | {
+        "name": str(case),
+        "flop": ours.count_flop(case, weights, episodes),
+    }
+    sides = [our_side]
+    if opponent:
+        inputs = episodes, weights
+        best, tried = _best(case, opponent, variants, first, inputs)
+        sides.append(best)
+        found |= tried
+    times = interleave([s.call for s in sides], seconds)
     found["seconds"] = quartiles(times[0])
     found["rounds"] = len(times[0])
     if opponent:

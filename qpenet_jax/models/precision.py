@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from qpenet_jax.models.backbone import Backbone
+
 DTYPES = ("float32", "tf32", "bfloat16")
 """float32; on NVIDIA's GPUs from Ampere on, float32 whose products round their factors
 to 11 bits, as is JAX's default there; and bfloat16 throughout."""
@@ -33,6 +35,15 @@ class InDtype:
         variables, inputs = cast((variables, inputs), jnp.bfloat16)
         found = self.module.apply(variables, *inputs, **options)
         return cast(found, self.returned)
+
+
+def in_dtype(model: nn.Module, net: Backbone, dtype: str) -> tuple[Any, Any]:
+    """Return a network and its backbone as they compute in `dtype`.
+
+    Features pass from one to the other in it; what the network returns is float32.
+    """
+    module: Any = InDtype(net.module, dtype, returned=jnp.bfloat16)
+    return InDtype(model, dtype), net._replace(module=module)
 
 
 def products(dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -17,8 +17,9 @@ def conv3x3(
 ) -> Float[Array, "b h w o"]:
     """Convolve at stride 1, padded to keep the size, in float32 whatever the inputs.
 
-    Sums of 36 products would lose bfloat16's few bits. In float32 the error is 4e-6 of
-    the largest output for 256 channels, and of the largest gradient.
+    Sums of 36 products would lose bfloat16's few bits. At 256 channels the largest
+    error is 3.6e-6 of the largest output, 4.7e-6 of the largest gradient of x and
+    2.1e-6 of the kernel's, against float64; of plain convolutions 0.6, 0.7 and 3.2e-6.
     """
     f32 = x.astype(jnp.float32), kernel.astype(jnp.float32)
     y = _conv3x3(*f32) if dilation == 1 else _conv3x3_dilated(*f32, dilation)
@@ -41,7 +42,7 @@ def _matrices(points):
 
 
 # The usual points 0, +-1, +-2 lose four times more accuracy than these, which are as
-# exact in binary: 2.7e-6 of the largest output in float32 for 256 channels.
+# exact in binary.
 _A, _G, _B = _matrices((0, 5 / 8, -5 / 8, 3 / 2, -3 / 2))
 
 
