@@ -304,6 +304,7 @@ def an_invented_result():
     }
     peaks = {"float32": {"jax": 400e9, "torch": 500e9}}
     run = {
+        "network": "resnet50, weights of a file",
         "shots": 5,
         "episodes": 1000,
         "seeds": 5,
@@ -327,6 +328,7 @@ def test_markdown_of_known_numbers():
         f"| 12.3 s | 12.3 s | 12.3 s | {memory} | {memory} | {memory} | 1.00 |" in page
     )
     assert "| 5 | 1000 x 5 | 250 ms | 1.00 s | 0.25 |" in page
+    assert "resnet50, weights of a file; ours: PASCAL-5i" in page
     headers = [line for line in page.splitlines() if line.startswith("|")]
     for line in headers:
         assert line.count("|") in (9, 6), line
@@ -355,6 +357,7 @@ def test_protocol_on_made_up_photos(monkeypatch):
     assert run["ratio"] == run["seconds_per_episode"] / run["step_seconds"]
     assert 0 < run["step_seconds"] < 10
     assert "made-up photos" in run["protocol"]
+    assert run["network"] == f"{given.backbone}, weights drawn"
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,15 @@ from qpenet_jax.protocols import Protocol
 EPISODES = 100
 """Of an evaluation on made-up photos: each of the 64 comes several times."""
 
-CALLS = 5
-"""Steps that are timed before the evaluation, and again after it."""
+STEPS = 10
+"""Episodes whose steps are timed before the evaluation, and again after it: what one
+costs depends on how much of its supports is foreground."""
 
 
 class Evaluation(NamedTuple):
-    """A network with all that an evaluation of it needs."""
+    """A network, in words too, with all that an evaluation of it needs."""
 
+    network: str
     model: QPENet
     backbone: Backbone
     params: PyTree[Array]
@@ -46,7 +48,7 @@ class Evaluation(NamedTuple):
 def protocol_run(
     given: Case, shots: int, experiment: Experiment | None, episodes: int | None
 ) -> dict[str, Any]:
-    """Time an evaluation and, before and after it, the uncached step of one episode.
+    """Time an evaluation and, before and after it, uncached steps of some episodes.
 
     It is the experiment's protocol with these shots, and with `episodes` a seed if they
     are given; without an experiment made-up photos, and the network, of `given`.
@@ -58,19 +60,21 @@ def protocol_run(
         else:
             made = stack.enter_context(_made_up(given, shots, episodes or EPISODES))
         _run(made, dataclasses.replace(made.protocol, episodes=1))  # compiles
-        step = _step(made)
-        steps = [step() for _ in range(CALLS)]
+        time_steps = _steps(made)
+        steps = time_steps()
         seconds = _run(made, made.protocol)
-        steps += [step() for _ in range(CALLS)]
+        steps += time_steps()
     each = seconds / (made.protocol.episodes * len(made.samplers))
+    step = float(np.mean(steps))
     return {
+        "network": made.network,
         "shots": shots,
         "episodes": made.protocol.episodes,
         "seeds": len(made.samplers),
         "protocol": str(made.protocol),
         "seconds_per_episode": each,
-        "step_seconds": float(np.median(steps)),
-        "ratio": each / float(np.median(steps)),
+        "step_seconds": step,
+        "ratio": each / step,
     }
 
 
@@ -82,7 +86,9 @@ def _of_experiment(
     )
     protocol = experiment.protocol(**changes)
     dataset = experiment.dataset("val")
+    net = experiment.config.backbone
     return Evaluation(
+        f"{net.name}, weights {net.weights or 'of its package'}",
         experiment.model,
         experiment.backbone,
         experiment.untrained(),
@@ -110,6 +116,7 @@ def _made_up(given: Case, shots: int, episodes: int) -> Iterator[Evaluation]:
             side=given.size,
         )
         yield Evaluation(
+            f"{given.backbone}, weights {given.weights or 'drawn'}",
             QPENet(**given.network),
             backbone(given.backbone),
             weights.params,
@@ -129,18 +136,22 @@ def _run(made: Evaluation, protocol: Protocol) -> float:
     return time.perf_counter() - start
 
 
-def _step(made: Evaluation) -> Callable[[], float]:
-    """Return what does an eval step from an episode's images and tells its seconds."""
-    ids = made.samplers[0](0)
+def _steps(made: Evaluation) -> Callable[[], list[float]]:
+    """Return what does eval steps from the images and tells the seconds of each."""
     side, resize = made.protocol.side, made.protocol.resize
-    loaded = load_episode(made.dataset, ids, side, resize=resize)
-    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], loaded)
+
+    def batch_of(index):
+        ids = made.samplers[0](index)
+        loaded = load_episode(made.dataset, ids, side, resize=resize)
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], loaded)
+
+    batches = [batch_of(i) for i in range(min(STEPS, made.protocol.episodes))]
     step = ours.eval_step(made.model, made.backbone)
 
-    def seconds() -> float:
+    def seconds(batch):
         start = time.perf_counter()
         jax.block_until_ready(step(made.params, made.weights, batch))
         return time.perf_counter() - start
 
-    seconds()  # compiles
-    return seconds
+    seconds(batches[0])  # compiles
+    return lambda: [seconds(batch) for batch in batches]

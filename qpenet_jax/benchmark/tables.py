@@ -18,9 +18,13 @@ def markdown(result: dict[str, Any]) -> str:
     facts = result["facts"]
     versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
     threads = facts.get("torch_threads")
-    lines = [
-        f"{facts['backbone']}, {facts['size']} x {facts['size']} pixels, weights "
-        f"{facts['weights']}, seed {facts['seed']}, dropout {facts['dropout']}.",
+    lines = []
+    if result["cases"]:  # The others tell what theirs are.
+        lines.append(
+            f"{facts['backbone']}, {facts['size']} x {facts['size']} pixels, weights "
+            f"{facts['weights']}, seed {facts['seed']}, dropout {facts['dropout']}."
+        )
+    lines += [
         f"{facts['device']} ({facts['platform']}); {facts['cpu']}, {facts['cores']} "
         f"cores{f', {threads} threads of PyTorch' if threads else ''}; Python "
         f"{facts['python']}, {versions}; {facts['date']}.",
@@ -130,12 +134,12 @@ def _protocol(result: dict[str, Any]) -> list[str]:
         for run in result["protocol"]
     ]
     return [
-        "An episode of an evaluation, all included, beside the eval step of one "
-        "episode from its images.",
+        "An episode of an evaluation, all included, beside the eval step of an "
+        "episode from its images; means.",
         "",
         *data.table("shots | episodes x seeds | an episode | eval step | ratio", rows),
         "",
-        *(f"{run['protocol']}  " for run in result["protocol"]),
+        *(f"{run['network']}; {run['protocol']}  " for run in result["protocol"]),
         "",
     ]
 
