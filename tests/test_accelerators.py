@@ -48,7 +48,9 @@ def exported(what, platform, dtype="float32"):
             for name in ("", "Backward")
         ],
     )
-    return export(weights, batch).mlir_module()
+    lines = export(weights, batch).mlir_module().splitlines()
+    # Where operations come from is no part of the step, and names this file's tests.
+    return "\n".join(line for line in lines if not line.startswith("#loc"))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -72,7 +74,7 @@ def test_bfloat16_attends_through_cudnn(monkeypatch):
     text = exported("train", "cuda", "bfloat16")
     assert text.count("@__cudnn$fmhaSoftmax(") == 2, "two layers of cross attention"
     assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 2
-    assert "@__cudnn" not in exported("train", "cuda")
+    assert "cudnn" not in exported("train", "cuda")
 
 
 def test_a_cpu_has_no_flash_attention():
