@@ -1,11 +1,14 @@
 """Train QPENet: data, networks, restore, loop.
 
     python train.py --config configs/quickstart.py
+    python train.py --config configs/pascal_fold0.py --check
     python train.py --config configs/pascal_fold0.py --config.optimizer.lr=0.001 \
         --workdir runs/my_run
 
-Run the same command again to resume. The workdir holds config.json, checkpoints,
-TensorBoard events, results.json, the scored episodes and a figure of some of them.
+`--check` trains for 200 steps, writes nothing and says whether a long run may start:
+finite, all heads alive, loading keeps up, memory, hours to go. Run the same command
+again to resume. The workdir holds config.json, checkpoints, TensorBoard events,
+results.json, the scored episodes and a figure of some of them.
 """
 
 import contextlib
@@ -13,17 +16,19 @@ import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from qpenet_jax import checkpoints
+from qpenet_jax import checkpoints, health, preflight
 from qpenet_jax.config_files import tell_config_errors
 from qpenet_jax.episodes import training_batches
 from qpenet_jax.errors import InputError, exit_on_input_error
@@ -34,12 +39,14 @@ from qpenet_jax.training import global_batch, shardings
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<name of the config>")
+CHECK = flags.DEFINE_bool("check", False, "train for 200 steps and give a verdict")
 
 
 def train(config: Any, workdir: Path) -> None:
     """Train and evaluate one experiment."""
     # Data.
     experiment = Experiment(config)
+    config = experiment.config  # with the recipe's values
     dataset = experiment.dataset("train")
     sampler = experiment.train_sampler(dataset)
     steps = experiment.steps(len(sampler))
@@ -48,6 +55,7 @@ def train(config: Any, workdir: Path) -> None:
     replicated, split = shardings(config.batch_size)
     weights = jax.device_put(experiment.backbone_weights(), replicated)
     tx = experiment.optimizer.build(steps)
+    rate = experiment.optimizer.schedule(steps)
     train_step = experiment.train_step(tx)
     val = experiment.dataset("val")
     evaluator = Evaluator(experiment, weights, workdir, val)
@@ -75,6 +83,8 @@ def train(config: Any, workdir: Path) -> None:
             workers=config.workers,
             shard=(jax.process_index(), jax.process_count()),
         )
+        watch, clock = health.Watch(), time.perf_counter()
+        recent: list[Any] = []  # metrics of the steps since the last log
         with (
             contextlib.closing(batches),
             SummaryWriter(str(workdir), purge_step=start + 1) as writer,
@@ -83,14 +93,24 @@ def train(config: Any, workdir: Path) -> None:
             for step in range(start + 1, steps + 1):
                 batch = experiment.augmented(global_batch(next(batches), split))
                 state, measured = train_step(state, weights, batch, key)
+                recent.append(measured)
                 bar.update()
                 stopping = stop.is_set()
                 last = step == steps
                 due = last or step % config.eval.every == 0
                 saving = due or stopping or step % config.save_every == 0
                 if saving or step % config.log_every == 0:
-                    values = {name: float(value) for name, value in measured.items()}
+                    # All at once: a step's values would make the device wait for us.
+                    history = fetched(recent)
+                    values = history[-1]
                     stop_on_nan(values, step, manager.latest_step())
+                    for warning in watch(history):
+                        bar.write(warning, file=sys.stderr)
+                    values["learning_rate"] = float(np.asarray(rate(step - 1)))
+                    images = len(recent) * config.batch_size * (config.shots + 1)
+                    seconds = time.perf_counter() - clock
+                    values["images_per_second"] = images / seconds
+                    recent = []
                     shown = {name: f"{values[name]:.2f}" for name in ("loss", "iou")}
                     bar.set_postfix(shown)
                     for name, value in values.items():
@@ -101,6 +121,8 @@ def train(config: Any, workdir: Path) -> None:
                     writer.add_scalar(f"eval/{config.select_on}_miou", miou, step)
                 if saving:
                     checkpoints.save(manager, state, miou)
+                if not recent:
+                    clock = time.perf_counter()  # evaluating and saving don't count
                 if stopping and step < steps:
                     raise Interrupted(f"step {step} is saved: the same command goes on")
 
@@ -143,6 +165,12 @@ def stop_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def fetched(recent: Any) -> list[dict[str, float]]:
+    """Return the metrics of some steps as numbers, fetched from the device at once."""
+    steps: Any = jax.device_get(recent)
+    return [{name: float(value) for name, value in m.items()} for m in steps]
+
+
 def stop_on_nan(values: dict[str, float], step: int, saved: int | None) -> None:
     """Raise InputError if the loss or the gradient is not finite any more."""
     for name in ("loss", "grad_norm"):
@@ -150,7 +178,8 @@ def stop_on_nan(values: dict[str, float], step: int, saved: int | None) -> None:
             kept = "none is saved yet" if saved is None else f"step {saved} is kept"
             raise InputError(
                 f"{name} is {values[name]} at step {step}; last good checkpoint: {kept}"
-                "; start again in a new --workdir with a lower config.optimizer.lr"
+                "; start again in a new --workdir with --config.recipe=stable or a "
+                "lower config.optimizer.lr"
             )
 
 
@@ -176,6 +205,8 @@ def main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     if CONFIG.value.keep_compilations:
         keep_compilations()
+    if CHECK.value:
+        sys.exit(0 if preflight.check(Experiment(CONFIG.value)) else 1)
     train(CONFIG.value, Path(WORKDIR.value or f"runs/{name}"))
 
 

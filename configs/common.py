@@ -7,6 +7,7 @@ the command line, `--config.optimizer.lr=0.001`.
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> Any:
@@ -42,6 +43,9 @@ def get_config() -> Any:
     # Leave training images out that show any pixel of a novel class: the custom of the
     # paper's system, disputed, worth about 3 mIoU.
     config.dataset.exclude_novel = True
+    # Which classes of a training query count: "large", those from min_pixels on, or
+    # "any" that shows a pixel (the released trainer's).
+    config.dataset.targets = "large"
     # A class with 1..shots images: "error", or "drop" it.
     config.dataset.on_few = "error"
 
@@ -52,6 +56,9 @@ def get_config() -> Any:
 
     # A row of the paper's Tables III-V, by its name in models.qpenet.VARIANTS.
     config.variant = "full"
+    # "stable", "released" or "paper": a row of recipes.RECIPES, which gives a value to
+    # every `placeholder` below that has none from here or from the command line.
+    config.recipe = "stable"
     # Fields of models.qpenet.QPENet, losses.LossWeights, transforms.Augmentation and
     # training.Optimizer; their defaults stand there.
     config.model = ConfigDict()
@@ -60,9 +67,11 @@ def get_config() -> Any:
     config.model.residual = True
     config.model.auxiliary_head = True
     config.model.shared_reducer = False
+    config.model.normalize = placeholder(bool)
+    config.model.background_scale = placeholder(float)
     config.loss = ConfigDict()
-    config.loss.alpha = 1.0
-    config.loss.beta = 1.0
+    for name in ("alpha", "beta", "pre", "rev", "final", "aux"):
+        config.loss[name] = placeholder(float)
     config.augmentation = ConfigDict()
     config.augmentation.scale = (0.9, 1.1)
     config.augmentation.rotate = 10.0
@@ -73,9 +82,13 @@ def get_config() -> Any:
     config.augment_on = "auto"
     config.optimizer = ConfigDict()
     config.optimizer.name = "sgd"
-    config.optimizer.lr = 0.0025
-    config.optimizer.lr_factor = 10.0
+    config.optimizer.lr = placeholder(float)
+    config.optimizer.lr_factor = placeholder(float)
+    config.optimizer.momentum = 0.9
+    config.optimizer.power = 0.9
     config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip = placeholder(float)
+    config.optimizer.warm_up = placeholder(int)
 
     # In what networks compute; parameters, losses and the optimiser stay float32.
     # "float32"; faster on NVIDIA's GPUs "tf32", on GPU and TPU "bfloat16".

@@ -47,6 +47,7 @@ from qpenet_jax.protocols import (
     dataset_version,
     preset_fields,
 )
+from qpenet_jax.recipes import resolved
 from qpenet_jax.report import write_json
 from qpenet_jax.training import Optimizer, TrainState, init_state, make_train_step
 from qpenet_jax.transforms import Augmentation
@@ -88,7 +89,8 @@ class Experiment:
     config: Any  # an ml_collections.ConfigDict with the fields of configs/common.py
 
     def __post_init__(self):
-        """Refuse values that could only fail later."""
+        """Fill in the recipe's values; refuse values that could only fail later."""
+        object.__setattr__(self, "config", resolved(self.config))
         whole = ("batch_size", "shots", "log_every", "save_every")
         counts = {name: self.config[name] for name in whole}
         for name in ("every", "base_episodes"):
@@ -204,6 +206,8 @@ class Experiment:
             exclude=self.fold.novel if data.exclude_novel else (),
             min_pixels=data.min_pixels,
             on_few=data.on_few,
+            order=data.get("order", "shuffled"),
+            targets=data.get("targets", "large"),
             class_names=self.class_names,
         )
 

@@ -15,7 +15,10 @@ from qpenet_jax.typing import IGNORE
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the terms; the paper names alpha and beta and gives no values."""
+    """Weights of the terms; the paper names alpha and beta and gives no values.
+
+    The defaults write eqs 17 to 19 as they stand. `recipes.RECIPES` holds others.
+    """
 
     alpha: float = 1.0
     beta: float = 1.0

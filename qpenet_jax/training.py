@@ -12,6 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
+from qpenet_jax import health
 from qpenet_jax.errors import InputError
 from qpenet_jax.losses import LossWeights, total_loss
 from qpenet_jax.models.backbone import Backbone, features
@@ -43,25 +44,37 @@ class Optimizer:
     power: float = 0.9
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    clip: float = 0.0  # largest norm of the whole gradient; 0: not clipped
+    warm_up: int = 0  # steps over which the rate rises linearly to the schedule
 
     def __post_init__(self):
-        """Refuse a name that `build` doesn't know."""
+        """Refuse a name that `build` doesn't know, and what makes no optimiser."""
         if self.name not in ("sgd", "adamw"):
             raise InputError(f"optimizer {self.name!r}: choose 'sgd' or 'adamw'")
+        for name in ("clip", "warm_up"):
+            if getattr(self, name) < 0:
+                raise InputError(
+                    f"optimizer.{name}={getattr(self, name)} must be 0 or more"
+                )
 
     def schedule(self, steps: int) -> optax.Schedule:
-        """Return lr * lr_factor * (1 - t / steps)^power."""
+        """Return lr * lr_factor * (1 - t / steps)^power, after the warm-up if any."""
         peak = self.lr * self.lr_factor
-        return optax.polynomial_schedule(peak, 0.0, self.power, steps)
+        decay = optax.polynomial_schedule(peak, 0.0, self.power, steps)
+        if not self.warm_up:
+            return decay
+        return lambda t: decay(t) * jnp.minimum(1.0, (t + 1) / self.warm_up)
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """Return the optimiser for a run of `steps` steps."""
         schedule = self.schedule(steps)
+        clip = [optax.clip_by_global_norm(self.clip)] if self.clip else []
         if self.name == "adamw":
-            return optax.adamw(schedule, weight_decay=self.weight_decay)
+            adamw = optax.adamw(schedule, weight_decay=self.weight_decay)
+            return optax.chain(*clip, adamw) if clip else adamw
         # As in PyTorch, weight decay is part of the gradient that momentum sums up.
         decay = optax.add_decayed_weights(self.weight_decay)
-        return optax.chain(decay, optax.sgd(schedule, momentum=self.momentum))
+        return optax.chain(*clip, decay, optax.sgd(schedule, momentum=self.momentum))
 
 
 def episode_features(
@@ -129,6 +142,7 @@ def make_train_step(
             "loss": loss,
             **terms,
             "grad_norm": optax.tree.norm(grads),
+            "norm_P_global": jnp.linalg.norm(state.params["gbc"]["P_global"]),
             **_health(logits, out, truth),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -137,20 +151,22 @@ def make_train_step(
 
 
 def _health(logits, out, truth):
-    """Return foreground IoU of the batch and the share of empty intermediate masks.
+    """Return foreground IoU of the batch, the features' scale and each head's masks.
 
-    Heads that predict nothing are how training of this network fails silently.
+    `empty_<head>` is the share of images in which a head finds nothing: heads that die
+    are how training of this network fails silently.
     """
     found, valid = predicted(logits), truth != IGNORE
     both = (found & (truth == 1)).sum()
     either = ((found | (truth == 1)) & valid).sum()
-
-    def empty(name):
-        return jnp.mean(~predicted(out[name]).any((-2, -1)))
-
-    watched = {"empty_pre": "y_pre", "empty_rev": "y_rev", "empty_bg": "y_bg_q"}
-    made = {name: empty(y) for name, y in watched.items() if y in out}
-    return {"iou": both / jnp.maximum(either, 1), **made}
+    iou = both / jnp.maximum(either, 1)
+    rms = {f"rms_{F}": jnp.sqrt(jnp.mean(jnp.square(out[F]))) for F in ("F_q", "F_s")}
+    empty = {
+        f"empty_{head}": jnp.mean(~predicted(out[y]).any((-2, -1)))
+        for head, y in health.HEADS.items()
+        if y in out
+    }
+    return {"iou": iou, **rms, **empty}
 
 
 def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:

@@ -265,15 +265,17 @@ class QPENet(nn.Module):
     ) -> tuple[Float[Tensor, "b 2 H W"], dict[str, Tensor]]:
         """Return the query's logits at image size and every named intermediate.
 
-        `out` holds P_* [b, c]; the logits y_* [b, 2, h, w] (y_rev, y_bg_s with an axis
-        for the supports), A_* [b, h, w] and M_s [b, k, h, w]. y_bg_s and y_aux only in
-        training. Sides must be 8 n + 1 pixels; in masks 1 is foreground. Eq 1-16.
+        `out` holds F_q [b, c, h, w], F_s [b, k, c, h, w]; P_* [b, c]; the logits y_*
+        [b, 2, h, w] (y_rev, y_bg_s with an axis for the supports), A_* [b, h, w] and
+        M_s [b, k, h, w]. y_bg_s and y_aux only in training. Sides must be 8 n + 1
+        pixels; in masks 1 is foreground. Eq 1-16.
         """
         reduce_query = self.reduce_query or self.reduce_support
         f_q = reduce_query(query_features)
         f_s = over_supports(self.reduce_support, support_features)
         m_s = support_masks[..., ::8, ::8] == 1  # a cell stands on every 8th pixel
-        out = {"M_s": m_s, **self.evolve_foreground(f_q, f_s, m_s)}
+        out = {"F_s": f_s, "F_q": f_q, "M_s": m_s}
+        out |= self.evolve_foreground(f_q, f_s, m_s)
         out |= self.evolve_background(f_q, f_s)
         out |= self.decode(f_q, f_s, out)
         return resize(out["y_final"], support_masks), out

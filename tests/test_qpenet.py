@@ -158,7 +158,7 @@ def paper_forward(params, support, masks, query):
     o = {}
     F_s = [relu(s @ p["reduce_support"]["kernel"]) for s in support.astype(np.float64)]
     F_q = relu(query.astype(np.float64) @ p["reduce_query"]["kernel"])
-    o["M_s"] = masks[:, ::8, ::8] == 1
+    o["F_s"], o["F_q"], o["M_s"] = np.stack(F_s), F_q, masks[:, ::8, ::8] == 1
     pairs = list(zip(F_s, o["M_s"], strict=True))
 
     o["P_pre"] = np.mean([pool(F, M) for F, M in pairs], axis=0)  # eq 1

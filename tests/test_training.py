@@ -7,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 
+from qpenet_jax.errors import InputError
+from qpenet_jax.health import HEADS
 from qpenet_jax.losses import LossWeights
 from qpenet_jax.models.backbone import Backbone
 from qpenet_jax.models.qpenet import QPENet
@@ -49,6 +51,41 @@ def test_schedule_values():
         np.testing.assert_allclose(schedule(t), expected, rtol=1e-6)
     linear = Optimizer(lr=0.1, lr_factor=1, power=1).schedule(4)
     np.testing.assert_allclose([linear(t) for t in range(4)], [0.1, 0.075, 0.05, 0.025])
+
+
+def test_warm_up_rises_to_the_schedule():
+    cold = Optimizer(lr=0.1, lr_factor=1, power=1)
+    warm = Optimizer(lr=0.1, lr_factor=1, power=1, warm_up=4).schedule(8)
+    plain = cold.schedule(8)
+    expected = [plain(t) * min((t + 1) / 4, 1) for t in range(8)]
+    np.testing.assert_allclose([warm(t) for t in range(8)], expected, rtol=1e-6)
+    assert cold == Optimizer(lr=0.1, lr_factor=1, power=1, warm_up=0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_clipping_bounds_the_norm_of_the_whole_gradient(name):
+    """A gradient of norm 50 counts as one of norm 5; a smaller one as it is."""
+    settings = {"name": name, "lr": 0.1, "lr_factor": 1.0, "weight_decay": 0.0}
+    params = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
+
+    def update(gradient, **more):
+        optimizer = Optimizer(**settings, **more).build(10)
+        gradients = {"a": jnp.array(gradient[:2]), "b": jnp.array(gradient[2])}
+        return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+    def assert_equal(found, expected):
+        for key in params:
+            np.testing.assert_allclose(found[key], expected[key], rtol=1e-5)
+
+    large, small = np.array([30.0, 0.0, 40.0]), np.array([0.3, 0.0, 0.4])
+    assert_equal(update(large, clip=5.0), update(large / 10))
+    assert_equal(update(small, clip=5.0), update(small))
+
+
+@pytest.mark.parametrize("field", ["clip", "warm_up"])
+def test_a_negative_setting_is_refused(field):
+    with pytest.raises(InputError, match=f"optimizer.{field}=-1 must be 0 or more"):
+        Optimizer(**{field: -1})
 
 
 def test_sgd_is_pytorchs_rule():
@@ -152,8 +189,12 @@ def test_training_lowers_the_loss_and_tells_its_health(train, weights, batch):
     total += 0.6 * float(metrics["loss_aux"])
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
     assert metrics["grad_norm"] > 0
-    for name in ("iou", "empty_pre", "empty_rev", "empty_bg"):
+    for name in ("iou", *(f"empty_{head}" for head in HEADS)):
         assert 0 <= metrics[name] <= 1
+    prototype = state.params["gbc"]["P_global"]
+    assert metrics["norm_P_global"] == pytest.approx(np.linalg.norm(prototype), rel=0.1)
+    for name in ("rms_F_q", "rms_F_s"):
+        assert 0 < metrics[name] < 10
 
 
 def test_the_same_key_trains_to_the_same_bits(train, weights, batch):
@@ -180,6 +221,48 @@ def test_features_of_supports_and_query_keep_their_places(weights, batch):
         for k in range(2):
             reference = expected(batch.support_images[b, k])
             np.testing.assert_allclose(support[b, k], reference, atol=1e-4)
+
+
+class Scaled(nn.Module):
+    """Patches whose features are of another size."""
+
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, images):
+        dense = nn.Dense(12, name="dense")
+        return {"stage": self.scale * dense(images[:, ::8, ::8])}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_normalized_training_does_not_see_the_scale_of_the_features(
+    batch, weights, normalize
+):
+    optimizer = Optimizer().build(100)
+    model = MODEL.clone(normalize=normalize)
+
+    def losses(scale):
+        net = BACKBONE._replace(module=Scaled(scale))
+        state = init_state(model, optimizer, channels=12, key=jax.random.key(1))
+        step = make_train_step(model, net, optimizer, LossWeights())
+        found = []
+        for _ in range(3):
+            state, metrics = step(state, weights, batch, jax.random.key(0))
+            found.append(float(metrics["loss"]))
+        return np.array(found)
+
+    ratios = losses(0.04) / losses(1.0)
+    assert (np.abs(ratios - 1) < 1e-4).all() == normalize
+
+
+def test_background_scale_sets_where_the_prototype_starts():
+    def prototype(scale):
+        model = MODEL.clone(background_scale=scale)
+        state = init_state(model, OPTIMIZER, channels=12, key=jax.random.key(1))
+        return state.params["gbc"]["P_global"]
+
+    assert not prototype(0.0).any()
+    np.testing.assert_allclose(prototype(0.5), 0.5 * prototype(1.0), rtol=1e-6)
 
 
 def test_initial_state(initial):

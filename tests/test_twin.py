@@ -93,10 +93,14 @@ def to_torch(x):
     return torch.from_numpy(np.moveaxis(np.asarray(x), -1, -3).copy())
 
 
+PER_SUPPORT = ("F_s", "M_s", "y_rev", "y_bg_s")
+
+
 def numpy_out(out):
     """The twin's intermediates in Flax's layout."""
     arrays = {k: v.detach().numpy() for k, v in out.items()}
-    return {k: np.moveaxis(v, -3, -1) if k[0] == "y" else v for k, v in arrays.items()}
+    maps = {k: np.moveaxis(v, -3, -1) for k, v in arrays.items() if k[0] in "Fy"}
+    return arrays | maps
 
 
 def error(value, reference, floor=0.0):
@@ -642,7 +646,7 @@ def test_order_of_supports(params):
     assert error(logits2, logits) < 1e-5
     assert_close(terms2, terms)
     for name, value in out.items():
-        per_support = name in ("y_rev", "y_bg_s", "M_s")
+        per_support = name in PER_SUPPORT
         expected = np.asarray(value)[:, order] if per_support else value
         assert error(out2[name], expected) < 1e-5, name
 
@@ -658,9 +662,7 @@ def test_copies_of_a_support_are_one_support(params):
     assert_close(terms5, terms)
     for name, value in out.items():
         found = np.asarray(out5[name])
-        for copy_of in (
-            np.moveaxis(found, 1, 0) if name in ("y_rev", "y_bg_s", "M_s") else [found]
-        ):
+        for copy_of in np.moveaxis(found, 1, 0) if name in PER_SUPPORT else [found]:
             assert error(copy_of.reshape(value.shape), value) < 1e-5, name
     assert max(gradient_errors(gradients5, gradients).values()) < 1e-3
 

@@ -231,7 +231,7 @@ def forward(name, params, support, masks, query):
         relu(x @ p[f"reduce_{who}"]["kernel"])
         for x, who in ((support, "support"), (query, "query"))
     )
-    o = {"M_s": masks[:, ::8, ::8] == 1}
+    o = {"F_s": F_s, "F_q": F_q, "M_s": masks[:, ::8, ::8] == 1}
     o["P_pre"] = np.mean([pool(*x) for x in zip(F_s, o["M_s"], strict=True)], axis=0)
     if not name.startswith("baseline"):
         evolve_foreground(name, o, F_q, F_s, p["convs"])

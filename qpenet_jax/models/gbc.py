@@ -14,11 +14,13 @@ class GBC(nn.Module):
     """Cleanse the learned global background prototype for one query.
 
     Without `cleanse`, P_bg is P_global itself (rows of Table III without BGPE).
+    P_global starts from N(0, init_scale^2); at 0 it starts from zeros.
     """
 
     make_convs: Callable[..., Convs]
     gate_dropout: float
     cleanse: bool
+    init_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -35,7 +37,8 @@ class GBC(nn.Module):
         """
         b, k, *_, c = F_s.shape
         # One vector for all images: what the backgrounds of the training set share.
-        P_global = self.param("P_global", nn.initializers.normal(1.0), (c,))
+        start = nn.initializers.normal(self.init_scale)
+        P_global = self.param("P_global", start, (c,))
         P_bg = jnp.tile(P_global, (b, 1))
         convs = self.make_convs(name="convs")
 

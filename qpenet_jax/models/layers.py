@@ -128,3 +128,17 @@ class MergePrototype(nn.Module):
 def channel_dropout(rate: float) -> nn.Dropout:
     """Drop whole channels of `[b, h, w, c]` features, per image."""
     return nn.Dropout(rate, broadcast_dims=(1, 2))
+
+
+RMS_EPSILON = 1e-12
+"""Added to the mean square, so that features of 0 stay 0 with finite gradients."""
+
+
+def unit_rms(features: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Divide the features of each image by their root mean square.
+
+    Backbones differ in the scale of their features, and so would the speed at which
+    layers without batch norm learn from them. Cosines don't change.
+    """
+    power = jnp.mean(jnp.square(features), axis=(1, 2, 3), keepdims=True)
+    return features * jax.lax.rsqrt(power + RMS_EPSILON)

@@ -14,7 +14,13 @@ from qpenet_jax.models.dpe import dual_prototypes
 from qpenet_jax.models.fem import FEM, prior_mask
 from qpenet_jax.models.ffa import FFA, CrossAttention
 from qpenet_jax.models.gbc import GBC
-from qpenet_jax.models.layers import Conv1x1, Convs, Head, channel_dropout
+from qpenet_jax.models.layers import (
+    Conv1x1,
+    Convs,
+    Head,
+    channel_dropout,
+    unit_rms,
+)
 from qpenet_jax.models.ops import resize_align_corners
 from qpenet_jax.models.ppg import preliminary_prototype, pseudo_prototype
 from qpenet_jax.models.prototypes import activation_map, foreground_on_grid
@@ -36,6 +42,8 @@ class QPENet(nn.Module):
     residual: bool = True  # of FFA, as the next one
     auxiliary_head: bool = True
     shared_reducer: bool = False
+    normalize: bool = False  # the backbone's features to a root mean square of 1
+    background_scale: float = 1.0  # P_global starts from N(0, this squared)
 
     # What the rows of Tables III to V change, see VARIANTS.
     fgpe: bool = True  # foreground prototype evolution: PPG and DPE
@@ -68,7 +76,9 @@ class QPENet(nn.Module):
         self.make_convs = functools.partial(
             Convs, self.channel_dropout, self.head_dropout
         )
-        self.gbc = GBC(self.make_convs, self.gate_dropout, self.bgpe)
+        self.gbc = GBC(
+            self.make_convs, self.gate_dropout, self.bgpe, self.background_scale
+        )
 
     @nn.compact
     def __call__(
@@ -82,21 +92,23 @@ class QPENet(nn.Module):
     ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
         """Return the query's logits at image size and every named intermediate.
 
-        `out` holds P_pre, P_psd, P_main, P_aux, P_bg [b, c]; y_pre, y_bg_q, y_final
-        (y_aux) [b, h, w, 2]; y_rev (in training y_bg_s) [b, k, h, w, 2]; A_main, A_aux
-        [b, h, w]; M_s [b, k, h, w]. Variants lack what they don't compute; FEM adds a
-        tuple y_inner, `prior` its map. Any K. Sides must be 8 n + 1 pixels; raises
-        ValueError if masks and features do not fit. `train` needs a "dropout" key.
+        `out` holds F_q [b, h, w, c], F_s [b, k, h, w, c]; P_pre, P_psd, P_main, P_aux,
+        P_bg [b, c]; y_pre, y_bg_q, y_final (y_aux) [b, h, w, 2]; y_rev (in training
+        y_bg_s) [b, k, h, w, 2]; A_main, A_aux [b, h, w]; M_s [b, k, h, w]. Variants
+        lack what they don't compute; FEM adds a tuple y_inner, `prior` its map. Any K.
+        Sides must be 8 n + 1 pixels; raises ValueError if masks and features do not
+        fit. `train` needs a "dropout" key.
         With `P_bg` the features are F_s and F_q already, as `decode` has them.
         """
         b, k, h, w, f = support_features.shape
         F_s, F_q = support_features, query_features
         if P_bg is None:
             dropout = channel_dropout(self.channel_dropout)
-            folded = F_s.reshape(b * k, h, w, f)
+            folded = self._scaled(F_s.reshape(b * k, h, w, f))
             F_s = dropout(self.reduce_support(folded), deterministic=not train)
             F_s = F_s.reshape(b, k, h, w, -1)
-            F_q = dropout(self.reduce_query(F_q), deterministic=not train)
+            F_q = self.reduce_query(self._scaled(F_q))
+            F_q = dropout(F_q, deterministic=not train)
         M_s = foreground_on_grid(support_masks, (h, w))
 
         make_head = functools.partial(Head, self.head_dropout)
@@ -105,7 +117,8 @@ class QPENet(nn.Module):
         )
 
         # Foreground: support -> query -> support.
-        out: dict[str, Any] = {"M_s": M_s, "P_pre": preliminary_prototype(F_s, M_s)}
+        out: dict[str, Any] = {"F_s": F_s, "F_q": F_q, "M_s": M_s}
+        out["P_pre"] = preliminary_prototype(F_s, M_s)
         if self.fgpe:
             convs = self.make_convs(name="convs")
             out |= pseudo_prototype(convs, out["P_pre"], F_q, train=train)
@@ -140,6 +153,7 @@ class QPENet(nn.Module):
         """
         if self.prior:
             return (features,)
+        features = self._scaled(features)
         F_q = self.reduce_query(features)
         P_bg = self.gbc(F_q, F_q[:, None], train=False)["P_bg"]
         if self.shared_reducer:
@@ -157,6 +171,10 @@ class QPENet(nn.Module):
         if self.prior:
             return self(F_s, support_masks, query[0])
         return self(F_s, support_masks, query[-2], P_bg=query[-1])
+
+    def _scaled(self, features):
+        """Return the features as the reducers take them."""
+        return unit_rms(features) if self.normalize else features
 
     def _foreground(self, F_q, out):
         """Return the decoder's activation maps by name and the vectors to broadcast."""

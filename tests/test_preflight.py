@@ -1,0 +1,101 @@
+"""The verdict over the first steps of training, each line of it."""
+
+import subprocess
+
+import pytest
+from test_health import ALIVE
+from test_train import ROOT, SHRUNK, command
+
+from qpenet_jax.preflight import GIB, Step, findings, memory
+
+GOOD = ALIVE | {"loss": 1.5, "grad_norm": 4.0}
+
+
+def steps(count=100, waited=0.01, took=0.5, **changes):
+    return [Step(None, GOOD | changes, waited, took)] * count
+
+
+def verdict(taken, used=(("GPU 0", 10 * GIB, 80 * GIB),)):
+    return {f.name: (f.good, f.text) for f in findings(taken, 36_000, used)}
+
+
+def test_a_healthy_run_passes_everywhere():
+    found = verdict(steps())
+    assert list(found) == ["finite", "heads", "loading", "memory", "to go"]
+    assert all(good for good, _ in found.values())
+    assert "at most 4.0" in found["finite"][1]
+    assert "y_pre 0.30 (25% empty)" in found["heads"][1]
+    assert "2% of the time" in found["loading"][1]
+    assert "peak 10.0 of 80.0 GiB" in found["memory"][1]
+    assert "36,000 steps of 0.50 s = 5.0 hours" in found["to go"][1]
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_is_not_finite_is_told_with_its_step(name):
+    good, text = verdict(steps(3) + steps(1, **{name: float("nan")}))["finite"]
+    assert not good
+    assert "from step 4 on" in text
+
+
+def test_a_large_gradient_is_unstable():
+    good, text = verdict(steps(50) + steps(1, grad_norm=918.0) + steps(50))["finite"]
+    assert not good
+    assert "918.0" in text
+    assert "unstable" in text
+
+
+def test_a_head_is_judged_by_the_last_steps():
+    dead = {"empty_rev": 1.0}
+    assert verdict(steps(100, **dead) + steps(60))["heads"][0]
+    good, text = verdict(steps(60) + steps(60, **dead))["heads"]
+    assert not good
+    assert "y_rev has found nothing" in text
+
+
+def test_slow_loading_is_told_and_the_first_steps_do_not_count():
+    first = steps(20, waited=9.0, took=30.0)
+    assert verdict(first + steps(80))["loading"][0]
+    good, text = verdict(first + steps(80, waited=0.2))["loading"]
+    assert not good
+    assert "40% of the time" in text
+    assert "config.workers" in text
+    assert "of 0.50 s" in verdict(first + steps(80))["to go"][1]
+
+
+def test_full_memory_is_told():
+    good, text = verdict(steps(), [("GPU 0", 79 * GIB, 80 * GIB)])["memory"]
+    assert not good
+    assert "config.batch_size" in text
+
+
+def test_this_machines_memory():
+    for _, peak, limit in memory():
+        assert 0 < peak < limit
+
+
+def run(tmp_path, **changes):
+    script = [*command(tmp_path / "run", **changes), "--check"]
+    result = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists(), "a check writes nothing"
+    return result
+
+
+def test_the_check_ends_with_a_verdict(tmp_path):
+    """Small images of noise-like training: alive or not, it is said and returned."""
+    result = run(tmp_path, steps=30)
+    assert f"the first 30 of 30 steps, recipe {'stable'}" in result.stdout
+    for line in ("finite", "heads", "loading", "memory", "to go"):
+        assert f"  {line}" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("verdict: ")
+    assert result.returncode == (0 if last == "verdict: go ahead" else 1)
+
+
+def test_the_check_fails_where_training_diverges(tmp_path):
+    changes = {"optimizer__name": "sgd", "optimizer__lr": 1e30, "steps": 30}
+    result = run(tmp_path, **changes)
+    assert result.returncode == 1
+    assert "BAD  finite" in result.stdout
+    assert "verdict: do not start: finite" in result.stdout
+    assert SHRUNK["steps"] < 30
