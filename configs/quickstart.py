@@ -16,6 +16,7 @@ def get_config():
     config.dataset.min_pixels = 2048
     config.backbone.name = "efficientnet_lite0"
     config.backbone.weights = ""
+    config.recipe = "paper"  # with AdamW it is stable
     config.optimizer.name = "adamw"
     config.optimizer.lr = 5e-4
     config.optimizer.lr_factor = 1.0

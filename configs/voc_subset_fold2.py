@@ -24,6 +24,7 @@ def get_config():
     config.dataset.on_few = "drop"
     config.backbone.name = "efficientnet_lite0"
     config.backbone.weights = ""
+    config.recipe = "paper"  # with AdamW it is stable
     config.optimizer.name = "adamw"
     config.optimizer.lr = 3e-4
     config.optimizer.lr_factor = 1.0

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -34,11 +34,11 @@ from qpenet_jax.device_augmentation import (
     load_raw_episode,
 )
 from qpenet_jax.episode_lists import EpisodeList
-from qpenet_jax.episodes import EpisodeIds, EpisodeSampler, load_episode
+from qpenet_jax.episodes import EpisodeIds, EpisodeSampler, Targets, load_episode
 from qpenet_jax.errors import InputError
 from qpenet_jax.evaluation import Predictor, cosine_predictor, qpenet_predictor
 from qpenet_jax.losses import LossWeights
-from qpenet_jax.models.backbone import Backbone, backbone
+from qpenet_jax.models.backbone import Backbone, backbone, choose_stages
 from qpenet_jax.models.precision import DTYPES, in_dtype
 from qpenet_jax.models.qpenet import VARIANTS, QPENet
 from qpenet_jax.protocols import (
@@ -108,6 +108,12 @@ class Experiment:
             raise InputError(
                 f"config.augment_on={self.config.augment_on!r}: choose "
                 f"{', '.join(where)}"
+            )
+        targets = self.config.dataset.get("targets", "large")
+        if targets not in get_args(Targets):
+            raise InputError(
+                f"config.dataset.targets={targets!r}: choose "
+                f"{', '.join(get_args(Targets))}"
             )
         if self.config.seed < 0:
             raise InputError(f"config.seed={self.config.seed} must be 0 or more")
@@ -206,7 +212,6 @@ class Experiment:
             exclude=self.fold.novel if data.exclude_novel else (),
             min_pixels=data.min_pixels,
             on_few=data.on_few,
-            order=data.get("order", "shuffled"),
             targets=data.get("targets", "large"),
             class_names=self.class_names,
         )
@@ -300,10 +305,12 @@ class Experiment:
             for seed in protocol.seeds
         ]
 
-    @property
+    @functools.cached_property
     def backbone(self) -> Backbone:
-        """The frozen network."""
-        return backbone(self.config.backbone.name)
+        """The frozen network, with those of its stages that QPENet is given."""
+        net = backbone(self.config.backbone.name)
+        stages = tuple(self.config.backbone.get("stages", ()))
+        return choose_stages(net, stages) if stages else net
 
     def backbone_weights(self) -> PyTree[Array]:
         """Read the frozen weights onto the device."""
@@ -393,8 +400,10 @@ class Experiment:
         return qpenet_predictor(*self._computing, params, weights)
 
     def cosine_predictor(self, weights: PyTree[Array]) -> Predictor:
-        """Return the training-free baseline, same features."""
-        return cosine_predictor(self._computing[1], weights)
+        """Return the training-free baseline, on all stages: they serve it best."""
+        whole = backbone(self.config.backbone.name)
+        _, net = in_dtype(self.model, whole, self.config.dtype)
+        return cosine_predictor(net, weights)
 
     @property
     def _computing(self) -> tuple[Any, Any]:

@@ -27,6 +27,7 @@ from qpenet_jax.models.backbone import (
     ResNet,
     _max_pool,
     backbone,
+    choose_stages,
     features,
     normalize,
 )
@@ -210,6 +211,26 @@ def test_features_are_normalised_concatenated_and_frozen():
     np.testing.assert_allclose(value[..., :1024], stages["layer3"], atol=1e-4)
     np.testing.assert_allclose(value[..., 1024:], stages["layer2"], atol=1e-4)
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("stages", [("block10",), ("block10", "block4")])
+def test_some_stages_can_be_chosen_in_any_order(stages):
+    whole = BACKBONES["efficientnet_lite0"]
+    net = choose_stages(whole, stages)
+    widths = {"block4": 40, "block10": 112, "block14": 192}
+    assert net.channels == sum(widths[name] for name in stages)
+    images = np.random.default_rng(0).integers(0, 256, (1, 33, 33, 3), np.uint8)
+    weights = whole.module.init(jax.random.key(0), jnp.zeros((1, 33, 33, 3)))["params"]
+    made = whole(weights, images)
+    expected = np.concatenate([made[name] for name in stages], axis=-1)
+    found = features(net, weights, images)
+    assert found.shape[-1] == net.channels
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_stage_is_refused():
+    with pytest.raises(InputError, match="'layer3': choose among block4, block10"):
+        choose_stages(BACKBONES["efficientnet_lite0"], ("block4", "layer3"))
 
 
 def test_max_pool_ignores_the_border():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.recipes import RECIPES, resolved
 from qpenet_jax.training import Optimizer
 
-CONFIG = "configs/pascal_fold0.py"
+# ml_collections loads config files by a way that Python has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pascal_fold0.py"
 ROOMS = {"model": QPENet, "loss": LossWeights, "optimizer": Optimizer}
 
 

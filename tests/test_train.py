@@ -104,7 +104,18 @@ def test_a_run_leaves_results_figure_events_and_checkpoints(finished):
     assert size_of(workdir / "episodes.png")[0] > 500
     events = EventAccumulator(str(workdir))
     events.Reload()
-    assert {"train/loss", "eval/miou"} <= set(events.Tags()["scalars"])
+    shown = (
+        "rms_F_q",
+        "rms_F_s",
+        "norm_P_global",
+        "learning_rate",
+        "images_per_second",
+    )
+    shown += tuple(f"empty_{head}" for head in ("pre", "rev", "bg", "aux", "final"))
+    told = {"train/loss", "eval/miou", *(f"train/{name}" for name in shown)}
+    assert told <= set(events.Tags()["scalars"])
+    rates = [e.value for e in events.Scalars("train/learning_rate")]
+    np.testing.assert_allclose(rates, [5e-4 * (1 - t / 4) ** 0.9 for t in range(4)])
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert events.Tags()["images"] == ["episodes"]
     saved = sorted(p.name for p in (workdir / "checkpoints").iterdir())
@@ -189,6 +200,18 @@ def test_a_nan_stops_training_and_keeps_the_last_checkpoint(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
+def test_dead_heads_are_told_once_with_the_remedy(tmp_path):
+    """Without a learning rate no head gets better than chance."""
+    changes = {"optimizer__lr": 1e-12, "eval__references": False, "log_every": 70}
+    result = train(tmp_path / "run", steps=280, save_every=280, **changes)
+    assert result.returncode == 0, result.stderr
+    told = [s for s in result.stderr.splitlines() if "warning: y_" in s]
+    assert told
+    assert all("for 200 steps" in s and "recipe=stable" in s for s in told)
+    heads = [s.split("warning: ")[1].split()[0] for s in told]
+    assert len(set(heads)) == len(heads)
+
+
 def test_a_truncated_image_stops_training_with_its_name(tmp_path):
     rng = np.random.default_rng(0)
     for folder in ("JPEGImages", "SegmentationClassAug"):
@@ -234,6 +257,10 @@ def test_the_config_of_another_run_is_refused(finished):
         ({"nope": 1}, ["nope", "configs/common.py"]),
         ({"side": 64}, ["side=64", "8 n + 1"]),
         ({"optimizer__name": "adam"}, ["adam", "sgd"]),
+        ({"recipe": "best"}, ["recipe='best'", "stable", "released", "paper"]),
+        ({"optimizer__clip": -1.0}, ["optimizer.clip=-1.0", "0 or more"]),
+        ({"dataset__targets": "small"}, ["dataset.targets='small'", "large", "any"]),
+        ({"backbone__stages": "('block5',)"}, ["block5", "block4, block10, block14"]),
         ({"dataset__kind": "voc", "dataset__root": "nowhere"}, ["nowhere"]),
     ],
 )

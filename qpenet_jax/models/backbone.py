@@ -242,6 +242,21 @@ def backbone(name: str) -> Backbone:
     return BACKBONES[name]
 
 
+def choose_stages(net: Backbone, stages: tuple[str, ...]) -> Backbone:
+    """Return a backbone of which only some stages are taken, in the given order.
+
+    Raises:
+        InputError: it has no such stage.
+    """
+    for name in stages:
+        if name not in net.stages:
+            raise InputError(f"stage {name!r}: choose among {', '.join(net.stages)}")
+    image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+    made: Any = jax.eval_shape(net.module.init_with_output, jax.random.key(0), image)
+    channels = sum(made[0][name].shape[-1] for name in stages)
+    return net._replace(stages=stages, channels=channels)
+
+
 def normalize(
     images: UInt8[Array, "*b h w 3"],
     mean: tuple[float, float, float] = IMAGENET_MEAN,
