@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,6 @@ from ml_collections import ConfigDict
 
 from qpenet_jax.compare import episode_scores
 from qpenet_jax.config_files import load_config
-from qpenet_jax.episodes import training_batches
 from qpenet_jax.errors import InputError
 from qpenet_jax.evaluation import evaluate
 from qpenet_jax.experiment import CONFIG_FILE, INPUTS_FILE, Experiment
@@ -42,10 +42,10 @@ from qpenet_jax.paper_tables import (
     benchmark_table,
     page,
 )
+from qpenet_jax.preflight import first_steps
 from qpenet_jax.protocols import of_dataset
 from qpenet_jax.report import RESULTS, markdown, write_json
 from qpenet_jax.runtime import processor
-from qpenet_jax.training import global_batch, shardings
 
 LOG, COST = "train.log", "cost.json"
 ERROR_LINE = re.compile(r"^(?:error|[\w.]+(?:Error|Exception)): .*", re.MULTILINE)
@@ -414,29 +414,14 @@ def _episodes(run: Run, steps: int) -> dict[int, int]:
 
 def _measure(run: Run) -> tuple[float, dict[int, float]]:
     """Return seconds per step, and per evaluation episode by shots, once compiled."""
-    experiment, config = run.experiment, run.experiment.config
-    dataset = experiment.dataset("train")
-    replicated, split = shardings(config.batch_size)
-    weights = jax.device_put(experiment.backbone_weights(), replicated)
-    tx = experiment.optimizer.build(_steps(experiment))
-    state = jax.device_put(experiment.init(tx), replicated)
-    train_step, key = experiment.train_step(tx), jax.random.key(0)
-    batches = training_batches(
-        experiment.loader(dataset),
-        experiment.train_sampler(dataset),
-        batch_size=config.batch_size,
-        workers=config.workers,
-    )
-    ends = []
-    with contextlib.closing(batches):
-        for _ in range(1 + MEASURED_STEPS):  # the first compiles
-            batch = experiment.augmented(global_batch(next(batches), split))
-            state, _ = jax.block_until_ready(train_step(state, weights, batch, key))
-            ends.append(time.perf_counter())
-    predict = experiment.predictor(state.params, weights)
+    experiment = run.experiment
+    weights = experiment.backbone_weights()
+    with contextlib.closing(first_steps(experiment, weights)) as stream:
+        steps = list(itertools.islice(stream, 1 + MEASURED_STEPS))
+    seconds = statistics.mean(step.took for step in steps[1:])  # the first compiles
+    predict = experiment.predictor(steps[-1].state.params, weights)
     score = functools.partial(_seconds_per_episode, experiment, predict)
-    step = (ends[-1] - ends[0]) / MEASURED_STEPS
-    return step, {shots: score(shots) for shots in run.shots}
+    return seconds, {shots: score(shots) for shots in run.shots}
 
 
 def _seconds_per_episode(experiment, predict, shots) -> float:
