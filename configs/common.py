@@ -58,6 +58,10 @@ def get_config() -> Any:
     # Leave training images out that show any pixel of a novel class: the custom of the
     # paper's system, disputed, worth about 3 mIoU.
     config.dataset.exclude_novel = True
+    # How training queries follow each other: "shuffled" images; their "list"; the
+    # (image, class) "pairs"; or "classes": a class is drawn, then an image of it, which
+    # gives rare classes the weight of common ones.
+    config.dataset.order = "shuffled"
     # Which classes of a training query count: "large", those from min_pixels on, or
     # "any" that shows a pixel (the released trainer's).
     config.dataset.targets = "large"

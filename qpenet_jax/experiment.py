@@ -34,7 +34,7 @@ from qpenet_jax.device_augmentation import (
     load_raw_episode,
 )
 from qpenet_jax.episode_lists import EpisodeList
-from qpenet_jax.episodes import EpisodeIds, EpisodeSampler, Targets, load_episode
+from qpenet_jax.episodes import EpisodeIds, EpisodeSampler, Order, Targets, load_episode
 from qpenet_jax.errors import InputError
 from qpenet_jax.evaluation import Predictor, cosine_predictor, qpenet_predictor
 from qpenet_jax.losses import LossWeights
@@ -109,12 +109,13 @@ class Experiment:
                 f"config.augment_on={self.config.augment_on!r}: choose "
                 f"{', '.join(where)}"
             )
-        targets = self.config.dataset.get("targets", "large")
-        if targets not in get_args(Targets):
-            raise InputError(
-                f"config.dataset.targets={targets!r}: choose "
-                f"{', '.join(get_args(Targets))}"
-            )
+        for name, kind in (("order", Order), ("targets", Targets)):
+            value = self.config.dataset.get(name, get_args(kind)[0])
+            if value not in get_args(kind):
+                raise InputError(
+                    f"config.dataset.{name}={value!r}: choose "
+                    f"{', '.join(get_args(kind))}"
+                )
         if self.config.seed < 0:
             raise InputError(f"config.seed={self.config.seed} must be 0 or more")
         unknown = set(self.config.eval.focus) - set(self.protocol().classes)
@@ -212,6 +213,7 @@ class Experiment:
             exclude=self.fold.novel if data.exclude_novel else (),
             min_pixels=data.min_pixels,
             on_few=data.on_few,
+            order=data.get("order", "shuffled"),
             targets=data.get("targets", "large"),
             class_names=self.class_names,
         )

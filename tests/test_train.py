@@ -260,6 +260,7 @@ def test_the_config_of_another_run_is_refused(finished):
         ({"recipe": "best"}, ["recipe='best'", "stable", "released", "paper"]),
         ({"optimizer__clip": -1.0}, ["optimizer.clip=-1.0", "0 or more"]),
         ({"dataset__targets": "small"}, ["dataset.targets='small'", "large", "any"]),
+        ({"dataset__order": "random"}, ["dataset.order='random'", "shuffled", "list"]),
         ({"backbone__stages": "('block5',)"}, ["block5", "block4, block10, block14"]),
         ({"dataset__kind": "voc", "dataset__root": "nowhere"}, ["nowhere"]),
     ],
