@@ -10,13 +10,13 @@ the command line, `--config.optimizer.lr=0.001`. Whose values these are:
   the auxiliary head's weight 0.6, augmentation, `exclude_novel`, `min_pixels`.
 - Of three origins: what `recipe` settles (qpenet_jax/recipes.py). "paper" has lr 0.0025
   and weights of 1; "released" lr 0.025, smaller weights, P_global from zeros; "stable",
-  the default, is ours: "released" on features that are divided by their rms.
+  the default, is ours: lr 0.025 and weights of 1, on features divided by their rms.
 - Ours: selection on base classes, logging, saving, `dtype`, loading.
 
 What was shown about them (docs/training.md): over 300 steps near the start of the
 schedule, on real photos with EfficientNet-Lite0's features at three scales, "stable"
-keeps every head alive at every scale; weights of 1 with lr 0.025, our default before,
-let heads die or diverge. Nobody has trained a full run with these files yet.
+keeps every head alive at every scale; the same without normalising, our default before,
+lets heads die or diverges. Nobody has trained a full run with these files yet.
 """
 
 from typing import Any

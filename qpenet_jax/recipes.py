@@ -43,14 +43,15 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "optimizer.clip": 0.0,
         "optimizer.warm_up": 0,
     },
-    # Ours.
+    # Ours: the paper's loss at the release's rate. On features that aren't normalised
+    # this pair lets heads die or diverges (docs/training.md).
     "stable": {
         "model.normalize": True,
-        "model.background_scale": 0.0,
+        "model.background_scale": 1.0,
         "loss.alpha": 1.0,
-        "loss.beta": 0.5,
-        "loss.pre": 0.25,
-        "loss.rev": 0.25,
+        "loss.beta": 1.0,
+        "loss.pre": 1.0,
+        "loss.rev": 1.0,
         "loss.final": 1.0,
         "loss.aux": 0.6,
         "optimizer.lr": 0.0025,
