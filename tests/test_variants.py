@@ -346,7 +346,8 @@ def test_a_train_step_reports_what_the_variant_has(name):
     assert jax.tree.structure(new) == jax.tree.structure(state)
     watched = {name for name in metrics if name.startswith("empty_")}
     evolved = set() if name == "baseline" else {"empty_pre", "empty_rev"}
-    assert watched == {"empty_bg"} | evolved
+    decoded = {"empty_final"} if name in FEM_ROWS else {"empty_final", "empty_aux"}
+    assert watched == {"empty_bg"} | evolved | decoded
 
 
 @pytest.mark.parametrize(("name", "guided"), [("fgpe", True), ("sgm", False)])
