@@ -7,7 +7,7 @@ python train.py --config configs/voc_subset_fold2.py \\
 qpenet evaluate --workdir runs/voc_subset_fold2 --episodes 1000 --references
 
 Novel: diningtable, dog, horse, motorbike, person. About 6 minutes of training; 1,000
-episodes, mean of three seeds: 48.4 mIoU on dog, horse and person (cosine baseline 37.1),
+episodes, mean of three seeds: 48.4 mIoU on dog, horse and person (baseline 37.1),
 39.6 on all five (32.4). Which choice does what: docs/training.md.
 """
 
