@@ -84,7 +84,7 @@ def run(tmp_path, **changes):
 def test_the_check_ends_with_a_verdict(tmp_path):
     """Small images of noise-like training: alive or not, it is said and returned."""
     result = run(tmp_path, steps=30)
-    assert f"the first 30 of 30 steps, recipe {'stable'}" in result.stdout
+    assert "the first 30 of 30 steps, recipe paper" in result.stdout
     for line in ("finite", "heads", "loading", "memory", "to go"):
         assert f"  {line}" in result.stdout
     last = result.stdout.splitlines()[-1]

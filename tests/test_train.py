@@ -115,7 +115,8 @@ def test_a_run_leaves_results_figure_events_and_checkpoints(finished):
     told = {"train/loss", "eval/miou", *(f"train/{name}" for name in shown)}
     assert told <= set(events.Tags()["scalars"])
     rates = [e.value for e in events.Scalars("train/learning_rate")]
-    np.testing.assert_allclose(rates, [5e-4 * (1 - t / 4) ** 0.9 for t in range(4)])
+    expected = [5e-4 * (1 - t / 4) ** 0.9 for t in range(4)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert events.Tags()["images"] == ["episodes"]
     saved = sorted(p.name for p in (workdir / "checkpoints").iterdir())
