@@ -13,10 +13,10 @@ the command line, `--config.optimizer.lr=0.001`. Whose values these are:
   the default, is ours: lr 0.025 and weights of 1, on features divided by their rms.
 - Ours: selection on base classes, logging, saving, `dtype`, loading.
 
-What was shown about them (docs/training.md): over 300 steps near the start of the
-schedule, on real photos with EfficientNet-Lite0's features at three scales, "stable"
-keeps every head alive at every scale; the same without normalising, our default before,
-lets heads die or diverges. Nobody has trained a full run with these files yet.
+What was shown about them (docs/training.md): over 120 to 300 steps near the start of
+the schedule, on real photos with EfficientNet-Lite0's features as they are and scaled
+down to 0.04, "stable" keeps every head alive; the same without normalising, our default
+before, lets heads die or diverges. Nobody has trained a full run with these files yet.
 """
 
 from typing import Any
