@@ -28,14 +28,15 @@ from ml_collections import config_flags
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from qpenet_jax import checkpoints, health, preflight
-from qpenet_jax.config_files import tell_config_errors
-from qpenet_jax.episodes import training_batches
-from qpenet_jax.errors import InputError, exit_on_input_error
-from qpenet_jax.evaluator import Evaluator
-from qpenet_jax.experiment import Experiment, claim, inputs_of
-from qpenet_jax.runtime import keep_compilations, keep_freed_memory
-from qpenet_jax.training import global_batch, shardings
+from qpenet_jax.core.errors import InputError, exit_on_input_error
+from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
+from qpenet_jax.data.episodes import training_batches
+from qpenet_jax.runs import preflight
+from qpenet_jax.runs.config_files import tell_config_errors
+from qpenet_jax.runs.evaluator import Evaluator
+from qpenet_jax.runs.experiment import Experiment, claim, inputs_of
+from qpenet_jax.training import checkpoints, health
+from qpenet_jax.training.step import global_batch, shardings
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<name of the config>")

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from qpenet_jax.errors import InputError
-from qpenet_jax.evaluation import unpad
-from qpenet_jax.experiment import open_run
-from qpenet_jax.transforms import fit, fit_label
-from qpenet_jax.typing import Episode
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Episode
+from qpenet_jax.data.transforms import fit, fit_label
+from qpenet_jax.evaluation.scoring import unpad
+from qpenet_jax.runs.experiment import open_run
 
 Image = UInt8[np.ndarray, "h w 3"]
 Mask = UInt8[np.ndarray, "h w"]

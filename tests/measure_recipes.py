@@ -19,11 +19,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qpenet_jax import health
-from qpenet_jax.config_files import load_config
-from qpenet_jax.experiment import Experiment
-from qpenet_jax.preflight import JUDGED, first_steps, is_finite
-from qpenet_jax.runtime import keep_compilations, keep_freed_memory
+from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
+from qpenet_jax.runs.config_files import load_config
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.preflight import JUDGED, first_steps, is_finite
+from qpenet_jax.training import health
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pascal_fold2.py"
 

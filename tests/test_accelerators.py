@@ -14,8 +14,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from qpenet_jax.benchmark import ours
 from qpenet_jax.benchmark.measure import Case
+from qpenet_jax.core.types import Episode
 from qpenet_jax.models import ops
-from qpenet_jax.typing import Episode
 
 B, K, SIDE = 4, 1, 473
 

@@ -18,9 +18,8 @@ from make_backbone_goldens import (
     torch_stages,
 )
 
-from qpenet_jax.errors import InputError
-from qpenet_jax.models import ops
-from qpenet_jax.models.backbone import (
+from qpenet_jax.backbones.convert import load_weights, to_flax
+from qpenet_jax.backbones.registry import (
     BACKBONES,
     Backbone,
     EfficientNetLite0,
@@ -31,7 +30,8 @@ from qpenet_jax.models.backbone import (
     features,
     normalize,
 )
-from qpenet_jax.weights import load_weights, to_flax
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.models import ops
 
 SMALL = Backbone(ResNet((1, 1, 1)), ("layer3", "layer2"), 1536)
 BATCH = (2, 97, 65)  # one size for several tests: a network is compiled once for it

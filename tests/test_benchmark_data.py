@@ -7,11 +7,11 @@ import pytest
 from qpenet_jax.benchmark.data import benchmark_data, markdown
 from qpenet_jax.benchmark.photos import made_up_photo, made_up_photos
 from qpenet_jax.benchmark.plain import MEAN, STD, plain_augment, plain_episode
-from qpenet_jax.datasets.shapes import Shapes
-from qpenet_jax.datasets.voc import VOCLayout
-from qpenet_jax.episodes import EpisodeIds, load_episode
-from qpenet_jax.errors import InputError
-from qpenet_jax.transforms import Augmentation, augment
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.episodes import EpisodeIds, load_episode
+from qpenet_jax.data.sources.shapes import Shapes
+from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.data.transforms import Augmentation, augment
 
 
 @pytest.fixture(scope="module")

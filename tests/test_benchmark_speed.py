@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qpenet_jax import weights as weights_module
+from qpenet_jax.backbones import convert as weights_module
 from qpenet_jax.benchmark import measure, ours, photos, speed, tables
 from qpenet_jax.benchmark.measure import Case, compare, flop
 from qpenet_jax.benchmark.protocol import protocol_run
-from qpenet_jax.errors import InputError
+from qpenet_jax.core.errors import InputError
 
 NETWORK = {"channels": 16, "heads": 2, "ffn_features": 24}
 EVAL = Case("eval", size=33, network=NETWORK)

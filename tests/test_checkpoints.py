@@ -5,8 +5,13 @@ import numpy as np
 import pytest
 
 from qpenet_jax import InputError
-from qpenet_jax.checkpoints import open_checkpoints, restore, restore_params, save
-from qpenet_jax.training import TrainState
+from qpenet_jax.training.checkpoints import (
+    open_checkpoints,
+    restore,
+    restore_params,
+    save,
+)
+from qpenet_jax.training.step import TrainState
 
 
 def state(step):

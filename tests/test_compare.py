@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from qpenet_jax.compare import compare, comparison_table
-from qpenet_jax.errors import InputError
-from qpenet_jax.metrics import Scores
-from qpenet_jax.protocols import Protocol
-from qpenet_jax.report import summarize, write_report
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.evaluation.compare import compare, comparison_table
+from qpenet_jax.evaluation.metrics import Scores
+from qpenet_jax.evaluation.protocols import Protocol
+from qpenet_jax.evaluation.report import summarize, write_report
 
 NAMES = ("cat", "dog")
 IDS = (3, 8)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpenet_jax.experiment import Experiment
-from qpenet_jax.typing import Episode
+from qpenet_jax.core.types import Episode
+from qpenet_jax.runs.experiment import Experiment
 
 CONFIGS = sorted(
     path.stem for path in (Path(__file__).resolve().parents[1] / "configs").glob("*.py")

@@ -10,14 +10,14 @@ import time
 import numpy as np
 import pytest
 
-from qpenet_jax.datasets.decoded import PIXELS, SIZES, Decoded
-from qpenet_jax.datasets.shapes import Shapes
-from qpenet_jax.datasets.voc import VOCLayout
-from qpenet_jax.episodes import EpisodeSampler, load_episode, training_batches
-from qpenet_jax.errors import InputError
-from qpenet_jax.protocols import dataset_version
-from qpenet_jax.transforms import Augmentation
-from qpenet_jax.typing import SegmentationDataset
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.data.episodes import EpisodeSampler, load_episode, training_batches
+from qpenet_jax.data.sources.decoded import PIXELS, SIZES, Decoded
+from qpenet_jax.data.sources.shapes import Shapes
+from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.data.transforms import Augmentation
+from qpenet_jax.evaluation.protocols import dataset_version
 
 CLASSES = ("first", "second", "third")
 

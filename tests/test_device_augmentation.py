@@ -12,12 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from qpenet_jax import experiment
 from qpenet_jax.benchmark.photos import made_up_photo
-from qpenet_jax.config_files import load_config
-from qpenet_jax.datasets.shapes import Shapes
-from qpenet_jax.datasets.voc import VOCLayout
-from qpenet_jax.device_augmentation import (
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import IGNORE
+from qpenet_jax.data.device_augmentation import (
     RawEpisode,
     augment_episodes,
     canvas_side,
@@ -25,7 +23,7 @@ from qpenet_jax.device_augmentation import (
     load_raw_episode,
     scaled_side,
 )
-from qpenet_jax.episodes import (
+from qpenet_jax.data.episodes import (
     AUGMENT,
     EpisodeIds,
     EpisodeSampler,
@@ -33,9 +31,11 @@ from qpenet_jax.episodes import (
     load_episode,
     training_batches,
 )
-from qpenet_jax.errors import InputError
-from qpenet_jax.transforms import Augmentation, augment
-from qpenet_jax.typing import IGNORE
+from qpenet_jax.data.sources.shapes import Shapes
+from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.data.transforms import Augmentation, augment
+from qpenet_jax.runs import experiment
+from qpenet_jax.runs.config_files import load_config
 
 NARROW, WIDE = (0.9, 1.1), (0.8, 1.25)
 OPERATIONS = {
@@ -369,10 +369,10 @@ def test_it_lowers_for_accelerators(shapes, platform):
 SPLIT = """
 import re
 import jax, numpy as np
-from qpenet_jax.device_augmentation import augment_episodes, draw, RawEpisode
-from qpenet_jax.episodes import EpisodeIds
-from qpenet_jax.training import shardings
-from qpenet_jax.transforms import Augmentation
+from qpenet_jax.data.device_augmentation import augment_episodes, draw, RawEpisode
+from qpenet_jax.data.episodes import EpisodeIds
+from qpenet_jax.training.step import shardings
+from qpenet_jax.data.transforms import Augmentation
 
 rng = np.random.default_rng(0)
 options = {"side": 25, "room": 50}

@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 
-from qpenet_jax import download as module
-from qpenet_jax.download import digest, download, sha256
-from qpenet_jax.errors import InputError
+from qpenet_jax.core import download as module
+from qpenet_jax.core.download import digest, download, sha256
+from qpenet_jax.core.errors import InputError
 
 CONTENT = np.random.default_rng(0).bytes(200_000)
 SHA256 = "sha256:" + hashlib.sha256(CONTENT).hexdigest()

@@ -6,10 +6,10 @@ import hashlib
 import numpy as np
 import pytest
 
-from qpenet_jax.datasets.shapes import Shapes
-from qpenet_jax.episode_lists import export_episodes, read_episodes
-from qpenet_jax.episodes import EpisodeSampler
-from qpenet_jax.errors import InputError
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.episode_lists import export_episodes, read_episodes
+from qpenet_jax.data.episodes import EpisodeSampler
+from qpenet_jax.data.sources.shapes import Shapes
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qpenet_jax.datasets.voc import VOCLayout
-from qpenet_jax.episodes import (
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Episode
+from qpenet_jax.data.episodes import (
     EpisodeIds,
     EpisodeSampler,
     eligible_pairs,
     load_episode,
     training_batches,
 )
-from qpenet_jax.errors import InputError
-from qpenet_jax.transforms import Augmentation, binary_mask, fit, fit_label
-from qpenet_jax.typing import Episode
+from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.data.transforms import Augmentation, binary_mask, fit, fit_label
 
 CLASSES = (2, 3, 5)
 

@@ -6,15 +6,21 @@ import jax
 import numpy as np
 import pytest
 
-from qpenet_jax.datasets.shapes import Shapes
-from qpenet_jax.episodes import EpisodeSampler
-from qpenet_jax.evaluation import Predictor, evaluate, make_eval_step, score, unpad
-from qpenet_jax.metrics import fb_iou, mean_iou
-from qpenet_jax.models.backbone import Backbone, features
-from qpenet_jax.models.cosine import nearest_prototype
-from qpenet_jax.protocols import Protocol
-from qpenet_jax.transforms import fit, fit_label
-from qpenet_jax.typing import Episode
+from qpenet_jax.backbones.registry import Backbone, features
+from qpenet_jax.core.types import Episode
+from qpenet_jax.data.episodes import EpisodeSampler
+from qpenet_jax.data.sources.shapes import Shapes
+from qpenet_jax.data.transforms import fit, fit_label
+from qpenet_jax.evaluation.cosine import nearest_prototype
+from qpenet_jax.evaluation.metrics import fb_iou, mean_iou
+from qpenet_jax.evaluation.protocols import Protocol
+from qpenet_jax.evaluation.scoring import (
+    Predictor,
+    evaluate,
+    make_eval_step,
+    score,
+    unpad,
+)
 
 NAMES = ("one", "two", "three")
 

@@ -11,10 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpenet_jax.datasets.shapes import Shapes
-from qpenet_jax.episode_lists import FrozenEpisodes
-from qpenet_jax.episodes import EpisodeIds, EpisodeSampler, load_episode
-from qpenet_jax.evaluation import (
+from qpenet_jax.backbones.registry import Backbone
+from qpenet_jax.core.types import Episode
+from qpenet_jax.data.episode_lists import FrozenEpisodes
+from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, load_episode
+from qpenet_jax.data.sources.shapes import Shapes
+from qpenet_jax.data.transforms import binary_mask
+from qpenet_jax.evaluation.cosine import nearest_prototype
+from qpenet_jax.evaluation.plan import grouped, plan
+from qpenet_jax.evaluation.protocols import Protocol
+from qpenet_jax.evaluation.scoring import (
     Predictor,
     cosine_predictor,
     evaluate,
@@ -22,13 +28,7 @@ from qpenet_jax.evaluation import (
     qpenet_predictor,
     score,
 )
-from qpenet_jax.feature_cache import grouped, plan
-from qpenet_jax.models.backbone import Backbone
-from qpenet_jax.models.cosine import nearest_prototype
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.protocols import Protocol
-from qpenet_jax.transforms import binary_mask
-from qpenet_jax.typing import Episode
 
 SIDE, FEATURES, CLASSES = 33, 12, (1, 2, 3)
 

@@ -9,10 +9,14 @@ import pytest
 from PIL import Image
 
 from configs import quickstart
-from qpenet_jax import InputError, figures, visualize
-from qpenet_jax.episodes import EpisodeIds
-from qpenet_jax.experiment import Experiment, claim, inputs_of
-from qpenet_jax.figures import (
+from qpenet_jax import InputError
+from qpenet_jax.core.types import Episode
+from qpenet_jax.data.episodes import EpisodeIds
+from qpenet_jax.evaluation import pictures as visualize
+from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, TILE, TRUTH, Scene
+from qpenet_jax.models.layers import Conv1x1, Convs
+from qpenet_jax.paper import figures
+from qpenet_jax.paper.figures import (
     AUX,
     BACKGROUND,
     DARK,
@@ -25,10 +29,8 @@ from qpenet_jax.figures import (
     predictions_sheet,
     support_regions,
 )
-from qpenet_jax.models.layers import Conv1x1, Convs
-from qpenet_jax.training import episode_features
-from qpenet_jax.typing import Episode
-from qpenet_jax.visualize import PREDICTION, SUPPORT, TILE, TRUTH, Scene
+from qpenet_jax.runs.experiment import Experiment, claim, inputs_of
+from qpenet_jax.training.step import episode_features
 
 SIDE, GRID = 65, 9
 SHRUNK = {

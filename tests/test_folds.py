@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from qpenet_jax.datasets.folds import (
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.folds import (
     COCO_CLASSES,
     PASCAL_CLASSES,
     coco_fold,
@@ -11,7 +12,6 @@ from qpenet_jax.datasets.folds import (
     named_fold,
     pascal_fold,
 )
-from qpenet_jax.errors import InputError
 
 
 def named(classes, ids):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from qpenet_jax.health import CHANCE, HEADS, LOSSES, Watch, dead_heads
+from qpenet_jax.training.health import CHANCE, HEADS, LOSSES, Watch, dead_heads
 
 ALIVE = {"loss_pre": 0.3, "loss_rev": 0.3, "loss_bg_q": 0.6, "loss_aux": 0.3}
 ALIVE |= {"loss_final": 0.3, **{f"empty_{head}": 0.25 for head in HEADS}}

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qpenet_jax.datasets.images import image_size, read_image, read_label, read_mask
-from qpenet_jax.errors import InputError
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.images import image_size, read_image, read_label, read_mask
 
 SMOOTH = np.stack(
     np.broadcast_arrays(

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from qpenet_jax.losses import (
+from qpenet_jax.models.losses import (
     LossWeights,
     background_mining,
     cross_entropy,

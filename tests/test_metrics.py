@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from qpenet_jax.errors import InputError
-from qpenet_jax.metrics import (
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.evaluation.metrics import (
     COLUMNS,
     Scores,
     class_iou,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpenet_jax.models import attention, ops, winograd
+from qpenet_jax.models import ops
+from qpenet_jax.models.ops import attention, winograd
 
 
 def normal(*shape, seed=0):

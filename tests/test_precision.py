@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from qpenet_jax.episodes import load_episode
-from qpenet_jax.errors import InputError
-from qpenet_jax.experiment import Experiment
-from qpenet_jax.models.precision import InDtype
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.episodes import load_episode
+from qpenet_jax.models.ops.precision import InDtype
+from qpenet_jax.runs.experiment import Experiment
 
 SIDE = 65
 

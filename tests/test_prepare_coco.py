@@ -15,12 +15,12 @@ from conftest import SHARED_DATA
 from PIL import Image
 from pycocotools import mask as rle
 
-from qpenet_jax.datasets import coco
-from qpenet_jax.datasets.coco import Instances, download_coco, prepare_coco
-from qpenet_jax.datasets.folds import COCO_CLASSES, coco_fold
-from qpenet_jax.datasets.prepared import Prepared
-from qpenet_jax.episodes import EpisodeSampler, eligible_pairs
-from qpenet_jax.errors import InputError
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.episodes import EpisodeSampler, eligible_pairs
+from qpenet_jax.data.folds import COCO_CLASSES, coco_fold
+from qpenet_jax.data.prepare import coco
+from qpenet_jax.data.prepare.coco import Instances, download_coco, prepare_coco
+from qpenet_jax.data.sources.prepared import Prepared
 
 # pycocotools' arrays under NumPy 2, where a test calls it; the package is silent.
 calls_pycocotools = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qpenet_jax.datasets.folder import prepare_folder
-from qpenet_jax.datasets.prepared import Prepared
-from qpenet_jax.errors import InputError
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.prepare.folder import prepare_folder
+from qpenet_jax.data.sources.prepared import Prepared
 
 SIZE = (12, 17)
 

@@ -18,13 +18,13 @@ import scipy.io
 from conftest import save_palette
 from PIL import Image
 
-from qpenet_jax.datasets import pascal
-from qpenet_jax.datasets.archives import fingerprint, open_archive
-from qpenet_jax.datasets.folds import PASCAL_CLASSES, pascal_fold
-from qpenet_jax.datasets.pascal import download_pascal, prepare_pascal
-from qpenet_jax.datasets.prepared import Prepared
-from qpenet_jax.episodes import eligible_pairs
-from qpenet_jax.errors import InputError
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.episodes import eligible_pairs
+from qpenet_jax.data.folds import PASCAL_CLASSES, pascal_fold
+from qpenet_jax.data.prepare import pascal
+from qpenet_jax.data.prepare.archives import fingerprint, open_archive
+from qpenet_jax.data.prepare.pascal import download_pascal, prepare_pascal
+from qpenet_jax.data.sources.prepared import Prepared
 
 VOC = "VOCdevkit/VOC2012/"
 SBD = "benchmark_RELEASE/dataset/"

@@ -20,8 +20,12 @@ from absl import logging
 from PIL import Image
 from tensorflow_datasets.core import shuffle
 
-from qpenet_jax.datasets import builder
-from qpenet_jax.datasets.builder import (
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.data.episodes import EpisodeSampler, load_episode, training_batches
+from qpenet_jax.data.images import read_image
+from qpenet_jax.data.prepare import builder
+from qpenet_jax.data.prepare.builder import (
     Example,
     SegmentationBuilder,
     Source,
@@ -29,12 +33,8 @@ from qpenet_jax.datasets.builder import (
     encode_mask,
     prepare,
 )
-from qpenet_jax.datasets.images import read_image
-from qpenet_jax.datasets.prepared import Prepared
-from qpenet_jax.episodes import EpisodeSampler, load_episode, training_batches
-from qpenet_jax.errors import InputError
-from qpenet_jax.transforms import Augmentation
-from qpenet_jax.typing import SegmentationDataset
+from qpenet_jax.data.sources.prepared import Prepared
+from qpenet_jax.data.transforms import Augmentation
 
 EXIF_ORIENTATION = 0x0112
 
@@ -161,7 +161,7 @@ def test_pickled_and_read_by_workers(tiny):
 
 WITHOUT_TENSORFLOW = """
 import sys
-from qpenet_jax.datasets.prepared import Prepared
+from qpenet_jax.data.sources.prepared import Prepared
 data = Prepared(sys.argv[1], "train")
 data.counts, data.image(0), data.label(0)
 print([name for name in sys.modules if name.startswith("tensorflow.")

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from qpenet_jax.datasets.shapes import Shapes
-from qpenet_jax.errors import InputError
-from qpenet_jax.protocols import (
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.sources.shapes import Shapes
+from qpenet_jax.evaluation.protocols import (
     PRESET_FIELDS,
     PRESETS,
     Protocol,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpenet_jax.losses import total_loss
+from qpenet_jax.models.losses import total_loss
 from qpenet_jax.models.qpenet import QPENet
 
 CHANNELS, FEATURES, SIDE, GRID = 16, 12, 33, 5

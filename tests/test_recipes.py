@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from qpenet_jax.config_files import load_config
-from qpenet_jax.errors import InputError
-from qpenet_jax.experiment import Experiment
-from qpenet_jax.losses import LossWeights
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.recipes import RECIPES, resolved
-from qpenet_jax.training import Optimizer
+from qpenet_jax.runs.config_files import load_config
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.recipes import RECIPES, resolved
+from qpenet_jax.training.step import Optimizer
 
 # ml_collections loads config files by a way that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -7,10 +7,16 @@ import re
 import numpy as np
 import pytest
 
-from qpenet_jax.errors import InputError
-from qpenet_jax.metrics import Scores
-from qpenet_jax.protocols import Protocol
-from qpenet_jax.report import markdown, summarize, table, write_json, write_report
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.evaluation.metrics import Scores
+from qpenet_jax.evaluation.protocols import Protocol
+from qpenet_jax.evaluation.report import (
+    markdown,
+    summarize,
+    table,
+    write_json,
+    write_report,
+)
 
 NAMES = ("one", "two", "three")
 IDS = (4, 5, 6)

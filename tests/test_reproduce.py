@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qpenet_jax import reproduce as module
-from qpenet_jax.errors import InputError
-from qpenet_jax.metrics import Scores, estimate
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.evaluation.metrics import Scores, estimate
 from qpenet_jax.models.qpenet import VARIANTS
-from qpenet_jax.paper_tables import (
+from qpenet_jax.paper import reproduce as module
+from qpenet_jax.paper.reproduce import reproduce
+from qpenet_jax.paper.tables import (
     COLUMNS,
     PAPER,
     Found,
@@ -28,7 +29,6 @@ from qpenet_jax.paper_tables import (
     pooled,
     verdict,
 )
-from qpenet_jax.reproduce import reproduce
 
 # Of ml_collections, where it reads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

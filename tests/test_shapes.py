@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from qpenet_jax.datasets import shapes
-from qpenet_jax.datasets.shapes import Shapes
-from qpenet_jax.errors import InputError
-from qpenet_jax.typing import SegmentationDataset
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.data.sources import shapes
+from qpenet_jax.data.sources.shapes import Shapes
 
 CLASS_IDS = range(1, 21)
 

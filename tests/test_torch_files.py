@@ -14,8 +14,8 @@ import pytest
 from make_backbone_goldens import GOLDENS
 
 import qpenet_jax
-from qpenet_jax.errors import InputError
-from qpenet_jax.torch_files import read_tensors
+from qpenet_jax.backbones.torch_files import read_tensors
+from qpenet_jax.core.errors import InputError
 
 BASE = np.arange(24, dtype=np.float32).reshape(4, 6)
 TINY = {
@@ -228,6 +228,6 @@ def test_no_module_imports_torch_or_tensorflow():
             for name in names:
                 assert name.split(".")[0] not in ("torch", "torchvision", "tensorflow")
                 assert name not in (
-                    "qpenet_jax.twin",
+                    "qpenet_jax.benchmark.twin",
                     "qpenet_jax.benchmark.opponent",
                 )

@@ -16,8 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qpenet_jax import load
-from qpenet_jax.datasets.shapes import Shapes
-from qpenet_jax.experiment import open_run
+from qpenet_jax.data.sources.shapes import Shapes
+from qpenet_jax.runs.experiment import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SHRUNK = {
@@ -458,7 +458,7 @@ def test_predict_writes_masks_of_the_querys_size(finished, tmp_path):
 
 PEAK = """
 import resource, sys
-from qpenet_jax.cli import main
+from qpenet_jax.cli.main import main
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 common, small, large = sys.argv[1:-2], *sys.argv[-2:]
 main([*common, "--query", small])

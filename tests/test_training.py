@@ -7,12 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from qpenet_jax.errors import InputError
-from qpenet_jax.health import HEADS
-from qpenet_jax.losses import LossWeights
-from qpenet_jax.models.backbone import Backbone
+from qpenet_jax.backbones.registry import Backbone
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Episode
+from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.training import (
+from qpenet_jax.training.health import HEADS
+from qpenet_jax.training.step import (
     Optimizer,
     episode_features,
     global_batch,
@@ -20,7 +21,6 @@ from qpenet_jax.training import (
     make_train_step,
     shardings,
 )
-from qpenet_jax.typing import Episode
 
 SIDE = 33
 

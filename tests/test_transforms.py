@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from qpenet_jax.transforms import (
+from qpenet_jax.data.transforms import (
     Augmentation,
     augment,
     binary_mask,

@@ -10,21 +10,22 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from qpenet_jax import weights
-from qpenet_jax.datasets.folds import PASCAL_CLASSES, pascal_fold
-from qpenet_jax.datasets.voc import VOCLayout
-from qpenet_jax.episodes import EpisodeSampler, load_episode
-from qpenet_jax.errors import InputError
-from qpenet_jax.losses import LossWeights, total_loss
-from qpenet_jax.models import backbone, ops, prototypes
+from qpenet_jax.backbones import convert as weights
+from qpenet_jax.backbones import registry as backbone
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Episode
+from qpenet_jax.data.episodes import EpisodeSampler, load_episode
+from qpenet_jax.data.folds import PASCAL_CLASSES, pascal_fold
+from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.models import ops, prototypes
 from qpenet_jax.models.ffa import CrossAttention
+from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.training import Optimizer, TrainState, make_train_step
-from qpenet_jax.typing import Episode
+from qpenet_jax.training.step import Optimizer, TrainState, make_train_step
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
-twin = pytest.importorskip("qpenet_jax.twin")
+twin = pytest.importorskip("qpenet_jax.benchmark.twin")
 
 FEATURES, GRID = 48, 7
 SIDE = 8 * GRID - 7

@@ -21,11 +21,12 @@ from test_qpenet import (
 )
 from test_training import BACKBONE
 
-from qpenet_jax.errors import InputError
-from qpenet_jax.losses import LossWeights, total_loss
+from qpenet_jax.backbones.registry import BACKBONES
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Episode
 from qpenet_jax.models import qpenet
-from qpenet_jax.models.backbone import BACKBONES
 from qpenet_jax.models.fem import adaptive_average_pool, prior_mask
+from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.qpenet import (
     RESNET50_LAYER4,
     RESNET50_TO_LAYER3,
@@ -33,8 +34,7 @@ from qpenet_jax.models.qpenet import (
     QPENet,
     parameter_table,
 )
-from qpenet_jax.training import Optimizer, init_state, make_train_step
-from qpenet_jax.typing import Episode
+from qpenet_jax.training.step import Optimizer, init_state, make_train_step
 
 HEIGHT, WIDTH = 33, 49
 GRID = (5, 7)  # halves to 3 x 4, 2 x 2 and 1 x 1

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qpenet_jax.datasets.folds import PASCAL_CLASSES, pascal_fold
-from qpenet_jax.datasets.voc import VOCLayout
-from qpenet_jax.episodes import EpisodeSampler, eligible_pairs
-from qpenet_jax.errors import InputError
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.episodes import EpisodeSampler, eligible_pairs
+from qpenet_jax.data.folds import PASCAL_CLASSES, pascal_fold
+from qpenet_jax.data.sources.voc import VOCLayout
 
 NAMES = ("circle", "square", "star")
 

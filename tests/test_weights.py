@@ -10,11 +10,11 @@ import safetensors
 import safetensors.numpy
 from make_backbone_goldens import GOLDENS, random_tensor
 
-from qpenet_jax import weights
-from qpenet_jax.errors import InputError
-from qpenet_jax.models.backbone import EfficientNetLite0
-from qpenet_jax.torch_files import read_tensors
-from qpenet_jax.weights import convert, load_backbone, load_weights, to_flax
+from qpenet_jax.backbones import convert as weights
+from qpenet_jax.backbones.convert import convert, load_backbone, load_weights, to_flax
+from qpenet_jax.backbones.registry import EfficientNetLite0
+from qpenet_jax.backbones.torch_files import read_tensors
+from qpenet_jax.core.errors import InputError
 
 # --- PyTorch names to Flax parameters ---------------------------------------------
 

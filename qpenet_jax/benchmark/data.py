@@ -19,20 +19,20 @@ from typing import Any
 import cv2
 import numpy as np
 
-from qpenet_jax import transforms
 from qpenet_jax.benchmark import plain
 from qpenet_jax.benchmark.photos import made_up_photos
-from qpenet_jax.datasets.decoded import Decoded
-from qpenet_jax.device_augmentation import canvas_side, load_raw_episode
-from qpenet_jax.episodes import (
+from qpenet_jax.core.runtime import keep_freed_memory, processor
+from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.data import transforms
+from qpenet_jax.data.device_augmentation import canvas_side, load_raw_episode
+from qpenet_jax.data.episodes import (
     EpisodeIds,
     EpisodeSampler,
     load_episode,
     training_batches,
 )
-from qpenet_jax.runtime import keep_freed_memory, processor
-from qpenet_jax.transforms import Augmentation
-from qpenet_jax.typing import SegmentationDataset
+from qpenet_jax.data.sources.decoded import Decoded
+from qpenet_jax.data.transforms import Augmentation
 
 BATCH = 4
 """Episodes a batch, as in the paper."""

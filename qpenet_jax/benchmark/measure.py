@@ -17,9 +17,9 @@ from jax.extend import core
 from jaxtyping import Float, UInt8
 
 from qpenet_jax.benchmark.photos import made_up_photo
-from qpenet_jax.errors import InputError
-from qpenet_jax.transforms import fit, fit_label
-from qpenet_jax.typing import Episode
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Episode
+from qpenet_jax.data.transforms import fit, fit_label
 
 TWIN_VARIANTS = {
     "eager": "eager, NCHW",

@@ -15,7 +15,9 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 from torch import Tensor, nn
 
-from qpenet_jax import twin
+from qpenet_jax.backbones.convert import ORIGINALS
+from qpenet_jax.backbones.registry import backbone
+from qpenet_jax.benchmark import twin
 from qpenet_jax.benchmark.measure import (
     Case,
     Side,
@@ -25,12 +27,10 @@ from qpenet_jax.benchmark.measure import (
     peak_memory,
 )
 from qpenet_jax.benchmark.ours import NO_DROPOUT, RATE, STEPS, Weights, flat
-from qpenet_jax.errors import InputError
-from qpenet_jax.models.backbone import backbone
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.runtime import keep_freed_memory
+from qpenet_jax.core.types import Episode
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.runtime import keep_freed_memory
-from qpenet_jax.typing import Episode
-from qpenet_jax.weights import ORIGINALS
 
 
 def threads() -> int:

@@ -14,6 +14,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
+from qpenet_jax.backbones.convert import load_weights
+from qpenet_jax.backbones.registry import Backbone, backbone, features
 from qpenet_jax.benchmark.measure import (
     Case,
     Side,
@@ -23,15 +25,13 @@ from qpenet_jax.benchmark.measure import (
     matmul_rate,
     peak_memory,
 )
-from qpenet_jax.evaluation import make_eval_step
-from qpenet_jax.losses import LossWeights
-from qpenet_jax.models.backbone import Backbone, backbone, features
-from qpenet_jax.models.precision import cast, in_dtype
+from qpenet_jax.core.runtime import keep_freed_memory
+from qpenet_jax.core.types import Episode
+from qpenet_jax.evaluation.scoring import make_eval_step
+from qpenet_jax.models.losses import LossWeights
+from qpenet_jax.models.ops.precision import cast, in_dtype
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.runtime import keep_freed_memory
-from qpenet_jax.training import Optimizer, TrainState, init_state, make_train_step
-from qpenet_jax.typing import Episode
-from qpenet_jax.weights import load_weights
+from qpenet_jax.training.step import Optimizer, TrainState, init_state, make_train_step
 
 RATE, STEPS = 1e-4, 10**6
 """Learning rate, low so that the many steps on noise stay finite, and schedule."""

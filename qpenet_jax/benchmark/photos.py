@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from qpenet_jax.datasets.prepared import Prepared
-from qpenet_jax.typing import IGNORE
+from qpenet_jax.core.types import IGNORE
+from qpenet_jax.data.sources.prepared import Prepared
 
 PHOTOS, CLASSES = 64, 4
 
@@ -18,7 +18,7 @@ GRAIN, QUALITY = 16.0, (cv2.IMWRITE_JPEG_QUALITY, 90)
 def made_up_photos(folder: Path) -> Prepared:
     """Write 64 JPEGs of 500x375 and 375x500 with labels, as `qpenet prepare` does."""
     # TFDS is imported where it is needed: it takes most of a second.
-    from qpenet_jax.datasets.builder import (
+    from qpenet_jax.data.prepare.builder import (
         Example,
         SegmentationBuilder,
         Source,

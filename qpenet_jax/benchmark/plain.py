@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from qpenet_jax import transforms
-from qpenet_jax.datasets.prepared import Prepared
-from qpenet_jax.datasets.voc import VOCLayout
-from qpenet_jax.episodes import AUGMENT, EpisodeIds, generator
-from qpenet_jax.transforms import Augmentation
-from qpenet_jax.typing import IGNORE, SegmentationDataset
+from qpenet_jax.core.types import IGNORE, SegmentationDataset
+from qpenet_jax.data import transforms
+from qpenet_jax.data.episodes import AUGMENT, EpisodeIds, generator
+from qpenet_jax.data.sources.prepared import Prepared
+from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.data.transforms import Augmentation
 
 MEAN = 255 * np.array([0.485, 0.456, 0.406], np.float32)
 STD = 255 * np.array([0.229, 0.224, 0.225], np.float32)

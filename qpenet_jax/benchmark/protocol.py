@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from qpenet_jax.backbones.registry import Backbone, backbone
 from qpenet_jax.benchmark import ours
 from qpenet_jax.benchmark.measure import Case
 from qpenet_jax.benchmark.photos import made_up_photos
-from qpenet_jax.episodes import EpisodeSampler, load_episode
-from qpenet_jax.evaluation import Samplers, evaluate, qpenet_predictor
-from qpenet_jax.experiment import Experiment
-from qpenet_jax.models.backbone import Backbone, backbone
+from qpenet_jax.data.episodes import EpisodeSampler, load_episode
+from qpenet_jax.evaluation.protocols import Protocol
+from qpenet_jax.evaluation.scoring import Samplers, evaluate, qpenet_predictor
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.protocols import Protocol
+from qpenet_jax.runs.experiment import Experiment
 
 EPISODES = 100
 """Of an evaluation on made-up photos: each of the 64 comes several times."""

@@ -32,12 +32,12 @@ from qpenet_jax.benchmark.measure import (
     run_child,
 )
 from qpenet_jax.benchmark.protocol import protocol_run
-from qpenet_jax.errors import InputError
-from qpenet_jax.experiment import Experiment
-from qpenet_jax.models.precision import DTYPES, products
-from qpenet_jax.protocols import check_side
-from qpenet_jax.runtime import keep_freed_memory, processor
-from qpenet_jax.typing import Episode
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.runtime import keep_freed_memory, processor
+from qpenet_jax.core.types import Episode
+from qpenet_jax.evaluation.protocols import check_side
+from qpenet_jax.models.ops.precision import DTYPES, products
+from qpenet_jax.runs.experiment import Experiment
 
 WHAT = ("eval", "train", "backbone", "protocol", "data")
 STEPS = ("eval", "train", "backbone")

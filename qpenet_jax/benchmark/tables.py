@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from qpenet_jax.benchmark import data
 from qpenet_jax.benchmark.measure import TWIN_VARIANTS
-from qpenet_jax.visualize import INK, PAPER, PREDICTION, SUPPORT, Colour
+from qpenet_jax.evaluation.pictures import INK, PAPER, PREDICTION, SUPPORT, Colour
 
 # --- Markdown ---------------------------------------------------------------------
 

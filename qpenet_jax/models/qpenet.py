@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qpenet_jax.errors import InputError
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.models.dpe import dual_prototypes
 from qpenet_jax.models.fem import FEM, prior_mask
 from qpenet_jax.models.ffa import FFA, CrossAttention
