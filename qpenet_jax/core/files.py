@@ -1,7 +1,13 @@
-"""Write files whole or not at all, and look for room first."""
+"""Files: written whole or not at all, locked, cached; room is looked for first."""
 
+import contextlib
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
+import platformdirs
 
 from qpenet_jax.core.errors import InputError
 
@@ -35,3 +41,40 @@ def check_room(folder: Path, needed: int, remedy: str) -> None:
             f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are "
             f"needed; {remedy}"
         )
+
+
+@contextlib.contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock file `path` for as long as the `with` lasts; makes its folder.
+
+    The operating system frees it when the process ends, however it ends, so a file that
+    was left behind locks nobody out.
+
+    Raises:
+        InputError: `message`, if another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(message) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cache_folder(name: str) -> Path:
+    """Return where this user's files of one kind are kept between runs.
+
+    The operating system's place for caches (on Linux XDG_CACHE_HOME, or ~/.cache); a
+    process without a home folder gets one among the temporary files.
+    """
+    try:
+        base = platformdirs.user_cache_path("qpenet_jax", appauthor=False)
+    except RuntimeError:
+        base = Path("~")
+    if not base.is_absolute():
+        base = Path(tempfile.gettempdir()) / "qpenet_jax"
+    return base / name

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from qpenet_jax.core.files import cache_folder
+
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 
@@ -22,9 +24,13 @@ def processor() -> str:
 
 
 def keep_compilations() -> None:
-    """Let XLA's compilations of a second or more be found by later processes."""
-    cache = Path.home() / ".cache" / "qpenet_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    """Let XLA's compilations of a second or more be found by later processes.
+
+    A folder that the user has chosen (JAX_COMPILATION_CACHE_DIR) is kept.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = cache_folder("xla")
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def keep_freed_memory() -> None:

@@ -51,6 +51,7 @@ from qpenet_jax.runs.recipes import resolved
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.training.step import Optimizer, TrainState, init_state, make_train_step
 from qpenet_jax.data.transforms import Augmentation
+from qpenet_jax.core.files import cache_folder
 from qpenet_jax.core.types import Episode, SegmentationDataset
 from qpenet_jax.backbones.convert import load_weights
 
@@ -58,7 +59,7 @@ CONFIG_FILE = "config.json"
 
 INPUTS_FILE = "inputs.json"
 
-DECODED = Path.home() / ".cache" / "qpenet_jax" / "decoded"
+DECODED = cache_folder("decoded")
 """Decoded training images, by data set; only what augments on the device needs them."""
 
 # What a resumed run may change, as no result depends on it: of the last two, the
