@@ -36,7 +36,7 @@ from qpenet_jax.runs.config_files import tell_config_errors
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment, claim, inputs_of
 from qpenet_jax.training import checkpoints, health
-from qpenet_jax.training.step import global_batch, shardings
+from qpenet_jax.training.sharding import global_batch, shardings
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<name of the config>")

@@ -19,15 +19,13 @@ from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import binary_mask
 from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.evaluation.plan import grouped, plan
-from qpenet_jax.evaluation.protocols import Protocol
-from qpenet_jax.evaluation.scoring import (
+from qpenet_jax.evaluation.predictor import (
     Predictor,
     cosine_predictor,
-    evaluate,
-    make_eval_step,
     qpenet_predictor,
-    score,
 )
+from qpenet_jax.evaluation.protocols import Protocol
+from qpenet_jax.evaluation.scoring import make_eval_step, score, score_episodes
 from qpenet_jax.models.qpenet import QPENet
 
 SIDE, FEATURES, CLASSES = 33, 12, (1, 2, 3)
@@ -203,7 +201,9 @@ def check(predict, step, params, shots):
         (size * (shots + 2), sum(_loads([episodes[n] for n in order]))),
     ):
         spy = Spy(predict)
-        scores = evaluate(spy.predict, data(), protocol, samplers, cache_bytes=limit)
+        scores = score_episodes(
+            spy.predict, data(), protocol, samplers, cache_bytes=limit
+        )
         assert spy.encoded == encoded
         if limit == 100 * size:
             first, rows = spy.margins, scores.rows
@@ -298,7 +298,7 @@ def test_memory_is_bounded(images):
     protocol, samplers = setting(shots=2, episodes=20)
     limit = images * SIDE * SIDE * 3
     counting = plain._replace(decode=decode)
-    evaluate(counting, data(), protocol, samplers, cache_bytes=limit)
+    score_episodes(counting, data(), protocol, samplers, cache_bytes=limit)
     assert max(most) <= max(images, 3)
     if images == 100:
         assert max(most) == len(images_of([s(i) for s in samplers for i in range(20)]))
@@ -313,7 +313,7 @@ def test_other_parameters_need_no_compilation():
         model = QPENet(**SMALL)  # equal, but another object
         predict = qpenet_predictor(model, net, draw_params(model, seed), weights())
         found.append(Spy(predict))
-        evaluate(found[-1].predict, data(), protocol, samplers)
+        score_episodes(found[-1].predict, data(), protocol, samplers)
     assert TRACES["once"] == 1
     assert not np.array_equal(found[0].margins, found[1].margins)
 
@@ -321,12 +321,12 @@ def test_other_parameters_need_no_compilation():
 def test_frozen_episodes_and_workers_change_nothing():
     protocol, samplers = setting(shots=2, scoring="input", resize="squash")
     predict = cosine_predictor(BACKBONE, weights())
-    drawn = evaluate(predict, data(), protocol, samplers).rows
+    drawn = score_episodes(predict, data(), protocol, samplers).rows
     frozen = [
         FrozenEpisodes(s.seed, tuple(map(s, range(protocol.episodes))))
         for s in samplers
     ]
-    again = evaluate(predict, data(), protocol, frozen, workers=1).rows
+    again = score_episodes(predict, data(), protocol, frozen, workers=1).rows
     np.testing.assert_array_equal(again, drawn)
     padded, _ = setting(shots=2, scoring="input")
-    assert (evaluate(predict, data(), padded, samplers).rows != drawn).any()
+    assert (score_episodes(predict, data(), padded, samplers).rows != drawn).any()

@@ -31,7 +31,8 @@ from qpenet_jax.core.types import Episode
 from qpenet_jax.evaluation.scoring import make_eval_step
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.training.step import Optimizer, TrainState, init_state, make_train_step
+from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.training.step import TrainState, init_state, make_train_step
 
 RATE, STEPS = 1e-4, 10**6
 """Learning rate, low so that the many steps on noise stay finite, and schedule."""

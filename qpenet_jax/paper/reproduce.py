@@ -33,7 +33,7 @@ from qpenet_jax.core.runtime import processor
 from qpenet_jax.evaluation.compare import episode_scores
 from qpenet_jax.evaluation.protocols import of_dataset
 from qpenet_jax.evaluation.report import RESULTS, markdown, write_json
-from qpenet_jax.evaluation.scoring import evaluate
+from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.models.qpenet import VARIANTS
 from qpenet_jax.paper.tables import (
     TABLES,
@@ -211,7 +211,7 @@ def _train(run: Run) -> str:
             continue
         command = run.command
         if shots != run.shots[0]:
-            command = [sys.executable, "-m", "qpenet_jax.cli", "evaluate"]
+            command = [sys.executable, "-m", "qpenet_jax.cli", "score_episodes"]
             command += ["--workdir", str(run.folder), "--shots", str(shots)]
             command += ["--out", str(run.folder / f"{shots}shot")]
         before = log.stat().st_size if log.exists() else 0
@@ -433,5 +433,5 @@ def _seconds_per_episode(experiment, predict, shots) -> float:
         start = time.perf_counter()
         few = dataclasses.replace(protocol, episodes=count)
         label = f"measuring {shots} shot(s)"
-        evaluate(predict, val, few, samplers, label=label)
+        score_episodes(predict, val, few, samplers, label=label)
     return (time.perf_counter() - start) / MEASURED_EPISODES

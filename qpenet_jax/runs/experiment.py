@@ -36,7 +36,7 @@ from qpenet_jax.data.device_augmentation import (
 from qpenet_jax.data.episode_lists import EpisodeList
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, Order, Targets, load_episode
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.evaluation.scoring import Predictor, cosine_predictor, qpenet_predictor
+from qpenet_jax.evaluation.predictor import Predictor, cosine_predictor, qpenet_predictor
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
 from qpenet_jax.backbones.precision import DTYPES, in_dtype
@@ -49,7 +49,8 @@ from qpenet_jax.evaluation.protocols import (
 )
 from qpenet_jax.runs.recipes import resolved
 from qpenet_jax.evaluation.report import write_json
-from qpenet_jax.training.step import Optimizer, TrainState, init_state, make_train_step
+from qpenet_jax.training.step import TrainState, init_state, make_train_step
+from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.data.transforms import Augmentation
 from qpenet_jax.core.files import cache_folder
 from qpenet_jax.core.types import Episode, SegmentationDataset
