@@ -34,7 +34,8 @@ from qpenet_jax.data.episodes import training_batches
 from qpenet_jax.runs import preflight
 from qpenet_jax.runs.config_files import tell_config_errors
 from qpenet_jax.runs.evaluator import Evaluator
-from qpenet_jax.runs.experiment import Experiment, claim, inputs_of
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import claim, inputs_of
 from qpenet_jax.training import checkpoints, health
 from qpenet_jax.training.sharding import global_batch, shardings
 

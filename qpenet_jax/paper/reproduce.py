@@ -44,7 +44,8 @@ from qpenet_jax.paper.tables import (
     page,
 )
 from qpenet_jax.runs.config_files import load_config
-from qpenet_jax.runs.experiment import CONFIG_FILE, INPUTS_FILE, Experiment
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import CONFIG_FILE, INPUTS_FILE
 from qpenet_jax.runs.preflight import first_steps
 
 LOG, COST = "train.log", "cost.json"
