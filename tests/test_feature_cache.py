@@ -25,8 +25,9 @@ from qpenet_jax.evaluation.predictor import (
     qpenet_predictor,
 )
 from qpenet_jax.evaluation.protocols import Protocol
-from qpenet_jax.evaluation.scoring import make_eval_step, score, score_episodes
+from qpenet_jax.evaluation.scoring import score, score_episodes
 from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.training.step import episode_features
 
 SIDE, FEATURES, CLASSES = 33, 12, (1, 2, 3)
 
@@ -187,6 +188,18 @@ def bytes_of(predict):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(encoded))
 
 
+def make_eval_step(forward):
+    """Return the network's own call over features of all images, as training does."""
+
+    @jax.jit
+    def step(params, weights, batch):
+        supports, query = episode_features(BACKBONE, weights, batch)
+        logits, _ = forward(params, supports, batch.support_masks, query)
+        return logits[..., 1] - logits[..., 0]
+
+    return step
+
+
 def check(predict, step, params, shots):
     """Evaluate with room for everything, for one image and for none; and batched."""
     protocol, samplers = setting(shots)
@@ -248,20 +261,21 @@ def test_the_cache_changes_no_bit_of_qpenet(name):
         return model.apply({"params": params}, *inputs)
 
     predict = qpenet_predictor(model, BACKBONE, params, weights())
-    check(predict, make_eval_step(forward, BACKBONE), params, shots)
+    check(predict, make_eval_step(forward), params, shots)
 
 
 def test_the_cache_changes_no_bit_of_the_baseline():
-    step = make_eval_step(lambda _, *inputs: nearest_prototype(*inputs), BACKBONE)
+    step = make_eval_step(lambda _, *inputs: nearest_prototype(*inputs))
     check(cosine_predictor(BACKBONE, weights()), step, {}, shots=5)
 
 
 @pytest.mark.parametrize(
     ("fields", "floats"),
     [
-        ({}, 5 * 5 * 2 * 16 + 16),
-        ({"shared_reducer": True}, 5 * 5 * 16 + 16),
-        ({"prior": True}, 5 * 5 * FEATURES),
+        # F_s, F_q and y_bg_q on the grid, and P_bg.
+        ({}, 5 * 5 * (16 + 16 + 2) + 16),
+        ({"shared_reducer": True}, 5 * 5 * (16 + 2) + 16),
+        ({"prior": True}, 5 * 5 * (16 + 16 + 2 + FEATURES) + 16),
     ],
 )
 def test_the_size_of_an_encoded_image(fields, floats):
