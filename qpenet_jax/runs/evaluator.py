@@ -13,7 +13,12 @@ from qpenet_jax.data.episode_lists import EpisodeList
 from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.evaluation.metrics import Scores, load_scores, mean_iou, paired_difference
+from qpenet_jax.evaluation.metrics import (
+    Scores,
+    load_scores,
+    mean_iou,
+    paired_difference,
+)
 from qpenet_jax.evaluation.protocols import Protocol, of_dataset
 from qpenet_jax.evaluation.report import (
     RESULTS,
