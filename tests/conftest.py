@@ -8,9 +8,17 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import cv2
+import jax
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 from PIL import Image
+
+# Every call in the package is checked against its annotations, shapes included, and JAX
+# refuses to promote dtypes and ranks. What a test starts as a process runs unchecked.
+install_import_hook("qpenet_jax", "typecheck.checked")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

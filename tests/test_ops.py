@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from qpenet_jax.models import ops
-from qpenet_jax.models.ops import attention, winograd
+from qpenet_jax.models.ops import blocked_attention as attention
+from qpenet_jax.models.ops import winograd
 
 
 def normal(*shape, seed=0):

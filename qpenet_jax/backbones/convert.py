@@ -20,12 +20,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Float, PyTree, UInt8
 
 from qpenet_jax.backbones.registry import EfficientNetLite0, ResNet, backbone
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.core.download import download, sha256
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Array
 
 # --- PyTorch names to Flax parameters ---------------------------------------------
 

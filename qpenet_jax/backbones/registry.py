@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Float, PyTree, UInt8
 
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Array
 from qpenet_jax.models import ops
 from qpenet_jax.models.ops.devices import on_each_device
 

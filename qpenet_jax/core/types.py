@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jaxtyping import Int, UInt8
+
+Array = jax.Array | np.ndarray
+"""What functions of JAX take, in annotations; what they return is JAX's."""
 
 IGNORE = 255
 """Label of pixels that count nowhere: VOC's object borders and all padding."""

@@ -13,10 +13,10 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int, Int32, UInt8
+from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import IGNORE, Episode, SegmentationDataset
+from qpenet_jax.core.types import IGNORE, Array, Episode, SegmentationDataset
 from qpenet_jax.data.episodes import AUGMENT, EpisodeIds, generator
 from qpenet_jax.data.transforms import (
     CHANCE,

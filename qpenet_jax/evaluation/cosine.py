@@ -1,8 +1,9 @@
 """The training-free baseline: nearest of two prototypes by cosine."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Integer
 
+from qpenet_jax.core.types import Array
 from qpenet_jax.models.ops import resize_align_corners
 from qpenet_jax.models.prototypes import (
     activation_map,
@@ -13,7 +14,7 @@ from qpenet_jax.models.prototypes import (
 
 def nearest_prototype(
     support_features: Float[Array, "b k h w f"],
-    support_masks: Int[Array, "b k H W"],
+    support_masks: Integer[Array, "b k H W"],
     query_features: Float[Array, "b h w f"],
 ) -> tuple[Float[Array, "b H W 2"], dict[str, Array]]:
     """Call a query pixel foreground if it is closer to the supports' foreground mean.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from scipy import sparse
 
 from qpenet_jax.core.errors import InputError
@@ -36,7 +36,7 @@ SAMPLES_AT_ONCE = 250
 
 
 def count_pixels(
-    prediction: Bool[np.ndarray, "h w"], mask: Int[np.ndarray, "h w"]
+    prediction: Bool[np.ndarray, "h w"], mask: Integer[np.ndarray, "h w"]
 ) -> tuple[int, int, int, int]:
     """Return intersection and union of background, then of foreground; 255 left out."""
     valid = mask != IGNORE

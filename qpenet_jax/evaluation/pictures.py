@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from qpenet_jax.core.types import Episode, SegmentationDataset
+from qpenet_jax.core.types import Array, Episode, SegmentationDataset
 from qpenet_jax.data.episodes import EpisodeIds, load_episode
 from qpenet_jax.data.transforms import Resize, binary_mask
 from qpenet_jax.evaluation.metrics import count_pixels

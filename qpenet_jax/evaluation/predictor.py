@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Float, PyTree, UInt8
 
 from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.backbones.registry import Backbone, features
-from qpenet_jax.core.types import Episode
+from qpenet_jax.core.types import Array, Episode
 from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.models.prototypes import foreground_lead
 from qpenet_jax.models.qpenet import ROLES, QPENet, Role

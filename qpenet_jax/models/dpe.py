@@ -1,8 +1,9 @@
 """DPE: Dual Prototype Evolution (paper III.C.2, eqs 4-8)."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from qpenet_jax.core.types import Array
 from qpenet_jax.models.layers import Convs
 from qpenet_jax.models.prototypes import masked_average_pool, predicted
 

@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from qpenet_jax.core.types import Array
 from qpenet_jax.models.layers import Conv1x1, Head, MergePrototype, Residual
 from qpenet_jax.models.ops import resize_align_corners
 
@@ -98,7 +99,7 @@ def prior_mask(
         return jnp.linalg.norm(x, axis=-1)
 
     def one_support(features, mask):
-        foreground = features * mask[..., None]
+        foreground = features * mask[..., None].astype(features.dtype)
         dot = jnp.einsum("bijf,bhwf->bijhw", foreground, query_features)
         norms = (
             lengths(foreground)[..., None, None]

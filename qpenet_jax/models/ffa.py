@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from qpenet_jax.core.types import Array
 from qpenet_jax.models import ops
 from qpenet_jax.models.layers import (
     Conv1x1,

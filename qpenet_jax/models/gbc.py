@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from qpenet_jax.core.types import Array
 from qpenet_jax.models.layers import Convs, bias_init, kernel_init
 from qpenet_jax.models.prototypes import predicted
 
@@ -42,9 +43,9 @@ class GBC(nn.Module):
         if not self.cleanse:
             P_bg = jnp.tile(self.P_global, (F_q.shape[0], 1))
             return {"y_bg_q": y_bg_q, "P_bg": P_bg}
-        background = predicted(y_bg_q)[..., None]
+        background = predicted(y_bg_q)[..., None].astype(F_q.dtype)
         pooled = jnp.mean(F_q * background, axis=(1, 2))
-        P_bg = self.P_global * self._cleaner(pooled, train=train)  # eq 11
+        P_bg = self.P_global[None] * self._cleaner(pooled, train=train)  # eq 11
         return {"y_bg_q": y_bg_q, "P_bg": P_bg}
 
     def supports(

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from qpenet_jax.core.types import Array
 from qpenet_jax.models import ops
 
 # PyTorch's default for convolutions and linear layers, U(+-1 / sqrt(fan_in)): the

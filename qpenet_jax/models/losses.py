@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.nn import softplus
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
-from qpenet_jax.core.types import IGNORE
+from qpenet_jax.core.types import IGNORE, Array
 from qpenet_jax.models.ops import resize_align_corners
 from qpenet_jax.models.prototypes import foreground_lead
+
+Weight = float | Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +23,13 @@ class LossWeights:
     The defaults write eqs 17 to 19 as they stand. `recipes.RECIPES` holds others.
     """
 
-    alpha: float = 1.0
-    beta: float = 1.0
-    pre: float = 1.0
-    rev: float = 1.0
-    final: float = 1.0
-    aux: float = 0.6  # the released system's auxiliary head, not in the paper
-    inner: float = 1.0  # of the variants with FEM, as in PFENet
+    alpha: Weight = 1.0
+    beta: Weight = 1.0
+    pre: Weight = 1.0
+    rev: Weight = 1.0
+    final: Weight = 1.0
+    aux: Weight = 0.6  # the released system's auxiliary head, not in the paper
+    inner: Weight = 1.0  # of the variants with FEM, as in PFENet
 
 
 def margin(
@@ -44,7 +46,7 @@ def margin(
 
 
 def cross_entropy(
-    logits: Float[Array, "*b h w 2"], mask: Int[Array, "*b H W"]
+    logits: Float[Array, "*b h w 2"], mask: Integer[Array, "*b H W"]
 ) -> Float[Array, ""]:
     """Return the mean two-class cross entropy over all pixels of the batch but 255's.
 
@@ -55,7 +57,7 @@ def cross_entropy(
 
 
 def background_mining(
-    logits: Float[Array, "*b h w 2"], mask: Int[Array, "*b H W"]
+    logits: Float[Array, "*b h w 2"], mask: Integer[Array, "*b H W"]
 ) -> Float[Array, ""]:
     """Return L_bm of eq 18 (Liu et al., NERTNet, CVPR 2022); class 1 is background.
 
@@ -71,8 +73,8 @@ def background_mining(
 
 def total_loss(
     out: Mapping[str, Any],
-    query_mask: Int[Array, "b H W"],
-    support_masks: Int[Array, "b k H W"],
+    query_mask: Integer[Array, "b H W"],
+    support_masks: Integer[Array, "b k H W"],
     weights: LossWeights = LossWeights(),
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return L of eq 19 and its unweighted terms by name.
@@ -111,5 +113,5 @@ def _mean(
     axis: tuple[int, ...] | None = None,
 ) -> Float[Array, "..."]:
     """Mean of the chosen values, 0 where none is chosen."""
-    count = where.sum(axis)
+    count = where.sum(axis).astype(values.dtype)
     return jnp.where(where, values, 0.0).sum(axis) / jnp.maximum(count, 1)

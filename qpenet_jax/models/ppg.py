@@ -1,7 +1,8 @@
 """PPG: Pseudo-prototype Generation (paper III.C.1, eqs 1-3)."""
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from qpenet_jax.core.types import Array
 from qpenet_jax.models.layers import Convs
 from qpenet_jax.models.prototypes import masked_average_pool, predicted
 

@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
+
+from qpenet_jax.core.types import Array
 
 STRIDE = 8
 """Pixels between feature cells of every backbone here."""
@@ -56,7 +58,7 @@ def predicted(logits: Float[Array, "*b h w 2"]) -> Bool[Array, "*b h w"]:
 
 
 def foreground_on_grid(
-    mask: Int[Array, "*b H W"], grid: tuple[int, int]
+    mask: Integer[Array, "*b H W"], grid: tuple[int, int]
 ) -> Bool[Array, "*b h w"]:
     """Bring a {0, 1, 255} mask to the feature grid: true where foreground.
 

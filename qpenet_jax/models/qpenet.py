@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Integer
 
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Array
 from qpenet_jax.models.dpe import dual_prototypes
 from qpenet_jax.models.fem import FEM, prior_mask
 from qpenet_jax.models.ffa import FFA, CrossAttention
@@ -99,7 +100,7 @@ class QPENet(nn.Module):
     def __call__(
         self,
         support_features: Float[Array, "b k h w f"],
-        support_masks: Int[Array, "b k H W"],
+        support_masks: Integer[Array, "b k H W"],
         query_features: Float[Array, "b h w f"],
         *,
         train: bool = False,
@@ -152,7 +153,7 @@ class QPENet(nn.Module):
     def decode(
         self,
         supports: Mapping[str, Array],
-        support_masks: Int[Array, "b k H W"],
+        support_masks: Integer[Array, "b k H W"],
         query: Mapping[str, Array],
         *,
         train: bool = False,

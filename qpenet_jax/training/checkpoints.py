@@ -4,10 +4,11 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Array
 from qpenet_jax.training.step import TrainState
 
 FOLDER = "checkpoints"

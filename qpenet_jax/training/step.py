@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Float, Integer, PyTree
 
 from qpenet_jax.backbones.registry import Backbone, features
-from qpenet_jax.core.types import IGNORE, Episode
+from qpenet_jax.core.types import IGNORE, Array, Episode
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.qpenet import QPENet
@@ -23,7 +23,7 @@ from qpenet_jax.training import health
 class TrainState:
     """What training changes; the frozen backbone is not part of it."""
 
-    step: Int[Array, ""]
+    step: Integer[Array, ""]
     params: PyTree[Array]
     opt_state: PyTree
 

@@ -12,10 +12,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from qpenet_jax.core.types import Array
 from qpenet_jax.models.ops import winograd
-from qpenet_jax.models.ops.attention import attend_in_blocks, true_keys_first
+from qpenet_jax.models.ops.blocked_attention import attend_in_blocks, true_keys_first
 from qpenet_jax.models.ops.devices import on_each_device
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -79,7 +80,10 @@ def _depthwise_shifted(x, kernel, *, stride, dilation):
 
     def product(u, v):
         top, left = u * dilation, v * dilation
-        return x[:, top : top + h : stride, left : left + w : stride] * kernel[u, v]
+        return (
+            x[:, top : top + h : stride, left : left + w : stride]
+            * kernel[u, v][None, None, None]
+        )
 
     products = [product(u, v) for u in range(k) for v in range(k)]
     return functools.reduce(jnp.add, products)

@@ -9,7 +9,9 @@ are written as the matrix products that they are, over all patches and channels 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from qpenet_jax.core.types import Array
 
 
 def conv3x3(

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
+
+from qpenet_jax.core.types import Array
 
 KEY_BLOCK = 450
 """Keys whose scores are held at once: 450 of 3600 queries' are 6 MiB, cache's size."""
@@ -19,7 +21,7 @@ def true_keys_first(
     key: Float[Array, "b k n d"],
     value: Float[Array, "b k n d"],
     mask: Bool[Array, "b k"],
-) -> tuple[Float[Array, "b k n d"], Float[Array, "b k n d"], Int[Array, "b"]]:
+) -> tuple[Float[Array, "b k n d"], Float[Array, "b k n d"], Integer[Array, "b"]]:
     """Move the keys and values where `mask` is true to the front; return their number.
 
     Attention doesn't depend on the order of its keys.
@@ -123,7 +125,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 def _scores(block, i, query, key, count):
     beyond = i * block + jnp.arange(block) >= count
-    return query @ _block(block, i, key).T + jnp.where(beyond, MASKED, 0.0)
+    return query @ _block(block, i, key).T + jnp.where(beyond, MASKED, 0.0)[None]
 
 
 def _block(block, i, rows):
