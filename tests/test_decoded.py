@@ -12,11 +12,12 @@ import pytest
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data.episodes import EpisodeSampler, load_episode, training_batches
+from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.episodes import EpisodeSampler
+from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.sources.decoded import PIXELS, SIZES, Decoded
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.data.transforms import Augmentation
 from qpenet_jax.evaluation.protocols import dataset_version
 
 CLASSES = ("first", "second", "third")

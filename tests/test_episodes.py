@@ -10,15 +10,11 @@ import pytest
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
-from qpenet_jax.data.episodes import (
-    EpisodeIds,
-    EpisodeSampler,
-    eligible_pairs,
-    load_episode,
-    training_batches,
-)
+from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, eligible_pairs
+from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.data.transforms import Augmentation, binary_mask, fit, fit_label
+from qpenet_jax.data.transforms import binary_mask, fit, fit_label
 
 CLASSES = (2, 3, 5)
 

@@ -22,8 +22,10 @@ from tensorflow_datasets.core import shuffle
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data.episodes import EpisodeSampler, load_episode, training_batches
+from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.images import read_image
+from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.prepare import builder
 from qpenet_jax.data.prepare.builder import (
     Example,
@@ -34,7 +36,6 @@ from qpenet_jax.data.prepare.builder import (
     prepare,
 )
 from qpenet_jax.data.sources.prepared import Prepared
-from qpenet_jax.data.transforms import Augmentation
 
 EXIF_ORIENTATION = 0x0112
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from qpenet_jax.core.types import Episode, SegmentationDataset
-from qpenet_jax.data.episodes import EpisodeIds, load_episode
+from qpenet_jax.data.episodes import EpisodeIds
+from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.transforms import Resize, binary_mask
 from qpenet_jax.evaluation.metrics import count_pixels
 from qpenet_jax.evaluation.scoring import unpad

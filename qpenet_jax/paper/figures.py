@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.types import Episode, SegmentationDataset
-from qpenet_jax.data.episodes import EpisodeIds, load_episode
+from qpenet_jax.data.episodes import EpisodeIds
+from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.transforms import Resize
 from qpenet_jax.evaluation.metrics import count_pixels
 from qpenet_jax.evaluation.pictures import (

@@ -28,13 +28,11 @@ from qpenet_jax.data.folds import (
 from qpenet_jax.data.sources.prepared import Prepared, prepared_classes
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.data.device_augmentation import (
-    augment_episodes,
-    canvas_side,
-    load_raw_episode,
-)
+from qpenet_jax.data.device_augmentation import augment_episodes
+from qpenet_jax.data.raw_episodes import canvas_side, load_raw_episode
 from qpenet_jax.data.episode_lists import EpisodeList
-from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, Order, Targets, load_episode
+from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, Order, Targets
+from qpenet_jax.data.loader import load_episode
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.scoring import Predictor, cosine_predictor, qpenet_predictor
 from qpenet_jax.models.losses import LossWeights
@@ -50,7 +48,7 @@ from qpenet_jax.evaluation.protocols import (
 from qpenet_jax.runs.recipes import resolved
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.training.step import Optimizer, TrainState, init_state, make_train_step
-from qpenet_jax.data.transforms import Augmentation
+from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.core.files import cache_folder
 from qpenet_jax.core.types import Episode, SegmentationDataset
 from qpenet_jax.backbones.convert import load_weights
