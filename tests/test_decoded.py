@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
-import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -118,14 +120,53 @@ def test_an_interrupted_run_leaves_nothing_that_is_taken_for_whole(tmp_path):
     with pytest.raises(AssertionError):  # The sample can be read, image 5 can't.
         Decoded(Unreadable(dataset, (*range(5), *range(6, 40))), tmp_path / "cache")
     assert not list(folder.iterdir())
-    killed, writing = folder / "a.part", folder / "b.part"
-    for part in (killed, writing):
-        part.write_bytes(b"0")
-    long_ago = time.time() - 7200
-    os.utime(killed, (long_ago, long_ago))
+    (folder / "pixels.bin.part").write_bytes(b"0")  # Of a run that was killed.
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
-    assert not killed.exists()
-    assert writing.exists()  # It may be another run's.
+    assert sorted(file.name for file in folder.iterdir()) == [PIXELS, SIZES]
+
+
+DECODING = """
+import sys, time
+from pathlib import Path
+from qpenet_jax.data.sources.decoded import Decoded
+from qpenet_jax.data.sources.shapes import Shapes
+
+class Slow(Shapes):
+    def image(self, index):
+        if index == 5:  # None of the sample: the first images are written.
+            Path(sys.argv[2]).touch()
+            while not Path(sys.argv[3]).exists():
+                time.sleep(0.01)
+        return super().image(index)
+
+Decoded(Slow("train", 40, 40), sys.argv[1])
+"""
+
+
+def test_a_second_process_waits_for_the_first(tmp_path, capfd):
+    """It deletes nothing of it, and decodes a sample alone."""
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    dataset = Shapes("train", 40, 40)
+    part = folder_of(dataset, tmp_path) / f"{PIXELS}.part"
+    command = [sys.executable, "-c", DECODING, tmp_path / "cache", begun, go]
+    with subprocess.Popen(command) as first, ThreadPoolExecutor(1) as pool:
+        try:
+            while not begun.exists():
+                assert first.poll() is None
+                time.sleep(0.01)
+            second = pool.submit(
+                Decoded, Unreadable(dataset, range(0, 40, 2)), tmp_path / "cache"
+            )
+            told = ""
+            while "waiting for another process" not in told:
+                assert not second.done()
+                told += capfd.readouterr().err
+            assert part.exists()
+        finally:
+            go.touch()
+        assert first.wait() == 0
+        assert equal(second.result(), dataset)
+    assert not part.exists()
 
 
 def test_limits_are_told_in_one_line(dataset, tmp_path, monkeypatch):

@@ -268,7 +268,7 @@ def test_estimate_of_the_disk(monkeypatch, tmp_path):
     )
     folder = prepare(Tiny, made, tmp_path, "main")
     used = sum(path.stat().st_size for path in folder.iterdir())
-    assert made.image_bytes < used < builder.SPARE * made.image_bytes
+    assert made.image_bytes < used < builder.DISK_SPARE * made.image_bytes
 
 
 def test_tfds_is_silent(tmp_path, caplog, capfd, monkeypatch):
