@@ -17,7 +17,7 @@ from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.loader import load_episode, training_batches
-from qpenet_jax.data.sources.decoded import PIXELS, SIZES, Decoded
+from qpenet_jax.data.sources.decoded import PIXELS_FILE, SIZES_FILE, Decoded
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.evaluation.protocols import dataset_version
@@ -76,7 +76,7 @@ def test_it_is_the_data_set(dataset, tmp_path):
     sizes = [dataset.label(i).shape for i in range(20)]
     assert decoded.sizes.tolist() == list(map(list, sizes))
     bytes_ = sum(4 * height * width for height, width in sizes)
-    assert (folder_of(dataset, tmp_path) / PIXELS).stat().st_size == bytes_
+    assert (folder_of(dataset, tmp_path) / PIXELS_FILE).stat().st_size == bytes_
     with pytest.raises(ValueError, match="read-only"):
         decoded.image(3)[0, 0] = 0
 
@@ -95,22 +95,22 @@ def test_an_incomplete_file_is_made_anew(dataset, tmp_path, damage):
     folder = folder_of(dataset, tmp_path)
     Decoded(dataset, tmp_path / "cache")
     if damage == "no sizes":
-        (folder / SIZES).unlink()
+        (folder / SIZES_FILE).unlink()
     elif damage == "broken sizes":
-        (folder / SIZES).write_bytes((folder / SIZES).read_bytes()[:50])
+        (folder / SIZES_FILE).write_bytes((folder / SIZES_FILE).read_bytes()[:50])
     else:
-        with (folder / PIXELS).open("r+b") as file:
+        with (folder / PIXELS_FILE).open("r+b") as file:
             file.truncate(100 if damage == "cut" else 10_000_000)
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
-    assert sorted(file.name for file in folder.iterdir()) == [PIXELS, SIZES]
+    assert sorted(file.name for file in folder.iterdir()) == [PIXELS_FILE, SIZES_FILE]
 
 
 def test_other_pixels_of_the_same_names_and_counts_are_noticed(tmp_path):
     dataset = Shapes("train", 20, 40)
     Decoded(dataset, tmp_path / "cache")
     folder = folder_of(dataset, tmp_path)
-    pixels = np.fromfile(folder / PIXELS, np.uint8)
-    (255 - pixels).tofile(folder / PIXELS)
+    pixels = np.fromfile(folder / PIXELS_FILE, np.uint8)
+    (255 - pixels).tofile(folder / PIXELS_FILE)
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
 
 
@@ -122,7 +122,7 @@ def test_an_interrupted_run_leaves_nothing_that_is_taken_for_whole(tmp_path):
     assert not list(folder.iterdir())
     (folder / "pixels.bin.part").write_bytes(b"0")  # Of a run that was killed.
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
-    assert sorted(file.name for file in folder.iterdir()) == [PIXELS, SIZES]
+    assert sorted(file.name for file in folder.iterdir()) == [PIXELS_FILE, SIZES_FILE]
 
 
 DECODING = """
@@ -147,7 +147,7 @@ def test_a_second_process_waits_for_the_first(tmp_path, capfd):
     """It deletes nothing of it, and decodes a sample alone."""
     begun, go = tmp_path / "begun", tmp_path / "go"
     dataset = Shapes("train", 40, 40)
-    part = folder_of(dataset, tmp_path) / f"{PIXELS}.part"
+    part = folder_of(dataset, tmp_path) / f"{PIXELS_FILE}.part"
     command = [sys.executable, "-c", DECODING, tmp_path / "cache", begun, go]
     with subprocess.Popen(command) as first, ThreadPoolExecutor(1) as pool:
         try:

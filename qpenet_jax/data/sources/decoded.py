@@ -16,7 +16,7 @@ from qpenet_jax.core.files import check_room, locked, write_whole
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.versions import dataset_version
 
-PIXELS, SIZES = "pixels.bin", "sizes.npy"
+PIXELS_FILE, SIZES_FILE = "pixels.bin", "sizes.npy"
 """Image and label of every item in turn, and their heights and widths, written last."""
 
 CHANNELS = 4
@@ -64,7 +64,7 @@ class Decoded:
     @functools.cached_property
     def sizes(self) -> Int[np.ndarray, "images 2"]:
         """Height and width of every image."""
-        return np.load(self.folder / SIZES)
+        return np.load(self.folder / SIZES_FILE)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -90,7 +90,7 @@ class Decoded:
 
     @functools.cached_property
     def _pixels(self) -> UInt8[np.ndarray, " bytes"]:
-        return np.asarray(np.memmap(self.folder / PIXELS, np.uint8, "r"))
+        return np.asarray(np.memmap(self.folder / PIXELS_FILE, np.uint8, "r"))
 
     def __getstate__(self) -> dict:
         """Leave the mapped file out of pickles: a worker maps it by itself."""
@@ -100,7 +100,7 @@ class Decoded:
         """Tell whether the file is complete and a sample of it is the data set's."""
         self._forget()
         try:
-            written = (self.folder / PIXELS).stat().st_size
+            written = (self.folder / PIXELS_FILE).stat().st_size
             expected = CHANNELS * int(self.sizes.prod(axis=1).sum())
         except (OSError, ValueError, EOFError):
             return False
@@ -153,18 +153,18 @@ def _write(dataset: SegmentationDataset, folder: Path, needed: int) -> None:
     for left in folder.glob("*.part"):  # The lock was free: whoever began it is gone.
         left.unlink()
     check_room(folder, needed, REMEDY)
-    part = folder / f"{PIXELS}.part"
+    part = folder / f"{PIXELS_FILE}.part"
     try:
         with part.open("wb") as file:
             sizes = _write_pixels(dataset, file, needed)
-        (folder / SIZES).unlink(missing_ok=True)
-        part.replace(folder / PIXELS)
+        (folder / SIZES_FILE).unlink(missing_ok=True)
+        part.replace(folder / PIXELS_FILE)
     finally:
         with contextlib.suppress(OSError):  # It is renamed, or was never made.
             part.unlink()
     buffer = io.BytesIO()
     np.save(buffer, np.array(sizes, np.int64))
-    write_whole(folder / SIZES, buffer.getvalue())
+    write_whole(folder / SIZES_FILE, buffer.getvalue())
 
 
 def _write_pixels(
