@@ -4,7 +4,7 @@ import pytest
 
 from qpenet_jax.data import host_augmentation
 from qpenet_jax.data.augmentation import Augmentation, draw
-from qpenet_jax.data.transforms import binary_mask, content_size, fit, fit_label
+from qpenet_jax.data.transforms import binary_mask, content_size, fit, fit_label, unpad
 
 MEAN = np.array([124, 116, 104])
 STILL = Augmentation(scale=(1.0, 1.0), rotate=0.0, blur=False, flip=False)
@@ -155,6 +155,16 @@ def test_squashing_fills_the_square(shape):
     close(fit(image, 321, "squash"), resized(image, 321, 321), within=1)
     expected = nearest(label, 321, 321)
     assert (fit_label(label, 321, "squash") == expected).mean() > 0.995
+
+
+@pytest.mark.parametrize("resize", ["pad", "squash"])
+def test_unpad_undoes_fit(resize):
+    """The content alone is resized to the image's size; padding leaves no trace."""
+    rows, columns = content_size(75, 100, 97, resize)
+    margin = np.full((97, 97), np.nan, np.float32)
+    margin[:rows, :columns] = smooth_image(rows, columns)[..., 0]
+    expected = resized(margin[:rows, :columns, None], 75, 100)[..., 0]
+    np.testing.assert_allclose(unpad(margin, 75, 100, resize), expected, atol=1e-2)
 
 
 def test_binary_mask():
