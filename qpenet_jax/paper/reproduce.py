@@ -33,7 +33,7 @@ from qpenet_jax.core.runtime import processor
 from qpenet_jax.evaluation.compare import episode_scores
 from qpenet_jax.evaluation.protocols import of_dataset
 from qpenet_jax.evaluation.report import RESULTS, markdown, write_json
-from qpenet_jax.evaluation.scoring import evaluate
+from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.models.qpenet import VARIANTS
 from qpenet_jax.paper.tables import (
     TABLES,
@@ -44,7 +44,8 @@ from qpenet_jax.paper.tables import (
     page,
 )
 from qpenet_jax.runs.config_files import load_config
-from qpenet_jax.runs.experiment import CONFIG_FILE, INPUTS_FILE, Experiment
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import CONFIG_FILE, INPUTS_FILE
 from qpenet_jax.runs.preflight import first_steps
 
 LOG, COST = "train.log", "cost.json"
@@ -211,7 +212,7 @@ def _train(run: Run) -> str:
             continue
         command = run.command
         if shots != run.shots[0]:
-            command = [sys.executable, "-m", "qpenet_jax.cli", "evaluate"]
+            command = [sys.executable, "-m", "qpenet_jax.cli", "score_episodes"]
             command += ["--workdir", str(run.folder), "--shots", str(shots)]
             command += ["--out", str(run.folder / f"{shots}shot")]
         before = log.stat().st_size if log.exists() else 0
@@ -433,5 +434,5 @@ def _seconds_per_episode(experiment, predict, shots) -> float:
         start = time.perf_counter()
         few = dataclasses.replace(protocol, episodes=count)
         label = f"measuring {shots} shot(s)"
-        evaluate(predict, val, few, samplers, label=label)
+        score_episodes(predict, val, few, samplers, label=label)
     return (time.perf_counter() - start) / MEASURED_EPISODES

@@ -9,10 +9,16 @@ from typing import Any
 from jaxtyping import Array, PyTree, UInt8
 from PIL import Image
 
+from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.episode_lists import EpisodeList
-from qpenet_jax.evaluation.scoring import Predictor, evaluate
-from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.evaluation.metrics import Scores, load_scores, mean_iou, paired_difference
+from qpenet_jax.evaluation.metrics import (
+    Scores,
+    load_scores,
+    mean_iou,
+    paired_difference,
+)
+from qpenet_jax.evaluation.pictures import episode_figure
+from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol, of_dataset
 from qpenet_jax.evaluation.report import (
     RESULTS,
@@ -22,8 +28,8 @@ from qpenet_jax.evaluation.report import (
     write_json,
     write_report,
 )
-from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.evaluation.pictures import episode_figure
+from qpenet_jax.evaluation.scoring import score_episodes
+from qpenet_jax.runs.experiment import Experiment
 
 REFERENCES = "references.json"
 FIGURE = "episodes.png"
@@ -144,7 +150,7 @@ class Evaluator:
 
     def _evaluate(self, name: str, predict: Predictor) -> tuple[Scores, float]:
         start = time.perf_counter()
-        scores = evaluate(
+        scores = score_episodes(
             predict,
             self.val,
             self.protocol,
