@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from qpenet_jax.core.errors import InputError, exit_on_input_error
 from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
-from qpenet_jax.data.episodes import training_batches
+from qpenet_jax.data.loader import training_batches
 from qpenet_jax.runs import preflight
 from qpenet_jax.runs.config_files import tell_config_errors
 from qpenet_jax.runs.evaluator import Evaluator

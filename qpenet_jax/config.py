@@ -26,8 +26,8 @@ from ml_collections.config_dict import placeholder
 
 from qpenet_jax.backbones.precision import DTYPES
 from qpenet_jax.core.errors import InputError, check_choice
+from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.data.episodes import Order, Targets
-from qpenet_jax.data.transforms import Augmentation
 from qpenet_jax.evaluation.protocols import PRESETS, Scoring, check_side
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import VARIANTS, QPENet

@@ -8,9 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.transforms import fit, fit_label
+from qpenet_jax.data.transforms import fit, fit_label, unpad
 from qpenet_jax.evaluation.predictor import Predictor
-from qpenet_jax.evaluation.scoring import unpad
 from qpenet_jax.runs.folder import open_run
 
 Image = UInt8[np.ndarray, "h w 3"]

@@ -8,10 +8,12 @@ from qpenet_jax.benchmark.data import benchmark_data, markdown
 from qpenet_jax.benchmark.photos import made_up_photo, made_up_photos
 from qpenet_jax.benchmark.plain import MEAN, STD, plain_augment, plain_episode
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.episodes import EpisodeIds, load_episode
+from qpenet_jax.data.augmentation import Augmentation, draw
+from qpenet_jax.data.episodes import EpisodeIds
+from qpenet_jax.data.host_augmentation import augment
+from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.data.transforms import Augmentation, augment
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,8 @@ def test_the_opponent_makes_what_augment_makes():
     for seed in range(12):
         for side, augmentation in ((473, Augmentation()), (97, Augmentation((0.2, 2)))):
             rngs = [np.random.default_rng(seed) for _ in range(2)]
-            ours, our_mask = augment(image, mask, side, augmentation, rngs[0])
+            draws = draw(rngs[0], augmentation, mask.shape, side)
+            ours, our_mask = augment(image, mask, side, draws)
             plain = plain_augment(
                 image.astype(np.float32), mask, side, augmentation, rngs[1]
             )

@@ -2,22 +2,25 @@
 
 import contextlib
 import functools
-import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data.episodes import EpisodeSampler, load_episode, training_batches
-from qpenet_jax.data.sources.decoded import PIXELS, SIZES, Decoded
+from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.episodes import EpisodeSampler
+from qpenet_jax.data.loader import load_episode, training_batches
+from qpenet_jax.data.sources.decoded import PIXELS_FILE, SIZES_FILE, Decoded
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.data.transforms import Augmentation
-from qpenet_jax.evaluation.protocols import dataset_version
+from qpenet_jax.data.versions import dataset_version
 
 CLASSES = ("first", "second", "third")
 
@@ -73,7 +76,7 @@ def test_it_is_the_data_set(dataset, tmp_path):
     sizes = [dataset.label(i).shape for i in range(20)]
     assert decoded.sizes.tolist() == list(map(list, sizes))
     bytes_ = sum(4 * height * width for height, width in sizes)
-    assert (folder_of(dataset, tmp_path) / PIXELS).stat().st_size == bytes_
+    assert (folder_of(dataset, tmp_path) / PIXELS_FILE).stat().st_size == bytes_
     with pytest.raises(ValueError, match="read-only"):
         decoded.image(3)[0, 0] = 0
 
@@ -92,22 +95,22 @@ def test_an_incomplete_file_is_made_anew(dataset, tmp_path, damage):
     folder = folder_of(dataset, tmp_path)
     Decoded(dataset, tmp_path / "cache")
     if damage == "no sizes":
-        (folder / SIZES).unlink()
+        (folder / SIZES_FILE).unlink()
     elif damage == "broken sizes":
-        (folder / SIZES).write_bytes((folder / SIZES).read_bytes()[:50])
+        (folder / SIZES_FILE).write_bytes((folder / SIZES_FILE).read_bytes()[:50])
     else:
-        with (folder / PIXELS).open("r+b") as file:
+        with (folder / PIXELS_FILE).open("r+b") as file:
             file.truncate(100 if damage == "cut" else 10_000_000)
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
-    assert sorted(file.name for file in folder.iterdir()) == [PIXELS, SIZES]
+    assert sorted(file.name for file in folder.iterdir()) == [PIXELS_FILE, SIZES_FILE]
 
 
 def test_other_pixels_of_the_same_names_and_counts_are_noticed(tmp_path):
     dataset = Shapes("train", 20, 40)
     Decoded(dataset, tmp_path / "cache")
     folder = folder_of(dataset, tmp_path)
-    pixels = np.fromfile(folder / PIXELS, np.uint8)
-    (255 - pixels).tofile(folder / PIXELS)
+    pixels = np.fromfile(folder / PIXELS_FILE, np.uint8)
+    (255 - pixels).tofile(folder / PIXELS_FILE)
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
 
 
@@ -117,14 +120,53 @@ def test_an_interrupted_run_leaves_nothing_that_is_taken_for_whole(tmp_path):
     with pytest.raises(AssertionError):  # The sample can be read, image 5 can't.
         Decoded(Unreadable(dataset, (*range(5), *range(6, 40))), tmp_path / "cache")
     assert not list(folder.iterdir())
-    killed, writing = folder / "a.part", folder / "b.part"
-    for part in (killed, writing):
-        part.write_bytes(b"0")
-    long_ago = time.time() - 7200
-    os.utime(killed, (long_ago, long_ago))
+    (folder / "pixels.bin.part").write_bytes(b"0")  # Of a run that was killed.
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
-    assert not killed.exists()
-    assert writing.exists()  # It may be another run's.
+    assert sorted(file.name for file in folder.iterdir()) == [PIXELS_FILE, SIZES_FILE]
+
+
+DECODING = """
+import sys, time
+from pathlib import Path
+from qpenet_jax.data.sources.decoded import Decoded
+from qpenet_jax.data.sources.shapes import Shapes
+
+class Slow(Shapes):
+    def image(self, index):
+        if index == 5:  # None of the sample: the first images are written.
+            Path(sys.argv[2]).touch()
+            while not Path(sys.argv[3]).exists():
+                time.sleep(0.01)
+        return super().image(index)
+
+Decoded(Slow("train", 40, 40), sys.argv[1])
+"""
+
+
+def test_a_second_process_waits_for_the_first(tmp_path, capfd):
+    """It deletes nothing of it, and decodes a sample alone."""
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    dataset = Shapes("train", 40, 40)
+    part = folder_of(dataset, tmp_path) / f"{PIXELS_FILE}.part"
+    command = [sys.executable, "-c", DECODING, tmp_path / "cache", begun, go]
+    with subprocess.Popen(command) as first, ThreadPoolExecutor(1) as pool:
+        try:
+            while not begun.exists():
+                assert first.poll() is None
+                time.sleep(0.01)
+            second = pool.submit(
+                Decoded, Unreadable(dataset, range(0, 40, 2)), tmp_path / "cache"
+            )
+            told = ""
+            while "waiting for another process" not in told:
+                assert not second.done()
+                told += capfd.readouterr().err
+            assert part.exists()
+        finally:
+            go.touch()
+        assert first.wait() == 0
+        assert equal(second.result(), dataset)
+    assert not part.exists()
 
 
 def test_limits_are_told_in_one_line(dataset, tmp_path, monkeypatch):

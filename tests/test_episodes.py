@@ -2,6 +2,8 @@ import contextlib
 import functools
 import itertools
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,15 +12,11 @@ import pytest
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
-from qpenet_jax.data.episodes import (
-    EpisodeIds,
-    EpisodeSampler,
-    eligible_pairs,
-    load_episode,
-    training_batches,
-)
+from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, eligible_pairs
+from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.data.transforms import Augmentation, binary_mask, fit, fit_label
+from qpenet_jax.data.transforms import binary_mask, fit, fit_label
 
 CLASSES = (2, 3, 5)
 
@@ -186,6 +184,20 @@ def test_images_with_excluded_classes_never_appear():
     for i in range(200):
         ids = sampler(i)
         assert {ids.query, *ids.supports} <= clean
+
+
+# --- Importing ---
+
+
+def test_importing_loads_nothing_that_only_some_commands_need():
+    code = """
+import sys
+import qpenet_jax.data.episodes, qpenet_jax.data.loader, qpenet_jax.data.transforms
+print([n for n in ("grain", "pycocotools", "scipy.io", "tensorflow_datasets")
+       if n in sys.modules])
+"""
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "[]\n"
 
 
 # --- Too few images ---

@@ -10,12 +10,12 @@ from qpenet_jax.backbones.registry import Backbone, features
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.sources.shapes import Shapes
-from qpenet_jax.data.transforms import fit, fit_label
+from qpenet_jax.data.transforms import fit, fit_label, unpad
 from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.evaluation.metrics import fb_iou, mean_iou
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol
-from qpenet_jax.evaluation.scoring import make_eval_step, score, score_episodes, unpad
+from qpenet_jax.evaluation.scoring import make_eval_step, score, score_episodes
 
 NAMES = ("one", "two", "three")
 

@@ -14,7 +14,8 @@ import pytest
 from qpenet_jax.backbones.registry import Backbone
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episode_lists import FrozenEpisodes
-from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, load_episode
+from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
+from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import binary_mask
 from qpenet_jax.evaluation.cosine import nearest_prototype

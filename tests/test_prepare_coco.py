@@ -16,10 +16,12 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import locked
 from qpenet_jax.data.episodes import EpisodeSampler, eligible_pairs
 from qpenet_jax.data.folds import COCO_CLASSES, coco_fold
-from qpenet_jax.data.prepare import coco
-from qpenet_jax.data.prepare.coco import Instances, download_coco, prepare_coco
+from qpenet_jax.data.prepare import coco, downloads
+from qpenet_jax.data.prepare.coco import Instances, prepare_coco
+from qpenet_jax.data.prepare.downloads import download_coco
 from qpenet_jax.data.sources.prepared import Prepared
 
 # pycocotools' arrays under NumPy 2, where a test calls it; the package is silent.
@@ -165,12 +167,12 @@ def test_annotations_may_share_an_id(root):
 
 
 def test_no_note_on_a_whole_release(root, tmp_path, monkeypatch):
-    monkeypatch.setitem(coco.COMPLETE, "2014", {"train": 5, "val": 3})
+    monkeypatch.setitem(coco.RELEASE_IMAGES, "2014", {"train": 5, "val": 3})
     assert "note" not in facts(prepare(root, tmp_path / "out"))
 
 
 def test_whole_releases_divide_the_same_images():
-    totals = {sum(counts.values()) for counts in coco.COMPLETE.values()}
+    totals = {sum(counts.values()) for counts in coco.RELEASE_IMAGES.values()}
     assert totals == {122_218}
 
 
@@ -378,9 +380,9 @@ def server(root, tmp_path, monkeypatch):
         thread = threading.Thread(target=http_server.serve_forever)
         thread.start()
         monkeypatch.setattr(
-            coco, "SERVER", f"http://127.0.0.1:{http_server.server_port}"
+            downloads, "COCO_SERVER", f"http://127.0.0.1:{http_server.server_port}"
         )
-        monkeypatch.setitem(coco.ARCHIVES, "2014", table)
+        monkeypatch.setitem(downloads.COCO_ARCHIVES, "2014", table)
         yield served
         http_server.shutdown()
         thread.join()
@@ -416,6 +418,19 @@ def test_download_without_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"20\.0 GB are free, 20\.4 GB are needed"):
         download_coco(tmp_path / "data", "2014")
+
+
+def test_one_process_at_a_time_downloads(tmp_path):
+    begun = tmp_path / "val2014.zip.part"
+    begun.write_bytes(b"the other's")
+    with locked(tmp_path / ".lock", "held"):
+        for fetch in (
+            lambda: download_coco(tmp_path, "2014"),
+            lambda: downloads.download_pascal(tmp_path),
+        ):
+            with pytest.raises(InputError, match="another process is downloading"):
+                fetch()
+    assert begun.read_bytes() == b"the other's"
 
 
 def test_unknown_release(tmp_path):

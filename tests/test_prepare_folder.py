@@ -1,5 +1,8 @@
 import hashlib
 import json
+import subprocess
+import sys
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -138,6 +141,56 @@ def test_preparing_again(root, tmp_path, change):
         (root / "val.txt").write_text("a.1\nc\n")
     with pytest.raises(InputError, match=r"made in another way.*(sha256|classes)"):
         prepare_folder(root, tmp_path / "out")
+
+
+PREPARING = """
+import sys, time
+from pathlib import Path
+from qpenet_jax.data.prepare import folder
+
+root, out, begun, go = map(Path, sys.argv[1:])
+
+def slow(path):
+    begun.touch()
+    while not go.exists():
+        time.sleep(0.01)
+    return read_label(path)
+
+read_label, folder.read_label = folder.read_label, slow
+print(folder.prepare_folder(root, out))
+"""
+
+
+def test_a_second_process_is_refused_while_the_first_writes(root, tmp_path):
+    out, begun, go = (tmp_path / name for name in ("out", "begun", "go"))
+    first = subprocess.Popen(
+        [sys.executable, "-c", PREPARING, root, out, begun, go],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    command = [sys.executable, "-m", "qpenet_jax.cli", "prepare", "folder", root]
+    with first:
+        try:
+            while not begun.exists():
+                assert first.poll() is None
+                time.sleep(0.01)
+            second = subprocess.run(
+                [*command, "--out", out], capture_output=True, text=True
+            )
+            assert second.returncode == 2
+            assert second.stderr == (
+                f"error: {out}/folder/my_photos/1.0.0: another process is preparing "
+                "this data set; wait until it has finished, or choose another --out\n"
+            )
+            assert list((out / "folder/my_photos").glob("incomplete.*"))
+        finally:
+            go.touch()
+        assert first.wait() == 0
+        assert first.stdout
+        folder = Path(first.stdout.read().strip())
+    assert list(folder.parent.iterdir()) == [folder]
+    assert Prepared(folder, "train").names == ("sub/a.1", "b")
+    assert Prepared(folder, "val").names == ("c", "a.1")
 
 
 def test_hidden_files_and_others_are_no_images(root, tmp_path):

@@ -21,9 +21,10 @@ from PIL import Image
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.episodes import eligible_pairs
 from qpenet_jax.data.folds import PASCAL_CLASSES, pascal_fold
-from qpenet_jax.data.prepare import pascal
+from qpenet_jax.data.prepare import downloads, pascal
 from qpenet_jax.data.prepare.archives import fingerprint, open_archive
-from qpenet_jax.data.prepare.pascal import download_pascal, prepare_pascal
+from qpenet_jax.data.prepare.downloads import download_pascal
+from qpenet_jax.data.prepare.pascal import prepare_pascal
 from qpenet_jax.data.sources.prepared import Prepared
 
 VOC = "VOCdevkit/VOC2012/"
@@ -99,7 +100,7 @@ def pack_both(folder: Path, files: tuple[Files, Files]) -> tuple[Path, Path]:
 @pytest.fixture
 def counts(monkeypatch):
     """The counts of the small archives in place of the official ones."""
-    monkeypatch.setattr(pascal, "IMAGES", {"main": 7, "trainaug": 9, "val": 3})
+    monkeypatch.setattr(pascal, "EXPECTED_IMAGES", {"main": 7, "trainaug": 9, "val": 3})
 
 
 def expected_label(name: str) -> np.ndarray:
@@ -202,7 +203,7 @@ def test_unofficial_counts_stop(pool, images, files, tmp_path):
 def test_unofficial_val_stops_and_is_never_in_train(files, tmp_path):
     list_of_val = f"{VOC}ImageSets/Segmentation/val.txt"
     files[0][list_of_val] = lines([*VOC_VAL, NAMES[8], NAMES[1]])
-    pascal.IMAGES["main"] -= 2
+    pascal.EXPECTED_IMAGES["main"] -= 2
     assert "val: 3 images expected, 5 found" in refused(files, tmp_path)
 
 
@@ -370,7 +371,7 @@ def test_fingerprints(tmp_path):
 def test_official_addresses(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
-        pascal, "download", lambda *given: asked.append(given) or given[1]
+        downloads, "download", lambda *given: asked.append(given) or given[1]
     )
     assert download_pascal(tmp_path) == (tmp_path / TAR, tmp_path / TGZ)
     assert [url.rpartition("/")[2] for url, _, _ in asked] == [TAR, TGZ]

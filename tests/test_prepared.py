@@ -22,8 +22,10 @@ from tensorflow_datasets.core import shuffle
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data.episodes import EpisodeSampler, load_episode, training_batches
+from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.images import read_image
+from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.prepare import builder
 from qpenet_jax.data.prepare.builder import (
     Example,
@@ -34,7 +36,6 @@ from qpenet_jax.data.prepare.builder import (
     prepare,
 )
 from qpenet_jax.data.sources.prepared import Prepared
-from qpenet_jax.data.transforms import Augmentation
 
 EXIF_ORIENTATION = 0x0112
 
@@ -267,7 +268,7 @@ def test_estimate_of_the_disk(monkeypatch, tmp_path):
     )
     folder = prepare(Tiny, made, tmp_path, "main")
     used = sum(path.stat().st_size for path in folder.iterdir())
-    assert made.image_bytes < used < builder.SPARE * made.image_bytes
+    assert made.image_bytes < used < builder.DISK_SPARE * made.image_bytes
 
 
 def test_tfds_is_silent(tmp_path, caplog, capfd, monkeypatch):

@@ -8,11 +8,11 @@ import pytest
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.sources.shapes import Shapes
+from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.protocols import (
     PRESET_FIELDS,
     PRESETS,
     Protocol,
-    dataset_version,
     of_dataset,
     preset_fields,
 )

@@ -9,6 +9,8 @@ import pytest
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.sources import shapes
+from qpenet_jax.data.sources.drawing import painting
+from qpenet_jax.data.sources.drawing.scenes import scene
 from qpenet_jax.data.sources.shapes import Shapes
 
 CLASS_IDS = range(1, 21)
@@ -79,26 +81,26 @@ def test_enough_images_without_the_novel_classes_of_a_fold(train, fold):
 
 
 def test_images_hold_several_objects_and_sometimes_two_of_a_class():
-    scenes = [Shapes("train", 300)._generator(i, "geometry") for i in range(300)]
-    ids = [[t.class_id for t in shapes._scene(r, 161) if t.class_id] for r in scenes]
+    rngs = [Shapes("train", 300)._generator(i, "geometry") for i in range(300)]
+    ids = [[t.class_id for t in scene(r, 161) if t.class_id] for r in rngs]
     assert {len(i) for i in ids} == {2, 3, 4}
     repeats = np.mean([len(set(i)) < len(i) for i in ids])
     assert 0.05 < repeats < 0.4
 
 
 def test_each_fold_uses_five_patterns_and_each_pattern_two_folds():
-    folds = np.array([shapes.pattern_of(c) for c in CLASS_IDS]).reshape(4, 5)
+    folds = np.array([painting.pattern_of(c) for c in CLASS_IDS]).reshape(4, 5)
     assert all(len(set(fold)) == 5 for fold in folds)
-    assert set(np.bincount(folds.ravel(), minlength=len(shapes.PATTERNS))) == {2}
+    assert set(np.bincount(folds.ravel(), minlength=len(painting.PATTERNS))) == {2}
 
 
 def test_the_label_covers_what_the_image_shows(monkeypatch):
     def white_objects(rng, saturation, contrast):
-        white = (saturation, contrast) == shapes.VIVID
+        white = (saturation, contrast) == painting.VIVID
         return np.full((2, 3, 1, 1), white, np.float32)
 
-    monkeypatch.setattr(shapes, "_two_colours", white_objects)
-    monkeypatch.setattr(shapes, "GRAIN", 0.0)
+    monkeypatch.setattr(painting, "_two_colours", white_objects)
+    monkeypatch.setattr(shapes, "PIXEL_NOISE", 0.0)
     dataset = Shapes("val", size=20)
     for i in range(20):
         shown = dataset.image(i)[..., 0] > 0.4 * 255

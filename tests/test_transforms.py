@@ -2,14 +2,9 @@ import cv2
 import numpy as np
 import pytest
 
-from qpenet_jax.data.transforms import (
-    Augmentation,
-    augment,
-    binary_mask,
-    content_size,
-    fit,
-    fit_label,
-)
+from qpenet_jax.data import host_augmentation
+from qpenet_jax.data.augmentation import Augmentation, draw
+from qpenet_jax.data.transforms import binary_mask, content_size, fit, fit_label, unpad
 
 MEAN = np.array([124, 116, 104])
 STILL = Augmentation(scale=(1.0, 1.0), rotate=0.0, blur=False, flip=False)
@@ -31,8 +26,14 @@ class Scripted(np.random.Generator):
     def random(self, *args, **kwargs):
         return next(self._chances)
 
-    def integers(self, *args, **kwargs):
-        return 0
+    def integers(self, low, high, size):
+        return np.zeros(size, np.int64)
+
+
+def augment(image, mask, side: int, augmentation: Augmentation, rng):
+    """Draw and apply."""
+    draws = draw(rng, augmentation, mask.shape, side)
+    return host_augmentation.augment(image, mask, side, draws)
 
 
 def smooth_image(height: int, width: int) -> np.ndarray:
@@ -154,6 +155,16 @@ def test_squashing_fills_the_square(shape):
     close(fit(image, 321, "squash"), resized(image, 321, 321), within=1)
     expected = nearest(label, 321, 321)
     assert (fit_label(label, 321, "squash") == expected).mean() > 0.995
+
+
+@pytest.mark.parametrize("resize", ["pad", "squash"])
+def test_unpad_undoes_fit(resize):
+    """The content alone is resized to the image's size; padding leaves no trace."""
+    rows, columns = content_size(75, 100, 97, resize)
+    margin = np.full((97, 97), np.nan, np.float32)
+    margin[:rows, :columns] = smooth_image(rows, columns)[..., 0]
+    expected = resized(margin[:rows, :columns, None], 75, 100)[..., 0]
+    np.testing.assert_allclose(unpad(margin, 75, 100, resize), expected, atol=1e-2)
 
 
 def test_binary_mask():
@@ -414,16 +425,18 @@ def test_crops_are_redrawn_31_times():
 
 
 class Positions(Scripted):
-    """Crops start where the test says; `draws` counts them."""
+    """Crops start where the test says, then at 0; `draws` counts those there are."""
 
     def __init__(self, corners):
         super().__init__()
-        self._numbers = iter(n for corner in corners for n in corner)
+        self._corners = corners
         self.draws = 0
 
-    def integers(self, *args, **kwargs):
-        self.draws += 0.5  # Top, then left.
-        return next(self._numbers)
+    def integers(self, low, high, size):
+        corners = super().integers(low, high, size)
+        corners[: len(self._corners)] = self._corners[: len(corners)]
+        self.draws += len(corners)
+        return corners
 
 
 def crop_start(mask: np.ndarray, side: int, rng: np.random.Generator):
@@ -442,8 +455,9 @@ def test_the_first_crop_that_keeps_enough_is_taken():
     mask = np.zeros((50, 60), np.uint8)
     mask[20:30, 30:40] = 1
     rng = Positions([(0, 0), (30, 40), (15, 25), (20, 30)])
-    assert crop_start(mask, 20, rng) == (15, 25)
-    assert rng.draws == 3
+    assert crop_start(mask, 20, rng) == (15, 25)  # The third of 32.
+    rng = Positions([(0, 0), (30, 40), (20, 30), (15, 25)])
+    assert crop_start(mask, 20, rng) == (20, 30)
 
 
 def test_the_last_of_32_crops_is_kept_if_none_keeps_enough():

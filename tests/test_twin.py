@@ -14,8 +14,9 @@ from qpenet_jax.backbones import convert as weights
 from qpenet_jax.backbones import registry as backbone
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
-from qpenet_jax.data.episodes import EpisodeSampler, load_episode
+from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.folds import PASCAL_CLASSES, pascal_fold
+from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.models import ops, prototypes
 from qpenet_jax.models.ffa import CrossAttention

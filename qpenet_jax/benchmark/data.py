@@ -23,16 +23,13 @@ from qpenet_jax.benchmark import plain
 from qpenet_jax.benchmark.photos import made_up_photos
 from qpenet_jax.core.runtime import keep_freed_memory, processor
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data import transforms
-from qpenet_jax.data.device_augmentation import canvas_side, load_raw_episode
-from qpenet_jax.data.episodes import (
-    EpisodeIds,
-    EpisodeSampler,
-    load_episode,
-    training_batches,
-)
+from qpenet_jax.data import host_augmentation
+from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
+from qpenet_jax.data.loader import load_episode, training_batches
+from qpenet_jax.data.raw_episodes import canvas_side, load_raw_episode
 from qpenet_jax.data.sources.decoded import Decoded
-from qpenet_jax.data.transforms import Augmentation
+from qpenet_jax.data.transforms import binary_mask
 
 BATCH = 4
 """Episodes a batch, as in the paper."""
@@ -174,16 +171,16 @@ def _stages(
     dataset: SegmentationDataset, sampler: EpisodeSampler, ours: Load, opponent: Load
 ) -> dict[str, list[float]]:
     """Return the milliseconds per image of every step: ours, the opponent's."""
-    t, source = transforms, type(dataset)
+    h, source = host_augmentation, type(dataset)
     plain_cut = (plain._flip, plain._pad, plain._crop)
     steps: dict[str, tuple[Sequence[Callable], Sequence[Callable]]] = {
         "read and decode the image": ((source.image,), (plain._image,)),
         "read and decode the label": ((source.label,), (plain._label,)),
-        "mask of the class": ((t.binary_mask,), (plain._mask,)),
-        "warp: scale": ((t._scale,), (plain._scale,)),
-        "warp: rotate": ((t._rotate,), (plain._rotate,)),
-        "blur": ((t._blur,), (plain._blur,)),
-        "flip, pad, crop": ((t._flip, t._pad, t._crop), plain_cut),
+        "mask of the class": ((binary_mask,), (plain._mask,)),
+        "warp: scale": ((h._scale,), (plain._scale,)),
+        "warp: rotate": ((h._rotate,), (plain._rotate,)),
+        "blur": ((h._blur,), (plain._blur,)),
+        "flip, pad, crop": ((h._flip, h._pad, h._crop), plain_cut),
         "normalise": ((), (plain._normalise,)),
         "all": ((load_episode,), (plain.plain_episode,)),
     }

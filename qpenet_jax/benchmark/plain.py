@@ -1,8 +1,8 @@
 """The opponent of `benchmark_data`: a plain float32 pipeline with OpenCV.
 
 It does what most few-shot codes do: float32 from the file on, a padding mask of its own
-beside the label, normalisation on the host. It draws the same random numbers as
-`transforms.augment`, so both make the same episodes.
+beside the label, normalisation on the host. It applies the same draws as
+`host_augmentation.augment`, so both make the same episodes.
 """
 
 import functools
@@ -16,11 +16,10 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from qpenet_jax.core.types import IGNORE, SegmentationDataset
-from qpenet_jax.data import transforms
-from qpenet_jax.data.episodes import AUGMENT, EpisodeIds, generator
+from qpenet_jax.data.augmentation import MIN_FOREGROUND, Augmentation, Draws, draw
+from qpenet_jax.data.episodes import AUGMENT_STREAM, EpisodeIds, generator
 from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.data.transforms import Augmentation
 
 MEAN = 255 * np.array([0.485, 0.456, 0.406], np.float32)
 STD = 255 * np.array([0.229, 0.224, 0.225], np.float32)
@@ -46,7 +45,7 @@ def plain_episode(
     def load(slot: int, item: int) -> Sample:
         image, label = _image(dataset, item), _label(dataset, item)
         mask = _mask(label, ids.class_id)
-        rng = generator(seed, AUGMENT, ids.index, slot)
+        rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
         return plain_augment(image, mask, side, augmentation, rng)
 
     query = load(0, ids.query)
@@ -61,17 +60,16 @@ def plain_augment(
     augmentation: Augmentation,
     rng: np.random.Generator,
 ) -> Sample:
-    """Scale, rotate, blur, flip, crop and normalise as `transforms.augment` draws."""
-    sample = Sample(image, mask, np.zeros_like(mask))
-    sample = _scale(sample, rng.uniform(*augmentation.scale))
-    if augmentation.rotate and rng.random() < transforms.CHANCE:
-        angle = rng.uniform(-augmentation.rotate, augmentation.rotate)
-        sample = _rotate(sample, angle)
-    if augmentation.blur and rng.random() < transforms.CHANCE:
+    """Scale, rotate, blur, flip, crop and normalise, as `draw` says."""
+    draws = draw(rng, augmentation, mask.shape, side)
+    sample = _scale(Sample(image, mask, np.zeros_like(mask)), draws.scaled)
+    if draws.angle:
+        sample = _rotate(sample, draws.angle)
+    if draws.blur:
         sample = sample._replace(image=_blur(sample.image))
-    if augmentation.flip and rng.random() < transforms.CHANCE:
+    if draws.flip:
         sample = _flip(sample)
-    sample = _crop(_pad(sample, side), side, rng)
+    sample = _crop(_pad(sample, side), side, draws)
     return sample._replace(image=_normalise(sample.image))
 
 
@@ -104,8 +102,8 @@ def _mask(label: np.ndarray, class_id: int) -> np.ndarray:
     return mask
 
 
-def _scale(sample: Sample, factor: float) -> Sample:
-    height, width = (max(round(n * factor), 1) for n in sample.mask.shape)
+def _scale(sample: Sample, size: tuple[int, int]) -> Sample:
+    height, width = size
     nearest = functools.partial(
         cv2.resize, dsize=(width, height), interpolation=cv2.INTER_NEAREST_EXACT
     )
@@ -144,11 +142,10 @@ def _pad(sample: Sample, side: int) -> Sample:
     return Sample(image, mask, padding)
 
 
-def _crop(sample: Sample, side: int, rng: np.random.Generator) -> Sample:
-    needed = transforms.MIN_FOREGROUND * np.count_nonzero(sample.mask == 1)
+def _crop(sample: Sample, side: int, draws: Draws) -> Sample:
+    needed = MIN_FOREGROUND * np.count_nonzero(sample.mask == 1)
     crop = sample
-    for _ in range(1 + transforms.REDRAWS):
-        top, left = (int(rng.integers(n - side + 1)) for n in sample.mask.shape)
+    for top, left in draws.corners.tolist():
         crop = Sample(*(a[top : top + side, left : left + side] for a in sample))
         if np.count_nonzero(crop.mask == 1) >= needed:
             break

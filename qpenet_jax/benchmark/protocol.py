@@ -17,7 +17,8 @@ from qpenet_jax.backbones.registry import Backbone, backbone
 from qpenet_jax.benchmark import ours
 from qpenet_jax.benchmark.measure import Case
 from qpenet_jax.benchmark.photos import made_up_photos
-from qpenet_jax.data.episodes import EpisodeSampler, load_episode
+from qpenet_jax.data.episodes import EpisodeSampler
+from qpenet_jax.data.loader import load_episode
 from qpenet_jax.evaluation.predictor import qpenet_predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import Samplers, score_episodes

@@ -278,7 +278,8 @@ def _describe(args: argparse.Namespace) -> None:
 
 
 def _prepare_pascal(args: argparse.Namespace) -> None:
-    from qpenet_jax.data.prepare.pascal import download_pascal, prepare_pascal
+    from qpenet_jax.data.prepare.downloads import download_pascal
+    from qpenet_jax.data.prepare.pascal import prepare_pascal
 
     voc, sbd = args.voc, args.sbd
     if args.download:
@@ -290,7 +291,8 @@ def _prepare_pascal(args: argparse.Namespace) -> None:
 
 
 def _prepare_coco(args: argparse.Namespace) -> None:
-    from qpenet_jax.data.prepare.coco import download_coco, prepare_coco
+    from qpenet_jax.data.prepare.coco import prepare_coco
+    from qpenet_jax.data.prepare.downloads import download_coco
 
     images, annotations = map(Path, args.images), map(Path, args.annotations)
     if args.download:

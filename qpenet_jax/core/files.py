@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,21 +45,25 @@ def check_room(folder: Path, needed: int, remedy: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, message: str) -> Iterator[None]:
+def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path` for as long as the `with` lasts; makes its folder.
 
     The operating system frees it when the process ends, however it ends, so a file that
-    was left behind locks nobody out.
+    was left behind locks nobody out. With `wait`, a lock that another process holds is
+    waited for, and `message` printed to the standard error.
 
     Raises:
-        InputError: `message`, if another process holds it.
+        InputError: `message`, if another process holds it, without `wait`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path, timeout=0)
+    lock = filelock.FileLock(path)
     try:
-        lock.acquire()
+        lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise InputError(message) from None
+        if not wait:
+            raise InputError(message) from None
+        print(message, file=sys.stderr)
+        lock.acquire()
     try:
         yield
     finally:

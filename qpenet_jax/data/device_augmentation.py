@@ -1,181 +1,29 @@
-"""Training augmentation on the accelerator: what transforms.augment does, by XLA.
+"""Training augmentation on the device: what `host_augmentation` does, by XLA.
 
-The host draws the same random numbers and copies decoded images to one canvas; the
-device scales, turns, blurs, flips, pads and crops them. OpenCV 5's sampling is
-followed: of 100 pixels about 99 are the host's, the others are off by a grey level.
+The draws are the same. OpenCV 5's sampling is followed: of 100 pixels about 99 are the
+host's, the others are off by a grey level.
 """
 
 import functools
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32, UInt8
+from jaxtyping import Bool, Float32, Int, UInt8
 
-from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import IGNORE, Array, Episode, SegmentationDataset
-from qpenet_jax.data.episodes import AUGMENT, EpisodeIds, generator
-from qpenet_jax.data.transforms import (
-    CHANCE,
-    MEAN_COLOUR,
-    MIN_FOREGROUND,
-    REDRAWS,
-    Augmentation,
-    binary_mask,
-    nearest,
-)
+from qpenet_jax.core.types import IGNORE, Array, Episode
+from qpenet_jax.data.augmentation import MEAN_COLOUR, MIN_FOREGROUND
+from qpenet_jax.data.raw_episodes import DeviceDraws, RawEpisode
 
-MULTIPLE = 32
-"""Canvases are rounded up to it, so that similar data sets share a compilation."""
-
-REACH = 2
+BLUR_REACH = 2
 """Neighbours each way of the five-tap blur, whose weights are (1, 4, 6, 4, 1) / 16."""
 
-BITS = 11
+WEIGHT_BITS = 11
 """OpenCV resizes uint8 images with weights of so many bits."""
 
-KEPT = Fraction(MIN_FOREGROUND).limit_denominator(100)
+KEPT_SHARE = Fraction(MIN_FOREGROUND).limit_denominator(100)
 """The crop rule's share of the foreground, exact: 17 / 20."""
-
-
-AnyArray = np.ndarray | Array
-"""Made on the host, read on the device."""
-
-
-class Draws(NamedTuple):
-    """The random numbers of an image: all that its augmentation depends on.
-
-    Sizes and corners are (vertical, horizontal) in pixels. `nearest` are the rows and
-    columns of the mask that its scaled rows and columns are; `source` maps (x, y, 1) of
-    the turned image to x and y before; `corners` are all crops that may be tried, in
-    the padded image.
-    """
-
-    size: Int32[AnyArray, "*b 2"]
-    scaled: Int32[AnyArray, "*b 2"]
-    nearest: Int32[AnyArray, "*b 2 room"]
-    source: Float32[AnyArray, "*b 2 3"]
-    blur: Bool[AnyArray, "*b"]
-    flip: Bool[AnyArray, "*b"]
-    corners: Int32[AnyArray, "*b tries 2"]
-
-
-class RawEpisode(NamedTuple):
-    """An episode, or a batch, before augmentation: query first, then the supports.
-
-    Images and masks lie top left on a canvas; what lies beside them is never read.
-    """
-
-    images: UInt8[AnyArray, "*b slots canvas canvas 3"]
-    masks: UInt8[AnyArray, "*b slots canvas canvas"]
-    draws: Draws
-
-
-def canvas_side(sizes: Int[np.ndarray, "images 2"]) -> int:
-    """Return the side of the canvas that holds every image, a multiple of 32."""
-    return -(-int(sizes.max()) // MULTIPLE) * MULTIPLE
-
-
-def scaled_side(canvas: int, augmentation: Augmentation) -> int:
-    """Return the side that an image of a whole canvas can be scaled up to."""
-    return max(round(canvas * max(augmentation.scale)), 1)
-
-
-def draw(
-    seed: int,
-    ids: EpisodeIds,
-    augmentation: Augmentation,
-    sizes: list[tuple[int, int]],
-    *,
-    side: int,
-    room: int,
-) -> Draws:
-    """Return what `load_episode` would draw for an episode's images, query first.
-
-    `sizes` are the images' heights and widths, `side` that of the crop, `room` that of
-    the largest scaled image (`scaled_side`), in pixels.
-    """
-    drawn = []
-    for slot, size in enumerate(sizes):
-        rng = generator(seed, AUGMENT, ids.index, slot)
-        drawn.append(_draw(rng, augmentation, size, side, room))
-    return Draws(*map(np.stack, zip(*drawn, strict=True)))
-
-
-def _draw(
-    rng: np.random.Generator,
-    augmentation: Augmentation,
-    size: tuple[int, int],
-    side: int,
-    room: int,
-) -> Draws:
-    """Call `rng` as `transforms.augment` does."""
-    factor = rng.uniform(*augmentation.scale)
-    scaled = [max(round(n * factor), 1) for n in size]
-    indices = np.zeros((2, room), np.int32)
-    for row, length, n in zip(indices, size, scaled, strict=True):
-        # Which of two pixels is the nearest to their edge depends on OpenCV's version:
-        # it shall tell.
-        row[:n] = nearest(np.arange(length, dtype=np.uint16)[None], n, 1)
-    angle = 0.0
-    if augmentation.rotate and rng.random() < CHANCE:
-        angle = rng.uniform(-augmentation.rotate, augmentation.rotate)
-    # Turning back about the same centre is the inverse.
-    centre = (scaled[1] / 2, scaled[0] / 2)
-    source = cv2.getRotationMatrix2D(centre, -angle, 1.0)
-    blur = augmentation.blur and rng.random() < CHANCE
-    flip = augmentation.flip and rng.random() < CHANCE
-    # The device takes the first that will do, so the rest may be drawn as well.
-    places = [max(n - side, 0) + 1 for n in scaled]
-    corners = rng.integers(np.broadcast_to(places, (1 + REDRAWS, 2)))
-    return Draws(
-        np.array(size, np.int32),
-        np.array(scaled, np.int32),
-        indices,
-        source.astype(np.float32),
-        np.array(blur),
-        np.array(flip),
-        corners.astype(np.int32),
-    )
-
-
-def load_raw_episode(
-    dataset: SegmentationDataset,
-    ids: EpisodeIds,
-    canvas: int,
-    side: int,
-    augmentation: Augmentation,
-    seed: int,
-) -> RawEpisode:
-    """Read the images of an episode and draw their augmentation.
-
-    `canvas` is the side of the canvas (`canvas_side`), `side` that of the crop.
-
-    Raises:
-        InputError: an image can't be used or is larger than the canvas.
-    """
-    items = (ids.query, *ids.supports)
-    images = np.zeros((len(items), canvas, canvas, 3), np.uint8)
-    masks = np.zeros((len(items), canvas, canvas), np.uint8)
-    sizes = []
-    for slot, item in enumerate(items):
-        image = dataset.image(item)
-        height, width = image.shape[:2]
-        if max(height, width) > canvas:
-            raise InputError(
-                f"{dataset.names[item]}: an image of {width}x{height} pixels for a "
-                f"canvas of side {canvas}; make the decoded images anew"
-            )
-        images[slot, :height, :width] = image
-        mask = binary_mask(dataset.label(item), ids.class_id)
-        masks[slot, :height, :width] = mask
-        sizes.append((height, width))
-    room = scaled_side(canvas, augmentation)
-    draws = draw(seed, ids, augmentation, sizes, side=side, room=room)
-    return RawEpisode(images, masks, draws)
 
 
 @functools.partial(jax.jit, static_argnames="side")
@@ -194,7 +42,7 @@ def augment_episodes(raw: RawEpisode, *, side: int) -> Episode:
 def augment_image(
     image: UInt8[Array, "canvas canvas 3"],
     mask: UInt8[Array, "canvas canvas"],
-    draws: Draws,
+    draws: DeviceDraws,
     *,
     side: int,
 ) -> tuple[UInt8[Array, "s s 3"], UInt8[Array, "s s"]]:
@@ -217,7 +65,7 @@ def _inside(
 
 
 def _scale(
-    image: UInt8[Array, "canvas canvas 3"], draws: Draws, room: int
+    image: UInt8[Array, "canvas canvas 3"], draws: DeviceDraws, room: int
 ) -> Int[Array, "room room 3"]:
     """Resize the image bilinearly, half-pixel centres, in OpenCV's integers.
 
@@ -229,7 +77,7 @@ def _scale(
     )
     near, far, weight = horizontal
     pixels = image.astype(jnp.int32)
-    one, weight = 1 << BITS, weight[:, None]
+    one, weight = 1 << WEIGHT_BITS, weight[:, None]
     pixels = pixels[:, near] * (one - weight) + pixels[:, far] * weight >> 4
     near, far, weight = vertical
     weight = weight[:, None, None]
@@ -243,14 +91,14 @@ def _taps(length: Int[Array, ""], scaled: Int[Array, ""], room: int):
     position = ((2 * jnp.arange(room) + 1) * length - scaled) / (2 * scaled)
     near = jnp.floor(position).astype(jnp.int32)
     beyond = (near < 0) | (near >= length - 1)
-    weight = jnp.round((position - near) * (1 << BITS)).astype(jnp.int32)
+    weight = jnp.round((position - near) * (1 << WEIGHT_BITS)).astype(jnp.int32)
     weight = jnp.where(beyond, 0, weight)
     near = near.clip(0, length - 1)
     return near, jnp.minimum(near + 1, length - 1), weight
 
 
 def _source(
-    y: Int[Array, " h"], x: Int[Array, " w"], draws: Draws
+    y: Int[Array, " h"], x: Int[Array, " w"], draws: DeviceDraws
 ) -> tuple[Float32[Array, "h w"], Float32[Array, "h w"]]:
     """Return where pixels of the turned and flipped image come from, y and x."""
     x = jnp.where(draws.flip, draws.scaled[1] - 1 - x, x)
@@ -259,7 +107,7 @@ def _source(
 
 
 def _warped_mask(
-    mask: UInt8[Array, "canvas canvas"], draws: Draws, room: int
+    mask: UInt8[Array, "canvas canvas"], draws: DeviceDraws, room: int
 ) -> UInt8[Array, "room room"]:
     """Scale, turn and flip the mask; both times the nearest pixel is taken."""
     grid = jnp.arange(room)
@@ -272,7 +120,7 @@ def _warped_mask(
 
 
 def _crop(
-    foreground: Bool[Array, "room room"], draws: Draws, side: int
+    foreground: Bool[Array, "room room"], draws: DeviceDraws, side: int
 ) -> Int[Array, "2"]:
     """Return the corner of the first crop that keeps enough foreground, or the last.
 
@@ -285,13 +133,13 @@ def _crop(
     # 0 and 1 are exact in any precision, and float32 counts up to 2^24.
     counts = rows.astype(jnp.float32) @ foreground.astype(jnp.float32)
     kept = jnp.where(columns, counts, 0).sum(axis=-1).astype(jnp.int32)
-    enough = kept * KEPT.denominator >= foreground.sum() * KEPT.numerator
+    enough = kept * KEPT_SHARE.denominator >= foreground.sum() * KEPT_SHARE.numerator
     return corners[jnp.argmax(enough.at[-1].set(True))]
 
 
 def _blurred_window(
     image: Int[Array, "room room 3"],
-    draws: Draws,
+    draws: DeviceDraws,
     top: Int[Array, ""],
     left: Int[Array, ""],
     side: int,
@@ -300,13 +148,13 @@ def _blurred_window(
 
     Flipping first changes nothing: the blur is symmetric.
     """
-    window = jnp.arange(-REACH, side + REACH)
+    window = jnp.arange(-BLUR_REACH, side + BLUR_REACH)
     y = _reflect(top + window, draws.scaled[0])
     x = _reflect(left + window, draws.scaled[1])
     turned = _bilinear(image, *_source(y, x, draws), draws.scaled)
     rows = _five_taps(turned, axis=0)
     blurred = _five_taps(rows, axis=1) + 128 >> 8
-    sharp = turned[REACH:-REACH, REACH:-REACH]
+    sharp = turned[BLUR_REACH:-BLUR_REACH, BLUR_REACH:-BLUR_REACH]
     return jnp.where(draws.blur, blurred, sharp).astype(jnp.uint8)
 
 
@@ -318,7 +166,7 @@ def _reflect(index: Int[Array, " n"], length: Int[Array, ""]) -> Int[Array, " n"
 
 
 def _five_taps(image: Int[Array, "h w 3"], axis: int) -> Int[Array, "h2 w2 3"]:
-    length = image.shape[axis] - 2 * REACH
+    length = image.shape[axis] - 2 * BLUR_REACH
     taps = (
         weight * jax.lax.slice_in_dim(image, start, start + length, axis=axis)
         for start, weight in enumerate((1, 4, 6, 4, 1))
@@ -330,7 +178,7 @@ def _bilinear(
     image: Int[Array, "room room 3"],
     y: Float32[Array, "h w"],
     x: Float32[Array, "h w"],
-    scaled: Int[AnyArray, "2"],
+    scaled: Int[Array, "2"],
 ) -> Int[Array, "h w 3"]:
     """Sample at real coordinates; outside lies the mean colour."""
     top, left = jnp.floor(y), jnp.floor(x)

@@ -18,7 +18,8 @@ from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
 
 HASH_LINE = "# sha256 "
-COLUMNS = ("seed", "index", "class_id", "class", "query")
+FIRST_COLUMNS = ("seed", "index", "class_id", "class", "query")
+"""The columns before those of the supports."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def export_episodes(
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     supports = [f"support_{k + 1}" for k in range(samplers[0].shots)]
-    writer.writerow([*COLUMNS, *supports])
+    writer.writerow([*FIRST_COLUMNS, *supports])
     for sampler in samplers:
         for ids in map(sampler, range(episodes)):
             name = dataset.classes[ids.class_id - 1]
@@ -125,7 +126,7 @@ def _rows(path: Path, content: bytes) -> list[dict[str, str]]:
         rows = list(reader)
     except (UnicodeDecodeError, csv.Error):
         raise InputError(f"{path} is no CSV file") from None
-    missing = {*COLUMNS, "support_1"} - set(reader.fieldnames or ())
+    missing = {*FIRST_COLUMNS, "support_1"} - set(reader.fieldnames or ())
     if missing:
         raise InputError(
             f"{path} is no episode list: column {', '.join(sorted(missing))} is missing"

@@ -14,10 +14,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from qpenet_jax.core.types import Array, Episode, SegmentationDataset
-from qpenet_jax.data.episodes import EpisodeIds, load_episode
-from qpenet_jax.data.transforms import Resize, binary_mask
+from qpenet_jax.data.episodes import EpisodeIds
+from qpenet_jax.data.loader import load_episode
+from qpenet_jax.data.transforms import Resize, binary_mask, unpad
 from qpenet_jax.evaluation.metrics import count_pixels
-from qpenet_jax.evaluation.scoring import unpad
 
 RGB = UInt8[np.ndarray, "h w 3"]
 Mask = UInt8[np.ndarray, "h w"]

@@ -1,7 +1,6 @@
 """How a number came about: the evaluation protocol, and those of published codes."""
 
 import dataclasses
-import hashlib
 import json
 from typing import Any, Literal, get_args
 
@@ -9,6 +8,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE, SegmentationDataset
 from qpenet_jax.data.episodes import MIN_PIXELS, Order, Targets
 from qpenet_jax.data.transforms import Resize
+from qpenet_jax.data.versions import dataset_version
 
 Scoring = Literal["original", "input", "exact"]
 
@@ -187,13 +187,6 @@ def check_side(side: int) -> None:
         raise InputError(
             f"side={side} must be 8 n + 1 and at least 17, such as 161, 321 or 473"
         )
-
-
-def dataset_version(dataset: SegmentationDataset) -> str:
-    """Return 12 hex digits of a hash over a split's names and pixel counts."""
-    digest = hashlib.sha256("\n".join(dataset.names).encode())
-    digest.update(dataset.counts.astype("<i8").tobytes())
-    return digest.hexdigest()[:12]
 
 
 def of_dataset(protocol: Protocol, dataset: SegmentationDataset) -> Protocol:

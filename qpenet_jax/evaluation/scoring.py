@@ -5,7 +5,6 @@ import functools
 from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
-import cv2
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -13,8 +12,9 @@ from tqdm import tqdm
 
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.episode_lists import FrozenEpisodes
-from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, ahead
-from qpenet_jax.data.transforms import Resize, binary_mask, content_size, fit, fit_label
+from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
+from qpenet_jax.data.loader import ahead
+from qpenet_jax.data.transforms import Resize, binary_mask, fit, fit_label, unpad
 from qpenet_jax.evaluation import metrics
 from qpenet_jax.evaluation.metrics import Scores
 from qpenet_jax.evaluation.plan import Turn, grouped, plan
@@ -154,12 +154,3 @@ def score(
         return metrics.count_pixels(found, mask)
     stretch = interpolation_matrix(margin.shape[0], max(height, width))
     return metrics.count_pixels(stretch[:height] @ margin @ stretch[:width].T > 0, mask)
-
-
-def unpad(
-    margin: Float[np.ndarray, "s s"], height: int, width: int, resize: Resize = "pad"
-) -> Float[np.ndarray, "h w"]:
-    """Cut the image's content out of the square and resize it to the image."""
-    rows, cols = content_size(height, width, margin.shape[0], resize)
-    content = np.ascontiguousarray(margin[:rows, :cols])
-    return cv2.resize(content, (width, height), interpolation=cv2.INTER_LINEAR)

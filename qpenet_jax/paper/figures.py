@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.types import Episode, SegmentationDataset
-from qpenet_jax.data.episodes import EpisodeIds, load_episode
-from qpenet_jax.data.transforms import Resize
+from qpenet_jax.data.episodes import EpisodeIds
+from qpenet_jax.data.loader import load_episode
+from qpenet_jax.data.transforms import Resize, unpad
 from qpenet_jax.evaluation.metrics import count_pixels
 from qpenet_jax.evaluation.pictures import (
     INK,
@@ -39,7 +40,6 @@ from qpenet_jax.evaluation.pictures import (
     tile,
 )
 from qpenet_jax.evaluation.protocols import Protocol
-from qpenet_jax.evaluation.scoring import unpad
 from qpenet_jax.models.ops import interpolation_matrix
 from qpenet_jax.models.prototypes import STRIDE
 from qpenet_jax.runs.experiment import Experiment

@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from qpenet_jax.config import flat, merged
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.evaluation.protocols import dataset_version
+from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
 from qpenet_jax.training.checkpoints import restore_params

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from qpenet_jax.core.download import sha256
 from qpenet_jax.core.errors import InputError
 
-GZIP, ZIP = b"\x1f\x8b", b"PK"
+GZIP_START, ZIP_START = b"\x1f\x8b", b"PK"
 """How such files begin; the name isn't asked, browsers unpack .tgz and keep it."""
 
 CHUNK = 1 << 20
-DAMAGE = (
+DAMAGE_ERRORS = (
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,
@@ -134,11 +134,11 @@ def _readers(
         raise InputError(f"{path}: no such file or folder; check the path")
     with path.open("rb") as file:
         start = file.read(2)
-    if start == GZIP:
+    if start == GZIP_START:
         members = _read_compressed_tar(path, wanted)
         # A bound method of the bytes' own buffer: a reader that reads nothing.
         return {name: BytesIO(data).getvalue for name, data in members.items()}
-    if start == ZIP:
+    if start == ZIP_START:
         pack = stack.enter_context(zipfile.ZipFile(path))
         infos = (info for info in pack.infolist() if not info.is_dir())
         read, found = pack.read, {info.filename: info for info in infos}
@@ -188,7 +188,7 @@ def _damage_told(where: str) -> Iterator[None]:
     """Turn what the standard library raises on damage into one InputError."""
     try:
         yield
-    except DAMAGE as error:
+    except DAMAGE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{where}: no archive, cut off or damaged ({reason}); fetch it again"

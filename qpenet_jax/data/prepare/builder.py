@@ -1,8 +1,8 @@
 """The TFDS builder of every prepared data set: what an example keeps, how written.
 
 TFDS and ArrayRecord work without TensorFlow as long as images are given as bytes. A
-data set appears under its name only when it is complete; one that was interrupted is
-removed by the next run, which starts again.
+data set appears under its name only when it is complete. One process at a time writes
+it; what an interrupted one left is removed by the next, which starts again.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 from tqdm import tqdm
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import check_room
+from qpenet_jax.core.files import check_room, locked
 from qpenet_jax.data.images import check_label, read_image
 
 SHARD_BYTES = 256_000_000
 """About how many bytes of images go into a file; TFDS keeps as much in memory."""
 
-SPARE = 1.1
+DISK_SPARE = 1.1
 """Free disk needed per byte of images: masks and index take a few percent."""
 
 
@@ -167,8 +167,9 @@ def prepare(
     """Write the data set below `out` and return its folder; a finished one is kept.
 
     Raises:
-        InputError: a finished one was made in another way; a split without images or
-            with a name twice; too little free disk; an example that can't be used.
+        InputError: a finished one was made in another way; another process is writing
+            it; a split without images or with a name twice; too little free disk; an
+            example that can't be used.
     """
     _check_names(source)
     with _quiet_tfds():
@@ -178,17 +179,30 @@ def prepare(
             config=tfds.core.BuilderConfig(name=config, version=builder.VERSION),
         )
     folder = Path(made.data_dir)
-    if folder.is_dir():
-        _check_same(folder, source)
-        return folder
-    for left in folder.parent.glob(f"incomplete.*_{folder.name}"):  # TFDS's own name
+    if not folder.is_dir():
+        needed = int(DISK_SPARE * source.image_bytes)
+        check_room(out, needed, "make room or choose another --out")
+        busy = (
+            f"{folder}: another process is preparing this data set; wait until it has "
+            "finished, or choose another --out"
+        )
+        # Beside the folder of the versions, which holds data sets alone.
+        with locked(folder.parent.with_name(f".{config}.lock"), busy):
+            _write(made, folder)
+    _check_same(folder, source)
+    return folder
+
+
+def _write(made: SegmentationBuilder, folder: Path) -> None:
+    """Write a data set whose lock this process holds."""
+    if folder.is_dir():  # Another process has finished it in the meantime.
+        return
+    # The lock was free: whoever began these is gone. The name is TFDS's own.
+    for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
         shutil.rmtree(left)
-    needed = int(SPARE * source.image_bytes)
-    check_room(out, needed, "make room or choose another --out")
     # TFDS makes a folder for downloads in any case.
     with tempfile.TemporaryDirectory() as unused, _quiet_tfds():
         made.download_and_prepare(download_dir=unused)
-    return folder
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """COCO-20i from COCO's own files: `qpenet prepare coco`.
 
 The label maps of few-shot codes differ in crowds, holes and overlaps, and so do their
-numbers. The choices made here are `RULES`, and are kept with the data set.
+numbers. The choices made here are `LABEL_RULES`, and are kept with the data set.
 """
 
 import contextlib
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from pycocotools.coco import COCO
 
-from qpenet_jax.core.download import check_download_room, download
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import COCO_CLASSES
 from qpenet_jax.data.prepare.archives import Archive, fingerprint, open_archive
@@ -27,54 +25,20 @@ from qpenet_jax.data.prepare.builder import (
     prepare,
 )
 
-RULES = (
+LABEL_RULES = (
     "all polygons as pycocotools draws them; crowds skipped, and images that show "
     "nothing else; later annotations over earlier ones, in the order of the file; "
     "values are the ranks 1..80 of the categories' ids"
 )
 
-COMPLETE = {
+RELEASE_IMAGES = {
     "2014": {"train": 82_081, "val": 40_137},
     "2017": {"train": 117_266, "val": 4_952},
 }
 """Images of a whole release with an annotation that is no crowd. Those of 2014 are the
 lengths of few-shot codes' lists; both releases divide the same 122,218 images."""
 
-SERVER = "http://images.cocodataset.org"
-
-ARCHIVES = {
-    "2014": {
-        "zips/train2014.zip": (
-            13_510_573_713,
-            "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
-        ),
-        "zips/val2014.zip": (
-            6_645_013_297,
-            "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
-        ),
-        "annotations/annotations_trainval2014.zip": (
-            252_872_794,
-            "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
-        ),
-    },
-    "2017": {
-        "zips/train2017.zip": (
-            19_336_861_798,
-            "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-        ),
-        "zips/val2017.zip": (
-            815_585_330,
-            "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-        ),
-        "annotations/annotations_trainval2017.zip": (
-            252_907_541,
-            "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-        ),
-    },
-}
-"""Bytes and SHA-256 of the official files, as TFDS publishes them."""
-
-SAMPLED = 100
+SAMPLED_IMAGES = 100
 """Images whose size is looked at to estimate that of all."""
 
 
@@ -176,33 +140,6 @@ def prepare_coco(
             facts=_facts(release, files, images),
         )
         return prepare(Coco20i, source, Path(out), config=release)
-
-
-def download_coco(folder: Path, release: str) -> tuple[list[Path], list[Path]]:
-    """Fetch what `prepare_coco` needs of "2014" or "2017"; goes on where it broke off.
-
-    Returns the zips of images, which needn't be unpacked, and the annotation files.
-
-    Raises:
-        InputError: no such release, too little free disk, or as `download`.
-    """
-    if release not in ARCHIVES:
-        raise InputError(f"COCO release {release!r}: choose {' or '.join(ARCHIVES)}")
-    folder = Path(folder)
-    archives = {folder / Path(name).name: name for name in ARCHIVES[release]}
-    check_download_room({p: ARCHIVES[release][n][0] for p, n in archives.items()})
-    for path, name in archives.items():
-        download(f"{SERVER}/{name}", path, f"sha256:{ARCHIVES[release][name][1]}")
-    *images, annotations = archives
-    unpacked = [
-        folder / f"instances_{split}{release}.json" for split in COMPLETE[release]
-    ]
-    with open_archive(annotations) as archive:
-        for path in unpacked:
-            part = path.with_name(f"{path.name}.part")
-            part.write_bytes(archive[f"annotations/{path.name}"])
-            os.replace(part, path)
-    return images, unpacked
 
 
 def _release(annotations: Sequence[Path]) -> tuple[str, dict[str, Path]]:
@@ -315,7 +252,7 @@ def _last(path: str) -> str:
 
 def _estimate(images: Sequence[tuple[Archive, str]]) -> int:
     """Return about how many bytes all images have; sizes of members aren't listed."""
-    sample = images[:: -(-len(images) // SAMPLED)]
+    sample = images[:: -(-len(images) // SAMPLED_IMAGES)]
     seen = sum(len(archive[member]) for archive, member in sample)
     return seen * len(images) // len(sample)
 
@@ -324,16 +261,17 @@ def _facts(
     release: str, files: Mapping[str, Instances], images: Sequence[Path]
 ) -> dict[str, Any]:
     counts = {split: len(instances.files) for split, instances in files.items()}
+    whole = RELEASE_IMAGES[release]
     differ = [
-        f"{split} has {count:,} images, the whole release {COMPLETE[release][split]:,}"
+        f"{split} has {count:,} images, the whole release {whole[split]:,}"
         for split, count in counts.items()
-        if count != COMPLETE[release][split]
+        if count != whole[split]
     ]
     # A folder has no hash of its own, and reading 20 GB for one would take long.
     archives = [path for path in map(Path, images) if path.is_file()]
     note = {"note": "; ".join(differ)} if differ else {}
     return note | {
-        "rules": RULES,
+        "rules": LABEL_RULES,
         "images": counts,
         "annotations": [fingerprint(instances.path) for instances in files.values()],
         "archives": [fingerprint(path) for path in archives],

@@ -16,7 +16,6 @@ import numpy as np
 import scipy.io
 from jaxtyping import UInt8
 
-from qpenet_jax.core.download import check_download_room, download
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import PASCAL_CLASSES
 from qpenet_jax.data.images import read_label
@@ -29,21 +28,6 @@ from qpenet_jax.data.prepare.builder import (
 )
 from qpenet_jax.data.sources.voc import read_ids
 
-ARCHIVES = {
-    "VOCtrainval_11-May-2012.tar": (
-        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-        "md5:6cd6e144f989b92b3379bac3b3de84fd",
-        1_999_639_040,
-    ),
-    "benchmark.tgz": (
-        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/"
-        "semantic_contours/benchmark.tgz",
-        "md5:82b4d87ceb2ed10f6038a1cba92111cb",
-        1_420_000_000,
-    ),
-}
-"""URL, MD5 (as torchvision publishes it) and bytes (SBD: about) of VOC 2012 and SBD."""
-
 POOLS = {
     "main": (
         "VOC segmentation train, and the SBD images that are in VOC's "
@@ -53,7 +37,7 @@ POOLS = {
 }
 """The two rules for training images; a file of ids is the third way."""
 
-IMAGES = {"main": 5953, "trainaug": 10_582, "val": 1449}
+EXPECTED_IMAGES = {"main": 5953, "trainaug": 10_582, "val": 1449}
 """How many images the rules give on the official archives."""
 
 IMAGE_BYTES = 115_000
@@ -132,20 +116,6 @@ def prepare_pascal(
         return prepare(Pascal5i, source, Path(out), config)
 
 
-def download_pascal(folder: str | Path) -> tuple[Path, Path]:
-    """Fetch the official archives, 2.0 and 1.4 GB, into `folder`; return both.
-
-    Raises:
-        InputError: as `qpenet_jax.core.download.download`.
-    """
-    check_download_room({Path(folder) / name: a[2] for name, a in ARCHIVES.items()})
-    voc, sbd = (
-        download(url, Path(folder) / name, checksum)
-        for name, (url, checksum, _) in ARCHIVES.items()
-    )
-    return voc, sbd
-
-
 class VocFiles:
     """Lists, images and masks of VOC 2012, wherever its folder is in the archive."""
 
@@ -205,9 +175,10 @@ def _train_ids(files: VocFiles, extra: Masks, val: Ids, pool: str | Path) -> Ids
 
 
 def _check_count(what: str, ids: Ids) -> None:
-    if len(ids) != IMAGES[what]:
+    expected = EXPECTED_IMAGES[what]
+    if len(ids) != expected:
         raise InputError(
-            f"{what}: {IMAGES[what]} images expected, {len(ids)} found: these aren't "
+            f"{what}: {expected} images expected, {len(ids)} found: these aren't "
             "the official archives; fetch them again, or list the training images in "
             "a file and give it as --pool FILE"
         )

@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import io
-import time
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -14,26 +12,25 @@ from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import check_room, write_whole
+from qpenet_jax.core.files import check_room, locked, write_whole
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.evaluation.protocols import dataset_version
+from qpenet_jax.data.versions import dataset_version
 
-PIXELS, SIZES = "pixels.bin", "sizes.npy"
+PIXELS_FILE, SIZES_FILE = "pixels.bin", "sizes.npy"
 """Image and label of every item in turn, and their heights and widths, written last."""
 
 CHANNELS = 4
 """Bytes of a pixel in the file: RGB and the label."""
 
-LIMIT = 2**35
+MAX_BYTES = 2**35
 """Largest file that is made unasked: 32 GiB. PASCAL-5i's training images take 4 GB,
 COCO-20i's 100 GB."""
 
-SAMPLES = 16
+REMEDY = "make room, or set config.augment_on=host"
+
+SAMPLED_IMAGES = 16
 """Images that are decoded to foretell the size, and to tell whether a file is up to
 date."""
-
-ABANDONED = 3600
-"""A part that hasn't grown for so many seconds is nobody's."""
 
 
 class Decoded:
@@ -44,12 +41,12 @@ class Decoded:
     """
 
     def __init__(
-        self, dataset: SegmentationDataset, folder: str | Path, limit: int = LIMIT
+        self, dataset: SegmentationDataset, folder: str | Path, limit: int = MAX_BYTES
     ):
         """Open the data set's file below `folder`; make it where it is missing.
 
-        It is made anew when it is incomplete or holds other pixels. `limit` is in
-        bytes.
+        It is made anew when it is incomplete or holds other pixels; where another
+        process is about it, that one is waited for. `limit` is in bytes.
 
         Raises:
             InputError: it would be larger than `limit`, the disk is too full, the
@@ -61,15 +58,13 @@ class Decoded:
         self.version = getattr(dataset, "version", "")
         self.folder = Path(folder) / dataset_version(dataset)
         if not self._up_to_date(dataset):
-            _write(dataset, self.folder, limit)
-            for name in ("sizes", "_starts", "_pixels"):
-                vars(self).pop(name, None)
-            _ = self.sizes  # Pickled with the rest, if another run remakes the file.
+            self._make(dataset, limit)
+        _ = self.sizes  # Pickled with the rest, if another run remakes the file.
 
     @functools.cached_property
     def sizes(self) -> Int[np.ndarray, "images 2"]:
         """Height and width of every image."""
-        return np.load(self.folder / SIZES)
+        return np.load(self.folder / SIZES_FILE)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -95,7 +90,7 @@ class Decoded:
 
     @functools.cached_property
     def _pixels(self) -> UInt8[np.ndarray, " bytes"]:
-        return np.asarray(np.memmap(self.folder / PIXELS, np.uint8, "r"))
+        return np.asarray(np.memmap(self.folder / PIXELS_FILE, np.uint8, "r"))
 
     def __getstate__(self) -> dict:
         """Leave the mapped file out of pickles: a worker maps it by itself."""
@@ -103,8 +98,9 @@ class Decoded:
 
     def _up_to_date(self, dataset: SegmentationDataset) -> bool:
         """Tell whether the file is complete and a sample of it is the data set's."""
+        self._forget()
         try:
-            written = (self.folder / PIXELS).stat().st_size
+            written = (self.folder / PIXELS_FILE).stat().st_size
             expected = CHANNELS * int(self.sizes.prod(axis=1).sum())
         except (OSError, ValueError, EOFError):
             return False
@@ -114,48 +110,61 @@ class Decoded:
             for i in _sample(len(self))
         )
 
+    def _forget(self) -> None:
+        """Drop what was read: the file may be another one by now."""
+        for name in ("sizes", "_starts", "_pixels"):
+            vars(self).pop(name, None)
+
+    def _make(self, dataset: SegmentationDataset, limit: int) -> None:
+        """Write the file, or wait for another process that does."""
+        needed = _bytes_needed(dataset)
+        if needed > limit:
+            raise InputError(
+                f"{self.folder}: the decoded images would take {needed / 1e9:.1f} GB, "
+                f"more than the limit of {limit / 1e9:.1f} GB; set "
+                "config.augment_on=host"
+            )
+        busy = f"{self.folder}: waiting for another process that decodes these images"
+        try:
+            lock = self.folder.with_name(f".{self.folder.name}.lock")
+            with locked(lock, busy, wait=True):
+                if not self._up_to_date(dataset):
+                    _write(dataset, self.folder, needed)
+                    self._forget()
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: can't be written ({error.strerror}); {REMEDY}"
+            ) from None
+
 
 def _sample(images: int) -> Iterable[int]:
     """Return some indices, evenly spread."""
-    return range(0, images, images // SAMPLES or 1)
+    return range(0, images, images // SAMPLED_IMAGES or 1)
 
 
-def _write(dataset: SegmentationDataset, folder: Path, limit: int) -> None:
+def _bytes_needed(dataset: SegmentationDataset) -> int:
+    """Return about how many bytes the images of a data set take, decoded."""
     sample = [dataset.label(i).size for i in _sample(len(dataset))]
-    needed = CHANNELS * sum(sample) * len(dataset) // max(len(sample), 1)
-    remedy = "make room, or set config.augment_on=host"
-    if needed > limit:
-        raise InputError(
-            f"{folder}: the decoded images would take {needed / 1e9:.1f} GB, more than "
-            f"the limit of {limit / 1e9:.1f} GB; set config.augment_on=host"
-        )
-    # Several runs may write the same file: each has a part of its own.
-    part = folder / f"{uuid.uuid4().hex}.part"
+    return CHANNELS * sum(sample) * len(dataset) // max(len(sample), 1)
+
+
+def _write(dataset: SegmentationDataset, folder: Path, needed: int) -> None:
+    """Write the file whose lock this process holds."""
+    for left in folder.glob("*.part"):  # The lock was free: whoever began it is gone.
+        left.unlink()
+    check_room(folder, needed, REMEDY)
+    part = folder / f"{PIXELS_FILE}.part"
     try:
-        _remove_abandoned(folder)
-        check_room(folder, needed, remedy)
         with part.open("wb") as file:
             sizes = _write_pixels(dataset, file, needed)
-        (folder / SIZES).unlink(missing_ok=True)
-        part.replace(folder / PIXELS)
-    except OSError as error:
-        raise InputError(
-            f"{folder}: can't be written ({error.strerror}); {remedy}"
-        ) from None
+        (folder / SIZES_FILE).unlink(missing_ok=True)
+        part.replace(folder / PIXELS_FILE)
     finally:
         with contextlib.suppress(OSError):  # It is renamed, or was never made.
             part.unlink()
     buffer = io.BytesIO()
     np.save(buffer, np.array(sizes, np.int64))
-    write_whole(folder / SIZES, buffer.getvalue())
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the parts of runs that were killed."""
-    for part in folder.glob("*.part"):
-        with contextlib.suppress(FileNotFoundError):  # Another run has renamed it.
-            if time.time() - part.stat().st_mtime > ABANDONED:
-                part.unlink()
+    write_whole(folder / SIZES_FILE, buffer.getvalue())
 
 
 def _write_pixels(

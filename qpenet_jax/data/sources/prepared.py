@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import read_image
 
-JPEG = b"\xff\xd8"
+JPEG_START = b"\xff\xd8"
 
 
 class Prepared:
@@ -68,7 +68,7 @@ class Prepared:
         """
         data = self._bytes(index, "image")
         # OpenCV gives Pillow's pixels in half the time (+-2 for CMYK).
-        if data.startswith(JPEG):
+        if data.startswith(JPEG_START):
             return cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
         return read_image(BytesIO(data), self.names[index])
 

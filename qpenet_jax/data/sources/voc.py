@@ -20,7 +20,7 @@ from qpenet_jax.data.images import (
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 COUNT_THREADS = 2
-BAR_FROM = 500
+BAR_FROM_MASKS = 500
 """Number of labels from which counting them, 1 ms each, shows a progress bar."""
 
 
@@ -83,7 +83,9 @@ class VOCLayout:
         indices = tqdm(
             range(len(self)),
             desc="reading masks",
-            disable=None if len(self) > BAR_FROM else True,  # None: not a terminal.
+            disable=None
+            if len(self) > BAR_FROM_MASKS
+            else True,  # None: not a terminal.
         )
         with ThreadPoolExecutor(COUNT_THREADS) as pool:
             rows = pool.map(lambda index: self._checked_label(index)[1], indices)

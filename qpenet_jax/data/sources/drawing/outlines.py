@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-SUBROWS = 4
+SCAN_LINES = 4
 """Scan lines per pixel row of the rasteriser (columns are integrated exactly)."""
 
 Contour = Float[np.ndarray, "_ 2"]
@@ -181,20 +181,20 @@ def coverage(contours: list[Contour], box: tuple[int, int, int, int]) -> Field:
     height, width = bottom - top, right - left
     start = np.concatenate(contours) - (left, top)
     end = np.concatenate([np.roll(c, -1, axis=0) for c in contours]) - (left, top)
-    # Scan line r lies at y = (r + 0.5) / SUBROWS; an edge crosses those in [lo, hi).
-    first = np.ceil(start[:, 1] * SUBROWS - 0.5).clip(0, height * SUBROWS)
-    last = np.ceil(end[:, 1] * SUBROWS - 0.5).clip(0, height * SUBROWS)
+    # Scan line r lies at y = (r + 0.5) / SCAN_LINES; an edge crosses those in [lo, hi).
+    first = np.ceil(start[:, 1] * SCAN_LINES - 0.5).clip(0, height * SCAN_LINES)
+    last = np.ceil(end[:, 1] * SCAN_LINES - 0.5).clip(0, height * SCAN_LINES)
     crossings = np.abs(last - first).astype(np.int64)
     edge = np.repeat(np.arange(len(start)), crossings)
     step = np.arange(len(edge)) - np.repeat(crossings.cumsum() - crossings, crossings)
     row = np.minimum(first, last).astype(np.int64)[edge] + step
     x0, y0 = start[edge].T
     x1, y1 = end[edge].T
-    x = x0 + (x1 - x0) * (((row + 0.5) / SUBROWS - y0) / (y1 - y0))
+    x = x0 + (x1 - x0) * (((row + 0.5) / SCAN_LINES - y0) / (y1 - y0))
     x = x.clip(0, width)
-    sign = np.sign(last - first)[edge] / SUBROWS
+    sign = np.sign(last - first)[edge] / SCAN_LINES
     column = x.astype(np.int64)
-    cell = row // SUBROWS * (width + 2) + column
+    cell = row // SCAN_LINES * (width + 2) + column
     inside = column + 1 - x
     cells = np.bincount(cell, sign * inside, height * (width + 2))
     cells[1:] += np.bincount(cell, sign * (1 - inside), height * (width + 2))[:-1]
