@@ -1,0 +1,131 @@
+"""Runs that are opened later, elsewhere or without data: what is kept and refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from qpenet_jax import InputError, load
+from qpenet_jax.backbones.convert import convert
+from qpenet_jax.config import VERSION, default_config, flat, merged
+from qpenet_jax.evaluation.metrics import load_scores
+from qpenet_jax.runs.evaluator import Evaluator
+from qpenet_jax.runs.folder import claim, inputs_of, open_run
+
+OLD = Path(__file__).parent / "goldens" / "run_dbf7d53"
+"""The quick start of commit dbf7d53, before configs had a version: 3 steps of a network
+of 8 channels at 65 pixels, scored on 10 episodes; without the optimiser's state."""
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A copy of the old run, which may be changed."""
+    return Path(shutil.copytree(OLD, tmp_path / "run"))
+
+
+def edit(folder, **fields):
+    """Change top-level fields of a run's config."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_run_of_an_earlier_version_evaluates_to_the_same_scores(old, tmp_path):
+    run = open_run(old)
+    val = run.experiment.dataset("val")
+    evaluator = Evaluator(run.experiment, run.weights, tmp_path / "out", val)
+    (tmp_path / "out").mkdir()
+    results, _ = evaluator(run.params, step=run.step)
+    before = json.loads((OLD / "results.json").read_text())
+    assert results["protocol"] == before["protocol"]
+    assert results["miou"] == pytest.approx(before["miou"], abs=0.05)
+    ours = load_scores(tmp_path / "out" / "episodes_qpenet.csv").rows
+    theirs = load_scores(OLD / "episodes_qpenet.csv").rows
+    np.testing.assert_array_equal(ours[:, :4], theirs[:, :4])
+    # Another machine may round a pixel to the other side.
+    np.testing.assert_allclose(ours, theirs, atol=3)
+
+
+def test_later_fields_have_the_value_that_the_run_was_made_with(old):
+    config = open_run(old).experiment.config
+    assert config.version == VERSION
+    assert config.recipe == "paper"
+    assert not config.model.normalize
+    assert config.model.background_scale == 1
+    assert config.loss.pre == 1
+    assert config.optimizer.lr == 5e-4
+
+
+def test_an_earlier_run_may_be_resumed_by_the_same_config(old):
+    run = open_run(old)
+    data = run.experiment.dataset("train"), run.experiment.dataset("val")
+    claim(old, run.experiment.config, inputs_of(*data, run.weights))
+
+
+def test_an_unknown_field_is_one_clear_line(old):
+    edit(old, sead=3)
+    with pytest.raises(InputError) as refused:
+        open_run(old)
+    assert str(refused.value) == (
+        f"{old / 'config.json'} has an unknown field sead: is it seed?"
+    )
+
+
+def test_a_later_version_is_refused(old):
+    edit(old, version=VERSION + 1)
+    with pytest.raises(InputError, match=f"of version {VERSION + 1}.*knows 1 to"):
+        open_run(old)
+
+
+def test_a_value_of_another_type_is_refused(old):
+    edit(old, dataset=3)
+    with pytest.raises(InputError, match="dataset must hold fields"):
+        open_run(old)
+    edit(old, dataset={}, side="large")
+    with pytest.raises(InputError, match="side='large' is not of the type of 473"):
+        open_run(old)
+
+
+def test_what_is_saved_is_what_is_read():
+    config = default_config()
+    config.dataset.novel = ("ant", "bee")
+    config.eval.seeds = (1, 2)
+    again = merged(json.loads(config.to_json()), "config.json")
+    assert flat(again.to_dict()) == flat(config.to_dict())
+
+
+def test_paths_can_be_overridden_and_nothing_else(old):
+    words = ["--config.dataset.root=/elsewhere", "--config.workers=0"]
+    config = open_run(old, words).experiment.config
+    assert (config.dataset.root, config.workers) == ("/elsewhere", 0)
+    with pytest.raises(InputError, match=r"side=97: a finished run settles this"):
+        open_run(old, ["--config.side=97"])
+    with pytest.raises(InputError, match="a whole number of loading processes"):
+        open_run(old, ["--config.workers=many"])
+
+
+def test_other_weights_than_those_of_the_training_are_refused(old, tmp_path):
+    right = Path(convert("efficientnet_lite0", None, out_dir=tmp_path))
+    load(old, [f"--config.backbone.weights={right}"])
+    weights = load_file(right)
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1
+    wrong = tmp_path / "wrong.safetensors"
+    with safe_open(right, "numpy") as file:
+        save_file(weights, wrong, metadata=file.metadata())
+    with pytest.raises(InputError, match=r"wrong.safetensors: not the weights that"):
+        load(old, [f"--config.backbone.weights={wrong}"])
+
+
+@pytest.mark.parametrize("split", ["blocks", "strided", "named", "coco_fwb"])
+def test_predicting_needs_no_data_set(old, split):
+    saved = json.loads((old / "config.json").read_text())["dataset"]
+    here = {"kind": "prepared", "root": "/nowhere", "split": split, "novel": ["ant"]}
+    edit(old, dataset=saved | here)
+    segmenter = load(old)
+    image = np.zeros((40, 50, 3), np.uint8)
+    mask = np.ones((40, 50), np.uint8)
+    assert segmenter(image, image, mask).shape == (40, 50)
