@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from qpenet_jax.training import health
-from qpenet_jax.benchmark.measure import peak_memory
+from qpenet_jax.core.runtime import peak_memory
 from qpenet_jax.data.episodes import training_batches
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.training.step import TrainState, global_batch, shardings
