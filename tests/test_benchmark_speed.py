@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import quickstart
 from qpenet_jax.backbones import convert as weights_module
 from qpenet_jax.benchmark import clocks, ours, photos, protocol, speed
 from qpenet_jax.benchmark.chart import bar_chart
@@ -25,6 +26,8 @@ from qpenet_jax.benchmark.processes import run_child
 from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.benchmark.tables import benchmark_report
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Episode
+from qpenet_jax.runs.experiment import Experiment
 
 NETWORK = {"channels": 16, "heads": 2, "ffn_features": 24}
 EVAL = Case("eval", size=33, network=NETWORK)
@@ -384,7 +387,7 @@ def test_markdown_of_known_numbers():
 def test_chart_of_known_numbers(tmp_path):
     bar_chart(an_invented_result(), tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
-        pixels = np.asarray(picture)
+        pixels = np.asarray(picture.convert("RGB"))
     lengths = [
         max((pixels == colour).all(-1).sum(1))
         for colour in ((213, 94, 0), (0, 114, 178))
@@ -397,20 +400,58 @@ def test_chart_of_known_numbers(tmp_path):
 def test_protocol_on_made_up_photos(monkeypatch):
     monkeypatch.setattr(photos, "PHOTOS", 16)
     monkeypatch.setattr(protocol, "perf_counter", Clock(tick=1.0))
-    result = measured(what=("protocol",), episodes=2, dtype=("float32", "bfloat16"))
-    runs = result["protocol"]
-    assert [run["dtype"] for run in runs] == ["float32", "bfloat16"]
-    for run in runs:
-        assert run["shots"] == 1
-        assert run["episodes"] == 2
-        assert run["seeds"] == 1
-        # A reading of the clock before the evaluation and one after it.
-        assert run["seconds_per_episode"] == 1 / 2
-        assert run["step_seconds"] == 1
-        assert run["ratio"] == run["seconds_per_episode"] / run["step_seconds"]
-        assert "made-up photos" in run["protocol"]
-        assert run["network"] == "resnet50, weights random"
+    result = measured(what=("protocol",), episodes=2)
+    (run,) = result["protocol"]
+    assert run["shots"] == 1
+    assert run["episodes"] == 2
+    assert run["seeds"] == 1
+    assert run["dtype"] == "float32"
+    # The clock is read before and after each of them.
+    assert run["seconds_per_episode"] == 1 / 2
+    assert run["step_seconds"] == 1
+    assert run["ratio"] == run["seconds_per_episode"] / run["step_seconds"]
+    assert "made-up photos" in run["protocol"]
+    assert run["network"] == "resnet50, weights random"
     assert result["cases"] == []
+
+
+def computes_in_bfloat16(workload):
+    side = workload.protocol.side
+    image = np.zeros((1, side, side, 3), np.uint8)
+    mask = np.zeros((1, side, side), np.uint8)
+    episode = Episode(image, mask, image[None], mask[None])
+    return "bf16" in str(jax.make_jaxpr(workload.predictor)(episode))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_protocol_in_the_dtype_of_the_experiment(dtype, monkeypatch):
+    config = quickstart.get_config()
+    config.dtype, config.side, config.dataset.val_images = dtype, 33, 60
+    config.dataset.on_few = "drop"
+    experiment = Experiment(config)
+    shapes = jax.eval_shape(experiment.untrained)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    monkeypatch.setattr(Experiment, "untrained", lambda self: params)
+    monkeypatch.setattr(protocol, "time_workload", lambda workload: workload)
+    settings = Settings(("protocol",), shots=(1, 2), episodes=3)
+    for shots, workload in enumerate(
+        protocol.protocol_runs(settings, experiment), start=1
+    ):
+        assert workload.dtype == dtype
+        assert workload.protocol.shots == shots
+        assert workload.protocol.episodes == 3
+        assert computes_in_bfloat16(workload) == (dtype == "bfloat16")
+    assert shots == 2
+
+
+def test_protocol_in_every_dtype_of_the_settings(monkeypatch):
+    monkeypatch.setattr(photos, "PHOTOS", 16)
+    monkeypatch.setattr(protocol, "time_workload", lambda workload: workload)
+    dtypes = ("float32", "bfloat16")
+    settings = Settings(("protocol",), dtype=dtypes, size=33, network=NETWORK)
+    workloads = list(protocol.protocol_runs(settings, None))
+    assert [workload.dtype for workload in workloads] == [*dtypes]
+    assert [*map(computes_in_bfloat16, workloads)] == [False, True]
 
 
 @pytest.mark.parametrize(
