@@ -25,6 +25,7 @@ from qpenet_jax.benchmark.flop import flop
 from qpenet_jax.benchmark.processes import run_child
 from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.benchmark.tables import benchmark_report
+from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
 from qpenet_jax.runs.experiment import Experiment
@@ -477,6 +478,28 @@ def test_protocol_in_every_dtype_of_the_settings(monkeypatch):
 def test_refused_values(options, message):
     with pytest.raises(InputError, match=message):
         measured(**options)
+
+
+def test_the_command_writes_table_numbers_and_chart(tmp_path, monkeypatch, capsys):
+    given = []
+
+    def benchmark(settings, experiment=None):
+        given.append((settings, experiment))
+        return an_invented_result()
+
+    monkeypatch.setattr(speed, "benchmark", benchmark)
+    words = "benchmark eval --shots 1,5 --batch 2 --size 33 --workers 0 --seconds 3"
+    main([*words.split(), "--out", str(tmp_path / "out")])
+    expected = Settings(
+        ("eval",), shots=(1, 5), batch=(2,), size=33, workers=(0,), seconds=3.0
+    )
+    assert given == [(expected, None)]
+    page = benchmark_report(an_invented_result()) + "\n"
+    assert capsys.readouterr().out == page
+    files = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert files.keys() == {"benchmark.md", "benchmark.json", "benchmark.png"}
+    assert files["benchmark.md"].read_text() == page
+    assert json.loads(files["benchmark.json"].read_text()) == an_invented_result()
 
 
 def test_pytorch_is_missing(monkeypatch):

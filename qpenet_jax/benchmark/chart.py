@@ -19,7 +19,7 @@ WIDTH, ROW = 9.0, 0.3
 """Width of the picture and height of a bar, in inches."""
 
 WORDS = 1.9
-"""Length of the axis in longest bars: the rest is for the words beside them."""
+"""Length of the axis, as a multiple of the longest bar: room for words beside it."""
 
 
 class Bar(NamedTuple):

@@ -48,10 +48,10 @@ def benchmark_data(
 ) -> dict[str, Any]:
     """Measure training episodes of a data set, or of made-up photos without one.
 
-    For every shot count the comparison with the opponent takes `seconds`, and so does
-    every number of workers. `side` is in pixels. What is returned are numbers and
+    For every shot count the comparison with the plain pipeline takes `seconds`, and so
+    does every number of workers. `side` is in pixels. The result holds numbers and
     strings alone, for JSON and for tables. As in training, the process keeps freed
-    memory from then on; the opponent gains most from that.
+    memory from then on; the plain pipeline gains most from that.
 
     Raises:
         InputError: no episode can be drawn from the data set.

@@ -1,7 +1,7 @@
-"""What an episode of an evaluation costs, beside a step that keeps nothing.
+"""What an episode of an evaluation costs, beside a prediction that keeps nothing.
 
 An evaluation keeps what it has computed from an image alone, and so encodes an image
-once for all its episodes. The step beside it encodes all images of an episode.
+once for all its episodes. The prediction beside it encodes all images of its episode.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ EPISODES = 100
 """Of an evaluation on made-up photos: each of the 64 comes several times."""
 
 STEPS = 10
-"""Episodes whose steps are timed before the evaluation, and again after it: what one
-costs depends on how much of its supports is foreground."""
+"""Episodes whose predictions are timed before the evaluation, and again after it: what
+one costs depends on how much of its supports is foreground."""
 
 
 class Workload(NamedTuple):
