@@ -51,11 +51,15 @@ def benchmark(
     up. As in training, the process keeps freed memory from then on.
 
     Raises:
-        InputError: PyTorch is missing, or computes something different.
+        InputError: this machine can't compute in a dtype; PyTorch is missing, or
+            computes something different.
     """
-    # Both frameworks share the device: neither may take most of its memory at once.
+    # Both frameworks share the device: neither may take most of its memory at once. It
+    # holds from when the device is first used, so that nothing before may ask for it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     keep_freed_memory()
+    if "tf32" in settings.dtype and jax.default_backend() != "gpu":
+        raise InputError("--dtype tf32 needs an NVIDIA GPU: choose float32")
     opponent = _opponent(settings)
     cases = list(settings.cases())
     result: dict[str, Any] = {
