@@ -13,7 +13,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from qpenet_jax.benchmark import ours
-from qpenet_jax.benchmark.measure import Case
+from qpenet_jax.benchmark.settings import Case
 from qpenet_jax.core.types import Episode
 from qpenet_jax.models import ops
 

@@ -1,19 +1,17 @@
-"""How fast training episodes are made, and a plain float32 pipeline to compare with.
+"""How fast training episodes are loaded, beside a plain float32 pipeline.
 
-`benchmark_data` measures, `markdown` prints; plain.py is the opponent.
+`benchmark_data` measures, tables.py shows what it returns; plain.py is the opponent.
 """
 
 import contextlib
-import cProfile
 import functools
 import importlib.metadata
-import inspect
 import os
 import platform
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import cv2
@@ -21,29 +19,23 @@ import numpy as np
 
 from qpenet_jax.benchmark import plain
 from qpenet_jax.benchmark.photos import made_up_photos
+from qpenet_jax.benchmark.stages import Load, stages
 from qpenet_jax.core.runtime import keep_freed_memory, processor
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data import host_augmentation
 from qpenet_jax.data.augmentation import Augmentation
-from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
+from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.raw_episodes import canvas_side, load_raw_episode
 from qpenet_jax.data.sources.decoded import Decoded
-from qpenet_jax.data.transforms import binary_mask
 
 BATCH = 4
 """Episodes a batch, as in the paper."""
 
 ROUND = 8
-"""Episodes that one side makes before the other makes the same ones."""
-
-PROFILED = 5 * ROUND
-"""Episodes whose time is split into stages."""
+"""Episodes that one pipeline makes before the other makes the same ones."""
 
 WARM_UP = 8
 """Batches per worker that aren't timed: more than all buffers hold."""
-
-Load = Callable[[EpisodeIds], Any]
 
 
 def benchmark_data(
@@ -57,10 +49,10 @@ def benchmark_data(
 ) -> dict[str, Any]:
     """Measure training episodes of a data set, or of made-up photos without one.
 
-    For every shot count the comparison with the opponent takes `seconds`, and so does
-    every number of workers. `side` is in pixels. What is returned are numbers and
-    strings alone, for JSON and for `markdown`. As in training, the process keeps freed
-    memory from then on; the opponent gains most from that.
+    For every shot count the comparison with the plain pipeline takes `seconds`, and so
+    does every number of workers. `side` is in pixels. The result holds numbers and
+    strings alone, for JSON and for tables. As in training, the process keeps freed
+    memory from then on; the plain pipeline gains most from that.
 
     Raises:
         InputError: no episode can be drawn from the data set.
@@ -94,13 +86,14 @@ def benchmark_data(
             "images": len(dataset),
             "side": side,
             "one_core": [_compare(s, ours, raw, opponent, seconds) for s in samplers],
+            # Before Grain, whose threads go on for a while.
+            "stages": stages(dataset, samplers[0], ours, opponent),
             "grain": [
                 {"augmenting": where} | _throughput(load, s, n, seconds)
                 for where, load in augmenting.items()
                 for s in samplers
                 for n in workers
             ],
-            "stages": _stages(dataset, samplers[0], ours, opponent),
         }
 
 
@@ -123,8 +116,8 @@ def _compare(
     `raw` leaves augmentation to the device.
     """
     times: dict[Load, list[float]] = {ours: [], plain: [], raw: []}
-    start, rounds = time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - start < seconds:
+    start, rounds = perf_counter(), 0
+    while rounds < 3 or perf_counter() - start < seconds:
         # Whoever comes second finds the files in the cache: take turns in that, too.
         for load in (ours, plain, raw) if rounds % 2 else (raw, plain, ours):
             times[load].append(_time(load, sampler, rounds * ROUND))
@@ -145,10 +138,10 @@ def _compare(
 
 
 def _time(load: Load, sampler: EpisodeSampler, first: int) -> float:
-    start = time.perf_counter()
+    start = perf_counter()
     for index in range(first, first + ROUND):
         load(sampler(index))
-    return time.perf_counter() - start
+    return perf_counter() - start
 
 
 def _throughput(
@@ -159,53 +152,12 @@ def _throughput(
     with contextlib.closing(stream) as batches:
         for _ in range(WARM_UP * max(workers, 1)):
             next(batches)
-        start, episodes = time.perf_counter(), 0
-        while not episodes or time.perf_counter() - start < seconds:
+        start, episodes = perf_counter(), 0
+        while not episodes or perf_counter() - start < seconds:
             next(batches)
             episodes += BATCH
-        rate = episodes / (time.perf_counter() - start)
+        rate = episodes / (perf_counter() - start)
     return {"shots": sampler.shots, "workers": workers, "episodes_per_s": rate}
-
-
-def _stages(
-    dataset: SegmentationDataset, sampler: EpisodeSampler, ours: Load, opponent: Load
-) -> dict[str, list[float]]:
-    """Return the milliseconds per image of every step: ours, the opponent's."""
-    h, source = host_augmentation, type(dataset)
-    plain_cut = (plain._flip, plain._pad, plain._crop)
-    steps: dict[str, tuple[Sequence[Callable], Sequence[Callable]]] = {
-        "read and decode the image": ((source.image,), (plain._image,)),
-        "read and decode the label": ((source.label,), (plain._label,)),
-        "mask of the class": ((binary_mask,), (plain._mask,)),
-        "warp: scale": ((h._scale,), (plain._scale,)),
-        "warp: rotate": ((h._rotate,), (plain._rotate,)),
-        "blur": ((h._blur,), (plain._blur,)),
-        "flip, pad, crop": ((h._flip, h._pad, h._crop), plain_cut),
-        "normalise": ((), (plain._normalise,)),
-        "all": ((load_episode,), (plain.plain_episode,)),
-    }
-    clocks = _profile(sampler, (ours, opponent))
-    return {
-        name: [sum(map(clock, side)) for clock, side in zip(clocks, sides, strict=True)]
-        for name, sides in steps.items()
-    }
-
-
-def _profile(
-    sampler: EpisodeSampler, loads: Sequence[Load]
-) -> list[Callable[[Callable], float]]:
-    """Return for each `load` what tells a function's milliseconds per image."""
-    profiles = [cProfile.Profile(builtins=False) for _ in loads]
-    for index in range(PROFILED):
-        for profile, load in zip(profiles, loads, strict=True):
-            profile.runcall(load, sampler(index))
-    images = PROFILED * (sampler.shots + 1)
-
-    def clock(profile: cProfile.Profile) -> Callable[[Callable], float]:
-        seconds = {entry.code: entry.totaltime for entry in profile.getstats()}
-        return lambda f: 1e3 * seconds.get(inspect.unwrap(f).__code__, 0.0) / images
-
-    return [clock(profile) for profile in profiles]
 
 
 def _machine() -> str:
@@ -213,69 +165,4 @@ def _machine() -> str:
     return (
         f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"OpenCV {cv2.__version__}, {', '.join(versions)}"
-    )
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """Return what `benchmark_data` measured as Markdown tables."""
-    all_ours, all_plain = result["stages"]["all"]
-    stages = [
-        f"{name} | {ours:.3f} | {ours / all_ours:.0%} | {plain:.3f} | "
-        f"{plain / all_plain:.0%}"
-        for name, (ours, plain) in result["stages"].items()
-    ]
-    return "\n".join(
-        [
-            f"Training episodes at {result['side']} pixels from {result['data']}, "
-            f"{result['images']} images.",
-            f"{result['machine']}.",
-            "",
-            "One core: in this process, cv2.setNumThreads(0), freed memory kept. Plain "
-            "float32 OpenCV makes the same episodes in turn; medians of rounds of "
-            f"{ROUND} episodes, and the quartiles of their ratio. Device: the host's "
-            "work where the device augments, from images that are decoded already.",
-            "",
-            *table(
-                "shots | episodes/s | images/s | plain: episodes/s | images/s | ratio "
-                "| device: episodes/s | images/s",
-                map(_one_core_row, result["one_core"]),
-            ),
-            "",
-            f"Batches of {BATCH} by Grain, cv2.setNumThreads(0).",
-            "",
-            *table(
-                "augmenting | shots | workers | episodes/s | images/s | images/s per "
-                "worker",
-                map(_grain_row, result["grain"]),
-            ),
-            "",
-            f"One core, {result['one_core'][0]['shots']} shot(s), milliseconds per "
-            "image. We hand uint8 to the device and normalise there.",
-            "",
-            *table("stage | ms | share | plain: ms | share", stages),
-        ]
-    )
-
-
-def table(header: str, rows: Iterable[str]) -> list[str]:
-    """Return the lines of a Markdown table, numbers to the right."""
-    rule = " | ".join([":--"] + ["--:"] * header.count("|"))
-    return [f"| {row} |" for row in (header, rule, *rows)]
-
-
-def _one_core_row(row: dict[str, Any]) -> str:
-    images, (low, high) = row["shots"] + 1, row["ratio_quartiles"]
-    sides = ("episodes_per_s", "plain_episodes_per_s", "raw_episodes_per_s")
-    ours, plain, raw = (f"{row[s]:.1f} | {row[s] * images:.0f}" for s in sides)
-    ratio = f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"
-    return f"{row['shots']} | {ours} | {plain} | {ratio} | {raw}"
-
-
-def _grain_row(row: dict[str, Any]) -> str:
-    workers, rate = row["workers"], row["episodes_per_s"]
-    images = rate * (row["shots"] + 1)
-    return (
-        f"{row['augmenting']} | {row['shots']} | {workers or '0 (a thread)'} | "
-        f"{rate:.1f} | {images:.0f} | "
-        f"{images / max(workers, 1):.0f}"
     )

@@ -1,6 +1,6 @@
-"""The opponent of the speed benchmarks: the PyTorch twin, in the ways of running it.
+"""PyTorch's steps in the speed benchmarks: the twin, in all ways of running it.
 
-As a program, a process of its own for one case. It needs the `[parity]` extra.
+As a program, one case in a new process. It needs the `[parity]` extra.
 """
 
 import contextlib
@@ -18,17 +18,13 @@ from torch import Tensor, nn
 from qpenet_jax.backbones.convert import ORIGINALS
 from qpenet_jax.backbones.registry import backbone
 from qpenet_jax.benchmark import twin
-from qpenet_jax.benchmark.measure import (
-    Case,
-    Side,
-    child_report,
-    made_up_episodes,
-    matmul_rate,
-    peak_memory,
-)
+from qpenet_jax.benchmark.clocks import matmul_rate
+from qpenet_jax.benchmark.contenders import Contender, made_up_episodes
 from qpenet_jax.benchmark.ours import NO_DROPOUT, RATE, STEPS, Weights, flat
+from qpenet_jax.benchmark.processes import child_report
+from qpenet_jax.benchmark.settings import Case
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.runtime import keep_freed_memory
+from qpenet_jax.core.runtime import keep_freed_memory, peak_memory
 from qpenet_jax.core.types import Episode
 from qpenet_jax.models.qpenet import QPENet
 
@@ -50,16 +46,17 @@ def device_for(platform: str) -> str:
     )
 
 
-def side(
+def contender(
     case: Case,
     variant: str,
     device: str,
     episodes: Episode,
     weights: Weights | None = None,
-) -> Side:
-    """Return the twin's side of a case; without `weights` they are PyTorch's own.
+) -> Contender:
+    """Return the twin as a contender of a case.
 
-    Raises InputError for a backbone that the twin doesn't have.
+    Without `weights` they are those that PyTorch initialises. Raises InputError for a
+    backbone that the twin doesn't have.
     """
     net, model = _networks(case, weights)
     layout: Any = {} if variant == "eager" else {"memory_format": torch.channels_last}
@@ -87,7 +84,7 @@ def side(
         with precision(case.dtype, device):
             return made.first()
 
-    return Side(first, timed)
+    return Contender(first, timed)
 
 
 def _networks(case: Case, weights: Weights | None) -> tuple[twin.Backbone, twin.QPENet]:
@@ -163,7 +160,7 @@ def _images(batch: Episode) -> Any:
     return torch.cat([supports.flatten(0, 1), batch.query_image])  # pyright: ignore
 
 
-def _eval(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Side:
+def _eval(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Contender:
     b, k = batch.support_images.shape[:2]
     images = _images(batch)
 
@@ -174,19 +171,19 @@ def _eval(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Side:
         logits, _ = model(supports, batch.support_masks, maps[b * k :])
         return logits[:, 1] - logits[:, 0]
 
-    return Side(lambda: {"margin": _numpy(call())}, call)
+    return Contender(lambda: {"margin": _numpy(call())}, call)
 
 
-def _backbone(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Side:
+def _backbone(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Contender:
     images = _images(batch)
 
     def call():
         return twin.features(net, images)
 
-    return Side(lambda: {"features": _numpy(call().movedim(1, -1))}, call)
+    return Contender(lambda: {"features": _numpy(call().movedim(1, -1))}, call)
 
 
-def _train(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Side:
+def _train(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Contender:
     optimizer = twin.build_optimizer(model.parameters(), STEPS, RATE)
 
     def call():
@@ -198,7 +195,7 @@ def _train(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Side:
         momentum = {n: state[p]["momentum_buffer"] for n, p in model.named_parameters()}
         return {"loss": loss, "gradient": flat(twin.to_flax(momentum))}
 
-    return Side(first, call)
+    return Contender(first, call)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -226,7 +223,7 @@ def main() -> None:
     on_cpu = told["device"] == "cpu"
     at_import = peak_memory() if on_cpu else 0
     case = Case(**told["case"])
-    twins = side(case, told["variant"], told["device"], made_up_episodes(case))
+    twins = contender(case, told["variant"], told["device"], made_up_episodes(case))
     memory = peak_memory if on_cpu else torch.cuda.max_memory_allocated
     child_report(twins, told["started"], at_import, memory)
 

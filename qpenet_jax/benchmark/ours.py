@@ -1,4 +1,4 @@
-"""Our side of the speed benchmarks; as a program, a process of its own for one case."""
+"""JAX's steps in the speed benchmarks; as a program, one case in a new process."""
 
 import dataclasses
 import json
@@ -17,18 +17,14 @@ from jaxtyping import Array, PyTree
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import cast, in_dtype
 from qpenet_jax.backbones.registry import Backbone, backbone, features
-from qpenet_jax.benchmark.measure import (
-    Case,
-    Side,
-    child_report,
-    flop,
-    made_up_episodes,
-    matmul_rate,
-    peak_memory,
-)
-from qpenet_jax.core.runtime import keep_freed_memory
+from qpenet_jax.benchmark.clocks import matmul_rate
+from qpenet_jax.benchmark.contenders import Contender, made_up_episodes
+from qpenet_jax.benchmark.flop import flop
+from qpenet_jax.benchmark.processes import child_report
+from qpenet_jax.benchmark.settings import Case
+from qpenet_jax.core.runtime import keep_freed_memory, peak_memory
 from qpenet_jax.core.types import Episode
-from qpenet_jax.evaluation.scoring import make_eval_step
+from qpenet_jax.evaluation.predictor import qpenet_predictor
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.training.optimizer import Optimizer
@@ -46,7 +42,7 @@ LINEAR = ("conv3", "downsample", "project")
 
 
 class Weights(NamedTuple):
-    """What both sides compute with: the frozen backbone's and QPENet's parameters."""
+    """The parameters of both contenders: the frozen backbone's and QPENet's."""
 
     backbone: PyTree[Array]
     params: PyTree[Array]
@@ -69,7 +65,10 @@ def draw_weights(case: Case) -> Weights:
 
 
 def _draw(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:
-    """Draw parameters that keep the variance, so that rounding shows nowhere most."""
+    """Draw parameters that keep the variance from layer to layer.
+
+    So rounding errors grow in no layer more than in the others.
+    """
     leaves: dict = flatten_dict(shapes)
     drawn = {}
     for path, leaf in leaves.items():
@@ -114,7 +113,9 @@ def prepare(
         images = jnp.concatenate([supports, batch.query_image])
         return _features(net), (frozen, images)
     if case.what == "eval":
-        return eval_step(model, net), (params, frozen, batch)
+        # The step that evaluate and predict run.
+        network, bare = _model(case), backbone(case.backbone)
+        return qpenet_predictor(network, bare, params, frozen, case.dtype), (batch,)
     optimizer = Optimizer(lr=RATE, lr_factor=1.0).build(STEPS)
     params = jax.tree.map(jnp.copy, params)  # the step takes the state's memory
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -122,21 +123,12 @@ def prepare(
     return step, (state, frozen, batch, jax.random.key(case.seed))
 
 
-def eval_step(model: QPENet, net: Backbone) -> Callable[..., Array]:
-    """Return `step(params, weights, batch)`, foreground's lead in QPENet's logits."""
-
-    def forward(params, *inputs) -> Any:
-        return model.apply({"params": params}, *inputs)
-
-    return make_eval_step(forward, net)
-
-
 def _features(net: Backbone) -> Callable[..., Array]:
     return jax.jit(lambda weights, images: features(net, weights, images))
 
 
-def side(case: Case, weights: Weights, episodes: Episode) -> Side:
-    """Return our side of a case."""
+def contender(case: Case, weights: Weights, episodes: Episode) -> Contender:
+    """Return JAX as a contender of a case."""
     step, args = prepare(case, weights, episodes)
 
     def call():
@@ -154,7 +146,7 @@ def side(case: Case, weights: Weights, episodes: Episode) -> Side:
         state, metrics = found
         return {"loss": np.asarray(metrics["loss"]), "gradient": _momentum(state)}
 
-    return Side(first, call)
+    return Contender(first, call)
 
 
 def _momentum(state: Any) -> np.ndarray:
@@ -199,8 +191,8 @@ def main() -> None:
     case = Case(**told["case"])
     # Training starts with a compiled initialisation, so that counts, too.
     weights = draw_weights(case)._replace(params=_initial(case))
-    ours = side(case, weights, made_up_episodes(case))
-    child_report(ours, told["started"], at_import, device_memory)
+    jaxs = contender(case, weights, made_up_episodes(case))
+    child_report(jaxs, told["started"], at_import, device_memory)
 
 
 if __name__ == "__main__":

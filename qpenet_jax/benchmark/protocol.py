@@ -1,25 +1,28 @@
-"""What an episode of an evaluation costs, beside a step that keeps nothing."""
+"""What an episode of an evaluation costs, beside a prediction that keeps nothing.
+
+An evaluation keeps what it has computed from an image alone, and so encodes an image
+once for all its episodes. The prediction beside it encodes all images of its episode.
+"""
 
 import contextlib
 import dataclasses
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
 
-from qpenet_jax.backbones.registry import Backbone, backbone
+from qpenet_jax.backbones.registry import backbone
 from qpenet_jax.benchmark import ours
-from qpenet_jax.benchmark.measure import Case
 from qpenet_jax.benchmark.photos import made_up_photos
+from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.loader import load_episode
-from qpenet_jax.evaluation.predictor import qpenet_predictor
+from qpenet_jax.evaluation.predictor import Predictor, qpenet_predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import Samplers, score_episodes
 from qpenet_jax.models.qpenet import QPENet
@@ -29,72 +32,79 @@ EPISODES = 100
 """Of an evaluation on made-up photos: each of the 64 comes several times."""
 
 STEPS = 10
-"""Episodes whose steps are timed before the evaluation, and again after it: what one
-costs depends on how much of its supports is foreground."""
+"""Episodes whose predictions are timed before the evaluation, and again after it: what
+one costs depends on how much of its supports is foreground."""
 
 
-class Evaluation(NamedTuple):
-    """A network, in words too, with all that an evaluation of it needs."""
+class Workload(NamedTuple):
+    """An evaluation to be timed; `network` and `dtype` are its network in words."""
 
     network: str
-    model: QPENet
-    backbone: Backbone
-    params: PyTree[Array]
-    weights: PyTree[Array]
+    dtype: str
+    predictor: Predictor
     dataset: Any
     protocol: Protocol
     samplers: Samplers
     workers: int
 
 
-def protocol_run(
-    given: Case, shots: int, experiment: Experiment | None, episodes: int | None
-) -> dict[str, Any]:
-    """Time an evaluation and, before and after it, uncached steps of some episodes.
+def protocol_runs(
+    settings: Settings, experiment: Experiment | None
+) -> Iterator[dict[str, Any]]:
+    """Time an evaluation for every number of shots.
 
-    It is the experiment's protocol with these shots, and with `episodes` a seed if they
-    are given; without an experiment made-up photos, and the network, of `given`.
-    Raises InputError as the experiment does.
+    It is the experiment's protocol and dtype, with the episodes of the settings if they
+    give a number; without an experiment the settings' network on made-up photos, in
+    every dtype. Raises InputError as the experiment does.
     """
-    with contextlib.ExitStack() as stack:
+    for shots in settings.shots:
         if experiment:
-            made = _of_experiment(experiment, shots, episodes)
-        else:
-            made = stack.enter_context(_made_up(given, shots, episodes or EPISODES))
-        _run(made, dataclasses.replace(made.protocol, episodes=1))  # compiles
-        time_steps = _steps(made)
-        steps = time_steps()
-        seconds = _run(made, made.protocol)
-        steps += time_steps()
-    each = seconds / (made.protocol.episodes * len(made.samplers))
+            yield time_workload(of_experiment(experiment, shots, settings.episodes))
+            continue
+        for dtype in settings.dtype:
+            case = settings.case("eval", shots, 1, dtype)
+            with made_up(case, settings.episodes or EPISODES) as workload:
+                yield time_workload(workload)
+
+
+def time_workload(workload: Workload) -> dict[str, Any]:
+    """Time the evaluation and, before and after it, uncached steps of some episodes."""
+    _evaluate(workload, dataclasses.replace(workload.protocol, episodes=1))  # compiles
+    time_steps = _steps(workload)
+    steps = time_steps()
+    seconds = _evaluate(workload, workload.protocol)
+    steps += time_steps()
+    protocol = workload.protocol
+    each = seconds / (protocol.episodes * len(workload.samplers))
     step = float(np.mean(steps))
     return {
-        "network": made.network,
-        "shots": shots,
-        "episodes": made.protocol.episodes,
-        "seeds": len(made.samplers),
-        "protocol": str(made.protocol),
+        "network": workload.network,
+        "dtype": workload.dtype,
+        "shots": protocol.shots,
+        "episodes": protocol.episodes,
+        "seeds": len(workload.samplers),
+        "protocol": str(protocol),
         "seconds_per_episode": each,
         "step_seconds": step,
         "ratio": each / step,
     }
 
 
-def _of_experiment(
-    experiment: Experiment, shots: int, episodes: int | None
-) -> Evaluation:
-    changes: dict[str, Any] = {"shots": shots} | (
-        {"episodes": episodes} if episodes else {}
-    )
+def of_experiment(
+    experiment: Experiment, shots: int, episodes: int | None = None
+) -> Workload:
+    """Return the experiment's evaluation, by an untrained network of its dtype."""
+    changes: dict[str, Any] = {"shots": shots}
+    if episodes:
+        changes["episodes"] = episodes
     protocol = experiment.protocol(**changes)
     dataset = experiment.dataset("val")
     net = experiment.config.backbone
-    return Evaluation(
+    weights = experiment.backbone_weights()
+    return Workload(
         f"{net.name}, weights {net.weights or 'of its package'}",
-        experiment.model,
-        experiment.backbone,
-        experiment.untrained(),
-        experiment.backbone_weights(),
+        experiment.config.dtype,
+        experiment.predictor(experiment.untrained(), weights),
         dataset,
         protocol,
         experiment.eval_samplers(dataset, protocol),
@@ -103,8 +113,16 @@ def _of_experiment(
 
 
 @contextlib.contextmanager
-def _made_up(given: Case, shots: int, episodes: int) -> Iterator[Evaluation]:
-    weights = ours.draw_weights(given)
+def made_up(case: Case, episodes: int) -> Iterator[Workload]:
+    """Yield an evaluation of the case's network on made-up photos."""
+    weights = ours.draw_weights(case)
+    predictor = qpenet_predictor(
+        QPENet(**case.network),
+        backbone(case.backbone),
+        weights.params,
+        weights.backbone,
+        case.dtype,
+    )
     with tempfile.TemporaryDirectory() as folder:
         dataset: Any = made_up_photos(Path(folder))
         classes = tuple(range(1, len(dataset.classes) + 1))
@@ -113,47 +131,53 @@ def _made_up(given: Case, shots: int, episodes: int) -> Iterator[Evaluation]:
             split="blocks",
             fold=0,
             classes=dataset.classes,
-            shots=shots,
+            shots=case.shots,
             episodes=episodes,
-            side=given.size,
+            side=case.size,
         )
-        yield Evaluation(
-            f"{given.backbone}, weights {given.weights or 'drawn'}",
-            QPENet(**given.network),
-            backbone(given.backbone),
-            weights.params,
-            weights.backbone,
+        sampler = EpisodeSampler(
+            dataset.counts, classes, case.shots, case.seed, on_few="drop"
+        )
+        yield Workload(
+            f"{case.backbone}, weights {case.weights or 'random'}",
+            case.dtype,
+            predictor,
             dataset,
             protocol,
-            [EpisodeSampler(dataset.counts, classes, shots, given.seed, on_few="drop")],
+            [sampler],
             workers=0,
         )
 
 
-def _run(made: Evaluation, protocol: Protocol) -> float:
+def _evaluate(workload: Workload, protocol: Protocol) -> float:
     """Return the seconds of an evaluation as the library does it."""
-    predict = qpenet_predictor(made.model, made.backbone, made.params, made.weights)
-    start = time.perf_counter()
-    score_episodes(predict, made.dataset, protocol, made.samplers, workers=made.workers)
-    return time.perf_counter() - start
+    start = perf_counter()
+    score_episodes(
+        workload.predictor,
+        workload.dataset,
+        protocol,
+        workload.samplers,
+        workers=workload.workers,
+    )
+    return perf_counter() - start
 
 
-def _steps(made: Evaluation) -> Callable[[], list[float]]:
-    """Return what does eval steps from the images and tells the seconds of each."""
-    side, resize = made.protocol.side, made.protocol.resize
+def _steps(workload: Workload) -> Callable[[], list[float]]:
+    """Return what predicts whole episodes and returns the seconds of each."""
+    side, resize = workload.protocol.side, workload.protocol.resize
 
     def batch_of(index):
-        ids = made.samplers[0](index)
-        loaded = load_episode(made.dataset, ids, side, resize=resize)
+        ids = workload.samplers[0](index)
+        loaded = load_episode(workload.dataset, ids, side, resize=resize)
         return jax.tree.map(lambda x: jnp.asarray(x)[None], loaded)
 
-    batches = [batch_of(i) for i in range(min(STEPS, made.protocol.episodes))]
-    step = ours.eval_step(made.model, made.backbone)
+    count = min(STEPS, workload.protocol.episodes)
+    batches = [batch_of(i) for i in range(count)]
 
     def seconds(batch):
-        start = time.perf_counter()
-        jax.block_until_ready(step(made.params, made.weights, batch))
-        return time.perf_counter() - start
+        start = perf_counter()
+        jax.block_until_ready(workload.predictor(batch))
+        return perf_counter() - start
 
     seconds(batches[0])  # compiles
     return lambda: [seconds(batch) for batch in batches]

@@ -1,6 +1,6 @@
-"""How fast steps are, beside the PyTorch twin: `qpenet benchmark`.
+"""Measure speed and memory, on request beside the PyTorch twin: `qpenet benchmark`.
 
-`benchmark` measures; tables.py prints and draws what it returns.
+`benchmark` measures; tables.py and chart.py show what it returns.
 """
 
 import dataclasses
@@ -9,132 +9,79 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
-import itertools
 import os
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from qpenet_jax.backbones.precision import DTYPES, products
+from qpenet_jax.backbones.precision import products
 from qpenet_jax.benchmark import ours
-from qpenet_jax.benchmark.data import benchmark_data
-from qpenet_jax.benchmark.measure import (
-    TWIN_VARIANTS,
-    Case,
-    Side,
-    compare,
-    interleave,
+from qpenet_jax.benchmark.clocks import interleave, quartiles
+from qpenet_jax.benchmark.contenders import (
+    Contender,
+    differences_between,
     made_up_episodes,
-    quartiles,
-    run_child,
 )
-from qpenet_jax.benchmark.protocol import protocol_run
+from qpenet_jax.benchmark.data import benchmark_data
+from qpenet_jax.benchmark.processes import run_child
+from qpenet_jax.benchmark.protocol import protocol_runs
+from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import keep_freed_memory, processor
 from qpenet_jax.core.types import Episode
-from qpenet_jax.evaluation.protocols import check_side
 from qpenet_jax.runs.experiment import Experiment
 
-WHAT = ("eval", "train", "backbone", "protocol", "data")
-STEPS = ("eval", "train", "backbone")
-
-PEAK_SIDE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+PEAK_ROWS = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 """Rows of the square matrices whose product is the peak: some 0.1 s or less."""
 
 TRIED = 3
-"""Rounds by which the fastest variant of the twin's is chosen."""
+"""Rounds by which the fastest variant of the twin is chosen."""
 
 
 def benchmark(
-    what: Sequence[str] = ("eval", "train"),
-    *,
-    shots: Sequence[int] = (1,),
-    batch: Sequence[int] = (1, 4),
-    size: int = 473,
-    dtype: Sequence[str] = ("float32",),
-    backbone: str = "resnet50",
-    weights: str = "",
-    network: Mapping[str, Any] | None = None,
-    against: Literal["torch"] | None = None,
-    variants: Sequence[str] = tuple(TWIN_VARIANTS),
-    experiment: Experiment | None = None,
-    episodes: int | None = None,
-    workers: Sequence[int] = (0, 1, 2),
-    seconds: float = 20.0,
-    seed: int = 0,
-    processes: bool = True,
+    settings: Settings, experiment: Experiment | None = None
 ) -> dict[str, Any]:
-    """Measure `what` for all shots, batch sizes and dtypes; return numbers and strings.
+    """Measure what the settings say; return numbers and strings alone, for JSON.
 
-    `size` is in pixels; `weights` is the backbone's file, without one they are drawn;
-    `network` changes fields of QPENet. `against` compares with the best of the twin's
-    `variants`, by turns for `seconds` and five rounds at least. `processes` also
-    measures start and peak memory of eval and train in fresh ones. "protocol" runs
-    `episodes` episodes a seed of the experiment's data, or of made-up photos, without
-    one; "data" loads by every number of `workers`. As in training, the process keeps
-    freed memory from then on.
+    The images of "protocol" and "data" are the experiment's; without one they are made
+    up. As in training, the process keeps freed memory from then on.
 
     Raises:
-        InputError: unknown values, no PyTorch, or sides that compute different things.
+        InputError: this machine can't compute in a dtype; PyTorch is missing, or
+            computes something different.
     """
-    _check(what, shots, batch, size, dtype, variants)
-    # Both frameworks share the device: neither may take most of its memory at once.
+    # Both frameworks share the device: neither may take most of its memory at once. It
+    # holds from when the device is first used, so that nothing before may ask for it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     keep_freed_memory()
-    opponent = _opponent(against, backbone)
-    given = Case("", backbone, 1, 1, size, "", seed, weights, dict(network or {}))
-    cases = [
-        dataclasses.replace(given, what=w, shots=k, batch=b, dtype=d)
-        for w, d, k, b in itertools.product(STEPS, dtype, shots, batch)
-        if w in what
-    ]
-    result: dict[str, Any] = {"facts": _facts(given, opponent)}
-    result["peak_flops"] = {
-        d: _peak(d, opponent) for d in dict.fromkeys(c.dtype for c in cases)
+    if "tf32" in settings.dtype and jax.default_backend() != "gpu":
+        raise InputError("--dtype tf32 needs an NVIDIA GPU: choose float32")
+    opponent = _opponent(settings)
+    cases = list(settings.cases())
+    result: dict[str, Any] = {
+        "facts": _facts(settings, opponent),
+        "peak_flops": {
+            dtype: _peak(dtype, opponent)
+            for dtype in dict.fromkeys(case.dtype for case in cases)
+        },
+        "cases": [_case(case, opponent, settings) for case in cases],
     }
-    measured = []
-    for case in cases:
-        found = _measure(case, opponent, variants, seconds)
-        if processes and case.what != "backbone":
-            found["processes"] = _processes(case, found.get("variant", ""), opponent)
-        measured.append(found)
-    result["cases"] = measured
-    if "protocol" in what:
-        result["protocol"] = [
-            protocol_run(given, k, experiment, episodes) for k in shots
-        ]
-    if "data" in what:
-        dataset = experiment.dataset("train") if experiment else None
+    if "protocol" in settings.what:
+        result["protocol"] = list(protocol_runs(settings, experiment))
+    if "data" in settings.what:
         result["data"] = benchmark_data(
-            dataset,
-            side=size,
-            shots=shots,
-            seconds=seconds,
-            workers=workers,
-            seed=seed,
+            experiment.dataset("train") if experiment else None,
+            side=settings.size,
+            shots=settings.shots,
+            seconds=settings.seconds,
+            workers=settings.workers,
+            seed=settings.seed,
         )
     return result
-
-
-def _check(what, shots, batch, size, dtype, variants) -> None:
-    """Refuse what would fail later, or measure nothing."""
-    for name, values, choices in (
-        ("what", what, WHAT),
-        ("dtype", dtype, DTYPES),
-        ("variants", variants, TWIN_VARIANTS),
-    ):
-        for value in values:
-            if value not in choices:
-                raise InputError(f"--{name} {value!r}: choose {', '.join(choices)}")
-    if min(*shots, *batch) < 1:
-        raise InputError(f"shots {shots} and batch {batch}: give numbers of 1 or more")
-    check_side(size)
-    if "tf32" in dtype and jax.default_backend() != "gpu":
-        raise InputError("--dtype tf32 is of NVIDIA's GPUs: choose float32")
 
 
 class Opponent(NamedTuple):
@@ -144,13 +91,11 @@ class Opponent(NamedTuple):
     device: str
 
 
-def _opponent(against: str | None, backbone: str) -> Opponent | None:
-    if against is None:
+def _opponent(settings: Settings) -> Opponent | None:
+    if settings.against is None:
         return None
-    if against != "torch":
-        raise InputError(f"--against {against!r}: choose torch")
     packages = ["torch", "torchvision"]
-    if backbone == "efficientnet_lite0":
+    if settings.backbone == "efficientnet_lite0":
         packages.append("efficientnet_lite_pytorch")
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -162,7 +107,7 @@ def _opponent(against: str | None, backbone: str) -> Opponent | None:
     return Opponent(module, module.device_for(jax.default_backend()))
 
 
-def _facts(given: Case, opponent: Opponent | None) -> dict[str, Any]:
+def _facts(given: Settings, opponent: Opponent | None) -> dict[str, Any]:
     """Return where, when and with what was measured."""
     packages = ["jax", "jaxlib", "flax", "numpy"]
     facts: dict[str, Any] = {
@@ -173,10 +118,10 @@ def _facts(given: Case, opponent: Opponent | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "backbone": given.backbone,
-        "weights": given.weights or "drawn",
+        "weights": given.weights or "random",
         "size": given.size,
         "seed": given.seed,
-        "dropout": "off on both sides",
+        "dropout": "switched off",
     }
     if opponent:
         packages += ["torch", "torchvision"]
@@ -186,8 +131,8 @@ def _facts(given: Case, opponent: Opponent | None) -> dict[str, Any]:
 
 
 def _peak(dtype: str, opponent: Opponent | None) -> dict[str, float]:
-    """Return the FLOP/s of a large matrix product, of every framework."""
-    n = PEAK_SIDE[jax.default_backend()]
+    """Return the FLOP/s of a large matrix product in every framework."""
+    n = PEAK_ROWS[jax.default_backend()]
     with products(dtype):
         peak = {"jax": ours.peak_rate(dtype, n)}
     if opponent:
@@ -198,64 +143,93 @@ def _peak(dtype: str, opponent: Opponent | None) -> dict[str, float]:
 # --- one case ---------------------------------------------------------------------
 
 
-def _measure(
-    case: Case, opponent: Opponent | None, variants: Sequence[str], seconds: float
-) -> dict[str, Any]:
-    """Time our step, by turns with the best variant of the twin's if there is one."""
+def _case(case: Case, opponent: Opponent | None, settings: Settings) -> dict[str, Any]:
+    """Measure one case: speed, and in new processes start and memory."""
+    found = _speed(case, opponent, settings)
+    gc.collect()  # the next case, or a process of its own, may need the memory
+    if settings.processes and case.what != "backbone":
+        found["processes"] = _processes(case, found.get("variant", ""), opponent)
+    return found
+
+
+def _speed(case: Case, opponent: Opponent | None, settings: Settings) -> dict[str, Any]:
+    """Time our step, in turns with the fastest variant of the twin if there is one."""
     weights, episodes = ours.draw_weights(case), made_up_episodes(case)
-    our_side = ours.side(case, weights, episodes)
-    first = our_side.first()
+    jaxs = ours.contender(case, weights, episodes)
+    first = jaxs.first()
     found = dataclasses.asdict(case) | {
         "name": str(case),
         "flop": ours.count_flop(case, weights, episodes),
     }
-    sides = [our_side]
-    if opponent:
-        inputs = episodes, weights
-        best, tried = _best(case, opponent, variants, first, inputs)
-        sides.append(best)
-        found |= tried
-    times = interleave([s.call for s in sides], seconds)
-    found["seconds"] = quartiles(times[0])
-    found["rounds"] = len(times[0])
-    if opponent:
-        found["torch_seconds"] = quartiles(times[1])
-        found["ratio"] = quartiles(times[0] / times[1])
-    del sides, our_side
-    gc.collect()  # before the next case is measured, or a process that needs memory
-    return found
+    if opponent is None:
+        (times,) = interleave([jaxs.call], settings.seconds)
+        return found | {"seconds": quartiles(times), "rounds": len(times)}
+    inputs = episodes, weights
+    twins, tried = _fastest(case, opponent, settings.variants, first, inputs)
+    times, theirs = interleave([jaxs.call, twins.call], settings.seconds)
+    return found | {
+        **tried,
+        "seconds": quartiles(times),
+        "rounds": len(times),
+        "torch_seconds": quartiles(theirs),
+        "ratio": quartiles(times / theirs),
+    }
 
 
-def _best(
+class _Trial(NamedTuple):
+    """What a variant of the twin took, and how far its results differ from ours."""
+
+    seconds: float
+    variant: str
+    contender: Contender
+    differences: dict[str, float]
+
+
+def _fastest(
     case: Case,
     opponent: Opponent,
     variants: Sequence[str],
     first: Mapping[str, np.ndarray],
     inputs: tuple[Episode, ours.Weights],
-) -> tuple[Side, dict[str, Any]]:
+) -> tuple[Contender, dict[str, Any]]:
     """Return the twin's fastest variant, and what all of them took in seconds.
 
-    Every variant must compute what we do. torch.compile may fail, and is then told.
+    Every variant must compute what we do. torch.compile may fail; the reason is then
+    part of the result.
     """
-    tried: dict[str, float | str] = {}
-    best: tuple[float, str, Side, dict[str, float]] | None = None
+    told: dict[str, float | str] = {}
+    best: _Trial | None = None
     for variant in variants:
         try:
-            side = opponent.module.side(case, variant, opponent.device, *inputs)
-            differences = compare(case, first, side.first())
-            (times,) = interleave([side.call], rounds=TRIED)
+            trial = _try(case, opponent, variant, first, inputs)
         except Exception as error:
             if variant != "compile" or isinstance(error, InputError):
                 raise
-            tried[variant] = f"not available ({_first_line(error)})"
+            told[variant] = f"not available ({_first_line(error)})"
             continue
-        tried[variant] = seconds = float(np.median(times))
-        if best is None or seconds < best[0]:
-            best = seconds, variant, side, differences
+        told[variant] = trial.seconds
+        if best is None or trial.seconds < best.seconds:
+            best = trial
     if best is None:
-        raise InputError(f"{case}: PyTorch runs none of {', '.join(variants)}: {tried}")
-    _, name, side, differences = best
-    return side, {"variants": tried, "variant": name, "differences": differences}
+        raise InputError(f"{case}: PyTorch runs none of {', '.join(variants)}: {told}")
+    return best.contender, {
+        "variants": told,
+        "variant": best.variant,
+        "differences": best.differences,
+    }
+
+
+def _try(
+    case: Case,
+    opponent: Opponent,
+    variant: str,
+    first: Mapping[str, np.ndarray],
+    inputs: tuple[Episode, ours.Weights],
+) -> _Trial:
+    twins = opponent.module.contender(case, variant, opponent.device, *inputs)
+    differences = differences_between(first, twins.first(), case)
+    (times,) = interleave([twins.call], rounds=TRIED)
+    return _Trial(float(np.median(times)), variant, twins, differences)
 
 
 def _first_line(error: Exception) -> str:
@@ -264,22 +238,23 @@ def _first_line(error: Exception) -> str:
 
 
 def _processes(case: Case, variant: str, opponent: Opponent | None) -> dict[str, Any]:
-    """Return time to the first step and peak memory in fresh processes.
+    """Return time to the first step and peak memory in new processes.
 
     "cold" finds no compilation of earlier processes, "cached" that of the first.
     """
     told = {"case": dataclasses.asdict(case)}
     with tempfile.TemporaryDirectory() as cache:
-        found = {
+        found: dict[str, Any] = {
             kind: run_child("qpenet_jax.benchmark.ours", cache=cache, **told)
             for kind in ("cold", "cached")
         }
     if opponent:
         told |= {"variant": variant, "device": opponent.device}
         theirs = run_child("qpenet_jax.benchmark.opponent", **told)
-        peaks = (
-            child["peak_bytes"] - child["import_bytes"]
-            for child in (found["cached"], theirs)
-        )
-        found |= {"torch": theirs, "memory_ratio": next(peaks) / next(peaks)}
+        ratio = _without_imports(found["cached"]) / _without_imports(theirs)
+        found |= {"torch": theirs, "memory_ratio": ratio}
     return found
+
+
+def _without_imports(child: Mapping[str, float]) -> float:
+    return child["peak_bytes"] - child["import_bytes"]

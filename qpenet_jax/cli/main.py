@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from qpenet_jax.backbones.convert import convert
 from qpenet_jax.backbones.registry import BACKBONES, backbone
-from qpenet_jax.benchmark.measure import TWIN_VARIANTS
+from qpenet_jax.benchmark.settings import TWIN_VARIANTS
 from qpenet_jax.core.errors import InputError, exit_on_input_error
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
@@ -409,13 +409,12 @@ def _figures(args: argparse.Namespace) -> None:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
+    from qpenet_jax.benchmark.chart import bar_chart
+    from qpenet_jax.benchmark.settings import Settings
     from qpenet_jax.benchmark.speed import benchmark
-    from qpenet_jax.benchmark.tables import chart, markdown
+    from qpenet_jax.benchmark.tables import benchmark_report
 
-    experiment = None
-    if args.config:
-        experiment = Experiment(load_config(args.config, args.overrides))
-    result = benchmark(
+    settings = Settings(
         args.kinds or args.what,
         shots=args.shots,
         batch=args.batch,
@@ -425,12 +424,15 @@ def _benchmark(args: argparse.Namespace) -> None:
         weights=args.weights,
         against=args.against,
         variants=args.variants,
-        experiment=experiment,
         episodes=args.episodes,
         workers=args.workers,
         seconds=args.seconds,
     )
-    text = markdown(result)
+    experiment = None
+    if args.config:
+        experiment = Experiment(load_config(args.config, args.overrides))
+    result = benchmark(settings, experiment)
+    text = benchmark_report(result)
     print(text)
     if args.out:
         out = Path(args.out)
@@ -438,7 +440,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         write_whole(out / "benchmark.md", text + "\n")
         write_json(out / "benchmark.json", result)
         if result["cases"]:
-            chart(result, out / "benchmark.png")
+            bar_chart(result, out / "benchmark.png")
 
 
 def _predict(args: argparse.Namespace) -> None:

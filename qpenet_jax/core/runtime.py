@@ -1,4 +1,4 @@
-"""What a process knows and sets up: its processor, kept memory and compilations."""
+"""What a process knows and sets up: its processor, memory and compilations."""
 
 import contextlib
 import ctypes
@@ -52,3 +52,14 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**28)
         mallopt(M_ARENA_MAX, 1)
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose getrusage counts the parent's memory, too
+        lines = status.read_text().splitlines()
+        return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
+    import resource  # Unix only
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from qpenet_jax.benchmark.measure import peak_memory
+from qpenet_jax.core.runtime import peak_memory
 from qpenet_jax.data.loader import training_batches
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.training import health
