@@ -70,7 +70,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 def _check_field(name: str, config: ConfigDict) -> None:
     """Refuse a name that is no field, and name those that are spelt alike."""
     known = _fields(config)
-    if name in known:
+    if any(field == name or field.startswith(f"{name}.") for field in known):
         return
     leaf = name.rpartition(".")[2]
     alike = [field for field in known if field.rpartition(".")[2] == leaf]
@@ -82,13 +82,14 @@ def _check_field(name: str, config: ConfigDict) -> None:
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Return the names of all fields, groups such as `optimizer` among them."""
+    """Return the names of all fields, such as `optimizer.lr`."""
     found = []
     for name in config:
-        found.append(f"{prefix}{name}")
         value = config.get_ref(name).get()
         if isinstance(value, ConfigDict):
             found += _fields(value, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}")
     return found
 
 
