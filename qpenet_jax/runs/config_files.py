@@ -39,7 +39,9 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         loader.exec_module(module)
         config = module.get_config()
     if not isinstance(config, ConfigDict):
-        raise InputError(f"{file}: get_config() must return an ml_collections.ConfigDict")
+        raise InputError(
+            f"{file}: get_config() must return an ml_collections.ConfigDict"
+        )
     return override(config, overrides)
 
 
