@@ -36,7 +36,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def postponed(self) -> Iterator[None]:
-        """Only note a signal, in `asked`; raise Interrupted at the end of the `with`."""
+        """Only note a signal, in `asked`; raise Interrupted when the `with` ends."""
         self._postponed = True
         try:
             yield

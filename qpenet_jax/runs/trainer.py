@@ -18,7 +18,7 @@ class Trainer:
     """
 
     def __init__(self, experiment: Experiment):
-        """Read the data set and the backbone; raises InputError where one is missing."""
+        """Read the data set and the backbone; raises InputError if one is missing."""
         config = experiment.config
         self.experiment, self.config = experiment, config
         self.dataset = experiment.dataset("train")
