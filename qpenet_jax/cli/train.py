@@ -38,12 +38,13 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, or check the first steps."""
+    from qpenet_jax.runs.config_files import load_config
+
+    config = load_config(args.config, args.overrides)  # before seconds of imports
     from qpenet_jax.core.runtime import keep_compilations
     from qpenet_jax.runs import loop, preflight
-    from qpenet_jax.runs.config_files import load_config
     from qpenet_jax.runs.experiment import Experiment
 
-    config = load_config(args.config, args.overrides)
     if config.keep_compilations:
         keep_compilations()
     if args.check:
