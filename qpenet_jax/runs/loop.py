@@ -44,12 +44,23 @@ def train(config: Any, workdir: Path) -> None:
             name, images = trainer.config.dataset.name, len(trainer.sampler)
             print(f"{name}: {images} training images, {trainer.steps} steps")
             print(evaluator.describe())
-            with checkpoints.open_checkpoints(workdir) as manager:
-                loop = Loop(trainer, workdir, manager, selector, stop)
-                state = loop.run(_started(trainer, manager, evaluator))
+            state = _trained(trainer, workdir, evaluator, selector, stop)
             _score_selected(trainer, workdir, evaluator, state)
-            print(evaluator.report())
+    print(evaluator.report())
     print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
+
+
+def _trained(
+    trainer: Trainer,
+    workdir: Path,
+    evaluator: Evaluator,
+    selector: Evaluator | None,
+    stop: StopSignal,
+) -> TrainState:
+    """Take the steps that are left and return the last state, saved as all due ones."""
+    with checkpoints.open_checkpoints(workdir) as manager:
+        state = _started(trainer, manager, evaluator)
+        return Loop(trainer, workdir, manager, selector, stop).run(state)
 
 
 def _started(
