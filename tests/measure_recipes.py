@@ -23,6 +23,7 @@ from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.preflight import JUDGED, first_steps, is_finite
+from qpenet_jax.runs.trainer import Trainer
 from qpenet_jax.training import health
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pascal_fold2.py"
@@ -90,7 +91,7 @@ def train(row, scale, seed, data, side, steps, native):
     experiment = ScaledExperiment(load_config(CONFIG, words))
     object.__setattr__(experiment, "scale", scale)
     seen = []
-    stream = first_steps(experiment, experiment.backbone_weights())
+    stream = first_steps(Trainer(experiment))
     finite = True
     with contextlib.closing(stream):
         while finite and len(seen) < steps:

@@ -1,13 +1,36 @@
 """The subcommands that need no run, and what they refuse (see also test_train.py)."""
 
 import pickle
+import subprocess
+import sys
+import tomllib
 import zipfile
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from qpenet_jax.cli.main import main
+import qpenet_jax
+from qpenet_jax.backbones.registry import BACKBONES
+from qpenet_jax.benchmark.settings import TWIN_VARIANTS
+from qpenet_jax.cli import benchmark, options
+from qpenet_jax.cli.main import COMMANDS, main
+from qpenet_jax.data.episodes import Order, Targets
+from qpenet_jax.data.transforms import Resize
+from qpenet_jax.evaluation.protocols import PRESETS, Scoring
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("jax", "flax", "orbax", "grain", "optax", "scipy", "cv2")
+HEAVY += ("tensorflow_datasets", "matplotlib", "numpy")
+
+IMPORTED = """
+import contextlib, io, sys
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    exec(sys.argv[1])
+print(*sys.modules)
+"""
 
 
 def refused(capsys, *arguments):
@@ -53,7 +76,7 @@ def test_a_run_that_is_none_is_refused(capsys, tmp_path):
 
 
 def test_predict_tells_bad_supports_and_queries(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("qpenet_jax.cli.main.load", lambda workdir: None)
+    monkeypatch.setattr("qpenet_jax.segmenter.load", lambda workdir: None)
     image, mask, empty, small = (tmp_path / f"{n}.png" for n in "imes")
     Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(image)
     Image.fromarray(np.ones((8, 9), np.uint8)).save(mask)
@@ -80,3 +103,72 @@ def test_predict_tells_bad_supports_and_queries(capsys, tmp_path, monkeypatch):
     assert "no such image" in error(f"{image}:{mask}", tmp_path / "gone.png")
     (tmp_path / "folder").mkdir()
     assert "holds no image" in error(f"{image}:{mask}", tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import qpenet_jax; dir(qpenet_jax)",
+        "from qpenet_jax.cli.main import main; main(['--help'])",
+        "from qpenet_jax.cli.main import main; main(['evaluate', '--help'])",
+        "from qpenet_jax.cli.main import main; main(['train', '--nonsense'])",
+    ],
+)
+def test_what_needs_no_jax_imports_none(code):
+    run = [sys.executable, "-c", IMPORTED, code]
+    result = subprocess.run(run, capture_output=True, text=True, check=True)
+    imported = result.stdout.split()
+    assert "qpenet_jax" in imported
+    assert not [name for name in HEAVY if name in imported]
+
+
+def test_the_public_names_are_there():
+    assert set(qpenet_jax.__all__) <= set(dir(qpenet_jax))
+    for name in qpenet_jax.__all__:
+        assert getattr(qpenet_jax, name)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = qpenet_jax.nothing
+
+
+def test_there_is_one_version(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"qpenet {project['version']}\n"
+    assert qpenet_jax.__version__ == project["version"]
+
+
+def test_the_choices_are_those_of_the_package():
+    """They are written out for the help, which does without JAX."""
+    assert tuple(BACKBONES) == options.BACKBONES
+    assert tuple(PRESETS) == options.PROTOCOLS
+    assert get_args(Scoring) == options.SCORINGS
+    assert get_args(Order) == options.ORDERS
+    assert get_args(Targets) == options.TARGETS
+    assert get_args(Resize) == options.RESIZES
+    assert tuple(TWIN_VARIANTS) == benchmark.TORCH_VARIANTS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    name = command.__name__.rpartition(".")[2]
+    with pytest.raises(SystemExit) as exit_info:
+        main([name, "--help"])
+    assert exit_info.value.code == 0
+    assert f"usage: qpenet {name}" in capsys.readouterr().out
+
+
+def test_overrides_are_told_apart_from_options():
+    words = ["train", "--config.a", "1", "--config", "x.py", "--config.b.c=2"]
+    words += ["--noconfig.d", "--workdir=w", "--config.e", "-3", "--check"]
+    rest, overrides = options.split_overrides(words)
+    assert rest == ["train", "--config", "x.py", "--workdir=w", "--check"]
+    expected = ["--config.a", "1", "--config.b.c=2", "--noconfig.d", "--config.e", "-3"]
+    assert overrides == expected
+
+
+def test_overrides_are_refused_where_there_is_no_config(capsys):
+    error = refused(capsys, "compare", "a.json", "b.json", "--config.side=9")
+    assert "--config.side=9" in error
+    assert "--config" in refused(capsys, "benchmark", "data", "--config.side=9")

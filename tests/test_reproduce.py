@@ -388,11 +388,18 @@ def test_bad_calls_are_refused_in_one_line(tmp_path):
     refused("table3", "settled by the table", overrides=["--config.seed=4"])
     refused("table2", "give configs/coco_fold0.py")
     refused("table3", "no such config file", config="nope.py")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_config_of_a_table_may_lie_anywhere(tmp_path):
+    """Its runs are those of the installed package, not of a train.py beside it."""
     stray = tmp_path / "folder" / "a.py"
     stray.parent.mkdir()
     shutil.copy(CONFIG, stray)
-    refused("table3", "train.py: no such file", config=stray)
-    assert not (tmp_path / "runs").exists()
+    run = module._run(stray, tmp_path, [], "full", {"seed": 3})
+    assert run.command[:4] == [sys.executable, "-m", "qpenet_jax.cli", "train"]
+    assert run.command[4:6] == ["--config", str(stray)]
+    assert run.command[-1] == "--config.seed=3"
 
 
 def synthetic(gain=0.0, noise=0.0, version="v", seed=0):

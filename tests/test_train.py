@@ -16,8 +16,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qpenet_jax import load
+from qpenet_jax.core.files import locked
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.runs.folder import open_run
+from qpenet_jax.runs.loop import LOCK_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 SHRUNK = {
@@ -183,7 +185,7 @@ def test_a_killed_run_resumes_to_the_same_parameters(finished, tmp_path, number)
 
     result = train(workdir, workers=0)  # no result depends on the number of workers
     assert result.returncode == 0, result.stderr
-    ours, theirs = open_run(workdir)[1], open_run(whole)[1]
+    ours, theirs = open_run(workdir).params, open_run(whole).params
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     names = ("episodes_qpenet.csv", "episodes_cosine.csv")
     for name in names:
@@ -197,7 +199,7 @@ def test_a_nan_stops_training_and_keeps_the_last_checkpoint(tmp_path):
     )
     assert_refused(result, "step", "last good checkpoint", "lower config.optimizer.lr")
     assert not (workdir / "results.json").exists()
-    _, params, _ = open_run(workdir)
+    params = open_run(workdir).params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
@@ -276,6 +278,26 @@ def test_a_missing_config_is_refused(tmp_path):
     assert_refused(train(tmp_path / "run", config="nope"), "configs/nope.py")
 
 
+@pytest.mark.parametrize("script", [["train.py"], ["-m", "qpenet_jax.cli", "train"]])
+def test_a_config_may_lie_outside_of_the_checkout(tmp_path, script):
+    """Both commands read it, and tell what is wrong with it, alike."""
+    config = tmp_path / "my.py"
+    config.write_text("from configs import common\n\nget_config = common.get_config\n")
+
+    def told(*words):
+        files = ["--config", str(config), "--workdir", str(tmp_path / "run")]
+        run = [sys.executable, *script, *files, *words]
+        return subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+
+    assert_refused(told("--config.side=64"), "side=64", "8 n + 1")
+    assert_refused(told("--config.sid=64"), "no such config field: sid", "side")
+    config.write_text("import math\n\nmath.nothing\n")
+    assert_refused(told(), f"{config}, line 3: AttributeError", "nothing")
+    config.unlink()
+    assert_refused(told(), str(config), "no such config file")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_is_selected_on_base_classes(tmp_path):
     """The best of three, by the validation images that show no novel class."""
     workdir = tmp_path / "run"
@@ -294,11 +316,11 @@ def test_a_checkpoint_is_selected_on_base_classes(tmp_path):
     assert set(scored) == {1, 2, 3}
     results = json.loads((workdir / "results.json").read_text())
     assert scored[results["step"]] == max(scored.values())
-    assert open_run(workdir)[2] == results["step"]
+    assert open_run(workdir).step == results["step"]
     assert "base classes" in results["selection"]
     assert "leaks" not in results["selection"]
     # The same number by hand, of the checkpoint that is the last and always kept.
-    experiment, *_ = open_run(workdir)
+    experiment = open_run(workdir).experiment
     val = experiment.dataset("val")
     protocol = experiment.selection_protocol()
     sampler = experiment.eval_samplers(val, protocol)[0]
@@ -326,7 +348,8 @@ def test_selection_on_novel_classes_is_flagged_as_leaking(tmp_path):
 def test_evaluate_scores_shots_and_seeds(finished, tmp_path):
     workdir, _ = finished
     arguments = ("evaluate", "--workdir", workdir, "--out", tmp_path, "--episodes", 3)
-    result = qpenet(*arguments, "--shots", "1,2", "--seeds", "0,1", "--references")
+    with locked(workdir / LOCK_FILE, "free before"):  # as if it was being trained
+        result = qpenet(*arguments, "--shots", "1,2", "--seeds", "0,1", "--references")
     assert result.returncode == 0, result.stderr
     for shots in (1, 2):
         (folder,) = tmp_path.glob(f"ours_episodes=3_*_{shots}shot")

@@ -47,6 +47,7 @@ from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import CONFIG_FILE, INPUTS_FILE
 from qpenet_jax.runs.preflight import first_steps
+from qpenet_jax.runs.trainer import Trainer
 
 LOG, COST = "train.log", "cost.json"
 ERROR_LINE = re.compile(r"^(?:error|[\w.]+(?:Error|Exception)): .*", re.MULTILINE)
@@ -171,12 +172,9 @@ def _run(config_file, workdir, overrides, name, settings, shots=()) -> Run:
             raise InputError(f"--config.{field} is settled by the table: leave it out")
     words = [*overrides, *(f"--config.{k}={value}" for k, value in settings.items())]
     experiment = Experiment(load_config(config_file, words))
-    script = Path(config_file).resolve().parents[1] / "train.py"
-    if not script.is_file():
-        raise InputError(f"{script}: no such file; give a config of its configs/")
     folder, shots = workdir / name, shots or (experiment.config.shots,)
     files = ["--config", str(config_file), "--workdir", str(folder)]
-    command = [sys.executable, str(script), *files, *words]
+    command = [sys.executable, "-m", "qpenet_jax.cli", "train", *files, *words]
     return Run(name.replace("/", " "), folder, experiment, command, shots)
 
 
@@ -416,11 +414,11 @@ def _episodes(run: Run, steps: int) -> dict[int, int]:
 def _measure(run: Run) -> tuple[float, dict[int, float]]:
     """Return seconds per step, and per evaluation episode by shots, once compiled."""
     experiment = run.experiment
-    weights = experiment.backbone_weights()
-    with contextlib.closing(first_steps(experiment, weights)) as stream:
+    trainer = Trainer(experiment)
+    with contextlib.closing(first_steps(trainer)) as stream:
         steps = list(itertools.islice(stream, 1 + MEASURED_STEPS))
     seconds = statistics.mean(step.took for step in steps[1:])  # the first compiles
-    predict = experiment.predictor(steps[-1].state.params, weights)
+    predict = experiment.predictor(steps[-1].state.params, trainer.weights)
     score = functools.partial(_seconds_per_episode, experiment, predict)
     return seconds, {shots: score(shots) for shots in run.shots}
 

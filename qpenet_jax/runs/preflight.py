@@ -6,18 +6,17 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from qpenet_jax.core.runtime import peak_memory
-from qpenet_jax.data.loader import training_batches
 from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.progress import fetched
+from qpenet_jax.runs.trainer import Trainer
 from qpenet_jax.training import health
-from qpenet_jax.training.sharding import global_batch, shardings
 from qpenet_jax.training.step import TrainState
 
 STEPS = 200
@@ -46,35 +45,19 @@ class Step(NamedTuple):
     took: float
 
 
-def first_steps(experiment: Experiment, weights: PyTree[Array]) -> Generator[Step]:
+def first_steps(trainer: Trainer) -> Generator[Step]:
     """Yield the steps of a new training without end, each finished before the next.
 
-    `weights` are the backbone's. Nothing is written. Close the generator to end the
-    processes that load. Raises InputError where data are missing.
+    Nothing is written. Close the generator to end the processes that load.
     """
-    config = experiment.config
-    dataset = experiment.dataset("train")
-    sampler = experiment.train_sampler(dataset)
-    replicated, split = shardings(config.batch_size)
-    weights = jax.device_put(weights, replicated)
-    tx = experiment.optimizer.build(experiment.steps(len(sampler)))
-    state = jax.device_put(experiment.init(tx), replicated)
-    train_step, key = experiment.train_step(tx), jax.random.key(config.seed + 1)
-    batches = training_batches(
-        experiment.loader(dataset),
-        sampler,
-        batch_size=config.batch_size,
-        workers=config.workers,
-    )
-    with contextlib.closing(batches):
+    state = trainer.initial_state()
+    with contextlib.closing(trainer.batches()) as batches:
         while True:
             start = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - start
-            batch = experiment.augmented(global_batch(batch, split))
-            state, measured = train_step(state, weights, batch, key)
-            values: Any = jax.device_get(measured)
-            metrics = {name: float(value) for name, value in values.items()}
+            state, measured = trainer.step(state, batch)
+            (metrics,) = fetched([measured])
             yield Step(state, metrics, waited, time.perf_counter() - start)
 
 
@@ -189,14 +172,14 @@ def check(experiment: Experiment, steps: int = STEPS) -> bool:
 
     Nothing is written. Raises InputError where data or weights are missing.
     """
-    weights = experiment.backbone_weights()
-    total = experiment.steps(len(experiment.train_sampler(experiment.dataset("train"))))
+    trainer = Trainer(experiment)
+    total = trainer.steps
     steps = min(steps, total)
     recipe = experiment.config.recipe
     print(f"check: the first {steps} of {total:,} steps, recipe {recipe}")
     taken: list[Step] = []
     with (
-        contextlib.closing(first_steps(experiment, weights)) as stream,
+        contextlib.closing(first_steps(trainer)) as stream,
         tqdm(total=steps, desc="checking", unit="step") as bar,
     ):
         for step in stream:

@@ -1,5 +1,6 @@
 """Checkpoints of a run by Orbax: the latest and the best."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -8,10 +9,14 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.types import Array
 from qpenet_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
+
+METRICS = "metrics"
+"""What Orbax calls the folder of a step's scores, and the file in it."""
 
 
 def open_checkpoints(workdir: Path, read_only: bool = False) -> ocp.CheckpointManager:
@@ -51,6 +56,19 @@ def save(
     manager.save(step, args=args, metrics=metrics)
 
 
+def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:
+    """Return whether a saved step competes for best."""
+    return manager.metrics(step) is not None
+
+
+def add_score(manager: ocp.CheckpointManager, step: int, miou: float) -> None:
+    """Give a saved step its score afterwards, as `save` would have."""
+    # Orbax reads the scores from these files, and has no call to add one later.
+    file = Path(manager.directory) / str(step) / METRICS / METRICS
+    write_whole(file, json.dumps({"miou": miou}))
+    manager.reload()
+
+
 def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     """Return the latest saved state, or `state` if there is none."""
     step = manager.latest_step()
@@ -72,7 +90,7 @@ def restore_params(workdir: Path, like: PyTree[Array]) -> tuple[PyTree[Array], i
 
     `like` gives shapes and devices. Raises InputError if there is no checkpoint.
     """
-    missing = InputError(f"{workdir} has no checkpoint: let train.py save one first")
+    missing = InputError(f"{workdir} has no checkpoint yet: train until one is saved")
     if not (workdir / FOLDER).is_dir():
         raise missing
     with open_checkpoints(workdir, read_only=True) as manager:

@@ -1,0 +1,179 @@
+"""When training is stopped, and who may train in a workdir (see also test_train.py)."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from test_train import ROOT, SHRUNK, assert_refused, train
+
+from qpenet_jax.core.files import cache_folder, locked
+from qpenet_jax.runs import loop
+from qpenet_jax.runs.config_files import load_config
+from qpenet_jax.runs.evaluator import Evaluator
+from qpenet_jax.runs.folder import open_run
+from qpenet_jax.runs.stopping import Interrupted, StopSignal
+from qpenet_jax.training import checkpoints
+
+SCORES = {1: 30.0, 2: 90.0, 3: 10.0}
+"""What the selection is told of each step: the second is the best."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Most of a run this short is compilation, and all runs here are alike."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update(names[0], str(cache_folder("xla")))
+    jax.config.update(names[1], 0.0)
+    compilation_cache.reset_cache()  # JAX looks only once whether there is one
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def config(**changes):
+    fields = {"select_on": "base", "eval.every": 1, "eval.references": False}
+    fields |= {"steps": 3, "workers": 0} | changes
+    words = [f"--config.{name}={v}" for name, v in (SHRUNK | fields).items()]
+    return load_config(ROOT / "configs" / "quickstart.py", words)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Let checkpoints be scored by SCORES; the fixture is the list of scored steps."""
+    seen = []
+
+    def miou(self, params):
+        seen.append(len(seen) + 1)
+        return SCORES[seen[-1]]
+
+    monkeypatch.setattr(Evaluator, "miou", miou)
+    return seen
+
+
+def scores(workdir):
+    with checkpoints.open_checkpoints(workdir, read_only=True) as manager:
+        return {step: manager.metrics(step) for step in manager.all_steps()}
+
+
+def test_a_stop_while_a_checkpoint_is_scored_saves_it_and_the_resume_scores_it(
+    scored, tmp_path, monkeypatch
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    loop.train(config(), whole)
+    assert scored == [1, 2, 3]
+    assert scores(whole) == {2: {"miou": 90.0}, 3: {"miou": 10.0}}
+
+    scored.clear()
+    score = Evaluator.miou
+
+    def killed(self, params):
+        if len(scored) == 1:
+            stop()
+        return score(self, params)
+
+    monkeypatch.setattr(Evaluator, "miou", killed)
+    with pytest.raises(Interrupted, match="step 2 is saved: the same command goes on"):
+        loop.train(config(), stopped)
+    assert scored == [1], "the stop didn't wait for the score"
+    assert scores(stopped)[2] is None
+
+    monkeypatch.setattr(Evaluator, "miou", score)
+    loop.train(config(), stopped)
+    assert scored == [1, 2, 3], "the step that was left unscored comes first"
+    assert scores(stopped) == scores(whole)
+    ours, theirs = open_run(stopped), open_run(whole)
+    assert ours[2] == theirs[2] == 2
+    jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
+    name = "episodes_qpenet.csv"
+    assert (stopped / name).read_text() == (whole / name).read_text()
+
+
+def test_a_stop_in_the_last_step_is_acted_on_as_well(scored, tmp_path, monkeypatch):
+    tell = loop.Progress.tell
+
+    def killed(self, step, saved):
+        if step == 3:
+            stop()
+        tell(self, step, saved)
+
+    monkeypatch.setattr(loop.Progress, "tell", killed)
+    with pytest.raises(Interrupted, match="step 3 is saved"):
+        loop.train(config(), tmp_path)
+    assert scored == [1, 2]
+    assert not (tmp_path / "results.json").exists()
+    loop.train(config(), tmp_path)
+    assert scored == [1, 2, 3]
+    assert open_run(tmp_path).step == 2
+    assert (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("method", ["references", "__call__"])
+def test_a_stop_outside_of_the_steps_is_acted_on_at_once(
+    scored, tmp_path, monkeypatch, method
+):
+    def killed(self, *_, **__):
+        stop()
+        raise AssertionError("went on after the stop")
+
+    monkeypatch.setattr(Evaluator, method, killed)
+    changes = {"eval.references": method == "references"}
+    with pytest.raises(Interrupted, match="stopped: the same command goes on"):
+        loop.train(config(**changes), tmp_path)
+    assert sorted(scores(tmp_path)) == ([] if method == "references" else [2, 3])
+
+
+def test_a_signal_is_noted_while_postponed_and_raised_after_it(capsys):
+    reached = []
+
+    def step():
+        with signals.postponed():
+            stop()
+            assert signals.asked
+            reached.append("the rest of the step")
+            with pytest.raises(Interrupted), signals.at_once():
+                reached.append("too late")
+            os.kill(os.getpid(), signal.SIGINT)  # another kind is no second one
+            reached.append("the save")
+
+    with StopSignal() as signals, pytest.raises(Interrupted):
+        step()
+    assert reached == ["the rest of the step", "the save"]
+    assert "after this step" in capsys.readouterr().err
+
+
+def test_a_second_signal_stops_in_the_middle():
+    def step():
+        with signals.postponed():
+            stop()
+            stop()
+            raise AssertionError("went on after the second signal")
+
+    with StopSignal() as signals, pytest.raises(KeyboardInterrupt):
+        step()
+
+
+def test_the_signals_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_training_in_a_workdir_is_refused(tmp_path):
+    workdir = tmp_path / "run"
+    with locked(workdir / loop.LOCK_FILE, "free before"):
+        refused = train(workdir, eval__references=False)
+        assert_refused(refused, str(workdir), "in use", "--workdir")
+        assert [path.name for path in workdir.iterdir()] == [loop.LOCK_FILE]
