@@ -94,8 +94,8 @@ def test_a_stop_while_a_checkpoint_is_scored_saves_it_and_the_resume_scores_it(
     assert scored == [1, 2, 3], "the step that was left unscored comes first"
     assert scores(stopped) == scores(whole)
     ours, theirs = open_run(stopped), open_run(whole)
-    assert ours[2] == theirs[2] == 2
-    jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
+    assert ours.step == theirs.step == 2
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
     name = "episodes_qpenet.csv"
     assert (stopped / name).read_text() == (whole / name).read_text()
 

@@ -105,7 +105,8 @@ def _add_download(parser: argparse.ArgumentParser) -> None:
 
 
 def _pascal(args: argparse.Namespace) -> None:
-    from qpenet_jax.data.prepare.pascal import download_pascal, prepare_pascal
+    from qpenet_jax.data.prepare.pascal import prepare_pascal
+    from qpenet_jax.data.prepare.downloads import download_pascal
 
     voc, sbd = args.voc, args.sbd
     if args.download:
@@ -117,7 +118,8 @@ def _pascal(args: argparse.Namespace) -> None:
 
 
 def _coco(args: argparse.Namespace) -> None:
-    from qpenet_jax.data.prepare.coco import download_coco, prepare_coco
+    from qpenet_jax.data.prepare.coco import prepare_coco
+    from qpenet_jax.data.prepare.downloads import download_coco
 
     images, annotations = map(Path, args.images), map(Path, args.annotations)
     if args.download:
