@@ -75,7 +75,7 @@ def get_config() -> Any:
     # Which of its stages QPENet is given, such as ("block4", "block10"); empty: all.
     config.backbone.stages = ()
 
-    # A row of the paper's Tables III-V, by its name in models.qpenet.VARIANTS.
+    # A row of the paper's Tables III-V, by its name in models.variants.VARIANTS.
     config.variant = "full"
     # "stable", "released" or "paper": a row of recipes.RECIPES, which gives a value to
     # every `placeholder` below that has none from here or from the command line.

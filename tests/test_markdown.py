@@ -28,5 +28,5 @@ def test_a_short_column_still_has_a_rule_of_three_dashes():
 
 
 def test_a_row_that_does_not_fit_the_header_is_refused():
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         table(["a", "b"], [["1"]])

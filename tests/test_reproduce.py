@@ -17,18 +17,16 @@ import pytest
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.metrics import Scores, estimate
-from qpenet_jax.models.qpenet import VARIANTS
 from qpenet_jax.paper import reproduce as module
-from qpenet_jax.paper.reproduce import reproduce
-from qpenet_jax.paper.tables import (
-    COLUMNS,
-    PAPER,
+from qpenet_jax.paper.measures import (
     Found,
-    figures,
     mean_over_folds,
+    measured_difference,
     pooled,
     verdict,
 )
+from qpenet_jax.paper.reproduce import reproduce
+from qpenet_jax.paper.results import ABLATION_RESULTS, FOLD_COLUMNS, FOLD_RESULTS
 
 # Of ml_collections, where it reads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -211,8 +209,8 @@ def test_the_table_holds_what_the_episodes_give(finished):
             found[variant, measure] = figure["ours"]
             line = next(s for s in page.splitlines() if s.startswith(f"| {variant} "))
             assert f"{figure['ours']:.1f} [{low:.1f}, {high:.1f}]" in line
-        assert row["mIoU"]["paper"] == VARIANTS[variant].miou
-        assert row["FB-IoU"]["paper"] == VARIANTS[variant].fb_iou
+        assert row["mIoU"]["paper"] == ABLATION_RESULTS[variant].miou
+        assert row["FB-IoU"]["paper"] == ABLATION_RESULTS[variant].fb_iou
     for measure, difference in content["differences"]["fgpe_ffa - full"].items():
         ours = found["fgpe_ffa", measure] - found["full", measure]
         np.testing.assert_allclose(difference["ours"], ours, atol=0.02)
@@ -427,7 +425,7 @@ def test_orders_are_told_from_paired_differences(gain, order):
     """Noise that both share cancels: 3 points show under noise of 20."""
     ours = [synthetic(gain, 0.2, seed=s) for s in (1, 2)]
     noise = [synthetic(0, 0.2, seed=s) for s in (1, 2)]
-    difference = figures(ours, noise)["mIoU"]
+    difference = measured_difference(ours, noise)["mIoU"]
     np.testing.assert_allclose(difference["ours"], 100 * gain, atol=0.01)
     np.testing.assert_allclose(difference["by_seed"], 100 * gain, atol=0.01)
     seeds = difference["by_seed"] if gain else [-1.0, 1.0]
@@ -455,8 +453,8 @@ def test_the_mean_over_folds_and_its_interval():
 
 
 def test_the_papers_means_are_those_of_its_folds():
-    for rows in PAPER.values():
-        for figures_of in rows.values():
-            row = dict(zip(COLUMNS, figures_of, strict=True))
+    for rows in FOLD_RESULTS.values():
+        for values in rows.values():
+            row = dict(zip(FOLD_COLUMNS, values, strict=True))
             mean = statistics.mean(row[f"Fold-{i}"] for i in range(4))
             assert abs(mean - row["Mean"]) < 0.0751

@@ -14,8 +14,8 @@ Scoring = Literal["original", "input", "exact"]
 
 FIVE = (0, 1, 2, 3, 4)
 
-SHORT = 12
-"""Characters that stand for the hash of an episode list, as the words are shorter."""
+HASH_DIGITS = 12
+"""How many digits stand for the hash of an episode list in a line of text."""
 
 # What published evaluations do otherwise than ours, the defaults of `Protocol`. Their
 # random draws can't be repeated outside of their code: a preset draws by their rules.
@@ -207,4 +207,4 @@ def of_dataset(protocol: Protocol, dataset: SegmentationDataset) -> Protocol:
 def _short(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))  # seeds: all of them count
-    return str(value)[:SHORT]
+    return str(value)[:HASH_DIGITS]

@@ -27,22 +27,17 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from qpenet_jax.core import markdown
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.runtime import processor
 from qpenet_jax.evaluation.compare import episode_scores
 from qpenet_jax.evaluation.protocols import of_dataset
-from qpenet_jax.evaluation.report import RESULTS, markdown, write_json
+from qpenet_jax.evaluation.report import RESULTS, write_json
 from qpenet_jax.evaluation.scoring import evaluate
-from qpenet_jax.models.qpenet import VARIANTS
-from qpenet_jax.paper.tables import (
-    TABLES,
-    TICKS,
-    Found,
-    ablation,
-    benchmark_table,
-    page,
-)
+from qpenet_jax.paper.measures import Found
+from qpenet_jax.paper.results import TABLES, rows_of
+from qpenet_jax.paper.tables import TICKS, ablation, benchmark_table, page
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.experiment import CONFIG_FILE, INPUTS_FILE, Experiment
 from qpenet_jax.runs.preflight import first_steps
@@ -119,9 +114,7 @@ def reproduce(
 
 
 def _ablation_runs(make_run, table, rows, seeds) -> list[Run]:
-    number = int(table[-1])
-    listed = {name: v.rows[number] for name, v in VARIANTS.items() if number in v.rows}
-    order = sorted(listed, key=listed.__getitem__)
+    order = rows_of(table)
     unknown = sorted(set(rows) - set(order))
     if unknown:
         raise InputError(f"{unknown[0]}: no row of {table}: choose {', '.join(order)}")
@@ -371,7 +364,9 @@ def _print_plan(runs: Sequence[Run]) -> None:
     states = [_state(run) for run in runs]
     plan = list(zip(runs, steps, episodes, states, strict=True))
     cells = [[r.name, f"{n:,}", f"{sum(e.values()):,}", s] for r, n, e, s in plan]
-    print(markdown(("run", "steps", "episodes scored", "state"), cells), flush=True)
+    print(
+        markdown.table(("run", "steps", "episodes scored", "state"), cells), flush=True
+    )
     # Measured once per backbone: on its last row, which of the ablations is `full`.
     last = {run.experiment.config.backbone.name: run for run in runs}
     costs = {name: _measure(run) for name, run in last.items()}

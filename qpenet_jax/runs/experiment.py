@@ -40,7 +40,8 @@ from qpenet_jax.evaluation.scoring import Predictor, cosine_predictor, qpenet_pr
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
 from qpenet_jax.models.ops.precision import DTYPES, in_dtype
-from qpenet_jax.models.qpenet import VARIANTS, QPENet
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.evaluation.protocols import (
     PRESETS,
     Protocol,
