@@ -9,7 +9,14 @@ TABLES = {
 }
 """Printed names by those that `qpenet reproduce` takes."""
 
-FOLD_COLUMNS = ("Fold-0", "Fold-1", "Fold-2", "Fold-3", "Mean", "FB-IoU")
+FOLD_COLUMNS: tuple[str, ...] = (
+    "Fold-0",
+    "Fold-1",
+    "Fold-2",
+    "Fold-3",
+    "Mean",
+    "FB-IoU",
+)
 """Columns of Tables I and II; Mean is the class mIoU over the folds."""
 
 FOLD_RESULTS: Mapping[str, Mapping[tuple[int, str], tuple[float, ...]]] = {
