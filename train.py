@@ -34,9 +34,10 @@ from qpenet_jax.data.episodes import training_batches
 from qpenet_jax.runs import preflight
 from qpenet_jax.runs.config_files import tell_config_errors
 from qpenet_jax.runs.evaluator import Evaluator
-from qpenet_jax.runs.experiment import Experiment, claim, inputs_of
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import claim, inputs_of
 from qpenet_jax.training import checkpoints, health
-from qpenet_jax.training.step import global_batch, shardings
+from qpenet_jax.training.sharding import global_batch, shardings
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<name of the config>")

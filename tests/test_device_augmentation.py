@@ -371,7 +371,7 @@ import re
 import jax, numpy as np
 from qpenet_jax.data.device_augmentation import augment_episodes, draw, RawEpisode
 from qpenet_jax.data.episodes import EpisodeIds
-from qpenet_jax.training.step import shardings
+from qpenet_jax.training.sharding import shardings
 from qpenet_jax.data.transforms import Augmentation
 
 rng = np.random.default_rng(0)

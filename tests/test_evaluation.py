@@ -13,14 +13,9 @@ from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import fit, fit_label
 from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.evaluation.metrics import fb_iou, mean_iou
+from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol
-from qpenet_jax.evaluation.scoring import (
-    Predictor,
-    evaluate,
-    make_eval_step,
-    score,
-    unpad,
-)
+from qpenet_jax.evaluation.scoring import make_eval_step, score, score_episodes, unpad
 
 NAMES = ("one", "two", "three")
 
@@ -148,7 +143,7 @@ def oracle(dataset, sign=1):
 def test_a_perfect_prediction_scores_100_percent(loop):
     dataset, _, samplers = loop
     p = protocol(scoring="input", seeds=(0, 5))
-    scores = evaluate(oracle(dataset), dataset, p, samplers)
+    scores = score_episodes(oracle(dataset), dataset, p, samplers)
     expected = [
         (s.seed, i, s(i).query, s(i).class_id) for s in samplers for i in range(6)
     ]
@@ -164,7 +159,7 @@ def test_a_perfect_prediction_scores_100_percent(loop):
 def test_the_inverse_prediction_scores_0(loop):
     dataset, classes, samplers = loop
     p = protocol(scoring="input")
-    scores = evaluate(oracle(dataset, sign=-1), dataset, p, samplers[:1])
+    scores = score_episodes(oracle(dataset, sign=-1), dataset, p, samplers[:1])
     assert mean_iou(scores, classes) == fb_iou(scores) == 0
 
 

@@ -19,16 +19,15 @@ from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import binary_mask
 from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.evaluation.plan import grouped, plan
-from qpenet_jax.evaluation.protocols import Protocol
-from qpenet_jax.evaluation.scoring import (
+from qpenet_jax.evaluation.predictor import (
     Predictor,
     cosine_predictor,
-    evaluate,
-    make_eval_step,
     qpenet_predictor,
-    score,
 )
+from qpenet_jax.evaluation.protocols import Protocol
+from qpenet_jax.evaluation.scoring import score, score_episodes
 from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.training.step import episode_features
 
 SIDE, FEATURES, CLASSES = 33, 12, (1, 2, 3)
 
@@ -189,6 +188,18 @@ def bytes_of(predict):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(encoded))
 
 
+def make_eval_step(forward):
+    """Return the network's own call over features of all images, as training does."""
+
+    @jax.jit
+    def step(params, weights, batch):
+        supports, query = episode_features(BACKBONE, weights, batch)
+        logits, _ = forward(params, supports, batch.support_masks, query)
+        return logits[..., 1] - logits[..., 0]
+
+    return step
+
+
 def check(predict, step, params, shots):
     """Evaluate with room for everything, for one image and for none; and batched."""
     protocol, samplers = setting(shots)
@@ -203,7 +214,9 @@ def check(predict, step, params, shots):
         (size * (shots + 2), sum(_loads([episodes[n] for n in order]))),
     ):
         spy = Spy(predict)
-        scores = evaluate(spy.predict, data(), protocol, samplers, cache_bytes=limit)
+        scores = score_episodes(
+            spy.predict, data(), protocol, samplers, cache_bytes=limit
+        )
         assert spy.encoded == encoded
         if limit == 100 * size:
             first, rows = spy.margins, scores.rows
@@ -248,20 +261,21 @@ def test_the_cache_changes_no_bit_of_qpenet(name):
         return model.apply({"params": params}, *inputs)
 
     predict = qpenet_predictor(model, BACKBONE, params, weights())
-    check(predict, make_eval_step(forward, BACKBONE), params, shots)
+    check(predict, make_eval_step(forward), params, shots)
 
 
 def test_the_cache_changes_no_bit_of_the_baseline():
-    step = make_eval_step(lambda _, *inputs: nearest_prototype(*inputs), BACKBONE)
+    step = make_eval_step(lambda _, *inputs: nearest_prototype(*inputs))
     check(cosine_predictor(BACKBONE, weights()), step, {}, shots=5)
 
 
 @pytest.mark.parametrize(
     ("fields", "floats"),
     [
-        ({}, 5 * 5 * 2 * 16 + 16),
-        ({"shared_reducer": True}, 5 * 5 * 16 + 16),
-        ({"prior": True}, 5 * 5 * FEATURES),
+        # F_s, F_q and y_bg_q on the grid, and P_bg.
+        ({}, 5 * 5 * (16 + 16 + 2) + 16),
+        ({"shared_reducer": True}, 5 * 5 * (16 + 2) + 16),
+        ({"prior": True}, 5 * 5 * (16 + 16 + 2 + FEATURES) + 16),
     ],
 )
 def test_the_size_of_an_encoded_image(fields, floats):
@@ -298,7 +312,7 @@ def test_memory_is_bounded(images):
     protocol, samplers = setting(shots=2, episodes=20)
     limit = images * SIDE * SIDE * 3
     counting = plain._replace(decode=decode)
-    evaluate(counting, data(), protocol, samplers, cache_bytes=limit)
+    score_episodes(counting, data(), protocol, samplers, cache_bytes=limit)
     assert max(most) <= max(images, 3)
     if images == 100:
         assert max(most) == len(images_of([s(i) for s in samplers for i in range(20)]))
@@ -313,7 +327,7 @@ def test_other_parameters_need_no_compilation():
         model = QPENet(**SMALL)  # equal, but another object
         predict = qpenet_predictor(model, net, draw_params(model, seed), weights())
         found.append(Spy(predict))
-        evaluate(found[-1].predict, data(), protocol, samplers)
+        score_episodes(found[-1].predict, data(), protocol, samplers)
     assert TRACES["once"] == 1
     assert not np.array_equal(found[0].margins, found[1].margins)
 
@@ -321,12 +335,12 @@ def test_other_parameters_need_no_compilation():
 def test_frozen_episodes_and_workers_change_nothing():
     protocol, samplers = setting(shots=2, scoring="input", resize="squash")
     predict = cosine_predictor(BACKBONE, weights())
-    drawn = evaluate(predict, data(), protocol, samplers).rows
+    drawn = score_episodes(predict, data(), protocol, samplers).rows
     frozen = [
         FrozenEpisodes(s.seed, tuple(map(s, range(protocol.episodes))))
         for s in samplers
     ]
-    again = evaluate(predict, data(), protocol, frozen, workers=1).rows
+    again = score_episodes(predict, data(), protocol, frozen, workers=1).rows
     np.testing.assert_array_equal(again, drawn)
     padded, _ = setting(shots=2, scoring="input")
-    assert (evaluate(predict, data(), padded, samplers).rows != drawn).any()
+    assert (score_episodes(predict, data(), padded, samplers).rows != drawn).any()

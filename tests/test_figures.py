@@ -29,7 +29,8 @@ from qpenet_jax.paper.figures import (
     predictions_sheet,
     support_regions,
 )
-from qpenet_jax.runs.experiment import Experiment, claim, inputs_of
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import claim, inputs_of
 from qpenet_jax.training.step import episode_features
 
 SIDE, GRID = 65, 9

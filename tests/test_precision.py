@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from qpenet_jax.backbones.precision import InDtype
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.episodes import load_episode
-from qpenet_jax.models.ops.precision import InDtype
 from qpenet_jax.runs.experiment import Experiment
 
 SIDE = 65

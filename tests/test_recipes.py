@@ -13,8 +13,8 @@ from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.runs.recipes import RECIPES, resolved
-from qpenet_jax.training.step import Optimizer
+from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.training.recipes import RECIPES, resolved
 
 # ml_collections loads config files by a way that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

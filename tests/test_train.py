@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qpenet_jax import load
 from qpenet_jax.data.sources.shapes import Shapes
-from qpenet_jax.runs.experiment import open_run
+from qpenet_jax.runs.folder import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SHRUNK = {

@@ -13,14 +13,9 @@ from qpenet_jax.core.types import Episode
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.training.health import HEADS
-from qpenet_jax.training.step import (
-    Optimizer,
-    episode_features,
-    global_batch,
-    init_state,
-    make_train_step,
-    shardings,
-)
+from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.training.sharding import global_batch, shardings
+from qpenet_jax.training.step import episode_features, init_state, make_train_step
 
 SIDE = 33
 

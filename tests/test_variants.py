@@ -36,7 +36,8 @@ from qpenet_jax.paper.parameters import (
     parameter_table,
 )
 from qpenet_jax.paper.results import ABLATION_RESULTS, rows_of
-from qpenet_jax.training.step import Optimizer, init_state, make_train_step
+from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.training.step import init_state, make_train_step
 
 HEIGHT, WIDTH = 33, 49
 GRID = (5, 7)  # halves to 3 x 4, 2 x 2 and 1 x 1

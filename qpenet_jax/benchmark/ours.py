@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.convert import load_weights
+from qpenet_jax.backbones.precision import cast, in_dtype
 from qpenet_jax.backbones.registry import Backbone, backbone, features
 from qpenet_jax.benchmark.measure import (
     Case,
@@ -29,9 +30,9 @@ from qpenet_jax.core.runtime import keep_freed_memory
 from qpenet_jax.core.types import Episode
 from qpenet_jax.evaluation.scoring import make_eval_step
 from qpenet_jax.models.losses import LossWeights
-from qpenet_jax.models.ops.precision import cast, in_dtype
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.training.step import Optimizer, TrainState, init_state, make_train_step
+from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.training.step import TrainState, init_state, make_train_step
 
 RATE, STEPS = 1e-4, 10**6
 """Learning rate, low so that the many steps on noise stay finite, and schedule."""

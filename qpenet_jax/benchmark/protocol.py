@@ -18,8 +18,9 @@ from qpenet_jax.benchmark import ours
 from qpenet_jax.benchmark.measure import Case
 from qpenet_jax.benchmark.photos import made_up_photos
 from qpenet_jax.data.episodes import EpisodeSampler, load_episode
+from qpenet_jax.evaluation.predictor import qpenet_predictor
 from qpenet_jax.evaluation.protocols import Protocol
-from qpenet_jax.evaluation.scoring import Samplers, evaluate, qpenet_predictor
+from qpenet_jax.evaluation.scoring import Samplers, score_episodes
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.runs.experiment import Experiment
 
@@ -132,7 +133,7 @@ def _run(made: Evaluation, protocol: Protocol) -> float:
     """Return the seconds of an evaluation as the library does it."""
     predict = qpenet_predictor(made.model, made.backbone, made.params, made.weights)
     start = time.perf_counter()
-    evaluate(predict, made.dataset, protocol, made.samplers, workers=made.workers)
+    score_episodes(predict, made.dataset, protocol, made.samplers, workers=made.workers)
     return time.perf_counter() - start
 
 

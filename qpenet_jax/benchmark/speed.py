@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from qpenet_jax.backbones.precision import DTYPES, products
 from qpenet_jax.benchmark import ours
 from qpenet_jax.benchmark.data import benchmark_data
 from qpenet_jax.benchmark.measure import (
@@ -36,7 +37,6 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import keep_freed_memory, processor
 from qpenet_jax.core.types import Episode
 from qpenet_jax.evaluation.protocols import check_side
-from qpenet_jax.models.ops.precision import DTYPES, products
 from qpenet_jax.runs.experiment import Experiment
 
 WHAT = ("eval", "train", "backbone", "protocol", "data")

@@ -39,7 +39,8 @@ from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.paper.figures import figures
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.evaluator import Evaluator
-from qpenet_jax.runs.experiment import Experiment, open_run
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import open_run
 from qpenet_jax.segmenter import load
 
 

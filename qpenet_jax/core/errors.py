@@ -3,11 +3,24 @@
 import contextlib
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class InputError(ValueError):
     """Bad input (a path, an image, a weight file, an option), told in one line."""
+
+
+def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:
+    """Refuse a value that is none of the choices; `what` names it, say "config.dtype=".
+
+    Raises:
+        InputError: with all choices.
+    """
+    known = tuple(choices)
+    if value not in known:
+        listed = ", ".join(map(str, known))
+        raise InputError(f"{what}{value!r}: choose {listed}")
 
 
 @contextlib.contextmanager

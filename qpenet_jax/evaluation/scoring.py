@@ -2,29 +2,25 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 import cv2
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
-from qpenet_jax.backbones.registry import Backbone, features
-from qpenet_jax.core.types import Episode, SegmentationDataset
+from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.episode_lists import FrozenEpisodes
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, ahead
 from qpenet_jax.data.transforms import Resize, binary_mask, content_size, fit, fit_label
 from qpenet_jax.evaluation import metrics
-from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.evaluation.metrics import Scores
 from qpenet_jax.evaluation.plan import Turn, grouped, plan
+from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.models.ops import interpolation_matrix
-from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.training.step import episode_features
 
 Samplers = Sequence[EpisodeSampler] | Sequence[FrozenEpisodes]
 
@@ -33,86 +29,7 @@ CACHE_BYTES = 2 * 2**30
 of PASCAL has about 100."""
 
 
-class Predictor(NamedTuple):
-    """A network in two parts, so that what an image alone tells is computed once.
-
-    `encode` takes one image [1, s, s, 3] and returns any tree of arrays. `decode` takes
-    those of the K supports, the masks [1, k, s, s] and the query's, and returns the
-    foreground's lead in the logits [1, s, s]: positive means foreground.
-    """
-
-    encode: Callable[[UInt8[np.ndarray, "1 s s 3"]], PyTree[Array]]
-    decode: Callable[..., Float[Array, "1 s s"]]
-
-    def __call__(self, episode: Episode) -> Float[Array, "1 s s"]:
-        """Return the foreground's lead in one episode, a batch of one."""
-        images = episode.support_images[0]
-        supports = tuple(self.encode(image[None]) for image in images)
-        query = self.encode(episode.query_image)
-        return self.decode(supports, episode.support_masks, query)
-
-
-def qpenet_predictor(
-    model: QPENet, backbone: Backbone, params: PyTree[Array], weights: PyTree[Array]
-) -> Predictor:
-    """Return QPENet with its parameters over the backbone with its weights.
-
-    Compiled once per model and backbone, whatever the parameters.
-    """
-    return Predictor(
-        functools.partial(_encode, model, backbone, params, weights),
-        functools.partial(_decode, model, params),
-    )
-
-
-def cosine_predictor(backbone: Backbone, weights: PyTree[Array]) -> Predictor:
-    """Return the training-free baseline over the same features."""
-    return Predictor(
-        functools.partial(_features, backbone, weights), _decode_nearest_prototype
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(model, backbone, params, weights, image):
-    maps = features(backbone, weights, image)
-    return model.apply({"params": params}, maps, method="encode")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(model, params, supports, masks, query):
-    variables = {"params": params}
-    logits, _ = model.apply(variables, supports, masks, query, method="decode")
-    return logits[..., 1] - logits[..., 0]
-
-
-_features = jax.jit(features, static_argnums=0)
-
-
-@jax.jit
-def _decode_nearest_prototype(supports, masks, query):
-    logits, _ = nearest_prototype(jnp.stack(supports, axis=1), masks, query)
-    return logits[..., 1] - logits[..., 0]
-
-
-def make_eval_step(
-    forward: Callable[..., tuple[Float[Array, "b H W 2"], dict[str, Array]]],
-    backbone: Backbone,
-) -> Callable[[PyTree[Array], PyTree[Array], Episode], Float[Array, "b H W"]]:
-    """Return `eval_step(params, weights, batch)`, jitted: foreground's lead in logits.
-
-    `forward(params, support_features, support_masks, query_features)` is QPENet's
-    apply or the training-free baseline; positive means foreground.
-    """
-
-    def eval_step(params, weights, batch):
-        support_maps, query_maps = episode_features(backbone, weights, batch)
-        logits, _ = forward(params, support_maps, batch.support_masks, query_maps)
-        return logits[..., 1] - logits[..., 0]
-
-    return jax.jit(eval_step)
-
-
-def evaluate(
+def score_episodes(
     predict: Predictor,
     dataset: SegmentationDataset,
     protocol: Protocol,

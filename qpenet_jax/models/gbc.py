@@ -17,53 +17,62 @@ class GBC(nn.Module):
     P_global starts from N(0, init_scale^2); at 0 it starts from zeros.
     """
 
+    channels: int
     make_convs: Callable[..., Convs]
     gate_dropout: float
     cleanse: bool
     init_scale: float = 1.0
 
-    @nn.compact
-    def __call__(
-        self,
-        F_q: Float[Array, "b h w c"],
-        F_s: Float[Array, "b k h w c"],
-        *,
-        train: bool,
-    ) -> dict[str, Array]:
-        """Return `P_bg` [b, c] and the background logits `y_bg_q` [b, h, w, 2].
-
-        Class 1 means background. In training also `y_bg_s` [b, k, h, w, 2], which only
-        teaches the prototype (eq 9).
-        """
-        b, k, *_, c = F_s.shape
+    def setup(self):
+        """Make P_global and the layers."""
         # One vector for all images: what the backgrounds of the training set share.
         start = nn.initializers.normal(self.init_scale)
-        P_global = self.param("P_global", start, (c,))
-        P_bg = jnp.tile(P_global, (b, 1))
-        convs = self.make_convs(name="convs")
-
-        out = {}
-        y_bg_q = convs(F_q, P_bg, train=train)  # eq 10
-        if train:
-            folded = F_s.reshape(b * k, *F_s.shape[2:])
-            y_bg_s = convs(folded, jnp.tile(P_global, (b * k, 1)), train=train)  # eq 9
-            out["y_bg_s"] = y_bg_s.reshape(b, k, *y_bg_s.shape[1:])
-
+        self.P_global = self.param("P_global", start, (self.channels,))
+        self.convs = self.make_convs()
         if self.cleanse:
-            background = predicted(y_bg_q)[..., None]
-            pooled = jnp.mean(F_q * background, axis=(1, 2))
-            P_bg = P_global * self._cleaner(pooled, train=train)  # eq 11
-        return {"y_bg_q": y_bg_q, "P_bg": P_bg, **out}
+            self.fc1, self.fc2 = self._fc(), self._fc()
+            # Named as Flax would: dropout's draws depend on it.
+            self.gate_dropped = nn.Dropout(self.gate_dropout, name="Dropout_0")
+
+    def __call__(
+        self, F_q: Float[Array, "b h w c"], *, train: bool
+    ) -> dict[str, Array]:
+        """Return `P_bg` [b, c] and the query's background logits `y_bg_q`."""
+        y_bg_q = self.segment(F_q, self.P_global, train=train)  # eq 10
+        if not self.cleanse:
+            P_bg = jnp.tile(self.P_global, (F_q.shape[0], 1))
+            return {"y_bg_q": y_bg_q, "P_bg": P_bg}
+        background = predicted(y_bg_q)[..., None]
+        pooled = jnp.mean(F_q * background, axis=(1, 2))
+        P_bg = self.P_global * self._cleaner(pooled, train=train)  # eq 11
+        return {"y_bg_q": y_bg_q, "P_bg": P_bg}
+
+    def supports(
+        self, F_s: Float[Array, "b k h w c"], *, train: bool
+    ) -> Float[Array, "b k h w 2"]:
+        """Return the supports' background logits, which only teach P_global (eq 9)."""
+        b, k = F_s.shape[:2]
+        folded = F_s.reshape(b * k, *F_s.shape[2:])
+        y_bg_s = self.segment(folded, self.P_global, train=train)
+        return y_bg_s.reshape(b, k, *y_bg_s.shape[1:])
+
+    def segment(
+        self,
+        features: Float[Array, "b h w c"],
+        prototype: Float[Array, "*b c"],
+        *,
+        train: bool,
+    ) -> Float[Array, "b h w 2"]:
+        """Return the logits of eqs 9 and 10 by a prototype; class 1 is background."""
+        shape = (features.shape[0], self.channels)
+        return self.convs(features, jnp.broadcast_to(prototype, shape), train=train)
+
+    def _fc(self):
+        return nn.Dense(
+            self.channels, kernel_init=kernel_init, bias_init=bias_init(self.channels)
+        )
 
     def _cleaner(self, pooled, *, train):
         """Return FC(FC(.)) of eq 11 as a gate in 0..1, as a cleaner only takes away."""
-
-        def fc(name):
-            c = pooled.shape[-1]
-            return nn.Dense(
-                c, kernel_init=kernel_init, bias_init=bias_init(c), name=name
-            )
-
-        gate = fc("fc2")(nn.relu(fc("fc1")(pooled)))
-        gate = nn.Dropout(self.gate_dropout)(gate, deterministic=not train)
-        return nn.sigmoid(gate)
+        gate = self.fc2(nn.relu(self.fc1(pooled)))
+        return nn.sigmoid(self.gate_dropped(gate, deterministic=not train))

@@ -125,9 +125,9 @@ class MergePrototype(nn.Module):
         return nn.relu(ops.conv1x1(features, kernel[:c]) + constant)
 
 
-def channel_dropout(rate: float) -> nn.Dropout:
+def channel_dropout(rate: float, name: str | None = None) -> nn.Dropout:
     """Drop whole channels of `[b, h, w, c]` features, per image."""
-    return nn.Dropout(rate, broadcast_dims=(1, 2))
+    return nn.Dropout(rate, broadcast_dims=(1, 2), name=name)
 
 
 RMS_EPSILON = 1e-12

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qpenet_jax.core.types import IGNORE
 from qpenet_jax.models.ops import resize_align_corners
+from qpenet_jax.models.prototypes import foreground_lead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def margin(
     Two-class cross entropy depends on this difference only, and resizing is linear, so
     one channel is resized instead of two.
     """
-    difference = logits[..., 1] - logits[..., 0]
+    difference = foreground_lead(logits)
     folded = difference.reshape(-1, *difference.shape[-2:])[..., None]
     return resize_align_corners(folded, size).reshape(*difference.shape[:-2], *size)
 

@@ -45,6 +45,11 @@ def _norm(x):
     return jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1), NORM_EPSILON**2))
 
 
+def foreground_lead(logits: Float[Array, "*b 2"]) -> Float[Array, "*b"]:
+    """Return how far class 1 leads class 0 in the logits; positive: class 1 wins."""
+    return logits[..., 1] - logits[..., 0]
+
+
 def predicted(logits: Float[Array, "*b h w 2"]) -> Bool[Array, "*b h w"]:
     """Return where class 1 wins: the hard mask of eqs 3, 5, 6 and 11, no gradient."""
     return jax.lax.stop_gradient(logits[..., 1] > logits[..., 0])

@@ -1,8 +1,8 @@
 """QPENet: the assembly of the paper's Fig. 2 over frozen backbone features."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from qpenet_jax.models.layers import (
 from qpenet_jax.models.ops import resize_align_corners
 from qpenet_jax.models.ppg import preliminary_prototype, pseudo_prototype
 from qpenet_jax.models.prototypes import activation_map, foreground_on_grid
+
+Role = Literal["support", "query"]
+ROLES: tuple[Role, ...] = ("support", "query")
 
 
 class QPENet(nn.Module):
@@ -67,19 +70,31 @@ class QPENet(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        """Make what `encode` needs as well; the rest is made where it is used."""
+        """Make the layers; `nn.Module` gives parameters to those that are used."""
+        make_head = functools.partial(Head, self.head_dropout)
+        make_convs = functools.partial(Convs, self.channel_dropout, self.head_dropout)
         self.reduce_support = Conv1x1(self.channels)
         self.reduce_query = (
             self.reduce_support if self.shared_reducer else Conv1x1(self.channels)
         )
-        self.make_convs = functools.partial(
-            Convs, self.channel_dropout, self.head_dropout
-        )
+        # Named as Flax would: dropout's draws depend on it.
+        self.dropped = channel_dropout(self.channel_dropout, name="Dropout_0")
+        self.convs = make_convs()
         self.gbc = GBC(
-            self.make_convs, self.gate_dropout, self.bgpe, self.background_scale
+            self.channels,
+            make_convs,
+            self.gate_dropout,
+            self.bgpe,
+            self.background_scale,
         )
+        if self.decoder == "ffa":
+            make_cross = functools.partial(
+                CrossAttention, self.heads, self.ffn_features, self.attention_dropout
+            )
+            self.ffa = FFA(make_head, make_cross, self.residual, self.auxiliary_head)
+        else:
+            self.fem = FEM(make_head)
 
-    @nn.compact
     def __call__(
         self,
         support_features: Float[Array, "b k h w f"],
@@ -87,7 +102,6 @@ class QPENet(nn.Module):
         query_features: Float[Array, "b h w f"],
         *,
         train: bool = False,
-        P_bg: Float[Array, "b c"] | None = None,
     ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
         """Return the query's logits at image size and every named intermediate.
 
@@ -97,83 +111,86 @@ class QPENet(nn.Module):
         lack what they don't compute; FEM adds a tuple y_inner, `prior` its map. Any K.
         Sides must be 8 n + 1 pixels; raises ValueError if masks and features do not
         fit. `train` needs a "dropout" key.
-        With `P_bg` the features are F_s and F_q already, as `decode` has them.
         """
-        b, k, h, w, f = support_features.shape
-        F_s, F_q = support_features, query_features
-        if P_bg is None:
-            dropout = channel_dropout(self.channel_dropout)
-            folded = self._scaled(F_s.reshape(b * k, h, w, f))
-            F_s = dropout(self.reduce_support(folded), deterministic=not train)
-            F_s = F_s.reshape(b, k, h, w, -1)
-            F_q = self.reduce_query(self._scaled(F_q))
-            F_q = dropout(F_q, deterministic=not train)
-        M_s = foreground_on_grid(support_masks, (h, w))
+        b, k = support_features.shape[:2]
+        folded = support_features.reshape(b * k, *support_features.shape[2:])
+        supports = self.encode(folded, ("support",), train=train)
+        supports = {n: x.reshape(b, k, *x.shape[1:]) for n, x in supports.items()}
+        query = self.encode(query_features, ("query",), train=train)
+        logits, out = self.decode(supports, support_masks, query, train=train)
+        if train:
+            out["y_bg_s"] = self.gbc.supports(out["F_s"], train=train)  # eq 9
+        return logits, out
 
-        make_head = functools.partial(Head, self.head_dropout)
-        make_cross = functools.partial(
-            CrossAttention, self.heads, self.ffn_features, self.attention_dropout
-        )
+    def encode(
+        self,
+        features: Float[Array, "n h w f"],
+        roles: Sequence[Role] = ROLES,
+        *,
+        train: bool = False,
+    ) -> dict[str, Array]:
+        """Return all that can be known of images without the others of their episode.
+
+        Of a support F_s [n, h, w, c]; of a query F_q [n, h, w, c], y_bg_q [n, h, w, 2]
+        and P_bg [n, c], by GBC. An image that may be either, over a shared reducer, has
+        F_q for both. With `prior` also the features.
+        """
+        encoded = {"features": features} if self.prior else {}
+        scaled = unit_rms(features) if self.normalize else features
+
+        def reduced(reducer):
+            return self.dropped(reducer(scaled), deterministic=not train)
+
+        if "query" in roles:
+            encoded["F_q"] = reduced(self.reduce_query)
+            encoded |= self.gbc(encoded["F_q"], train=train)
+        if "support" in roles and not (self.shared_reducer and "query" in roles):
+            encoded["F_s"] = reduced(self.reduce_support)
+        return encoded
+
+    def decode(
+        self,
+        supports: Mapping[str, Array],
+        support_masks: Int[Array, "b k H W"],
+        query: Mapping[str, Array],
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
+        """Return what `__call__` does, from encoded images: supports [b, k, ...]."""
+        F_s = supports["F_s"] if "F_s" in supports else supports["F_q"]
+        F_q, P_bg = query["F_q"], query["P_bg"]
+        M_s = foreground_on_grid(support_masks, (F_q.shape[1], F_q.shape[2]))
+        out: dict[str, Any] = {"F_s": F_s, "M_s": M_s}
+        out |= {name: query[name] for name in ("F_q", "y_bg_q", "P_bg")}
 
         # Foreground: support -> query -> support.
-        out: dict[str, Any] = {"F_s": F_s, "F_q": F_q, "M_s": M_s}
         out["P_pre"] = preliminary_prototype(F_s, M_s)
         if self.fgpe:
-            convs = self.make_convs(name="convs")
-            out |= pseudo_prototype(convs, out["P_pre"], F_q, train=train)
+            out |= pseudo_prototype(self.convs, out["P_pre"], F_q, train=train)
             guide = out["P_pre"] if self.sgm else out["P_psd"]
-            out |= dual_prototypes(convs, guide, F_s, M_s, train=train)
-        # Background: the global prototype, cleansed for this query.
-        out |= self.gbc(F_q, F_s, train=train) if P_bg is None else {"P_bg": P_bg}
-        # Decoder.
+            out |= dual_prototypes(self.convs, guide, F_s, M_s, train=train)
         activation, P_fg = self._foreground(F_q, out)
         if self.prior:
-            activation["prior"] = prior_mask(support_features, M_s, query_features)
+            activation["prior"] = prior_mask(
+                supports["features"], M_s, query["features"]
+            )
         out |= activation
+        # Decoder, by the background prototype that GBC has cleansed for this query.
         maps = _concatenate([A[..., None] for A in activation.values()], like=F_q)
         if self.decoder == "ffa":
-            ffa = FFA(
-                make_head, make_cross, self.residual, self.auxiliary_head, name="ffa"
-            )
-            out |= ffa(F_q, F_s, M_s, out["P_bg"], P_fg, maps, train=train)
+            out |= self.ffa(F_q, F_s, M_s, P_bg, P_fg, maps, train=train)
         else:
-            fem = FEM(make_head, name="fem")
-            out |= fem(F_q, out["P_bg"], P_fg, maps, train=train)
+            out |= self.fem(F_q, P_bg, P_fg, maps, train=train)
 
         height, width = support_masks.shape[-2:]
         logits = resize_align_corners(out["y_final"], (height, width))
         return logits, out
 
-    def encode(self, features: Float[Array, "b h w f"]) -> tuple[Array, ...]:
-        """Return all that evaluation can know of images without their episodes.
-
-        That is F_s and F_q [b, h, w, c], one map if the reducer is shared, and P_bg
-        [b, c], which depends on the query alone. With `prior` the features themselves.
-        """
-        if self.prior:
-            return (features,)
-        features = self._scaled(features)
-        F_q = self.reduce_query(features)
-        P_bg = self.gbc(F_q, F_q[:, None], train=False)["P_bg"]
-        if self.shared_reducer:
-            return F_q, P_bg
-        return self.reduce_support(features), F_q, P_bg
-
-    def decode(
-        self,
-        supports: Sequence[tuple[Array, ...]],
-        support_masks: Int[Array, "b k H W"],
-        query: tuple[Array, ...],
-    ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
-        """Return what `__call__` does in evaluation, from encoded images: no y_bg_q."""
-        F_s = jnp.stack([encoded[0] for encoded in supports], axis=1)
-        if self.prior:
-            return self(F_s, support_masks, query[0])
-        return self(F_s, support_masks, query[-2], P_bg=query[-1])
-
-    def _scaled(self, features):
-        """Return the features as the reducers take them."""
-        return unit_rms(features) if self.normalize else features
+    def segment_background(
+        self, F_q: Float[Array, "b h w c"], prototype: Float[Array, "b c"]
+    ) -> Float[Array, "b h w 2"]:
+        """Return eq 10's logits by another prototype than P_global, to look at it."""
+        return self.gbc.segment(F_q, prototype, train=False)
 
     def _foreground(self, F_q, out):
         """Return the decoder's activation maps by name and the vectors to broadcast."""

@@ -14,10 +14,11 @@ from jaxtyping import Array, PyTree
 
 from qpenet_jax.core import markdown
 from qpenet_jax.evaluation.protocols import of_dataset
-from qpenet_jax.evaluation.scoring import evaluate
+from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.paper.finished import has_config_of, is_done
 from qpenet_jax.paper.plan import PlannedRun
-from qpenet_jax.runs.experiment import CONFIG_FILE, Experiment
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import CONFIG_FILE
 from qpenet_jax.runs.preflight import first_steps
 
 MEASURED_STEPS, MEASURED_EPISODES = 20, 10
@@ -135,5 +136,5 @@ def _seconds_per_episode(experiment: Experiment, predict: Any, shots: int) -> fl
         start = time.perf_counter()
         few = dataclasses.replace(protocol, episodes=count)
         label = f"measuring {shots} shot(s)"
-        evaluate(predict, val, few, samplers, label=label)
+        score_episodes(predict, val, few, samplers, label=label)
     return (time.perf_counter() - start) / MEASURED_EPISODES

@@ -42,7 +42,8 @@ from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import unpad
 from qpenet_jax.models.ops import interpolation_matrix
 from qpenet_jax.models.prototypes import STRIDE
-from qpenet_jax.runs.experiment import INPUTS_FILE, Experiment, open_run, read_json
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import INPUTS_FILE, open_run, read_json
 from qpenet_jax.training.step import episode_features
 
 MAIN, AUX, BACKGROUND = (240, 228, 66), (204, 121, 167), (86, 180, 233)

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.compare import episode_scores
 from qpenet_jax.evaluation.report import RESULTS
 from qpenet_jax.paper.measures import Found
 from qpenet_jax.paper.plan import PlannedRun
-from qpenet_jax.runs.experiment import CONFIG_FILE, INPUTS_FILE, Experiment
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import INPUTS_FILE, read_config
 
 COST = "cost.json"
 """Seconds that a run took, over all its attempts, and the machine."""
@@ -40,10 +39,10 @@ def results_file(run: PlannedRun, shots: int) -> Path | None:
 def has_config_of(run: PlannedRun) -> bool:
     """Return whether the run's folder holds a run of the same config."""
     try:
-        config = _json(run.folder / CONFIG_FILE)
-        return Experiment(ConfigDict(config)).identity == run.experiment.identity
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        before = Experiment(read_config(run.folder))
+    except InputError:
         return False
+    return before.identity == run.experiment.identity
 
 
 def scores_line(run: PlannedRun) -> str:

@@ -10,7 +10,8 @@ from jaxtyping import Array, PyTree, UInt8
 from PIL import Image
 
 from qpenet_jax.data.episode_lists import EpisodeList
-from qpenet_jax.evaluation.scoring import Predictor, evaluate
+from qpenet_jax.evaluation.scoring import score_episodes
+from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.evaluation.metrics import Scores, load_scores, mean_iou, paired_difference
 from qpenet_jax.evaluation.protocols import Protocol, of_dataset
@@ -144,7 +145,7 @@ class Evaluator:
 
     def _evaluate(self, name: str, predict: Predictor) -> tuple[Scores, float]:
         start = time.perf_counter()
-        scores = evaluate(
+        scores = score_episodes(
             predict,
             self.val,
             self.protocol,

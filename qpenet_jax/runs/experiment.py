@@ -5,200 +5,86 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
-import numpy as np
 import optax
 from jaxtyping import Array, PyTree
-from ml_collections import ConfigDict
 
-from qpenet_jax.training.checkpoints import restore_params
-from qpenet_jax.data.sources.decoded import Decoded
-from qpenet_jax.data.folds import (
-    COCO_CLASSES,
-    PASCAL_CLASSES,
-    Fold,
-    coco_fold,
-    fold_of,
-    named_fold,
-    pascal_fold,
-)
-from qpenet_jax.data.sources.prepared import Prepared, prepared_classes
-from qpenet_jax.data.sources.shapes import Shapes
-from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.backbones.convert import load_weights
+from qpenet_jax.backbones.precision import in_dtype
+from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
+from qpenet_jax.config import SELECTION, check, flat
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import cache_folder
+from qpenet_jax.core.types import Episode, SegmentationDataset
 from qpenet_jax.data.device_augmentation import (
     augment_episodes,
     canvas_side,
     load_raw_episode,
 )
 from qpenet_jax.data.episode_lists import EpisodeList
-from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, Order, Targets, load_episode
-from qpenet_jax.core.errors import InputError
-from qpenet_jax.evaluation.scoring import Predictor, cosine_predictor, qpenet_predictor
+from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, load_episode
+from qpenet_jax.data.folds import Fold
+from qpenet_jax.data.sources.decoded import Decoded
+from qpenet_jax.data.transforms import Augmentation
+from qpenet_jax.evaluation.predictor import (
+    Predictor,
+    cosine_predictor,
+    qpenet_predictor,
+)
+from qpenet_jax.evaluation.protocols import PRESETS, Protocol, preset_fields
 from qpenet_jax.models.losses import LossWeights
-from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
-from qpenet_jax.models.ops.precision import DTYPES, in_dtype
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.variants import VARIANTS
-from qpenet_jax.evaluation.protocols import (
-    PRESETS,
-    Protocol,
-    dataset_version,
-    preset_fields,
-)
-from qpenet_jax.runs.recipes import resolved
-from qpenet_jax.evaluation.report import write_json
-from qpenet_jax.training.step import Optimizer, TrainState, init_state, make_train_step
-from qpenet_jax.data.transforms import Augmentation
-from qpenet_jax.core.files import cache_folder
-from qpenet_jax.core.types import Episode, SegmentationDataset
-from qpenet_jax.backbones.convert import load_weights
-
-CONFIG_FILE = "config.json"
-
-INPUTS_FILE = "inputs.json"
+from qpenet_jax.runs.datasets import chosen_fold, class_names, open_split
+from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.training.recipes import resolved
+from qpenet_jax.training.sharding import shardings
+from qpenet_jax.training.step import TrainState, init_state, make_train_step
 
 DECODED = cache_folder("decoded")
 """Decoded training images, by data set; only what augments on the device needs them."""
 
-# What a resumed run may change, as no result depends on it: of the last two, the
-# contents are compared.
-FREE = {
-    "workers",
-    "log_every",
-    "save_every",
-    "keep_compilations",
+# What a run may change when it is resumed or moved, as no result depends on it: of the
+# paths, the contents are compared.
+PATHS = (
     "dataset.root",
+    "dataset.images",
+    "dataset.masks",
+    "dataset.train_ids",
+    "dataset.val_ids",
     "backbone.weights",
-}
-
-
-SELECTION = {
-    "base": "best of the run by mIoU on base classes of the val split",
-    "novel": "best of the run by mIoU on the novel classes: this leaks them (the "
-    "field's custom)",
-    "last": "the last of the run",
-}
-"""What `config.select_on` may be, as the results tell it."""
+)
+FREE = {"workers", "log_every", "save_every", "keep_compilations", *PATHS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What a config describes; nothing is read before it is asked for."""
 
-    config: Any  # an ml_collections.ConfigDict with the fields of configs/common.py
+    config: Any  # an ml_collections.ConfigDict as config.default_config makes it
 
     def __post_init__(self):
         """Fill in the recipe's values; refuse values that could only fail later."""
         object.__setattr__(self, "config", resolved(self.config))
-        whole = ("batch_size", "shots", "log_every", "save_every")
-        counts = {name: self.config[name] for name in whole}
-        for name in ("every", "base_episodes"):
-            counts[f"eval.{name}"] = self.config.eval[name]
-        for name, value in counts.items():
-            if value < 1:
-                raise InputError(f"config.{name}={value} must be 1 or more")
-        if self.config.select_on not in SELECTION:
-            raise InputError(
-                f"config.select_on={self.config.select_on!r}: choose "
-                f"{', '.join(SELECTION)}"
-            )
-        where = ("auto", "device", "host")
-        if self.config.augment_on not in where:
-            raise InputError(
-                f"config.augment_on={self.config.augment_on!r}: choose "
-                f"{', '.join(where)}"
-            )
-        for name, kind in (("order", Order), ("targets", Targets)):
-            value = self.config.dataset.get(name, get_args(kind)[0])
-            if value not in get_args(kind):
-                raise InputError(
-                    f"config.dataset.{name}={value!r}: choose "
-                    f"{', '.join(get_args(kind))}"
-                )
-        if self.config.seed < 0:
-            raise InputError(f"config.seed={self.config.seed} must be 0 or more")
-        unknown = set(self.config.eval.focus) - set(self.protocol().classes)
-        if unknown:
-            raise InputError(
-                f"config.eval.focus names {', '.join(sorted(unknown))}, not novel in "
-                f"fold {self.config.dataset.fold}: choose of "
-                f"{', '.join(self.protocol().classes)}"
-            )
-        if self.config.dtype not in DTYPES:
-            raise InputError(
-                f"config.dtype={self.config.dtype!r}: choose {', '.join(DTYPES)}"
-            )
-        _ = self.fold, self.backbone, self.model, self.optimizer
+        check(self.config)
+        _ = self.backbone, self.model, self.optimizer
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
         """Names of all classes of the data set."""
-        data = self.config.dataset
-        if data.kind == "shapes":
-            return Shapes("val", 1).classes
-        if data.split == "pascal":
-            return PASCAL_CLASSES
-        if data.split.startswith("coco"):
-            return COCO_CLASSES
-        if data.kind != "prepared":
-            raise InputError(
-                f"config.dataset.split={data.split!r} needs the class names of a "
-                "prepared data set: config.dataset.kind=prepared"
-            )
-        return prepared_classes(data.root)
+        return class_names(self.config.dataset)
 
     @functools.cached_property
     def fold(self) -> Fold:
         """Base and novel class ids."""
-        data = self.config.dataset
-        rules: dict[str, Callable[[int], Fold]] = {
-            "pascal": pascal_fold,
-            "coco_fwb": functools.partial(coco_fold, split="fwb"),
-            "coco_panet": functools.partial(coco_fold, split="panet"),
-            "blocks": lambda i: fold_of(len(self.class_names), i, data.folds, "blocks"),
-            "strided": lambda i: fold_of(
-                len(self.class_names), i, data.folds, "strided"
-            ),
-            "named": lambda _: named_fold(self.class_names, tuple(data.novel)),
-        }
-        if data.split not in rules:
-            raise InputError(
-                f"config.dataset.split={data.split!r}: choose {', '.join(rules)}"
-            )
-        return rules[data.split](data.fold)
+        return chosen_fold(self.config.dataset, self.class_names)
 
     def dataset(self, split: Literal["train", "val"]) -> SegmentationDataset:
         """Return the images of a split; raises InputError where files are missing."""
-        # pyright takes a cached_property for no match of a protocol's property.
-        return self._dataset(split)  # pyright: ignore[reportReturnType]
-
-    def _dataset(self, split):
-        data = self.config.dataset
-        if data.kind == "shapes":
-            return Shapes(split, data[f"{split}_images"], data.side, self.config.seed)
-        if data.kind == "prepared":
-            return self._prepared(split)
-        if data.kind != "voc":
-            raise InputError(
-                f"config.dataset.kind={data.kind!r}: choose 'prepared', 'voc' or "
-                "'shapes'"
-            )
-        ids = data[f"{split}_ids"]
-        return VOCLayout(data.root, ids, self.class_names, data.images, data.masks)
-
-    def _prepared(self, split):
-        root = self.config.dataset.root
-        dataset = Prepared(root, split)
-        if dataset.classes != self.class_names:
-            raise InputError(
-                f"{root} has {len(dataset.classes)} other classes than "
-                f"config.dataset.split={self.config.dataset.split!r} expects; choose "
-                "'blocks', 'strided' or 'named'"
-            )
-        return dataset
+        data, seed = self.config.dataset, self.config.seed
+        return open_split(data, split, self.class_names, seed)
 
     def train_sampler(self, dataset: SegmentationDataset) -> EpisodeSampler:
         """Return the training episodes: base classes."""
@@ -215,8 +101,8 @@ class Experiment:
             exclude=self.fold.novel if data.exclude_novel else (),
             min_pixels=data.min_pixels,
             on_few=data.on_few,
-            order=data.get("order", "shuffled"),
-            targets=data.get("targets", "large"),
+            order=data.order,
+            targets=data.targets,
             class_names=self.class_names,
         )
 
@@ -225,13 +111,21 @@ class Experiment:
 
         The preset is the config's, with the config's changes, unless one is given;
         what the run itself settles (data, shots, training list) is never the preset's.
+        Raises InputError where the fold or a class of the focus doesn't exist.
         """
         config, data = self.config, self.config.dataset
+        novel = self._names(self.fold.novel)
+        unknown = sorted(set(config.eval.focus) - set(novel))
+        if unknown:
+            raise InputError(
+                f"config.eval.focus names {', '.join(unknown)}, not novel in "
+                f"fold {data.fold}: choose of {', '.join(novel)}"
+            )
         fields: dict[str, Any] = {
             "dataset": data.name,
             "split": data.split,
             "fold": data.fold,
-            "classes": self._names(self.fold.novel),
+            "classes": novel,
             "exclude_novel": data.exclude_novel,
             "min_pixels": data.min_pixels,
             "shots": config.shots,
@@ -243,7 +137,6 @@ class Experiment:
             chosen = {k: config.eval[k] for k in ("episodes", "seeds", "scoring")}
             fields |= {k: v for k, v in chosen.items() if v}
         fields = preset_fields(fields["preset"], data.split) | fields | changes
-        fields["seeds"] = tuple(fields["seeds"])  # a list when read from JSON
         return Protocol(**fields)
 
     def selection_protocol(self) -> Protocol | None:
@@ -259,7 +152,7 @@ class Experiment:
     @property
     def identity(self) -> str:
         """A hash of all that this experiment's results depend on."""
-        fields = _flat(json.loads(self.config.to_json()))
+        fields = flat(json.loads(self.config.to_json()))
         text = json.dumps({k: v for k, v in fields.items() if k not in FREE})
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -313,7 +206,7 @@ class Experiment:
     def backbone(self) -> Backbone:
         """The frozen network, with those of its stages that QPENet is given."""
         net = backbone(self.config.backbone.name)
-        stages = tuple(self.config.backbone.get("stages", ()))
+        stages = tuple(self.config.backbone.stages)
         return choose_stages(net, stages) if stages else net
 
     def backbone_weights(self) -> PyTree[Array]:
@@ -323,15 +216,19 @@ class Experiment:
             jax.numpy.asarray, load_weights(spec.name, spec.weights or None)
         )
 
-    @property
+    @functools.cached_property
     def model(self) -> QPENet:
         """QPENet proper or a variant of it, over the backbone's features."""
-        if self.config.variant not in VARIANTS:
-            raise InputError(
-                f"config.variant={self.config.variant!r}: choose {', '.join(VARIANTS)}"
-            )
-        fields = {**self.config.model, **VARIANTS[self.config.variant].fields}
-        return QPENet(**fields)
+        fields = {f.name: f.default for f in dataclasses.fields(QPENet)}
+        given: dict[str, Any] = dict(self.config.model)
+        settled = VARIANTS[self.config.variant].fields
+        for name, value in settled.items():
+            if given[name] not in (value, fields[name]):
+                raise InputError(
+                    f"config.model.{name}={given[name]!r} is {value!r} in "
+                    f"config.variant={self.config.variant!r}: leave one of them out"
+                )
+        return QPENet(**{**given, **settled})
 
     @property
     def optimizer(self) -> Optimizer:
@@ -341,9 +238,7 @@ class Experiment:
     @property
     def augmentation(self) -> Augmentation:
         """The training augmentation."""
-        fields: dict[str, Any] = dict(self.config.augmentation)
-        fields["scale"] = tuple(fields["scale"])  # a list when read from JSON
-        return Augmentation(**fields)
+        return Augmentation(**self.config.augmentation)
 
     @property
     def augments_on_device(self) -> bool:
@@ -395,108 +290,19 @@ class Experiment:
         return self.init(optax.identity()).params
 
     def train_step(self, tx: optax.GradientTransformation):
-        """Return the jitted train step."""
+        """Return the jitted train step, for a batch shared as `shardings` says."""
+        computing = in_dtype(self.model, self.backbone, self.config.dtype)
+        _, split = shardings(self.config.batch_size)
         loss = LossWeights(**self.config.loss)
-        return make_train_step(*self._computing, tx, loss)
+        return make_train_step(*computing, tx, loss, split.mesh)
 
     def predictor(self, params: PyTree[Array], weights: PyTree[Array]) -> Predictor:
         """Return QPENet with trained parameters over the frozen weights."""
-        return qpenet_predictor(*self._computing, params, weights)
+        return qpenet_predictor(
+            self.model, self.backbone, params, weights, self.config.dtype
+        )
 
     def cosine_predictor(self, weights: PyTree[Array]) -> Predictor:
         """Return the training-free baseline, on all stages: they serve it best."""
         whole = backbone(self.config.backbone.name)
-        _, net = in_dtype(self.model, whole, self.config.dtype)
-        return cosine_predictor(net, weights)
-
-    @property
-    def _computing(self) -> tuple[Any, Any]:
-        """The network and its backbone in `config.dtype`."""
-        return in_dtype(self.model, self.backbone, self.config.dtype)
-
-
-def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
-    """Write the config into a new workdir, or check that it's that of an old one.
-
-    `inputs` are hashes of what the config names by path. Raises InputError naming what
-    differs.
-    """
-    path = workdir / CONFIG_FILE
-    ours = json.loads(config.to_json())
-    if path.exists():
-        theirs = read_json(path)
-        changed = sorted(
-            key
-            for key in _flat(ours).keys() | _flat(theirs).keys()
-            if _flat(ours).get(key) != _flat(theirs).get(key) and key not in FREE
-        )
-        if changed:
-            raise InputError(
-                f"{workdir} holds a run of another config ({', '.join(changed)} "
-                "differ): choose another --workdir, or give the same config to resume"
-            )
-    else:
-        write_json(path, ours)
-    path = workdir / INPUTS_FILE
-    theirs = read_json(path) if path.exists() else inputs
-    changed = sorted(name for name in inputs if inputs[name] != theirs.get(name))
-    if changed:
-        raise InputError(
-            f"{workdir} holds a run on other inputs ({', '.join(changed)} differ from "
-            "what it started with): give the same data and weights, or choose another "
-            "--workdir"
-        )
-    write_json(path, inputs)
-
-
-def inputs_of(
-    train: SegmentationDataset, val: SegmentationDataset, weights: PyTree[Array]
-) -> dict[str, str]:
-    """Return hashes of the images' names and pixel counts, and of the weights."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(weights):
-        digest.update(np.asarray(leaf).tobytes())
-    return {
-        "training images": dataset_version(train),
-        "validation images": dataset_version(val),
-        "backbone weights": digest.hexdigest()[:12],
-    }
-
-
-def open_run(workdir: str | Path) -> tuple[Experiment, PyTree[Array], int]:
-    """Return a workdir's experiment, the parameters that it selected, and their step.
-
-    Raises InputError if it holds no run or no checkpoint yet.
-    """
-    path = Path(workdir) / CONFIG_FILE
-    if not path.exists():
-        raise InputError(
-            f"{workdir} is no run: it has no {CONFIG_FILE}; give the --workdir of "
-            "train.py"
-        )
-    try:
-        experiment = Experiment(ConfigDict(read_json(path)))
-        like = experiment.untrained()
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no config of this version: {error}") from None
-    return experiment, *restore_params(Path(workdir), like)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a file of a workdir; raises InputError if it is broken."""
-    remedy = "restore it, or use another --workdir"
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a config: {remedy}")
-    return content
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
+        return cosine_predictor(whole, weights, self.config.dtype)

@@ -17,7 +17,8 @@ from qpenet_jax.training import health
 from qpenet_jax.benchmark.measure import peak_memory
 from qpenet_jax.data.episodes import training_batches
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.training.step import TrainState, global_batch, shardings
+from qpenet_jax.training.step import TrainState
+from qpenet_jax.training.sharding import global_batch, shardings
 
 STEPS = 200
 

@@ -1,19 +1,17 @@
-"""TrainState, optimiser and the jitted train step."""
+"""TrainState and the jitted train step."""
 
-import dataclasses
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
 from qpenet_jax.backbones.registry import Backbone, features
-from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE, Episode
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.prototypes import predicted
@@ -30,62 +28,17 @@ class TrainState:
     opt_state: PyTree
 
 
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-    """SGD of the paper (IV.B), or AdamW for short schedules, with poly decay.
-
-    The paper gives lr 0.0025; the released trainer multiplies it by 10 for every
-    parameter (PFENet's habit for layers that start from scratch): `lr_factor`.
-    """
-
-    name: str = "sgd"
-    lr: float = 0.0025
-    lr_factor: float = 10.0
-    power: float = 0.9
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    clip: float = 0.0  # largest norm of the whole gradient; 0: not clipped
-    warm_up: int = 0  # steps over which the rate rises linearly to the schedule
-
-    def __post_init__(self):
-        """Refuse a name that `build` doesn't know, and what makes no optimiser."""
-        if self.name not in ("sgd", "adamw"):
-            raise InputError(f"optimizer {self.name!r}: choose 'sgd' or 'adamw'")
-        for name in ("clip", "warm_up"):
-            if getattr(self, name) < 0:
-                raise InputError(
-                    f"optimizer.{name}={getattr(self, name)} must be 0 or more"
-                )
-
-    def schedule(self, steps: int) -> optax.Schedule:
-        """Return lr * lr_factor * (1 - t / steps)^power, after the warm-up if any."""
-        peak = self.lr * self.lr_factor
-        decay = optax.polynomial_schedule(peak, 0.0, self.power, steps)
-        if not self.warm_up:
-            return decay
-        return lambda t: decay(t) * jnp.minimum(1.0, (t + 1) / self.warm_up)
-
-    def build(self, steps: int) -> optax.GradientTransformation:
-        """Return the optimiser for a run of `steps` steps."""
-        schedule = self.schedule(steps)
-        clip = [optax.clip_by_global_norm(self.clip)] if self.clip else []
-        if self.name == "adamw":
-            adamw = optax.adamw(schedule, weight_decay=self.weight_decay)
-            return optax.chain(*clip, adamw) if clip else adamw
-        # As in PyTorch, weight decay is part of the gradient that momentum sums up.
-        decay = optax.add_decayed_weights(self.weight_decay)
-        return optax.chain(*clip, decay, optax.sgd(schedule, momentum=self.momentum))
-
-
 def episode_features(
     backbone: Backbone, weights: PyTree[Array], batch: Episode
 ) -> tuple[Float[Array, "b k h w f"], Float[Array, "b h w f"]]:
     """Return support and query features; all images go through in one call."""
     b, k = batch.support_images.shape[:2]
-    supports = batch.support_images.reshape(b * k, *batch.support_images.shape[2:])
-    images = jnp.concatenate([supports, batch.query_image])
-    maps = features(backbone, weights, images)
-    return maps[: b * k].reshape(b, k, *maps.shape[1:]), maps[b * k :]
+    # Behind the batch axis, which devices share: no image moves between them.
+    query = batch.query_image[:, None]
+    images = jnp.concatenate([batch.support_images, query], axis=1)
+    maps = features(backbone, weights, images.reshape(b * (k + 1), *images.shape[2:]))
+    maps = maps.reshape(b, k + 1, *maps.shape[1:])
+    return maps[:, :k], maps[:, k]
 
 
 def init_state(
@@ -109,15 +62,26 @@ def make_train_step(
     backbone: Backbone,
     optimizer: optax.GradientTransformation,
     loss_weights: LossWeights,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Return `train_step(state, weights, batch, key) -> (state, metrics)`, jitted.
 
-    Pure: dropout of step t comes from `fold_in(key, t)`. The state is donated.
+    Pure: dropout of step t comes from `fold_in(key, t)`. The state is donated. `mesh`
+    holds the devices that share the batch (`sharding.shardings`), if there are several.
     """
 
     apply: Any = model.apply
 
     def train_step(state, weights, batch, key):
+        with on_mesh():
+            return one_step(state, weights, batch, key)
+
+    def on_mesh():
+        if mesh is None:
+            return contextlib.nullcontext()
+        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+    def one_step(state, weights, batch, key):
         support_maps, query_maps = episode_features(backbone, weights, batch)
         masks = batch.support_masks.astype(jnp.int32)
         truth = batch.query_mask.astype(jnp.int32)
@@ -167,23 +131,3 @@ def _health(logits, out, truth):
         if y in out
     }
     return {"iou": iou, **rms, **empty}
-
-
-def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
-    """Return (replicated, split over the batch) for all devices.
-
-    The batch is split over the largest number of devices that divides it.
-    """
-    devices = jax.devices()
-    count = next(n for n in range(len(devices), 0, -1) if batch_size % n == 0)
-    mesh = Mesh(np.array(devices[:count]), ("data",))
-    return (
-        NamedSharding(mesh, PartitionSpec()),
-        NamedSharding(mesh, PartitionSpec("data")),
-    )
-
-
-def global_batch(batch: Episode, sharding: NamedSharding) -> Any:
-    """Place this process's part of a batch on its devices."""
-    place = jax.make_array_from_process_local_data
-    return jax.tree.map(lambda x: place(sharding, np.asarray(x)), batch)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from qpenet_jax.models.ops import winograd
 from qpenet_jax.models.ops.attention import attend_in_blocks, true_keys_first
+from qpenet_jax.models.ops.devices import on_each_device
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -132,8 +133,12 @@ def attention(
     Scores scaled by 1 / sqrt(d), softmax in float32.
     """
     return jax.lax.platform_dependent(
-        query, key, value, mask, cpu=attend_in_blocks, default=_attention_plain
+        query, key, value, mask, cpu=_attention_in_blocks, default=_attention_plain
     )
+
+
+def _attention_in_blocks(*inputs):
+    return on_each_device(lambda _, *ours: attend_in_blocks(*ours), *inputs)
 
 
 def _attention_plain(query, key, value, mask):

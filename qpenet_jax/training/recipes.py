@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import check_choice
 
 PAPER: Mapping[str, Any] = {
     "model.normalize": False,
@@ -47,20 +47,13 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def resolved(config: Any) -> Any:
-    """Return a copy of a config in which the recipe's fields have values.
-
-    A config without a recipe, as runs of earlier versions have, stays as it is.
+    """Return a locked copy of a config in which the recipe's fields have values.
 
     Raises:
         InputError: there is no such recipe.
     """
     config = ConfigDict(config.to_dict())
-    if "recipe" not in config:
-        return config
-    if config.recipe not in RECIPES:
-        raise InputError(
-            f"config.recipe={config.recipe!r}: choose {', '.join(RECIPES)}"
-        )
+    check_choice("config.recipe=", config.recipe, RECIPES)
     for name, value in RECIPES[config.recipe].items():
         room, field = name.split(".")
         if config[room][field] is None:
