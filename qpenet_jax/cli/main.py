@@ -25,7 +25,7 @@ from qpenet_jax.data.episodes import Order, Targets
 from qpenet_jax.data.images import IMAGE_SUFFIXES, image_size, read_image, read_mask
 from qpenet_jax.data.sources.prepared import read_metadata
 from qpenet_jax.data.transforms import Resize
-from qpenet_jax.evaluation.compare import compare, comparison_table
+from qpenet_jax.evaluation.compare import compare_results, comparison_table
 from qpenet_jax.evaluation.pictures import overlay
 from qpenet_jax.evaluation.protocols import (
     PRESETS,
@@ -36,7 +36,7 @@ from qpenet_jax.evaluation.protocols import (
 )
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.paper.figures import figures
+from qpenet_jax.paper.figures import draw_figures
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment
@@ -372,7 +372,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     a, b = map(Path, args.results)
-    result = compare(a, b, different_protocols=args.different_protocols)
+    result = compare_results(a, b, different_protocols=args.different_protocols)
     print(comparison_table(result))
     if args.out:
         write_json(Path(args.out), result)
@@ -395,7 +395,7 @@ def _reproduce(args: argparse.Namespace) -> None:
 
 
 def _figures(args: argparse.Namespace) -> None:
-    paths = figures(
+    paths = draw_figures(
         [Path(workdir) for workdir in args.workdir],
         Path(args.out),
         episodes=args.episodes,

@@ -39,7 +39,9 @@ Differences = dict[str, list[Any]]
 """The two values of every entry in which two protocols differ."""
 
 
-def compare(a: Path, b: Path, *, different_protocols: bool = False) -> dict[str, Any]:
+def compare_results(
+    a: Path, b: Path, *, different_protocols: bool = False
+) -> dict[str, Any]:
     """Return A, B and B - A in IoU percent, all on the episodes common to both.
 
     `a` and `b` are results.json files, or their folders, with the scores of the
@@ -72,7 +74,7 @@ def compare(a: Path, b: Path, *, different_protocols: bool = False) -> dict[str,
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
-    """Return what `compare` found as Markdown: what was compared, then the table."""
+    """Return a comparison as Markdown: what was compared, then the table."""
     episodes, differs = comparison["episodes"], comparison["differs"]
     lines = [
         f"{name}: {comparison[name.lower()]}{selection and f' ({selection})'}"

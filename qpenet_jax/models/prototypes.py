@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-STRIDE = 8
+FEATURE_STRIDE = 8
 """Pixels between feature cells of every backbone here."""
 
 MAP_EPSILON = 5e-4
@@ -65,6 +65,6 @@ def foreground_on_grid(
     sides are 8 n + 1 and the grid n + 1.
     """
     height, width = mask.shape[-2:]
-    if (height - 1, width - 1) != (STRIDE * (grid[0] - 1), STRIDE * (grid[1] - 1)):
+    if (height - 1, width - 1) != (FEATURE_STRIDE * (grid[0] - 1), FEATURE_STRIDE * (grid[1] - 1)):
         raise ValueError(f"sides {height} x {width} do not fit the grid {grid}")
-    return mask[..., ::STRIDE, ::STRIDE] == 1
+    return mask[..., ::FEATURE_STRIDE, ::FEATURE_STRIDE] == 1

@@ -31,7 +31,7 @@ def pooled(found: Sequence[Found]) -> Scores:
     of them, unless the images are generated and therefore differ.
     """
     versions = [one.facts["version"] for one in found]
-    seed, query = (metrics.COLUMNS.index(name) for name in ("seed", "query"))
+    seed, query = (metrics.SCORE_COLUMNS.index(name) for name in ("seed", "query"))
     parts = [one.scores.rows.copy() for one in found]
     for k, rows in enumerate(parts):
         rows[:, seed] += k * APART
