@@ -29,7 +29,6 @@ from qpenet_jax.evaluation.compare import compare_results, comparison_table
 from qpenet_jax.evaluation.pictures import overlay
 from qpenet_jax.evaluation.protocols import (
     PRESETS,
-    Protocol,
     Scoring,
     check_side,
     of_dataset,
@@ -38,7 +37,7 @@ from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.paper.figures import draw_figures
 from qpenet_jax.runs.config_files import load_config
-from qpenet_jax.runs.evaluator import Evaluator
+from qpenet_jax.runs.evaluator import Evaluator, folder_name
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.segmenter import load
@@ -332,21 +331,14 @@ def _evaluate(args: argparse.Namespace) -> None:
         _refuse_overrides(args, ("shots", "episodes", "seeds", "order", "targets"))
     for shots in (1,) if frozen else args.shots or (1,):
         protocol = experiment.protocol(args.protocol, **changes | {"shots": shots})
-        evaluator = Evaluator(experiment, weights, out, val, protocol, frozen)
-        evaluator.folder = folder = out / _folder_name(evaluator.protocol)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = out / folder_name(protocol, frozen)
+        evaluator = Evaluator(experiment, weights, folder, val, protocol, frozen)
         print(evaluator.describe())
         if args.references:
             evaluator.references()
         evaluator(params, step=step)
         print(evaluator.report())
         print(f"written to {folder}")
-
-
-def _folder_name(protocol: Protocol) -> str:
-    """Return a name of its own for every protocol, such as pfenet_1shot."""
-    name = protocol.name.replace(", but ", "_").replace(" ", "_")
-    return f"{name}_{protocol.shots}shot"
 
 
 def _refuse_overrides(args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -22,10 +22,10 @@ EPISODES = "episodes_qpenet.csv"
 """The scores beside a results.json that doesn't name its "episodes_file"."""
 
 DERIVED = {"text", "name", "preset"}
-"""Entries of a protocol that only put the others into words."""
+"""Entries of a protocol that only repeat the others in words."""
 
 IDENTITY = {"version"}
-"""Where these differ, query 17 is another image: no episode can be common."""
+"""If these differ, an index means another image, so no episode can be common."""
 
 ROUNDING = 0.011
 """results.json holds percent with two decimals."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.paper.results import TABLES, rows_of
 from qpenet_jax.paper.tables import TICKS
 from qpenet_jax.runs.config_files import load_config
@@ -58,8 +58,7 @@ class Plan:
 
     def __post_init__(self):
         """Refuse a table that the paper doesn't have; take every seed once."""
-        if self.table not in TABLES:
-            raise InputError(f"table {self.table!r}: choose {', '.join(TABLES)}")
+        check_choice("table ", self.table, TABLES)
         seeds = self.seeds or ((0, 1, 2) if self.is_ablation else (0,))
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(seeds)))
 
