@@ -65,6 +65,7 @@ def foreground_on_grid(
     sides are 8 n + 1 and the grid n + 1.
     """
     height, width = mask.shape[-2:]
-    if (height - 1, width - 1) != (FEATURE_STRIDE * (grid[0] - 1), FEATURE_STRIDE * (grid[1] - 1)):
+    sides = tuple(FEATURE_STRIDE * (cells - 1) + 1 for cells in grid)
+    if (height, width) != sides:
         raise ValueError(f"sides {height} x {width} do not fit the grid {grid}")
     return mask[..., ::FEATURE_STRIDE, ::FEATURE_STRIDE] == 1

@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from qpenet_jax.training import health
 from qpenet_jax.benchmark.measure import peak_memory
 from qpenet_jax.data.episodes import training_batches
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.training.step import TrainState
+from qpenet_jax.training import health
 from qpenet_jax.training.sharding import global_batch, shardings
+from qpenet_jax.training.step import TrainState
 
 STEPS = 200
 
