@@ -443,6 +443,7 @@ def test_a_config_may_lie_anywhere(tmp_path):
     interpreter, *words = run.command
     assert interpreter == sys.executable
     assert words[:5] == ["-m", "qpenet_jax.cli", "train", "--config", str(config)]
+    assert words[-1] == "--config.seed=0"
 
 
 def synthetic(gain=0.0, noise=0.0, version="v", seed=0):
