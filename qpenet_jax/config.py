@@ -30,7 +30,8 @@ from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.data.episodes import Order, Targets
 from qpenet_jax.evaluation.protocols import PRESETS, Scoring, check_side
 from qpenet_jax.models.losses import LossWeights
-from qpenet_jax.models.qpenet import VARIANTS, QPENet
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.recipes import RECIPES
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.evaluation.compare import compare, comparison_table
+from qpenet_jax.evaluation.compare import compare_results, comparison_table
 from qpenet_jax.evaluation.metrics import Scores
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.report import summarize, write_report
@@ -45,7 +45,7 @@ def write_run(folder, *, gain=0, name="episodes_qpenet.csv", facts=None, **chang
 
 def test_a_run_against_itself_is_0(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
-    found = compare(a, b)
+    found = compare_results(a, b)
     assert found["differs"] == {}
     assert found["episodes"] == {"common": 80, "a": 80, "b": 80}
     rows = [*found["per_class"].values(), found["miou"], found["fb_iou"]]
@@ -58,7 +58,7 @@ def test_a_known_shift(tmp_path):
     facts = {"selection": "last step", "episodes_file": "scores.csv"}
     a = write_run(tmp_path / "a")
     b = write_run(tmp_path / "b", gain=100, name="scores.csv", facts=facts)
-    found = compare(a, b)
+    found = compare_results(a, b)
     values = scores_of((0, 1), 40)
     cat = values.rows[values.column("class_id") == 3]
     assert found["per_class"] == {
@@ -76,8 +76,8 @@ def test_a_known_shift(tmp_path):
     assert found["fb_iou"]["difference"] == 2.5
     low, high = found["fb_iou"]["interval"]
     assert 1 < low < 2.5 < high < 4
-    assert compare(b, a)["miou"]["difference"] == -5
-    assert compare(a.parent, b.parent) == found, "folders will do"
+    assert compare_results(b, a)["miou"]["difference"] == -5
+    assert compare_results(a.parent, b.parent) == found, "folders will do"
 
     text = comparison_table(found)
     lines = text.splitlines()
@@ -98,14 +98,14 @@ def test_other_protocols_are_refused_then_paired_where_told(tmp_path):
     a = write_run(tmp_path / "a")
     b = write_run(tmp_path / "b", gain=100, episodes=30, seeds=(1, 2), scoring="exact")
     with pytest.raises(InputError) as error:
-        compare(a, b)
+        compare_results(a, b)
     message = str(error.value)
     told = "episodes 40 / 30, seeds 0,1 / 1,2, scoring original / exact"
     assert message.startswith(f"{a} and {b}: different protocols ({told}); ")
     assert "--different-protocols" in message
     assert "\n" not in message
 
-    found = compare(a, b, different_protocols=True)
+    found = compare_results(a, b, different_protocols=True)
     assert found["differs"] == {
         "episodes": [40, 30],
         "seeds": [[0, 1], [1, 2]],
@@ -128,7 +128,7 @@ def test_names_of_a_protocol_do_not_make_it_another(tmp_path):
     results = json.loads(b.read_text())
     preset = results["protocol"]
     assert preset["name"] != json.loads(a.read_text())["protocol"]["name"]
-    assert compare(a, b)["differs"] == {}
+    assert compare_results(a, b)["differs"] == {}
 
 
 @pytest.mark.parametrize("forced", [False, True])
@@ -137,15 +137,17 @@ def test_other_data_is_always_refused(forced, tmp_path):
     b = write_run(tmp_path / "b", side=33, version="1.1 def")
     match = r"different data \(version 1.0 abc / 1.1 def\), so no episode is common"
     with pytest.raises(InputError, match=match):
-        compare(a, b, different_protocols=forced)
+        compare_results(a, b, different_protocols=forced)
 
 
 def test_runs_trained_on_other_pools_are_compared_on_the_same_images(tmp_path):
     a = write_run(tmp_path / "a", release="pascal5i/main/1.0.0")
     b = write_run(tmp_path / "b", release="pascal5i/trainaug/1.0.0")
     with pytest.raises(InputError, match="release"):
-        compare(a, b)
-    assert set(compare(a, b, different_protocols=True)["differs"]) == {"release"}
+        compare_results(a, b)
+    assert set(compare_results(a, b, different_protocols=True)["differs"]) == {
+        "release"
+    }
 
 
 def test_a_class_that_only_one_scored_is_left_out(tmp_path):
@@ -158,8 +160,8 @@ def test_a_class_that_only_one_scored_is_left_out(tmp_path):
     results["miou"] = results["per_class"]["cat"]
     b.write_text(json.dumps(results))
     with pytest.raises(InputError, match=r"\(classes cat,dog / cat\)"):
-        compare(a, b)
-    found = compare(a, b, different_protocols=True)
+        compare_results(a, b)
+    found = compare_results(a, b, different_protocols=True)
     assert list(found["per_class"]) == ["cat"]
     assert found["miou"]["difference"] == 10
     assert found["episodes"] == {"common": 40, "a": 80, "b": 40}
@@ -169,7 +171,7 @@ def test_long_values_are_told_shortly(tmp_path):
     a = write_run(tmp_path / "a")
     b = write_run(tmp_path / "b", seeds=(*range(20), 77), episode_list="e" * 64)
     with pytest.raises(InputError) as error:
-        compare(a, b)
+        compare_results(a, b)
     told = "seeds 0,1 / 21 with 2,3,4,5,6,7,8,9,10,11,12,13,1..."
     assert told in str(error.value)
     assert f"episode_list (none) / {'e' * 37}...)" in str(error.value)
@@ -178,7 +180,7 @@ def test_long_values_are_told_shortly(tmp_path):
 def test_no_common_episode(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", seeds=(5,))
     with pytest.raises(InputError) as error:
-        compare(a, b, different_protocols=True)
+        compare_results(a, b, different_protocols=True)
     assert str(error.value).startswith(f"{a} and {b}: ")
     assert "no episode in common" in str(error.value)
 
@@ -186,10 +188,10 @@ def test_no_common_episode(tmp_path):
 def test_missing_files(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     with pytest.raises(InputError, match=r"c/results\.json: no such file"):
-        compare(a, tmp_path / "c" / "results.json")
+        compare_results(a, tmp_path / "c" / "results.json")
     (b.parent / "episodes_qpenet.csv").unlink()
     with pytest.raises(InputError, match=r"b/episodes_qpenet\.csv: no such file"):
-        compare(a, b)
+        compare_results(a, b)
 
 
 def test_broken_scores(tmp_path):
@@ -197,7 +199,7 @@ def test_broken_scores(tmp_path):
     csv = b.parent / "episodes_qpenet.csv"
     csv.write_text(csv.read_text()[:-9])
     with pytest.raises(InputError, match=r"b/episodes_qpenet\.csv: not a whole file"):
-        compare(a, b)
+        compare_results(a, b)
 
 
 def test_scores_of_another_run(tmp_path):
@@ -205,7 +207,7 @@ def test_scores_of_another_run(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", gain=1)
     scores_of((0, 1), 40).save(b.parent / "episodes_qpenet.csv")
     with pytest.raises(InputError, match=r"b/episodes_qpenet\.csv: not the episodes"):
-        compare(a, b)
+        compare_results(a, b)
 
 
 def change(results, **changes):
@@ -232,11 +234,11 @@ def test_broken_results(broken, tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     b.write_text(broken(json.loads(b.read_text())))
     with pytest.raises(InputError, match=r"b/results\.json: not a results\.json of"):
-        compare(a, b)
+        compare_results(a, b)
 
 
 def test_results_that_are_no_text(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     b.write_bytes(b"\xff\xfe\x00{")
     with pytest.raises(InputError, match=r"b/results\.json: not a results\.json of"):
-        compare(a, b)
+        compare_results(a, b)

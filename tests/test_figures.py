@@ -12,25 +12,27 @@ from configs import quickstart
 from qpenet_jax import InputError
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episodes import EpisodeIds
-from qpenet_jax.evaluation import pictures as visualize
+from qpenet_jax.evaluation import pictures
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, TILE, TRUTH, Scene
 from qpenet_jax.models.layers import Conv1x1, Convs
-from qpenet_jax.paper import figures
-from qpenet_jax.paper.figures import (
+from qpenet_jax.paper import figures, sheets, tiles
+from qpenet_jax.paper.sheets import (
+    ShownEpisode,
+    background_sheet,
+    evolution_sheet,
+    predictions_sheet,
+)
+from qpenet_jax.paper.tiles import (
     AUX,
     BACKGROUND,
     DARK,
     MAIN,
-    Seen,
-    background_sheet,
     background_tiles,
-    evolution_sheet,
     evolution_tiles,
-    predictions_sheet,
     support_regions,
 )
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.runs.folder import claim, inputs_of
+from qpenet_jax.runs.folder import TrainedRun, claim, inputs_of
 from qpenet_jax.training.step import episode_features
 
 SIDE, GRID = 65, 9
@@ -138,7 +140,7 @@ def test_colours_of_the_evolution():
     assert pixel(regions, 210, 80) == (40, 40, 40)
     assert pixel(final, 160, 80) == tint(PREDICTION)
     assert pixel(final, 60, 80) == (0, 0, 0)
-    # The truth's outline on both predictions, found or not.
+    # The truth's contour on both predictions, found or not.
     for tile in (pre, final):
         assert pixel(tile, 28, 80) == TRUTH
         assert pixel(tile, 195, 80) == TRUTH
@@ -155,16 +157,16 @@ def test_heat_maps_darken_the_query_and_have_a_colour_bar():
     *_, a_main, a_aux, _ = evolution_tiles(grey, MARGIN, out_of())
     assert pixel(a_aux, 100, 80) == (int(200 * DARK),) * 3
     bar = np.asarray(a_main)[13, :160].astype(int)
-    assert (np.abs(bar - visualize.PAPER).sum(1) < 20).any()
+    assert (np.abs(bar - pictures.PAPER).sum(1) < 20).any()
     assert (np.abs(bar - MAIN).sum(1) < 20).any()
 
 
 def test_a_picture_keeps_its_shape_on_white():
-    wide = np.asarray(visualize.tile(np.zeros((30, 60, 3), np.uint8)))
+    wide = np.asarray(pictures.tile(np.zeros((30, 60, 3), np.uint8)))
     assert wide.shape == (TILE, TILE, 3)
     assert (wide[: TILE // 2] == 0).all()
     assert (wide[TILE // 2 :] == 255).all()
-    tall = np.asarray(visualize.tile(np.zeros((60, 30, 3), np.uint8)))
+    tall = np.asarray(pictures.tile(np.zeros((60, 30, 3), np.uint8)))
     assert (tall[:, TILE // 4 : -TILE // 4] == 0).all()
     assert (tall[:, : TILE // 4] == 255).all()
     assert (tall[:, -TILE // 4 :] == 255).all()
@@ -181,7 +183,7 @@ def test_colours_of_the_background():
 
 def test_notes_of_the_background(monkeypatch):
     notes = []
-    monkeypatch.setattr(figures, "tile", lambda _, note: notes.append(note))
+    monkeypatch.setattr(tiles, "tile", lambda _, note: notes.append(note))
     nothing, all_of_it = half("left"), half("left")
     nothing[..., 1], all_of_it[..., 1] = -1, 1
     background_tiles(scene(), out_of(y_bg_q=nothing, y_bg_clean=all_of_it))
@@ -192,53 +194,58 @@ def test_notes_of_the_background(monkeypatch):
 
 def test_the_iou_of_a_tile_leaves_ignored_pixels_out():
     truth = np.array([[1, 1, 0, 255]], np.uint8)
-    assert visualize.iou_note(np.array([[1, 0, 1, 1]], np.uint8), truth) == "IoU 33"
-    assert visualize.iou_note(np.zeros((1, 4), np.uint8), truth * 0) == "IoU 0"
+    assert pictures.iou_note(np.array([[1, 0, 1, 1]], np.uint8), truth) == "IoU 33"
+    assert pictures.iou_note(np.zeros((1, 4), np.uint8), truth * 0) == "IoU 0"
 
 
 def test_tints_are_the_same_on_every_picture():
     mask = np.ones((20, 20), np.uint8)
     for grey in (0, 90, 255):
-        picture = visualize.overlay(np.full((20, 20, 3), grey, np.uint8), mask, SUPPORT)
+        picture = pictures.overlay(np.full((20, 20, 3), grey, np.uint8), mask, SUPPORT)
         assert tuple(picture[10, 10]) == tint(SUPPORT, grey)
     red = np.zeros((20, 20, 3), np.uint8)
     red[..., 0] = 255
-    *_, blue = visualize.overlay(red, mask, SUPPORT)[10, 10]
+    *_, blue = pictures.overlay(red, mask, SUPPORT)[10, 10]
     assert blue == tint(SUPPORT, 76)[2]  # 0.299 * 255
 
 
 def test_the_figure_of_an_evaluation():
     data = shrunk().dataset("val")
     episodes = [EpisodeIds(3, 0, 1, (1, 2)), EpisodeIds(4, 5, 2, (7, 8))]
-    page = visualize.episode_figure(
+    page = pictures.episode_figure(
         data, episodes, {"all": lambda _: jnp.ones((1, SIDE, SIDE))}, SIDE
     )
-    assert page.shape[1] > 4 * (TILE + visualize.GAP)
-    last = page[60 : visualize.HEADER + TILE - 60, -TILE // 2]  # all of it is tinted
+    assert page.shape[1] > 4 * (TILE + pictures.GAP)
+    last = page[60 : pictures.HEADER + TILE - 60, -TILE // 2]  # all of it is tinted
     assert (np.abs(last - np.array(PREDICTION) // 2 - 64) <= 64).all()
 
 
 @pytest.fixture
-def sheets(monkeypatch):
+def drawn(monkeypatch):
     """What is given to `sheet`: columns, rows, legend, notes."""
     given = []
 
     def record(*args):
         given.append(args)
-        return visualize.sheet(*args)
+        return pictures.sheet(*args)
 
-    monkeypatch.setattr(figures, "sheet", record)
+    monkeypatch.setattr(sheets, "sheet", record)
     return given
 
 
-def seen(**outs):
+def shown_episodes(**outs):
     runs = {name: (MARGIN, out) for name, out in outs.items()}
-    return [Seen(scene(), MARGIN, runs), Seen(scene(), -MARGIN, runs)]
+    return [
+        ShownEpisode(scene(), MARGIN, runs),
+        ShownEpisode(scene(), -MARGIN, runs),
+    ]
 
 
-def test_one_column_a_run_after_the_baseline(sheets):
-    page = predictions_sheet(seen(baseline=out_of(), full=out_of()), ["a note"])
-    ((columns, rows, legend, notes),) = sheets
+def test_one_column_a_run_after_the_baseline(drawn):
+    page = predictions_sheet(
+        shown_episodes(baseline=out_of(), full=out_of()), ["a note"]
+    )
+    ((columns, rows, legend, notes),) = drawn
     assert columns == ("support", "query", "truth", "cosine", "baseline", "full")
     assert [len(tiles) for _, tiles in rows] == [6, 6]
     assert [label for label, _ in rows] == ["dog\n#3"] * 2
@@ -247,19 +254,19 @@ def test_one_column_a_run_after_the_baseline(sheets):
     cosine = [tiles[3] for _, tiles in rows]
     assert pixel(cosine[0], 160, 80) == tint(PREDICTION)
     assert pixel(cosine[1], 160, 80) == (0, 0, 0)
-    step = TILE + visualize.GAP
+    step = TILE + pictures.GAP
     assert page.shape[1] > 6 * step
     assert page.shape[0] > 2 * step
-    colours = {tuple(c) for c in page[2 * step + visualize.HEADER :].reshape(-1, 3)}
+    colours = {tuple(c) for c in page[2 * step + pictures.HEADER :].reshape(-1, 3)}
     assert colours >= {SUPPORT, TRUTH, PREDICTION}  # the legend's swatches
 
 
-def test_runs_without_evolution_are_left_out_with_a_note(sheets):
+def test_runs_without_evolution_are_left_out_with_a_note(drawn):
     baseline = out_of(y_pre=None, y_rev=None, A_main=None, A_aux=None, y_bg_clean=None)
-    episodes = seen(baseline=baseline, full=out_of())
+    episodes = shown_episodes(baseline=baseline, full=out_of())
     evolution_sheet(episodes, [])
     background_sheet(episodes, [])
-    (columns, rows, *_, notes), (titles, backgrounds, *_, more) = sheets
+    (columns, rows, *_, notes), (titles, backgrounds, *_, more) = drawn
     assert len(columns) == 5
     assert [label for label, _ in rows] == ["dog\n#3\nfull"] * 2
     assert notes[-1] == "baseline: no evolution of the foreground"
@@ -270,30 +277,30 @@ def test_runs_without_evolution_are_left_out_with_a_note(sheets):
 
 def test_a_map_that_a_variant_lacks_is_an_empty_tile():
     *_, a_aux, _ = evolution_tiles(scene(), MARGIN, out_of(A_aux=None))
-    assert pixel(a_aux, 100, 80) == visualize.PAPER
+    assert pixel(a_aux, 100, 80) == pictures.PAPER
 
 
-def test_sheets_that_no_run_can_fill_say_why(sheets):
-    only = seen(baseline=out_of(y_pre=None, y_rev=None, y_bg_clean=None))
+def test_sheets_that_no_run_can_fill_say_why(drawn):
+    only = shown_episodes(baseline=out_of(y_pre=None, y_rev=None, y_bg_clean=None))
     assert evolution_sheet(only, []).shape[1] > 500
     assert background_sheet(only, []).shape[1] > 500
-    (_, rows, *_), (titles, *_) = sheets
+    (_, rows, *_), (titles, *_) = drawn
     assert rows == []
     assert titles == ("support", "truth")
 
 
 def test_a_row_needs_a_tile_for_every_column():
-    tiles = [visualize.tile(np.zeros((5, 5, 3), np.uint8))] * 2
+    tiles = [pictures.tile(np.zeros((5, 5, 3), np.uint8))] * 2
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        visualize.sheet(["a", "b", "c"], [("row", tiles)], {})
+        pictures.sheet(["a", "b", "c"], [("row", tiles)], {})
 
 
 def test_long_titles_fit_their_tile():
-    tiles = [visualize.tile(np.zeros((5, 5, 3), np.uint8))]
-    page = visualize.sheet(["a very long name of a run, " * 2], [("", tiles)], {})
-    assert (page[: visualize.HEADER] != 255).any()
-    assert (page[: visualize.HEADER, :10] == 255).all()
-    assert (page[: visualize.HEADER, -2:] == 255).all()
+    tiles = [pictures.tile(np.zeros((5, 5, 3), np.uint8))]
+    page = pictures.sheet(["a very long name of a run, " * 2], [("", tiles)], {})
+    assert (page[: pictures.HEADER] != 255).any()
+    assert (page[: pictures.HEADER, :10] == 255).all()
+    assert (page[: pictures.HEADER, -2:] == 255).all()
 
 
 # On runs: real experiments with random parameters in place of a checkpoint, as to
@@ -324,24 +331,24 @@ def opened(tmp_path_factory):
     for experiment in experiments:
         workdir = folder / f"run_{experiment.config.variant}"
         workdir.mkdir()
-        found[workdir] = experiment, random_params(experiment), 0
+        found[workdir] = TrainedRun(workdir, experiment, random_params(experiment), 0)
     return found
 
 
 @pytest.fixture
 def runs(opened, monkeypatch):
     """The workdirs of a full network and of a baseline."""
-    monkeypatch.setattr(figures, "open_run", opened.__getitem__)
+    monkeypatch.setattr(figures, "open_run", lambda folder, _: opened[folder])
     return list(opened)
 
 
-def test_three_sheets_of_two_runs(runs, tmp_path, sheets):
+def test_three_sheets_of_two_runs(runs, tmp_path, drawn):
     out = tmp_path / "new" / "figures"
-    paths = figures.figures(runs, out, episodes=[4, 0], shots=2)
+    paths = figures.draw_figures(runs, out, episodes=[4, 0], shots=2)
     names = ["predictions.jpg", "evolution.jpg", "background.jpg"]
     assert paths == [out / name for name in names]
     assert sorted(p.name for p in out.iterdir()) == sorted(names)
-    (columns, rows, _, notes), (_, evolution, *_), (titles, *_) = sheets
+    (columns, rows, _, notes), (_, evolution, *_), (titles, *_) = drawn
     assert columns[3:] == ("cosine", "full", "baseline")
     assert titles[2:] == ("full: P_global", "full: P_bg")
     assert [label.split("\n")[1] for label, _ in rows] == ["#4", "#0"]
@@ -396,7 +403,7 @@ def test_nothing_is_written_if_a_sheet_fails(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "evolution_sheet", quick)
     monkeypatch.setattr(figures, "background_sheet", fail)
     with pytest.raises(RuntimeError):
-        figures.figures(runs[:1], tmp_path / "out")
+        figures.draw_figures(runs[:1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -415,28 +422,28 @@ def test_nothing_is_written_if_a_sheet_fails(runs, tmp_path, monkeypatch):
 )
 def test_choices_that_cannot_be_shown(runs, tmp_path, choice, words):
     with pytest.raises(InputError, match=words):
-        figures.figures(runs[:1], tmp_path / "out", **choice)
+        figures.draw_figures(runs[:1], tmp_path / "out", **choice)
     assert not (tmp_path / "out").exists()
 
 
 def test_drawn_episodes_follow_the_seed():
     protocol = shrunk(eval__episodes=1000).protocol()
-    drawn = [figures._indices(protocol, None, 6, seed) for seed in (0, 0, 1)]
+    drawn = [figures._choose_episodes(protocol, None, 6, seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 6
     assert drawn[0] == sorted(drawn[0])
-    assert figures._indices(protocol, (999, 0), 6, 0) == [999, 0]
+    assert figures._choose_episodes(protocol, (999, 0), 6, 0) == [999, 0]
 
 
 def test_folders_that_cannot_be_shown(tmp_path):
     with pytest.raises(InputError, match="no run is given"):
-        figures.figures([], tmp_path / "out")
+        figures.draw_figures([], tmp_path / "out")
     with pytest.raises(InputError, match="is no run"):
-        figures.figures([tmp_path], tmp_path / "out")
+        figures.draw_figures([tmp_path], tmp_path / "out")
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(InputError, match="is no folder"):
-        figures.figures([tmp_path], file)
+        figures.draw_figures([tmp_path], file)
 
 
 def test_names_of_runs(runs):

@@ -8,7 +8,7 @@ import pytest
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.metrics import (
-    COLUMNS,
+    SCORE_COLUMNS,
     Scores,
     class_iou,
     common_episodes,
@@ -244,7 +244,7 @@ def test_files_keep_every_number(experiment, tmp_path):
     scores, _ = experiment
     scores.save(tmp_path / "scores.csv")
     text = (tmp_path / "scores.csv").read_text().splitlines()
-    assert text[0] == ",".join(COLUMNS)
+    assert text[0] == ",".join(SCORE_COLUMNS)
     loaded = load_scores(tmp_path / "scores.csv")
     np.testing.assert_array_equal(loaded.rows, scores.rows)
     assert loaded.rows.dtype == np.int64
@@ -253,7 +253,7 @@ def test_files_keep_every_number(experiment, tmp_path):
     assert load_scores(tmp_path / "one.csv").rows.shape == (1, 8)
 
 
-HEADER = ",".join(COLUMNS)
+HEADER = ",".join(SCORE_COLUMNS)
 
 
 @pytest.mark.parametrize(

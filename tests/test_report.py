@@ -11,7 +11,6 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.metrics import Scores
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.report import (
-    markdown,
     summarize,
     table,
     write_json,
@@ -95,11 +94,6 @@ def test_table_is_markdown(scores):
     low, high = result["fb_iou_interval"]
     assert rows[7] == ["FB-IoU", *[f"56.7 [{low:.1f}, {high:.1f}]"] * 2]
     assert len({len(line) for line in text.splitlines()}) == 1
-
-
-def test_markdown_escapes_what_would_end_a_cell():
-    rows = markdown(["class", "IoU"], [["cat|dog", "1.0"]]).splitlines()
-    assert rows == ["| class    | IoU |", "| -------- | --- |", r"| cat\|dog | 1.0 |"]
 
 
 def test_report_is_three_files(two_seeds, scores, tmp_path):

@@ -1,7 +1,7 @@
 """The paper's tables on the quick start, shrunk: train, kill, resume, skip, tell."""
 
+import contextlib
 import csv
-import fcntl
 import json
 import os
 import shutil
@@ -17,18 +17,19 @@ import pytest
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.metrics import Scores, estimate
-from qpenet_jax.models.qpenet import VARIANTS
+from qpenet_jax.paper import cost, execute
 from qpenet_jax.paper import reproduce as module
-from qpenet_jax.paper.reproduce import reproduce
-from qpenet_jax.paper.tables import (
-    COLUMNS,
-    PAPER,
+from qpenet_jax.paper.cost import Cost
+from qpenet_jax.paper.measures import (
     Found,
-    figures,
     mean_over_folds,
+    measured_difference,
     pooled,
     verdict,
 )
+from qpenet_jax.paper.plan import Plan, PlannedRun
+from qpenet_jax.paper.reproduce import reproduce
+from qpenet_jax.paper.results import ABLATION_RESULTS, FOLD_COLUMNS, FOLD_RESULTS
 
 # Of ml_collections, where it reads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -75,7 +76,7 @@ QUICK = {
 }
 
 
-def start(table, workdir, options):
+def start(table, workdir, options, new_session=False):
     command = [sys.executable, "-m", "qpenet_jax.cli", "reproduce", table]
     command += ["--config", CONFIG, "--workdir", workdir]
     for name in options.keys() - {"overrides", "dry_run"}:
@@ -90,6 +91,7 @@ def start(table, workdir, options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=new_session,
     )
 
 
@@ -99,13 +101,32 @@ def finish(process):
     return out
 
 
+def wait_for_training(process, folder):
+    log, deadline = folder / "train.log", time.monotonic() + 300
+    while not log.exists() or "training:" not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def processes_of(folder):
+    """Return the process ids of the trainings with this workdir."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            words = file.read_bytes().decode().split("\0")
+            if str(folder) in words and "train" in words:
+                found.append(int(file.parent.name))
+    return found
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """Table I, started early: it goes on while the others run."""
     workdir = tmp_path_factory.mktemp("table1") / "runs"
     process = start("table1", workdir, TABLE1)
     yield workdir, process
-    if process.poll() is None:
+    if not process.stdout.closed:
         process.terminate()
         process.communicate()
 
@@ -115,12 +136,7 @@ def killed(started, tmp_path_factory):
     """Table III, stopped by Ctrl-C in the first step of its second run."""
     workdir = tmp_path_factory.mktemp("table3") / "runs"
     process = start("table3", workdir, TABLE3)
-    deadline = time.monotonic() + 300
-    log = workdir / "fgpe_ffa" / "seed1" / "train.log"
-    while not log.exists() or "training:" not in log.read_text():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_training(process, workdir / "fgpe_ffa" / "seed1")
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=100)
     return workdir, process.returncode, out, errors
@@ -145,11 +161,11 @@ def test_ctrl_c_stops_the_run_too_and_says_one_line(killed):
     assert "[1/4] fgpe_ffa seed0: mIoU" in out
     assert not (workdir / "fgpe_ffa" / "seed1" / "results.json").exists()
     assert not (workdir / "table3.md").exists()
-    with (workdir / "fgpe_ffa" / "seed1" / "train.log").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # train.py has ended too
-        assert "step 1 is saved: the same command goes on" in file.read()
-    cost = json.loads((workdir / "fgpe_ffa" / "seed1" / "cost.json").read_text())
-    assert cost["seconds"] > 1
+    assert processes_of(workdir / "fgpe_ffa" / "seed1") == []  # it has ended too
+    log = (workdir / "fgpe_ffa" / "seed1" / "train.log").read_text()
+    assert "step 1 is saved: the same command goes on" in log
+    took = json.loads((workdir / "fgpe_ffa" / "seed1" / "cost.json").read_text())
+    assert took["seconds"] > 1
 
 
 def test_every_run_has_its_line_and_is_finished(finished):
@@ -211,8 +227,8 @@ def test_the_table_holds_what_the_episodes_give(finished):
             found[variant, measure] = figure["ours"]
             line = next(s for s in page.splitlines() if s.startswith(f"| {variant} "))
             assert f"{figure['ours']:.1f} [{low:.1f}, {high:.1f}]" in line
-        assert row["mIoU"]["paper"] == VARIANTS[variant].miou
-        assert row["FB-IoU"]["paper"] == VARIANTS[variant].fb_iou
+        assert row["mIoU"]["paper"] == ABLATION_RESULTS[variant].miou
+        assert row["FB-IoU"]["paper"] == ABLATION_RESULTS[variant].fb_iou
     for measure, difference in content["differences"]["fgpe_ffa - full"].items():
         ours = found["fgpe_ffa", measure] - found["full", measure]
         np.testing.assert_allclose(difference["ours"], ours, atol=0.02)
@@ -241,7 +257,7 @@ def test_the_page_has_the_papers_columns_and_the_circumstances(finished):
 
 def test_what_is_done_is_skipped_and_shared(finished, capsys, monkeypatch):
     workdir, _ = finished
-    monkeypatch.setattr(module, "_logged", None)  # nothing may be started
+    monkeypatch.setattr(execute, "run_logged", None)  # nothing may be started
     page = (workdir / "table3.md").read_text()
     reproduce("table3", CONFIG, workdir, **TABLE3)
     printed = capsys.readouterr().out
@@ -259,7 +275,7 @@ def edited(path, change):
 
 
 def test_runs_that_do_not_compare_are_refused(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_logged", None)
+    monkeypatch.setattr(execute, "run_logged", None)
     workdir = tmp_path / "runs"
     shutil.copytree(finished[0], workdir)
     run = workdir / "full" / "seed1"
@@ -281,21 +297,47 @@ def test_runs_that_do_not_compare_are_refused(finished, tmp_path, monkeypatch):
     refused("rows of a training seed", "backbone weights")
 
 
-def test_a_run_in_use_and_one_of_another_config_are_told(finished, tmp_path, capsys):
+def test_a_run_of_another_config_is_told(finished, tmp_path, capsys):
     workdir = tmp_path / "runs"
     shutil.copytree(finished[0], workdir)
     log = workdir / "full" / "seed0" / "train.log"
     options = {"rows": ("full",), "seeds": (0,), "overrides": overrides(steps=3)}
-    with log.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="in use by another process"):
-            reproduce("table3", CONFIG, workdir, **options)
     with pytest.raises(InputError, match="1 of 1 runs failed"):
         reproduce("table3", CONFIG, workdir, **options)
     printed = capsys.readouterr().out
     assert "full seed0: FAILED (error: " in printed
     assert "(steps differ)" in printed
     assert f"log: {log}" in printed
+
+
+@pytest.fixture
+def endless(started, tmp_path):
+    """A reproduction that trains for long, in a session of its own; its options."""
+    rows = {"rows": ("full",), "seeds": (0,), "overrides": overrides(steps=100_000)}
+    process = start("table3", tmp_path, rows, new_session=True)
+    wait_for_training(process, tmp_path / "full" / "seed0")
+    yield process, rows
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_run_in_use_is_refused(endless, tmp_path):
+    """First by the other reproduction, then by its training, which outlives it."""
+    process, options = endless
+    log = tmp_path / "full" / "seed0" / "train.log"
+    with pytest.raises(InputError, match="in use by another process"):
+        reproduce("table3", CONFIG, tmp_path, **options)
+    (training,) = processes_of(log.parent)
+    process.kill()
+    process.wait()
+    second = start("table3", tmp_path, options)
+    out, errors = second.communicate(timeout=300)
+    assert second.returncode == 2
+    assert "full seed0: FAILED (error: " in out
+    assert "in use" in out
+    assert "1 of 1 runs failed" in errors
+    assert processes_of(log.parent) == [training]
 
 
 def test_a_dry_run_tells_plan_and_cost_and_writes_nothing(finished):
@@ -316,7 +358,7 @@ def test_a_dry_run_tells_plan_and_cost_and_writes_nothing(finished):
 
 def test_the_cost_counts_references_and_selection(monkeypatch, capsys):
     """3 h: 2 runs x (1,000 steps x 3 s + 240 episodes x 10 s)."""
-    monkeypatch.setattr(module, "_measure", lambda run: (3.0, {1: 10.0}))
+    monkeypatch.setattr(cost, "measured_cost", lambda run: Cost(3.0, {1: 10.0}))
     changes = {"eval__references": True, "select_on": "base", "steps": 1000}
     changes |= {"eval__every": 300, "eval__base_episodes": 45, "eval__episodes": 20}
     options = {"rows": ("full",), "seeds": (0, 1), "overrides": overrides(**changes)}
@@ -356,8 +398,9 @@ def test_table1_over_two_folds_and_five_shots(started):
 
 
 def test_tables_1_and_2_plan_folds_backbones_and_weights(monkeypatch, capsys):
-    monkeypatch.setattr(module, "_steps", lambda experiment: 210_400)
-    monkeypatch.setattr(module, "_measure", lambda run: (1.0, {1: 0.0, 5: 0.0}))
+    monkeypatch.setattr(PlannedRun, "steps", 210_400)
+    free = Cost(1.0, {1: 0.0, 5: 0.0})
+    monkeypatch.setattr(cost, "measured_cost", lambda run: free)
     config = ROOT / "configs" / "coco_fold0.py"
     reproduce("table2", config, "nowhere", dry_run=True)
     lines = capsys.readouterr().out.splitlines()
@@ -369,7 +412,7 @@ def test_tables_1_and_2_plan_folds_backbones_and_weights(monkeypatch, capsys):
     hours = 8 * 210_400 / 3600
     assert f"8 runs, 8 to do: about {hours:.1f} h" in lines[-1]
     runs = []
-    monkeypatch.setattr(module, "_print_plan", runs.extend)
+    monkeypatch.setattr(module, "print_plan", runs.extend)
     reproduce("table2", config, "nowhere", dry_run=True)
     files = {run.experiment.config.backbone.weights for run in runs}
     assert files == {f"data/weights/{name}.safetensors" for name in backbones}
@@ -385,21 +428,22 @@ def test_bad_calls_are_refused_in_one_line(tmp_path):
 
     refused("table6", "choose table1, table2, table3, table4, table5")
     refused("table4", "fgpe: no row of table4: choose pre, main", rows=("fgpe",))
-    refused("table3", "settled by the table", overrides=["--config.seed=4"])
+    refused("table3", "fixed by the table", overrides=["--config.seed=4"])
     refused("table2", "give configs/coco_fold0.py")
     refused("table3", "no such config file", config="nope.py")
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_config_of_a_table_may_lie_anywhere(tmp_path):
-    """Its runs are those of the installed package, not of a train.py beside it."""
-    stray = tmp_path / "folder" / "a.py"
-    stray.parent.mkdir()
-    shutil.copy(CONFIG, stray)
-    run = module._run(stray, tmp_path, [], "full", {"seed": 3})
-    assert run.command[:4] == [sys.executable, "-m", "qpenet_jax.cli", "train"]
-    assert run.command[4:6] == ["--config", str(stray)]
-    assert run.command[-1] == "--config.seed=3"
+def test_a_config_may_lie_anywhere(tmp_path):
+    """A run needs no train.py of a checkout: the installed package trains it."""
+    config = tmp_path / "folder" / "mine.py"
+    config.parent.mkdir()
+    shutil.copy(CONFIG, config)
+    run, _ = Plan("table4", config, tmp_path, (0, 1), rows=("full",)).runs()
+    interpreter, *words = run.command
+    assert interpreter == sys.executable
+    assert words[:5] == ["-m", "qpenet_jax.cli", "train", "--config", str(config)]
+    assert words[-1] == "--config.seed=0"
 
 
 def synthetic(gain=0.0, noise=0.0, version="v", seed=0):
@@ -434,7 +478,7 @@ def test_orders_are_told_from_paired_differences(gain, order):
     """Noise that both share cancels: 3 points show under noise of 20."""
     ours = [synthetic(gain, 0.2, seed=s) for s in (1, 2)]
     noise = [synthetic(0, 0.2, seed=s) for s in (1, 2)]
-    difference = figures(ours, noise)["mIoU"]
+    difference = measured_difference(ours, noise)["mIoU"]
     np.testing.assert_allclose(difference["ours"], 100 * gain, atol=0.01)
     np.testing.assert_allclose(difference["by_seed"], 100 * gain, atol=0.01)
     seeds = difference["by_seed"] if gain else [-1.0, 1.0]
@@ -462,8 +506,8 @@ def test_the_mean_over_folds_and_its_interval():
 
 
 def test_the_papers_means_are_those_of_its_folds():
-    for rows in PAPER.values():
-        for figures_of in rows.values():
-            row = dict(zip(COLUMNS, figures_of, strict=True))
+    for rows in FOLD_RESULTS.values():
+        for values in rows.values():
+            row = dict(zip(FOLD_COLUMNS, values, strict=True))
             mean = statistics.mean(row[f"Fold-{i}"] for i in range(4))
             assert abs(mean - row["Mean"]) < 0.0751

@@ -27,13 +27,15 @@ from qpenet_jax.core.types import Episode
 from qpenet_jax.models import qpenet
 from qpenet_jax.models.fem import adaptive_average_pool, prior_mask
 from qpenet_jax.models.losses import LossWeights, total_loss
-from qpenet_jax.models.qpenet import (
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.variants import VARIANTS
+from qpenet_jax.paper.parameters import (
     RESNET50_LAYER4,
     RESNET50_TO_LAYER3,
-    VARIANTS,
-    QPENet,
+    parameter_count,
     parameter_table,
 )
+from qpenet_jax.paper.results import ABLATION_RESULTS, rows_of
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.step import init_state, make_train_step
 
@@ -466,7 +468,9 @@ COUNTS = {
 def test_every_variant_has_an_exact_parameter_count():
     assert COUNTS.keys() == VARIANTS.keys()
     for name, (by_hand, written) in COUNTS.items():
-        assert count(QPENet(**VARIANTS[name].fields), 1536) == by_hand == written, name
+        model = QPENet(**VARIANTS[name].fields)
+        assert count(model, 1536) == by_hand == written, name
+        assert parameter_count(model, 1536) == written, name
 
 
 def test_what_a_variant_lacks_has_no_parameters():
@@ -490,7 +494,8 @@ def test_frozen_counts_are_torchvisions():
 def test_the_parameter_table_lists_every_variant():
     lines = parameter_table().splitlines()
     assert len(lines) == 2 + len(VARIANTS)
-    assert "| full | 9,901,320 | 18.44 M | 33.41 M |" in lines
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert ["full", "9,901,320", "18.44 M", "33.41 M"] in rows
 
 
 def test_rows_are_the_papers():
@@ -500,9 +505,16 @@ def test_rows_are_the_papers():
         4: [63.3, 61.8, 58.1, 64.1, 65.2],
         5: [61.6, 63.5, 65.2],
     }
-    for table, figures in printed.items():
-        rows = {v.rows[table]: v.miou for v in VARIANTS.values() if table in v.rows}
-        assert rows == dict(enumerate(figures, start=1))
+    for table, values in printed.items():
+        results = [r for r in ABLATION_RESULTS.values() if table in r.rows]
+        rows = {result.rows[table]: result.miou for result in results}
+        assert rows == dict(enumerate(values, start=1))
+        in_order = [ABLATION_RESULTS[name].miou for name in rows_of(f"table{table}")]
+        assert in_order == values
+
+
+def test_every_variant_has_its_result():
+    assert list(ABLATION_RESULTS) == list(VARIANTS)
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,11 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the comparison."""
-    from qpenet_jax.evaluation.compare import compare, comparison_table
+    from qpenet_jax.evaluation.compare import compare_results, comparison_table
     from qpenet_jax.evaluation.report import write_json
 
     a, b = map(Path, args.results)
-    result = compare(a, b, different_protocols=args.different_protocols)
+    result = compare_results(a, b, different_protocols=args.different_protocols)
     print(comparison_table(result))
     if args.out:
         write_json(Path(args.out), result)

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qpenet_jax.cli.options import (
     WORKDIR,
@@ -14,9 +13,6 @@ from qpenet_jax.cli.options import (
     protocol_changes,
 )
 from qpenet_jax.core.errors import InputError
-
-if TYPE_CHECKING:
-    from qpenet_jax.evaluation.protocols import Protocol
 
 
 def add_parser(commands) -> None:
@@ -57,7 +53,7 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score the run once for each number of shots."""
     from qpenet_jax.data.episode_lists import read_episodes
-    from qpenet_jax.runs.evaluator import Evaluator
+    from qpenet_jax.runs.evaluator import Evaluator, folder_name
     from qpenet_jax.runs.folder import open_run
 
     opened = open_run(args.workdir, **overrides_of(args))
@@ -71,21 +67,14 @@ def run(args: argparse.Namespace) -> None:
         _refuse_changes(args, ("shots", "episodes", "seeds", "order", "targets"))
     for shots in (1,) if frozen else args.shots or (1,):
         protocol = experiment.protocol(args.protocol, **changes | {"shots": shots})
-        evaluator = Evaluator(experiment, opened.weights, out, val, protocol, frozen)
-        evaluator.folder = folder = out / _folder_name(evaluator.protocol)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = out / folder_name(protocol, frozen)
+        evaluator = Evaluator(experiment, opened.weights, folder, val, protocol, frozen)
         print(evaluator.describe())
         if args.references:
             evaluator.references()
         evaluator(opened.params, step=opened.step)
         print(evaluator.report())
         print(f"written to {folder}")
-
-
-def _folder_name(protocol: "Protocol") -> str:
-    """Return a name of its own for every protocol, such as pfenet_1shot."""
-    name = protocol.name.replace(", but ", "_").replace(" ", "_")
-    return f"{name}_{protocol.shots}shot"
 
 
 def _refuse_changes(args: argparse.Namespace, options: Sequence[str]) -> None:

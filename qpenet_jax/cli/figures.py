@@ -56,9 +56,9 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw the figures and print their paths."""
-    from qpenet_jax.paper.figures import figures
+    from qpenet_jax.paper.figures import draw_figures
 
-    paths = figures(
+    paths = draw_figures(
         [Path(workdir) for workdir in args.workdir],
         Path(args.out),
         episodes=args.episodes,

@@ -105,8 +105,8 @@ def _add_download(parser: argparse.ArgumentParser) -> None:
 
 
 def _pascal(args: argparse.Namespace) -> None:
-    from qpenet_jax.data.prepare.pascal import prepare_pascal
     from qpenet_jax.data.prepare.downloads import download_pascal
+    from qpenet_jax.data.prepare.pascal import prepare_pascal
 
     voc, sbd = args.voc, args.sbd
     if args.download:

@@ -121,7 +121,7 @@ class EpisodeSampler:
             epoch, position = divmod(index, len(self))
             if self.order == "shuffled":
                 position = _order(self.seed, epoch, len(self))[position]
-            query = self.images[position]
+            query = int(self.images[position])
             column = rng.choice(np.flatnonzero(self._targets(query)))
         return int(query), int(column)
 

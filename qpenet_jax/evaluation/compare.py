@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qpenet_jax.core import markdown
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.metrics import (
     Interval,
@@ -15,22 +16,22 @@ from qpenet_jax.evaluation.metrics import (
     load_scores,
     mean_iou,
 )
-from qpenet_jax.evaluation.report import RESULTS, markdown
+from qpenet_jax.evaluation.report import RESULTS
 
 EPISODES = "episodes_qpenet.csv"
 """The scores beside a results.json that doesn't name its "episodes_file"."""
 
 DERIVED = {"text", "name", "preset"}
-"""Entries of a protocol that only put the others into words."""
+"""Entries of a protocol that only repeat the others in words."""
 
 IDENTITY = {"version"}
-"""Where these differ, query 17 is another image: no episode can be common."""
+"""If these differ, an index means another image, so no episode can be common."""
 
 ROUNDING = 0.011
 """results.json holds percent with two decimals."""
 
-SHORT = 40
-"""Most characters of a value in a message."""
+LONGEST_VALUE = 40
+"""In a message, in characters; of longer values only a part is told."""
 
 HEADER = ("IoU %", "A", "B", "B - A", "episodes")
 
@@ -38,7 +39,9 @@ Differences = dict[str, list[Any]]
 """The two values of every entry in which two protocols differ."""
 
 
-def compare(a: Path, b: Path, *, different_protocols: bool = False) -> dict[str, Any]:
+def compare_results(
+    a: Path, b: Path, *, different_protocols: bool = False
+) -> dict[str, Any]:
     """Return A, B and B - A in IoU percent, all on the episodes common to both.
 
     `a` and `b` are results.json files, or their folders, with the scores of the
@@ -71,11 +74,11 @@ def compare(a: Path, b: Path, *, different_protocols: bool = False) -> dict[str,
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
-    """Return what `compare` found as Markdown: what was compared, then the table."""
+    """Return a comparison as Markdown: what was compared, then the table."""
     episodes, differs = comparison["episodes"], comparison["differs"]
     lines = [
-        f"{side}: {comparison[side.lower()]}{selection and f' ({selection})'}"
-        for side, selection in zip("AB", comparison["selection"], strict=True)
+        f"{name}: {comparison[name.lower()]}{selection and f' ({selection})'}"
+        for name, selection in zip("AB", comparison["selection"], strict=True)
     ]
     lines.append(f"Protocol{' of A' if differs else ''}: {comparison['protocol']}")
     if differs:
@@ -84,7 +87,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         f"Common episodes: {episodes['common']}, of {episodes['a']} in A and "
         f"{episodes['b']} in B; all numbers are on these."
     )
-    lines.append(markdown(HEADER, _table_rows(comparison)))
+    lines.append(markdown.table(HEADER, _table_rows(comparison)))
     lines.append(
         "In brackets: 95 % intervals of the paired difference over query images "
         "(Bayesian bootstrap). A class without episodes counts 0."
@@ -202,11 +205,11 @@ def _short(value: Any, other: Any) -> str:
     if isinstance(value, list):
         lacking = [x for x in value if x not in (other or [])]
         text = ",".join(map(str, value))
-        if len(text) > SHORT:
+        if len(text) > LONGEST_VALUE:
             text = f"{len(value)} with " + (",".join(map(str, lacking)) or "none more")
     else:
         text = "(none)" if value in (None, "") else str(value)
-    return text if len(text) <= SHORT else text[: SHORT - 3] + "..."
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
 def _row(a: Interval, b: Interval, difference: Interval) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.types import IGNORE
 
-COLUMNS = (
+SCORE_COLUMNS = (
     "seed",
     "index",
     "query",
@@ -26,19 +26,19 @@ COLUMNS = (
     "foreground_union",
 )
 KEYS = 4
-"""The first columns say which episode a row is; the pixel counts follow."""
+"""How many of the first columns say which episode it is; pixel counts follow."""
 
 SAMPLES = 2000
 """Bootstrap samples: the ends of the 95 % interval rest on 50 of them each."""
 
 SAMPLES_AT_ONCE = 250
-"""Of COCO's 15,000 query images: 30 MB of weights instead of 240."""
+"""Weights of COCO's 15,000 query images then take 30 MB instead of 240."""
 
 
 def count_pixels(
     prediction: Bool[np.ndarray, "h w"], mask: Integer[np.ndarray, "h w"]
 ) -> tuple[int, int, int, int]:
-    """Return intersection and union of background, then of foreground; 255 left out."""
+    """Return intersection and union of background, then of foreground, without 255."""
     valid = mask != IGNORE
     truth, found = mask[valid] == 1, prediction[valid]
     both, either = int((truth & found).sum()), int((truth | found).sum())
@@ -47,19 +47,19 @@ def count_pixels(
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """One row of pixel counts an episode, in the order of COLUMNS."""
+    """One row of pixel counts an episode, in the order of SCORE_COLUMNS."""
 
     rows: Int[np.ndarray, "episodes 8"]
 
     def column(self, name: str) -> Int[np.ndarray, " episodes"]:
         """Return one column by name."""
-        return self.rows[:, COLUMNS.index(name)]
+        return self.rows[:, SCORE_COLUMNS.index(name)]
 
     def save(self, path: Path) -> None:
         """Write the rows as CSV with a header."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([COLUMNS, *self.rows.tolist()])
+        writer.writerows([SCORE_COLUMNS, *self.rows.tolist()])
         write_whole(path, text.getvalue())
 
 
@@ -79,10 +79,10 @@ def load_scores(path: Path) -> Scores:
         ) from None
     except (ValueError, OverflowError, csv.Error):
         header, rows = [], np.empty(0)
-    if tuple(header) != COLUMNS or rows.shape[1:] != (len(COLUMNS),):
+    if tuple(header) != SCORE_COLUMNS or rows.shape[1:] != (len(SCORE_COLUMNS),):
         raise InputError(
             f"{path}: not a whole file of episode scores (expected the columns "
-            f"{','.join(COLUMNS)} in whole numbers); evaluate again"
+            f"{','.join(SCORE_COLUMNS)} in whole numbers); evaluate again"
         )
     return Scores(rows)
 
@@ -199,7 +199,7 @@ def common_episodes(ours: Scores, theirs: Scores) -> tuple[Scores, Scores]:
     Raises:
         InputError: there are none.
     """
-    key = np.dtype([(name, np.int64) for name in COLUMNS[:KEYS]])
+    key = np.dtype([(name, np.int64) for name in SCORE_COLUMNS[:KEYS]])
     keys = [
         np.ascontiguousarray(s.rows[:, :KEYS], np.int64).view(key).ravel()
         for s in (ours, theirs)
@@ -239,7 +239,7 @@ def _measures(scores: Scores, classes: Sequence[int]) -> tuple[Measures, int]:
 
     intersection = per_image("foreground_intersection")
     union = per_image("foreground_union")
-    overall = np.zeros((len(queries), len(seeds), len(COLUMNS) - KEYS))
+    overall = np.zeros((len(queries), len(seeds), len(SCORE_COLUMNS) - KEYS))
     np.add.at(overall, (image, seed), scores.rows[:, KEYS:])
     overall = overall.reshape(len(queries), -1)
 

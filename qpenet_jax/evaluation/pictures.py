@@ -57,25 +57,35 @@ def read_scene(dataset: SegmentationDataset, ids: EpisodeIds) -> Scene:
     )
 
 
-def overlay(image: RGB, mask: Mask, colour: Colour = PREDICTION) -> RGB:
-    """Tint the pixels of a mask and draw its outline.
+def load_batch_of_one(
+    dataset: SegmentationDataset, ids: EpisodeIds, side: int, resize: Resize = "pad"
+) -> Episode:
+    """Load one episode as a batch, at the size of the network's input in pixels."""
+    loaded = load_episode(dataset, ids, side, resize=resize)
+    return Episode(*(x[None] for x in loaded))
 
-    The picture's own colours are taken off there: mixed with them, a tint would be of
-    another colour on every picture.
+
+def overlay(image: RGB, mask: Mask, colour: Colour = PREDICTION) -> RGB:
+    """Tint the pixels of a mask and draw its contour.
+
+    The picture is grey there: mixed with its own colours, the tint would be of another
+    colour on every picture.
     """
     inside = mask == 1
     result = image.copy()  # uint8 throughout: photographs may have 48 million pixels
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[inside]
     result[inside] = grey[:, None] // 2 + np.array(colour, np.uint8) // 2
-    return outline(result, mask, colour)
+    return draw_contour(result, mask, colour)
 
 
-def outline(image: RGB, mask: Mask, colour: Colour = TRUTH, share: int = 200) -> RGB:
-    """Draw the outline of a mask, as wide as 1 / `share` of the longer side."""
+def draw_contour(
+    image: RGB, mask: Mask, colour: Colour = TRUTH, share: int = 200
+) -> RGB:
+    """Draw the contour of a mask, as wide as 1 / `share` of the longer side."""
     inside = (mask == 1).astype(np.uint8)
-    outlines, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    contours, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     width = max(1, round(max(mask.shape) / share))
-    return cv2.drawContours(image.copy(), outlines, -1, colour, width)
+    return cv2.drawContours(image.copy(), contours, -1, colour, width)
 
 
 def found_mask(
@@ -127,8 +137,7 @@ def episode_figure(
     """
     rows = []
     for ids in episodes:
-        loaded = load_episode(dataset, ids, side, resize=resize)
-        episode = Episode(*(x[None] for x in loaded))
+        episode = load_batch_of_one(dataset, ids, side, resize)
         margins = [np.asarray(predict(episode))[0] for predict in predictors.values()]
         rows.append(prediction_row(read_scene(dataset, ids), margins, resize))
     return sheet(("support", "query", "truth", *predictors), rows, LEGEND)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any, Literal, get_args
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import IGNORE, SegmentationDataset
 from qpenet_jax.data.episodes import MIN_PIXELS, Order, Targets
 from qpenet_jax.data.transforms import Resize
@@ -12,10 +12,10 @@ from qpenet_jax.data.versions import dataset_version
 
 Scoring = Literal["original", "input", "exact"]
 
-FIVE = (0, 1, 2, 3, 4)
+FIVE_SEEDS = (0, 1, 2, 3, 4)
 
-SHORT = 12
-"""Characters that stand for the hash of an episode list, as the words are shorter."""
+HASH_DIGITS = 12
+"""How many digits stand for the hash of an episode list in a line of text."""
 
 # What published evaluations do otherwise than ours, the defaults of `Protocol`. Their
 # random draws can't be repeated outside of their code: a preset draws by their rules.
@@ -23,10 +23,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ours": {},
     # QPENet, IV.B: random pairs by the protocol of PFENet, so at original size; the
     # number of seeds is that of the released test script.
-    "paper": {"seeds": FIVE},
+    "paper": {"seeds": FIVE_SEEDS},
     # QPENet's released test script, which counts on the padded network input.
     "released": {
-        "seeds": FIVE,
+        "seeds": FIVE_SEEDS,
         "order": "list",
         "targets": "any",
         "scoring": "input",
@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "targets": "any",
         "exclude_novel": False,
     },
-    "bam": {"seeds": FIVE, "order": "list", "targets": "any"},
+    "bam": {"seeds": FIVE_SEEDS, "order": "list", "targets": "any"},
     # 400 x 400 whatever the aspect ratio; 401 is the nearest side the network takes.
     "hsnet": {
         "order": "pairs",
@@ -102,10 +102,7 @@ class Protocol:
             ("resize", get_args(Resize)),
             ("preset", tuple(PRESETS)),
         ):
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"{name} {getattr(self, name)!r}: choose {', '.join(choices)}"
-                )
+            check_choice(f"{name} ", getattr(self, name), choices)
         repeated = len(set(self.seeds)) < len(self.seeds)
         if self.episodes < 1 or not self.seeds or repeated or min(self.seeds) < 0:
             raise InputError(
@@ -169,8 +166,7 @@ def preset_fields(preset: str, split: str) -> dict[str, Any]:
     Raises:
         InputError: there is no such preset.
     """
-    if preset not in PRESETS:
-        raise InputError(f"protocol {preset!r}: choose {', '.join(PRESETS)}")
+    check_choice("protocol ", preset, PRESETS)
     defaults = {f.name: f.default for f in dataclasses.fields(Protocol)}
     ours = {name: defaults[name] for name in PRESET_FIELDS}
     on_coco = PRESETS_ON_COCO.get(preset, {}) if split.startswith("coco") else {}
@@ -200,4 +196,4 @@ def of_dataset(protocol: Protocol, dataset: SegmentationDataset) -> Protocol:
 def _short(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))  # seeds: all of them count
-    return str(value)[:SHORT]
+    return str(value)[:HASH_DIGITS]

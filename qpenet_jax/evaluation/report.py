@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qpenet_jax.core import markdown
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.evaluation import metrics
 from qpenet_jax.evaluation.metrics import Interval, Scores
@@ -74,18 +75,7 @@ def table(results: dict[str, Results]) -> str:
         )
     for title, key in (("mIoU", "miou"), ("FB-IoU", "fb_iou")):
         rows.append([title, *(_bracketed(r, key) for r in results.values())])
-    return markdown(["IoU %", *results], rows)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns also line up as plain text."""
-    ruled = [list(header), ["-"] * len(header), *map(list, rows)]
-    cells = [[cell.replace("|", r"\|") for cell in row] for row in ruled]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells[1] = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells
-    )
+    return markdown.table(["IoU %", *results], rows)
 
 
 def write_report(folder: Path, results: Results) -> None:

@@ -52,7 +52,7 @@ def score_episodes(
     order = grouped([ids for _, ids in drawn])
     episodes = [drawn[n][1] for n in order]
     turns = plan(episodes, _capacity(predict, protocol, episodes[0], cache_bytes))
-    rows = np.zeros((len(drawn), len(metrics.COLUMNS)), np.int64)
+    rows = np.zeros((len(drawn), len(metrics.SCORE_COLUMNS)), np.int64)
     stream = _loaded(dataset, turns, protocol, workers)
     bar = tqdm(total=len(drawn), desc=label, unit="episode")
     with contextlib.closing(stream), bar:

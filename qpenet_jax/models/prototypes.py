@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Integer
 
 from qpenet_jax.core.types import Array
 
-STRIDE = 8
+FEATURE_STRIDE = 8
 """Pixels between feature cells of every backbone here."""
 
 MAP_EPSILON = 5e-4
@@ -67,6 +67,7 @@ def foreground_on_grid(
     sides are 8 n + 1 and the grid n + 1.
     """
     height, width = mask.shape[-2:]
-    if (height - 1, width - 1) != (STRIDE * (grid[0] - 1), STRIDE * (grid[1] - 1)):
+    sides = tuple(FEATURE_STRIDE * (cells - 1) + 1 for cells in grid)
+    if (height, width) != sides:
         raise ValueError(f"sides {height} x {width} do not fit the grid {grid}")
-    return mask[..., ::STRIDE, ::STRIDE] == 1
+    return mask[..., ::FEATURE_STRIDE, ::FEATURE_STRIDE] == 1

@@ -2,10 +2,9 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Integer
 
@@ -49,7 +48,7 @@ class QPENet(nn.Module):
     normalize: bool = False  # the backbone's features to a root mean square of 1
     background_scale: float = 1.0  # P_global starts from N(0, this squared)
 
-    # What the rows of Tables III to V change, see VARIANTS.
+    # What the rows of Tables III to V change, see variants.py.
     fgpe: bool = True  # foreground prototype evolution: PPG and DPE
     bgpe: bool = True  # background prototype evolution: the cleaner of GBC
     decoder: str = "ffa"  # or "fem"
@@ -206,142 +205,3 @@ def _concatenate(arrays, like):
     """Join along the channels; of no arrays at all, something `like` with none."""
     nothing = jnp.zeros((*like.shape[:-1], 0), like.dtype)
     return jnp.concatenate([nothing, *arrays], axis=-1)
-
-
-class Variant(NamedTuple):
-    """A row of the ablation tables: QPENet's fields and what the paper reports.
-
-    `rows` maps a table to this network's row in it, both counted from 1; Table III is
-    3. The paper's class mIoU and FB-IoU are of PASCAL-5i, 1 shot, ResNet-50, in
-    percent. `choice` says what the paper leaves open and what was chosen.
-    """
-
-    fields: Mapping[str, Any]
-    rows: Mapping[int, int]
-    miou: float
-    fb_iou: float
-    choice: str
-
-
-VARIANTS: Mapping[str, Variant] = {
-    "baseline": Variant(
-        {"fgpe": False, "bgpe": False, "decoder": "fem", "prototypes": ("pre",)},
-        {3: 1},
-        62.4,
-        74.1,
-        "The wiring of FEM with two prototypes is not given: P_global is filtered out "
-        "on every grid before P_pre is merged (NERTNet's order). The background "
-        "predictions and their loss stay, or nothing would teach P_global; PFENet's "
-        "prior mask is left out, as it needs layer4 and no other row has it.",
-    ),
-    "fgpe": Variant(
-        {"bgpe": False, "decoder": "fem"},
-        {3: 2},
-        64.1,
-        75.7,
-        "How FEM takes three prototypes is not given: P_pre is broadcast, P_main and "
-        "P_aux are activation maps, as in eq 15, brought to every grid.",
-    ),
-    "fgpe_bgpe": Variant(
-        {"decoder": "fem"},
-        {3: 3},
-        64.5,
-        76.2,
-        "P_bg of eq 11 takes the place of P_global in FEM; the rest as in `fgpe`.",
-    ),
-    "fgpe_ffa": Variant(
-        {"bgpe": False},
-        {3: 4},
-        64.8,
-        76.3,
-        "Eq 12 filters by P_global; its background predictions and loss stay.",
-    ),
-    "full": Variant(
-        {},
-        {3: 5, 4: 5, 5: 3},
-        65.2,
-        76.7,
-        "The network of Fig. 2.",
-    ),
-    "pre": Variant(
-        {"prototypes": ("pre",)},
-        {4: 1},
-        63.3,
-        74.6,
-        "Not said if the unused prototypes are still made: they are, with the losses "
-        "of y_pre and y_rev; eq 15 has fewer channels instead of zeros.",
-    ),
-    "main": Variant(
-        {"prototypes": ("main",)},
-        {4: 2},
-        61.8,
-        72.0,
-        "P_main alone could be broadcast as P_pre is: it stays an activation map, so "
-        "that rows differ in nothing but what they leave out.",
-    ),
-    "aux": Variant(
-        {"prototypes": ("aux",)},
-        {4: 3},
-        58.1,
-        69.4,
-        "An activation map, as in `main`.",
-    ),
-    "main_aux": Variant(
-        {"prototypes": ("main", "aux")},
-        {4: 4},
-        64.1,
-        74.7,
-        "Activation maps, as in `main`.",
-    ),
-    "without_maps": Variant(
-        {"activation_maps": False},
-        {5: 1},
-        61.6,
-        73.0,
-        "The prototypes are said to join the query features directly: here in eq 15, "
-        "whose F_q is filtered by eq 12, in the order P_pre, P_main, P_aux.",
-    ),
-    "sgm": Variant(
-        {"sgm": True},
-        {5: 2},
-        63.5,
-        75.6,
-        "How much of SCL's module enters is not said: only eq 4's guide, P_pre (the "
-        "mean of K) for P_psd. PPG and its loss stay, so the parameters are the same.",
-    ),
-}
-
-
-RESNET50_TO_LAYER3 = 8_543_296
-"""Its parameters, two a channel of batch norm as PyTorch counts (frozen)."""
-
-RESNET50_LAYER4 = 14_964_736
-"""What layer4 would add; the released system loads it, nothing here needs it."""
-
-
-def parameter_count(model: QPENet, features: int) -> int:
-    """Return the number of trainable parameters over `features` input channels."""
-    support = jax.ShapeDtypeStruct((1, 1, 3, 3, features), jnp.float32)
-    query = jax.ShapeDtypeStruct((1, 3, 3, features), jnp.float32)
-    masks = jax.ShapeDtypeStruct((1, 1, 17, 17), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), support, masks, query)
-    return sum(leaf.size for leaf in jax.tree.leaves(variables))
-
-
-def parameter_table() -> str:
-    """Return in Markdown the parameters of all variants over ResNet-50, in millions.
-
-    To be set beside the paper's 32.7 M without and 34.6 M with prototype evolution
-    (IV.D), whose way of counting it doesn't give.
-    """
-    lines = [
-        "| variant | trainable | with ResNet-50 to layer3 | with its layer4 too |",
-        "|---|---:|---:|---:|",
-    ]
-    for name, variant in VARIANTS.items():
-        trainable = parameter_count(QPENet(**variant.fields), 1536)
-        to_layer3 = trainable + RESNET50_TO_LAYER3
-        millions = (n / 1e6 for n in (to_layer3, to_layer3 + RESNET50_LAYER4))
-        cells = f"{name} | {trainable:,}", *(f"{m:.2f} M" for m in millions)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

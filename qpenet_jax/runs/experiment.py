@@ -33,7 +33,8 @@ from qpenet_jax.evaluation.predictor import (
 )
 from qpenet_jax.evaluation.protocols import PRESETS, Protocol, preset_fields
 from qpenet_jax.models.losses import LossWeights
-from qpenet_jax.models.qpenet import VARIANTS, QPENet
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.runs.datasets import chosen_fold, class_names, open_split
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.recipes import resolved
