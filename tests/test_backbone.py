@@ -19,17 +19,17 @@ from make_backbone_goldens import (
 )
 
 from qpenet_jax.backbones.convert import load_weights, to_flax
+from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.registry import (
     BACKBONES,
     Backbone,
-    EfficientNetLite0,
-    ResNet,
     _max_pool,
     backbone,
     choose_stages,
     features,
     normalize,
 )
+from qpenet_jax.backbones.resnet import ResNet
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.models import ops
 

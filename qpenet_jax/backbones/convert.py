@@ -22,7 +22,9 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree, UInt8
 
-from qpenet_jax.backbones.registry import EfficientNetLite0, ResNet, backbone
+from qpenet_jax.backbones.efficientnet import EfficientNetLite0
+from qpenet_jax.backbones.registry import backbone
+from qpenet_jax.backbones.resnet import ResNet
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.core.download import download, sha256
 from qpenet_jax.core.errors import InputError
