@@ -12,7 +12,7 @@ from jaxtyping import Float, PyTree, UInt8
 
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.resnet import ResNet
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ops.devices import on_each_device
 
@@ -64,8 +64,7 @@ BACKBONES = {
 
 def backbone(name: str) -> Backbone:
     """Return the backbone called `name`; another name raises InputError."""
-    if name not in BACKBONES:
-        raise InputError(f"unknown backbone '{name}': choose {', '.join(BACKBONES)}")
+    check_choice("unknown backbone ", name, BACKBONES)
     return BACKBONES[name]
 
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, check_choice
 
 STEPS = ("eval", "train", "backbone")
 """What `cases` times: an evaluation step, a train step, the backbone alone."""
@@ -147,8 +147,7 @@ class Settings:
             ("against", against, ("torch",)),
         ):
             for value in values:
-                if value not in choices:
-                    raise InputError(f"--{name} {value!r}: choose {', '.join(choices)}")
+                check_choice(f"--{name} ", value, choices)
         backbone(self.backbone)
 
     def _check_numbers(self) -> None:

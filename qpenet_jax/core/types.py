@@ -10,6 +10,9 @@ from jaxtyping import Int, UInt8
 Array = jax.Array | np.ndarray
 """What functions of JAX take, in annotations; what they return is JAX's."""
 
+FEATURE_STRIDE = 8
+"""Pixels between neighbouring feature cells of every backbone here."""
+
 IGNORE = 255
 """Label of pixels that count nowhere: VOC's object borders and all padding."""
 

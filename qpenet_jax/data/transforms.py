@@ -10,11 +10,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from qpenet_jax.core.types import IGNORE
-
-FEATURE_STRIDE = 8
-"""Pixels of an image between two features: both sides of the content are floored to a
-multiple of it."""
+from qpenet_jax.core.types import FEATURE_STRIDE, IGNORE
 
 Resize = Literal["pad", "squash"]
 """How evaluation makes an image square: aspect ratio kept and padded, or not kept."""

@@ -4,10 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
-from qpenet_jax.core.types import Array
-
-FEATURE_STRIDE = 8
-"""Pixels between feature cells of every backbone here."""
+from qpenet_jax.core.types import FEATURE_STRIDE, Array
 
 MAP_EPSILON = 5e-4
 """Added to the area under a mask, so that an empty region gives the zero prototype."""

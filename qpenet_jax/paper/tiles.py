@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 
+from qpenet_jax.core.types import FEATURE_STRIDE
 from qpenet_jax.data.transforms import Resize
 from qpenet_jax.evaluation.metrics import count_pixels
 from qpenet_jax.evaluation.pictures import (
@@ -27,7 +28,7 @@ from qpenet_jax.evaluation.pictures import (
 )
 from qpenet_jax.evaluation.scoring import unpad
 from qpenet_jax.models.ops import interpolation_matrix
-from qpenet_jax.models.prototypes import FEATURE_STRIDE, foreground_lead
+from qpenet_jax.models.prototypes import foreground_lead
 
 MAIN, AUX, BACKGROUND = (240, 228, 66), (204, 121, 167), (86, 180, 233)
 
