@@ -45,7 +45,7 @@ def test_fields_are_changed_in_all_spellings(tmp_path):
     [
         ("--config.optimizer.lrr=1", ["optimizer.lrr", "did you mean optimizer.lr"]),
         ("--config.lr=1", ["no such config field: lr", "did you mean optimizer.lr?"]),
-        ("--config.zzz=1", ["no such config field: zzz; configs/common.py"]),
+        ("--config.zzz=1", ["no such config field: zzz; qpenet_jax/config.py"]),
         ("--config.seed=a", ["config.seed=a"]),
         ("--config.seed", ["config.seed"]),
         ("nonsense", ["unknown argument 'nonsense'"]),

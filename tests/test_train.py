@@ -257,7 +257,7 @@ def test_the_config_of_another_run_is_refused(finished):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"nope": 1}, ["nope", "configs/common.py"]),
+        ({"nope": 1}, ["nope", "qpenet_jax/config.py"]),
         ({"side": 64}, ["side=64", "8 n + 1"]),
         ({"optimizer__name": "adam"}, ["adam", "sgd"]),
         ({"recipe": "best"}, ["recipe='best'", "stable", "released", "paper"]),
@@ -432,7 +432,7 @@ def test_export_reads_a_config_with_overrides(tmp_path):
     assert len(listed.read_text().splitlines()) == 1 + 1 + 4
     other = tmp_path / "other.csv"
     bad = qpenet(*export, "--out", other, "--config.nope=1")
-    assert_refused(bad, "nope", "configs/common.py")
+    assert_refused(bad, "nope", "qpenet_jax/config.py")
     assert not other.exists()
 
 

@@ -1,0 +1,63 @@
+"""In what networks compute: float32, TF32 or bfloat16; parameters stay float32."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from qpenet_jax.backbones.registry import Backbone
+
+DTYPES = ("float32", "tf32", "bfloat16")
+"""float32; on NVIDIA's GPUs from Ampere on, float32 whose products round their factors
+to 11 bits, as is JAX's default there; and bfloat16 throughout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InDtype:
+    """A Flax module that computes in one of DTYPES, whatever its parameters are in.
+
+    In bfloat16 it returns `returned`; the default is for what a loss is made of.
+    """
+
+    module: nn.Module
+    dtype: str
+    returned: Any = jnp.float32
+
+    def apply(self, variables: PyTree, *inputs: Any, **options: Any) -> Any:
+        """Return what the module's apply does."""
+        if self.dtype != "bfloat16":
+            with products(self.dtype):
+                return self.module.apply(variables, *inputs, **options)
+        variables, inputs = cast((variables, inputs), jnp.bfloat16)
+        found = self.module.apply(variables, *inputs, **options)
+        return cast(found, self.returned)
+
+
+def in_dtype(model: nn.Module, net: Backbone, dtype: str) -> tuple[Any, Any]:
+    """Return a network and its backbone as they compute in `dtype`.
+
+    Features pass from one to the other in it; what the network returns is float32.
+    """
+    module: Any = InDtype(net.module, dtype, returned=jnp.bfloat16)
+    return InDtype(model, dtype), net._replace(module=module)
+
+
+def products(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Choose what float32 products are made of on a GPU; a CPU has no choice."""
+    if jax.default_backend() == "cpu":
+        return contextlib.nullcontext()
+    name = "tensorfloat32" if dtype == "tf32" else "float32"
+    return jax.default_matmul_precision(name)
+
+
+def cast(tree: PyTree, dtype: Any) -> Any:
+    """Turn floating-point leaves into another dtype."""
+
+    def leaf(x):
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(leaf, tree)

@@ -1,0 +1,199 @@
+"""JAX's steps in the speed benchmarks; as a program, one case in a new process."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, PyTree
+
+from qpenet_jax.backbones.convert import load_weights
+from qpenet_jax.backbones.precision import cast, in_dtype
+from qpenet_jax.backbones.registry import Backbone, backbone, features
+from qpenet_jax.benchmark.clocks import matmul_rate
+from qpenet_jax.benchmark.contenders import Contender, made_up_episodes
+from qpenet_jax.benchmark.flop import flop
+from qpenet_jax.benchmark.processes import child_report
+from qpenet_jax.benchmark.settings import Case
+from qpenet_jax.core.runtime import keep_freed_memory, peak_memory
+from qpenet_jax.core.types import Episode
+from qpenet_jax.evaluation.predictor import qpenet_predictor
+from qpenet_jax.models.losses import LossWeights
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.training.step import TrainState, init_state, make_train_step
+
+RATE, STEPS = 1e-4, 10**6
+"""Learning rate, low so that the many steps on noise stay finite, and schedule."""
+
+NO_DROPOUT = {
+    f"{kind}_dropout": 0.0 for kind in ("channel", "head", "gate", "attention")
+}
+
+LINEAR = ("conv3", "downsample", "project")
+"""Convolutions of backbones that no ReLU follows; the others' weights are He's."""
+
+
+class Weights(NamedTuple):
+    """The parameters of both contenders: the frozen backbone's and QPENet's."""
+
+    backbone: PyTree[Array]
+    params: PyTree[Array]
+
+
+def draw_weights(case: Case) -> Weights:
+    """Read the backbone's weights, or draw them with the case's seed; draw QPENet's.
+
+    Raises InputError as `load_weights` and `backbone` do.
+    """
+    net, rng = backbone(case.backbone), np.random.default_rng(case.seed)
+    if case.weights:
+        frozen = load_weights(case.backbone, case.weights)
+    else:
+        images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+        shapes = jax.eval_shape(net.module.init, jax.random.key(0), images)
+        frozen = _draw(shapes["params"], rng)
+    shapes = jax.eval_shape(lambda: _initial(case))
+    return Weights(frozen, _draw(shapes, rng))
+
+
+def _draw(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:
+    """Draw parameters that keep the variance from layer to layer.
+
+    So rounding errors grow in no layer more than in the others.
+    """
+    leaves: dict = flatten_dict(shapes)
+    drawn = {}
+    for path, leaf in leaves.items():
+        *_, layer, name = "", *path
+        values = rng.standard_normal(leaf.shape, np.float32)
+        if name == "kernel":
+            depthwise = leaf.ndim == 3
+            fan_in = math.prod(leaf.shape[:2] if depthwise else leaf.shape[:-1])
+            values *= math.sqrt((1 if layer in LINEAR else 2) / fan_in)
+        elif name == "bias":
+            values *= 0.1
+        elif name == "scale":
+            values = 1 + 0.1 * values
+        drawn[path] = jnp.asarray(values)
+    return unflatten_dict(drawn)
+
+
+def _initial(case: Case) -> PyTree[Array]:
+    """Return QPENet's parameters as training initialises them."""
+    model, channels = _model(case), backbone(case.backbone).channels
+    key = jax.random.key(case.seed)
+    return init_state(model, optax.identity(), channels=channels, key=key).params
+
+
+def _model(case: Case) -> QPENet:
+    return QPENet(**{**NO_DROPOUT, **case.network})
+
+
+def prepare(
+    case: Case, weights: Weights, episodes: Episode
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return the jitted step of a case, and its arguments."""
+    frozen, params = weights
+    batch = jax.tree.map(jnp.asarray, episodes)
+    model, net = in_dtype(_model(case), backbone(case.backbone), case.dtype)
+    if case.dtype == "bfloat16":
+        frozen = cast(frozen, jnp.bfloat16)
+        if case.what != "train":
+            params = cast(params, jnp.bfloat16)
+    if case.what == "backbone":
+        supports = jnp.concatenate(batch.support_images)
+        images = jnp.concatenate([supports, batch.query_image])
+        return _features(net), (frozen, images)
+    if case.what == "eval":
+        # The step that evaluate and predict run.
+        network, bare = _model(case), backbone(case.backbone)
+        return qpenet_predictor(network, bare, params, frozen, case.dtype), (batch,)
+    optimizer = Optimizer(lr=RATE, lr_factor=1.0).build(STEPS)
+    params = jax.tree.map(jnp.copy, params)  # the step takes the state's memory
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    step = make_train_step(model, net, optimizer, LossWeights())
+    return step, (state, frozen, batch, jax.random.key(case.seed))
+
+
+def _features(net: Backbone) -> Callable[..., Array]:
+    return jax.jit(lambda weights, images: features(net, weights, images))
+
+
+def contender(case: Case, weights: Weights, episodes: Episode) -> Contender:
+    """Return JAX as a contender of a case."""
+    step, args = prepare(case, weights, episodes)
+
+    def call():
+        nonlocal args
+        found = jax.block_until_ready(step(*args))
+        if case.what == "train":
+            args = (found[0], *args[1:])
+        return found
+
+    def first():
+        found = call()
+        if case.what != "train":
+            name = "margin" if case.what == "eval" else "features"
+            return {name: np.asarray(found, np.float32)}
+        state, metrics = found
+        return {"loss": np.asarray(metrics["loss"]), "gradient": _momentum(state)}
+
+    return Contender(first, call)
+
+
+def _momentum(state: Any) -> np.ndarray:
+    """Return SGD's momentum, which after one step is the gradient with its decay."""
+    return flat(optax.tree.get(state.opt_state, "trace"))
+
+
+def flat(tree: PyTree) -> np.ndarray:
+    """Return all numbers of a tree as a vector, by sorted names."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def count_flop(case: Case, weights: Weights, episodes: Episode) -> int:
+    """Count the FLOP of one step in float32, written plainly."""
+    case = dataclasses.replace(case, dtype="float32")
+    step, args = prepare(case, weights, episodes)
+    return flop(jax.make_jaxpr(step)(*args))
+
+
+def peak_rate(dtype: str, n: int) -> float:
+    """Return the FLOP/s of a product of two n x n matrices."""
+    kind = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
+    a = jnp.ones((n, n), kind)
+    product = jax.jit(jnp.matmul)
+    return matmul_rate(lambda: product(a, a).block_until_ready(), n)
+
+
+def device_memory() -> int:
+    """Return the peak in bytes: of the device, or of the process on a CPU."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return peak_memory()
+    return (device.memory_stats() or {})["peak_bytes_in_use"]
+
+
+def main() -> None:
+    """Run the case of the JSON argument `{case, cache, started}` and print JSON."""
+    told = json.loads(sys.argv[1])
+    keep_freed_memory()
+    jax.config.update("jax_compilation_cache_dir", told["cache"])
+    at_import = peak_memory() if jax.default_backend() == "cpu" else 0
+    case = Case(**told["case"])
+    # Training starts with a compiled initialisation, so that counts, too.
+    weights = draw_weights(case)._replace(params=_initial(case))
+    jaxs = contender(case, weights, made_up_episodes(case))
+    child_report(jaxs, told["started"], at_import, device_memory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,565 @@
+"""QPENet once more, in PyTorch: the oracle of the tests, the benchmark's opponent.
+
+Written from the paper and independent of the Flax modules; where the paper is silent,
+the authors' released system decides here too. It needs the `[parity]` extra, and only
+tests and benchmark import it. Everything is NCHW, as PyTorch likes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Bool, Float, Int, PyTree, UInt8
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import IGNORE, Episode
+
+# --- the frozen backbones ---------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # TensorFlow's for Lite0
+
+
+class ResNetFeatures(nn.Module):
+    """torchvision's ResNet-50 or 101 at stride 8: layer3 and layer2, 1536 channels."""
+
+    channels = 1536
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+
+    def __init__(self, depth: int):
+        super().__init__()
+        build = {50: models.resnet50, 101: models.resnet101}[depth]
+        net = build(weights=None, replace_stride_with_dilation=[False, True, True])
+        for conv in net.layer3.modules():
+            # torchvision leaves the first block undilated; the field's ResNets don't
+            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (2, 2)
+        self.net = create_feature_extractor(net, ["layer2", "layer3"])
+
+    def forward(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 1536 h w"]:
+        """Concatenate layer3 and layer2 of normalised images."""
+        stages = self.net(x)
+        return torch.cat([stages["layer3"], stages["layer2"]], 1)
+
+
+class EfficientNetLiteFeatures(nn.Module):
+    """EfficientNet-Lite0 at stride 8: blocks 4, 10 and 14 (40 + 112 + 192 channels)."""
+
+    channels = 344
+    mean, std = LITE_MEAN, LITE_STD
+
+    def __init__(self):
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        stride = dilation = 1
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                stride *= conv.stride[0]
+                held, dilation = dilation, max(stride // 8, 1)
+                if dilation > held:  # this stride would pass 8
+                    conv.stride = (1, 1)
+                conv.dilation = (held, held)
+                conv.padding = (held * (conv.kernel_size[0] // 2),) * 2
+                conv.static_padding = nn.Identity()  # it depends on the image's size
+
+    def forward(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 344 h w"]:
+        """Concatenate the three blocks of normalised images."""
+        net, taken = self.net, []
+        x = net._swish(net._bn0(net._conv_stem(x)))
+        for i, block in enumerate(net._blocks[:15]):
+            x = block(x)
+            if i in (4, 10, 14):
+                taken.append(x)
+        return torch.cat(taken, 1)
+
+
+Backbone = ResNetFeatures | EfficientNetLiteFeatures
+
+
+def backbone(name: str) -> Backbone:
+    """Build "resnet50", "resnet101" or "efficientnet_lite0", frozen, random weights.
+
+    Its `.net` has PyTorch's original names. Another name raises InputError.
+    """
+    builders = {
+        "resnet50": lambda: ResNetFeatures(50),
+        "resnet101": lambda: ResNetFeatures(101),
+        "efficientnet_lite0": EfficientNetLiteFeatures,
+    }
+    if name not in builders:
+        raise InputError(f"the twin has no backbone {name!r}: {', '.join(builders)}")
+    return builders[name]().eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def features(
+    net: Backbone, images: UInt8[Tensor, "*b H W 3"]
+) -> Float[Tensor, "*b c h w"]:
+    """Return a backbone's features of RGB images in 0..255, any leading axes."""
+    x = images.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (net.mean, net.std))
+    return net((x - mean) / std).unflatten(0, images.shape[:-3])
+
+
+# --- the network ------------------------------------------------------------------
+
+
+def masked_average_pooling(
+    features: Float[Tensor, "*b c h w"], mask: Bool[Tensor, "*b h w"]
+) -> Float[Tensor, "*b c"]:
+    """Average the features under a mask; zeros where it is empty. MAP of eq 1."""
+    weights = mask.unsqueeze(-3).to(features.dtype)
+    return (features * weights).sum((-2, -1)) / (weights.sum((-2, -1)) + 5e-4)
+
+
+def broadcast_concat(
+    features: Float[Tensor, "*b c h w"], prototype: Float[Tensor, "*b c"]
+) -> Float[Tensor, "*b 2*c h w"]:
+    """Put the prototype beside every position: Concat(F, BC(P)) of eq 2."""
+    p = prototype[..., None, None].expand(*prototype.shape, *features.shape[-2:])
+    return torch.cat([features, p], -3)
+
+
+def over_supports(
+    layer: Callable[[Tensor], Tensor], x: Float[Tensor, "b k c h w"]
+) -> Float[Tensor, "b k d h w"]:
+    """Apply a layer to the supports of all episodes as to one batch of images."""
+    return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def resize(
+    logits: Float[Tensor, "b 2 h w"], labels: Int[Tensor, "*b H W"]
+) -> Float[Tensor, "b 2 H W"]:
+    """Bring logits to the size of the labels."""
+    size = labels.shape[-2], labels.shape[-1]
+    return F.interpolate(logits, size, mode="bilinear", align_corners=True)
+
+
+class Residual(nn.Module):
+    """x + ReLU(3x3(ReLU(3x3(x))))."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.ReLU(),
+        )
+
+    def forward(self, x):
+        """Keep the shape."""
+        return x + self.block(x)
+
+
+def reduce(inputs: int, width: int, dropout: float = 0.0) -> nn.Sequential:
+    """1x1 convolution, ReLU, dropout of channels."""
+    conv = nn.Conv2d(inputs, width, 1, bias=False)
+    return nn.Sequential(conv, nn.ReLU(), nn.Dropout2d(dropout))
+
+
+def head(width: int) -> nn.Sequential:
+    """Two logits a position."""
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Dropout2d(0.1),
+        nn.Conv2d(width, 2, 1),
+    )
+
+
+class Convs(nn.Sequential):
+    """Segment features with a prototype: Convs(Concat(F, BC(P))), eq 2, 4, 9, 10."""
+
+    def __init__(self, width: int):
+        super().__init__(reduce(2 * width, width, 0.5), Residual(width), head(width))
+
+
+class Cross(nn.Module):
+    """Cross attention of query positions to the supports' foreground. Eq 16."""
+
+    def __init__(self, width: int, heads: int, ffn: int, dropout: float = 0.1):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
+        self.ffn = nn.Sequential(
+            nn.Linear(width, ffn, bias=False),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(ffn, width, bias=False),
+        )
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def split(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n c/heads"]:
+        """Deal the channels out to the heads."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m c"],
+        mask: Bool[Tensor, "b m"],
+    ) -> Float[Tensor, "b n c"]:
+        """Attend to the positions of `context` under the mask, to all if it's empty."""
+        allowed = (mask | ~mask.any(1, keepdim=True))[:, None, None]
+        q, k, v = (
+            self.split(layer(t))
+            for layer, t in ((self.q, x), (self.k, context), (self.v, context))
+        )
+        found = F.scaled_dot_product_attention(q, k, v, allowed)
+        x = self.norm1(x + self.dropout(self.out(found.transpose(1, 2).flatten(2))))
+        return self.norm2(x + self.dropout(self.ffn(x)))
+
+
+class QPENet(nn.Module):
+    """Query-guided Prototype Evolution Network (Cong et al., TMM 2024), full version.
+
+    `channels` are the backbone's, `width` is the paper's c, `heads` and `ffn` are the
+    attention's; with `shared_reducer` one 1x1 convolution serves query and support.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int = 256,
+        heads: int = 8,
+        ffn: int = 768,
+        shared_reducer: bool = False,
+    ):
+        super().__init__()
+        self.reduce_support = reduce(channels, width, 0.5)
+        self.reduce_query = None if shared_reducer else reduce(channels, width, 0.5)
+        self.segment_foreground = Convs(width)
+        self.segment_background = Convs(width)
+        self.p_global = nn.Parameter(torch.randn(width))
+        self.gate = nn.Sequential(
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.Dropout(0.5),
+            nn.Sigmoid(),
+        )
+        self.suppress = reduce(2 * width, width)
+        self.activate = reduce(2 * width + 2, width)
+        self.activate_residual = Residual(width)
+        self.auxiliary_head = head(width)
+        self.cross = nn.ModuleList(Cross(width, heads, ffn) for _ in range(2))
+        self.final = nn.Sequential(reduce(width, width), Residual(width), head(width))
+
+    def forward(
+        self,
+        support_features: Float[Tensor, "b k C h w"],
+        support_masks: Int[Tensor, "b k H W"],
+        query_features: Float[Tensor, "b C h w"],
+    ) -> tuple[Float[Tensor, "b 2 H W"], dict[str, Tensor]]:
+        """Return the query's logits at image size and every named intermediate.
+
+        `out` holds F_q [b, c, h, w], F_s [b, k, c, h, w]; P_* [b, c]; the logits y_*
+        [b, 2, h, w] (y_rev, y_bg_s with an axis for the supports), A_* [b, h, w] and
+        M_s [b, k, h, w]. y_bg_s and y_aux only in training. Sides must be 8 n + 1
+        pixels; in masks 1 is foreground. Eq 1-16.
+        """
+        reduce_query = self.reduce_query or self.reduce_support
+        f_q = reduce_query(query_features)
+        f_s = over_supports(self.reduce_support, support_features)
+        m_s = support_masks[..., ::8, ::8] == 1  # a cell stands on every 8th pixel
+        out = {"F_s": f_s, "F_q": f_q, "M_s": m_s}
+        out |= self.evolve_foreground(f_q, f_s, m_s)
+        out |= self.evolve_background(f_q, f_s)
+        out |= self.decode(f_q, f_s, out)
+        return resize(out["y_final"], support_masks), out
+
+    def evolve_foreground(self, f_q, f_s, m_s) -> dict[str, Tensor]:
+        """PPG and DPE: support -> query -> support. Eq 1-8."""
+        p_pre = masked_average_pooling(f_s, m_s).mean(1)
+        y_pre = self.segment_foreground(broadcast_concat(f_q, p_pre))
+        p_psd = masked_average_pooling(f_q, y_pre.argmax(1) == 1)
+
+        asked = p_psd[:, None].expand(-1, f_s.shape[1], -1)
+        y_rev = over_supports(self.segment_foreground, broadcast_concat(f_s, asked))
+        found = y_rev.argmax(2) == 1
+        return {
+            "P_pre": p_pre,
+            "y_pre": y_pre,
+            "P_psd": p_psd,
+            "y_rev": y_rev,
+            "P_main": masked_average_pooling(f_s, m_s & found).mean(1),
+            "P_aux": masked_average_pooling(f_s, m_s & ~found).mean(1),
+        }
+
+    def evolve_background(self, f_q, f_s) -> dict[str, Tensor]:
+        """GBC: cleanse the global background prototype for this query. Eq 9-11."""
+        out = {}
+        everywhere = self.p_global.expand(*f_s.shape[:2], -1)
+        y_bg_q = self.segment_background(broadcast_concat(f_q, everywhere[:, 0]))
+        if self.training:
+            with_prototype = broadcast_concat(f_s, everywhere)
+            out["y_bg_s"] = over_supports(self.segment_background, with_prototype)
+        background = f_q * y_bg_q.argmax(1, keepdim=True)
+        gate = self.gate(background.mean((2, 3)))  # over all cells, as GAP is
+        return {"y_bg_q": y_bg_q, "P_bg": self.p_global * gate, **out}
+
+    def decode(self, f_q, f_s, prototypes) -> dict[str, Tensor]:
+        """FFA: filter the background out, activate the foreground. Eq 12-16."""
+        a_main, a_aux = (
+            F.cosine_similarity(f_q, prototypes[name][..., None, None], dim=1)
+            for name in ("P_main", "P_aux")
+        )
+        f_dot = self.suppress(broadcast_concat(f_q, prototypes["P_bg"]))
+        x = broadcast_concat(f_dot, prototypes["P_pre"])
+        x = self.activate(torch.cat([x, a_main[:, None], a_aux[:, None]], 1))
+        x = self.activate_residual(x)
+        out = {"A_main": a_main, "A_aux": a_aux}
+        if self.training:
+            out["y_aux"] = self.auxiliary_head(x)
+
+        grid = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)
+        context = f_s.flatten(3).transpose(2, 3).flatten(1, 2)
+        for cross in self.cross:
+            x = cross(x, context, prototypes["M_s"].flatten(1))
+        x = x.transpose(1, 2).unflatten(2, grid)
+        return {**out, "y_final": self.final(x)}
+
+
+# --- training ---------------------------------------------------------------------
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*b 2 h w"], target: Int[Tensor, "*b H W"]
+) -> Float[Tensor, ""]:
+    """Two-class cross entropy over the batch's valid pixels, 0 if there are none."""
+    target = target.flatten(0, -3).long()
+    logits = resize(logits.flatten(0, -4), target)
+    total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+    return total / (target != IGNORE).sum().clamp(min=1)
+
+
+def background_mining(
+    logits: Float[Tensor, "*b 2 h w"], target: Int[Tensor, "*b H W"]
+) -> Float[Tensor, ""]:
+    """Foreground isn't background; half as strongly, everything is. L_bm of eq 18."""
+    target = target.flatten(0, -3)
+    logits = resize(logits.flatten(0, -4), target)
+    not_background, background = F.log_softmax(logits, 1).neg().unbind(1)
+
+    def mean(values, mask):
+        return (values * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+
+    foreground = mean(not_background, target == 1)
+    return (foreground + 0.5 * mean(background, target != IGNORE)).mean()
+
+
+def total_loss(
+    out: dict[str, Tensor],
+    query_mask: Int[Tensor, "b H W"],
+    support_masks: Int[Tensor, "b k H W"],
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Return L of eq 19 and its terms; the auxiliary head counts 0.6 in L_fg."""
+    terms = {
+        "loss_pre": cross_entropy(out["y_pre"], query_mask),
+        "loss_rev": cross_entropy(out["y_rev"], support_masks),
+        "loss_final": cross_entropy(out["y_final"], query_mask),
+        "loss_aux": cross_entropy(out["y_aux"], query_mask),
+        "loss_bg_q": background_mining(out["y_bg_q"], query_mask),
+        "loss_bg_s": background_mining(out["y_bg_s"], support_masks),
+    }
+    segmentation = terms["loss_pre"] + terms["loss_rev"] + terms["loss_final"]
+    foreground = segmentation + 0.6 * terms["loss_aux"]
+    return alpha * foreground + beta * (terms["loss_bg_q"] + terms["loss_bg_s"]), terms
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], steps: int, lr: float = 0.0025
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
+    """Return the paper's SGD and its poly decay (1 - t / steps)^0.9, both per step."""
+    sgd = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4)
+    decay = torch.optim.lr_scheduler.LambdaLR(sgd, lambda t: (1 - t / steps) ** 0.9)
+    return sgd, decay
+
+
+def train_step(
+    model: QPENet,
+    net: Backbone,
+    optimizer: tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR],
+    batch: Episode,
+) -> dict[str, Float[Tensor, ""]]:
+    """Do one step of training on a batch of numpy episodes; return the loss terms."""
+    device = model.p_global.device
+    query, truth, supports, masks = (torch.as_tensor(x).to(device) for x in batch)
+    _, out = model(features(net, supports), masks, features(net, query))
+    loss, terms = total_loss(out, truth, masks)
+    sgd, decay = optimizer
+    sgd.zero_grad()
+    loss.backward()
+    sgd.step()
+    decay.step()
+    return {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}
+
+
+# --- weights of the twin <-> parameters of the Flax network -----------------------
+
+
+def _convs(twin: str, flax: str) -> dict[str, str]:
+    return {
+        f"{twin}.0.0": f"{flax}/merge",
+        **_residual(f"{twin}.1", f"{flax}/residual"),
+        **_head(f"{twin}.2", f"{flax}/head"),
+    }
+
+
+def _residual(twin: str, flax: str) -> dict[str, str]:
+    return {f"{twin}.block.0": f"{flax}/conv1", f"{twin}.block.2": f"{flax}/conv2"}
+
+
+def _head(twin: str, flax: str) -> dict[str, str]:
+    return {f"{twin}.0": f"{flax}/conv", f"{twin}.3": f"{flax}/classifier"}
+
+
+def _cross(twin: str, flax: str) -> dict[str, str]:
+    names = {"q": "query", "k": "key", "v": "value", "out": "out"}
+    names |= {"ffn.0": "ffn1", "ffn.3": "ffn2", "norm1": "norm1", "norm2": "norm2"}
+    return {f"{twin}.{ours}": f"{flax}/{theirs}" for ours, theirs in names.items()}
+
+
+LAYERS = {
+    "reduce_support.0": "reduce_support",
+    "reduce_query.0": "reduce_query",
+    **_convs("segment_foreground", "convs"),
+    **_convs("segment_background", "gbc/convs"),
+    "gate.0": "gbc/fc1",
+    "gate.2": "gbc/fc2",
+    "suppress.0": "ffa/filter",
+    "activate.0": "ffa/activate",
+    **_residual("activate_residual", "ffa/activate_residual"),
+    **_head("auxiliary_head", "ffa/auxiliary_head"),
+    **_cross("cross.0", "ffa/cross1"),
+    **_cross("cross.1", "ffa/cross2"),
+    "final.0.0": "ffa/reduce",
+    **_residual("final.1", "ffa/reduce_residual"),
+    **_head("final.2", "ffa/head"),
+}
+"""Layer of the twin -> module of the Flax network."""
+
+
+class Entry(NamedTuple):
+    """One tensor, by its name and shape in the twin and in the Flax network."""
+
+    twin: str
+    shape: tuple[int, ...]
+    flax: str
+    flax_shape: tuple[int, ...]
+
+
+def to_flax(state_dict: Mapping[str, Tensor]) -> PyTree[Float[np.ndarray, "..."]]:
+    """Turn the twin's state_dict into the parameters of the Flax QPENet.
+
+    Missing, extra and misshapen tensors are one InputError that lists them all.
+    """
+    arrays = {k: v.detach().cpu().numpy() for k, v in state_dict.items()}
+    shapes = {k: v.shape for k, v in arrays.items()}
+    entries = _entries(
+        _get(shapes, "reduce_support.0.weight", (256, 1536, 1, 1))[1::-1],
+        _get(shapes, "cross.0.ffn.0.weight", (768, 256))[0],
+        shared_reducer="reduce_query.0.weight" not in shapes,
+    )
+    _check("the twin's state_dict", {e.twin: e.shape for e in entries}, shapes)
+    flat = {}
+    for entry in entries:
+        array = arrays[entry.twin]
+        if array.ndim > 1:  # [o, i, (k, k)] -> [(k, k), i, o]
+            array = array.transpose(*range(2, array.ndim), 1, 0)
+        if entry.flax == "ffa/activate/kernel":
+            array = array[..., _activate_rows(entry.shape[0]), :]
+        flat[entry.flax] = np.ascontiguousarray(array).reshape(entry.flax_shape)
+    return unflatten_dict(flat, sep="/")
+
+
+def from_flax(params: PyTree[Float[np.ndarray, "..."]]) -> dict[str, Tensor]:
+    """Turn parameters of the Flax QPENet into the twin's state_dict.
+
+    Missing, extra and misshapen arrays are one InputError that lists them all.
+    """
+    flat: dict = flatten_dict(params, sep="/")
+    arrays = {k: np.asarray(v) for k, v in flat.items()}
+    shapes = {k: v.shape for k, v in arrays.items()}
+    entries = _entries(
+        _get(shapes, "reduce_support/kernel", (1536, 256)),
+        _get(shapes, "ffa/cross1/ffn1/kernel", (256, 768))[1],
+        shared_reducer="reduce_query/kernel" not in shapes,
+    )
+    _check("Flax's QPENet", {e.flax: e.flax_shape for e in entries}, shapes)
+    state_dict = {}
+    for entry in entries:
+        array = arrays[entry.flax]
+        if entry.flax == "ffa/activate/kernel":
+            array = array[np.argsort(_activate_rows(entry.shape[0]))]
+        if array.ndim > 1:  # [(k, k), i, o] -> [o, i, (k, k)]
+            array = array.transpose(-1, -2, *range(array.ndim - 2))
+        state_dict[entry.twin] = torch.tensor(array.reshape(entry.shape))
+    return state_dict
+
+
+def _activate_rows(width: int) -> list[int]:
+    """Order eq 15's inputs as Flax does, the prototype (one a row of c) at the end."""
+    return [*range(width), 2 * width, 2 * width + 1, *range(width, 2 * width)]
+
+
+def _entries(
+    reducer: tuple[int, ...], ffn: int, *, shared_reducer: bool
+) -> list[Entry]:
+    """List what a network of these sizes holds; `reducer` is (channels, width)."""
+    channels, width = reducer
+    with torch.device("meta"):  # shapes without memory
+        model = QPENet(channels, width, 1, ffn, shared_reducer)
+    entries = []
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        window = () if shape[2:] == (1, 1) else shape[2:]
+        flax_shape = (*window, *shape[1::-1])
+        entries.append(Entry(name, shape, _flax_name(name, shape), flax_shape))
+    return entries
+
+
+def _flax_name(name: str, shape: tuple[int, ...]) -> str:
+    if name == "p_global":
+        return "gbc/P_global"
+    layer, _, field = name.rpartition(".")
+    if field == "weight":
+        field = "kernel" if len(shape) > 1 else "scale"
+    return f"{LAYERS[layer]}/{field}"
+
+
+def _get(shapes, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape that tells the network's sizes, the paper's if it is no help."""
+    shape = shapes.get(name, default)
+    return shape if len(shape) == len(default) else default
+
+
+def _check(what: str, expected: dict, found: dict) -> None:
+    """Raise one InputError with the full lists of what does not fit."""
+    problems = {
+        "missing": [k for k in expected if k not in found],
+        "not known": [k for k in found if k not in expected],
+        "wrong shape": [
+            f"{k} {found[k]} instead of {shape}"
+            for k, shape in expected.items()
+            if found.get(k, shape) != shape
+        ],
+    }
+    lists = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    if lists:
+        raise InputError(f"these weights do not fit {what}: {'; '.join(lists)}")

@@ -1,0 +1,59 @@
+"""`qpenet describe`."""
+
+import argparse
+
+from qpenet_jax.cli.options import BACKBONES
+
+
+def add_parser(commands) -> None:
+    """Add the command and its options."""
+    text = "print the layers of the network"
+    parser = commands.add_parser(
+        "describe",
+        help=text,
+        description=f"{text.capitalize()} with their shapes and parameters.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--backbone",
+        default="resnet50",
+        choices=BACKBONES,
+        help="the frozen network below it; default: %(default)s",
+    )
+    parser.add_argument(
+        "--shots",
+        type=int,
+        default=1,
+        metavar="K",
+        help="number of support images; default: %(default)s",
+    )
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=473,
+        metavar="PIXELS",
+        help="side of the square input, 8 n + 1; default: %(default)s",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table of layers."""
+    import jax
+    import jax.numpy as jnp
+    from flax.linen.summary import tabulate
+
+    from qpenet_jax.backbones.registry import backbone
+    from qpenet_jax.evaluation.protocols import check_side
+    from qpenet_jax.models.qpenet import QPENet
+
+    check_side(args.side)
+    grid, channels = args.side // 8 + 1, backbone(args.backbone).channels
+    support = jnp.zeros((1, args.shots, grid, grid, channels))
+    masks = jnp.zeros((1, args.shots, args.side, args.side), jnp.int32)
+    describe = tabulate(
+        QPENet(),
+        jax.random.key(0),
+        depth=2,
+        console_kwargs={"width": 120, "force_terminal": False},
+    )
+    print(describe(support, masks, support[:, 0]))

@@ -1,0 +1,63 @@
+"""`qpenet episodes export`."""
+
+import argparse
+from pathlib import Path
+
+from qpenet_jax.cli.options import (
+    WORKDIR,
+    add_overrides,
+    add_protocol,
+    overrides_of,
+    protocol_changes,
+)
+
+
+def add_parser(commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "episodes",
+        help="write the episodes of a protocol into a file",
+        description="Write the episodes of a protocol into a CSV file, so that other "
+        "programs can score the same ones.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("action", choices=["export"])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", metavar="FOLDER", help=WORKDIR)
+    source.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a config instead of a run, such as configs/pascal_fold0.py",
+    )
+    parser.add_argument(
+        "--shots",
+        type=int,
+        default=1,
+        metavar="K",
+        help="number of support images; default: %(default)s",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
+    add_protocol(parser)
+    add_overrides(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw the episodes, write them, print the protocol and the file's hash."""
+    from qpenet_jax.data.episode_lists import export_episodes
+    from qpenet_jax.evaluation.protocols import of_dataset
+    from qpenet_jax.runs.config_files import load_config
+    from qpenet_jax.runs.experiment import Experiment
+    from qpenet_jax.runs.folder import open_run
+
+    if args.config:
+        experiment = Experiment(load_config(args.config, args.overrides))
+    else:
+        experiment = open_run(args.workdir, **overrides_of(args)).experiment
+    val = experiment.dataset("val")
+    changes = protocol_changes(args) | {"shots": args.shots}
+    protocol = experiment.protocol(args.protocol, **changes)
+    samplers = experiment.eval_samplers(val, protocol)
+    digest = export_episodes(Path(args.out), val, samplers, protocol.episodes)
+    print(f"protocol: {of_dataset(protocol, val)}")
+    print(f"{len(samplers) * protocol.episodes} episodes in {args.out}")
+    print(f"sha256 {digest}")

@@ -1,0 +1,86 @@
+"""`qpenet evaluate`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from qpenet_jax.cli.options import (
+    WORKDIR,
+    add_overrides,
+    add_protocol,
+    numbers,
+    overrides_of,
+    protocol_changes,
+)
+from qpenet_jax.core.errors import InputError
+
+
+def add_parser(commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a trained run on its novel classes",
+        description="Score a trained run on its novel classes by any protocol.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--workdir", required=True, metavar="FOLDER", help=WORKDIR)
+    parser.add_argument(
+        "--shots",
+        type=numbers,
+        metavar="K,...",
+        help="numbers of support images, such as 1,5; default: 1",
+    )
+    parser.add_argument(
+        "--episode-list",
+        metavar="FILE",
+        help="score exactly the episodes of this file, written by `qpenet episodes "
+        "export`, instead of drawing them",
+    )
+    parser.add_argument(
+        "--references",
+        action="store_true",
+        help="also score the untrained network and the training-free cosine baseline",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="folder for the results; default: the folder evaluate/ of the run",
+    )
+    add_protocol(parser)
+    add_overrides(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score the run once for each number of shots."""
+    from qpenet_jax.data.episode_lists import read_episodes
+    from qpenet_jax.runs.evaluator import Evaluator, folder_name
+    from qpenet_jax.runs.folder import open_run
+
+    opened = open_run(args.workdir, **overrides_of(args))
+    experiment = opened.experiment
+    val = experiment.dataset("val")
+    out = Path(args.out or Path(args.workdir) / "evaluate")
+    changes = protocol_changes(args)
+    frozen = None
+    if args.episode_list:
+        frozen = read_episodes(Path(args.episode_list), val)
+        _refuse_changes(args, ("shots", "episodes", "seeds", "order", "targets"))
+    for shots in (1,) if frozen else args.shots or (1,):
+        protocol = experiment.protocol(args.protocol, **changes | {"shots": shots})
+        folder = out / folder_name(protocol, frozen)
+        evaluator = Evaluator(experiment, opened.weights, folder, val, protocol, frozen)
+        print(evaluator.describe())
+        if args.references:
+            evaluator.references()
+        evaluator(opened.params, step=opened.step)
+        print(evaluator.report())
+        print(f"written to {folder}")
+
+
+def _refuse_changes(args: argparse.Namespace, options: Sequence[str]) -> None:
+    for name in options:
+        if getattr(args, name) is not None:
+            raise InputError(
+                f"--{name} can't be given together with --episode-list, which already "
+                "fixes it: leave out one of the two"
+            )

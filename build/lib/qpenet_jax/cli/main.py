@@ -1,0 +1,98 @@
+"""The command `qpenet`; each of its commands has a file of its own beside this one."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qpenet_jax.cli import (
+    benchmark,
+    compare,
+    convert,
+    describe,
+    episodes,
+    evaluate,
+    figures,
+    predict,
+    prepare,
+    reproduce,
+    train,
+)
+from qpenet_jax.cli.options import split_overrides
+from qpenet_jax.core.errors import exit_on_input_error
+
+COMMANDS = (
+    train,
+    prepare,
+    convert,
+    describe,
+    evaluate,
+    episodes,
+    compare,
+    reproduce,
+    benchmark,
+    figures,
+    predict,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; bad input is one line on stderr and exit code 2."""
+    parser = _parser()
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+    if overrides and "overrides" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    args.overrides = overrides
+    try:
+        with exit_on_input_error():
+            _set_up_process(args)
+            args.run(args)
+    except KeyboardInterrupt as stop:
+        again = "stopped; no half-written file is left: the command can be run again"
+        print(f"\n{str(stop) or again}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("qpenet", description="Few-shot segmentation with QPENet in JAX.")
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="show the version and exit"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def _set_up_process(args: argparse.Namespace) -> None:
+    from absl import logging
+
+    from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
+
+    keep_freed_memory()
+    if args.run is not train.run:  # where the config says whether to keep them
+        keep_compilations()
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every step of a save
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser, *_):
+        from qpenet_jax import __version__
+
+        print(f"qpenet {__version__}")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    main()

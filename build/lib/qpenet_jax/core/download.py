@@ -1,0 +1,168 @@
+"""Download a file, going on where an earlier try broke off, and check its hash."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import check_room
+
+ATTEMPTS = 5
+CHUNK = 1 << 16
+BAR_BYTES = 50_000_000
+"""Hashing a file from this size on, a quarter of a second, shows a progress bar."""
+
+
+def download(
+    url: str, dest: str | Path, checksum: str | None, progress: bool = True
+) -> Path:
+    """Fetch `url` into the file `dest`, going on where an earlier try broke off.
+
+    `checksum` is "sha256:..." or "md5:..." in hexadecimal, the start of it being
+    enough; None where none is published: then the length that the server tells is
+    the only check. The bytes gather in `<dest>.part` until they are whole and right;
+    a file with another hash is deleted. A `dest` that is right isn't fetched again.
+
+    Raises:
+        InputError: no connection, an HTTP error, a wrong hash, or neither a hash nor
+            a length to check against.
+    """
+    dest = Path(dest)
+    if dest.exists() and _mismatch(dest, checksum) is None:
+        return dest
+    part = dest.with_name(dest.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if not any(_fetch(url, part, checksum, progress) for _ in range(ATTEMPTS)):
+        raise InputError(
+            f"{url} broke off {ATTEMPTS} times, at {_size(part)} bytes now: "
+            "run the same command again to go on from there"
+        )
+    if mismatch := _mismatch(part, checksum):
+        part.unlink()
+        raise InputError(
+            f"{url}: {mismatch}; deleted, try again or give the file yourself"
+        )
+    os.replace(part, dest)
+    return dest
+
+
+def check_download_room(sizes: Mapping[Path, int]) -> None:
+    """Check that all files, less what earlier tries left of them, have room.
+
+    Raises:
+        InputError: there is less free space where the first is to go.
+    """
+    files = [f for path in sizes for f in (path, path.with_name(f"{path.name}.part"))]
+    have = sum(f.stat().st_size for f in files if f.exists())
+    folder = next(iter(sizes)).parent
+    check_room(folder, sum(sizes.values()) - have, "make room or choose another --out")
+
+
+def _mismatch(path: Path, checksum: str | None) -> str | None:
+    """Return how the file's hash differs from `checksum`, None if it doesn't."""
+    if checksum is None:
+        return None
+    algorithm, _, expected = checksum.partition(":")
+    found = digest(path, algorithm)
+    if found.startswith(expected):
+        return None
+    return f"{algorithm} is {found}, not {expected}"
+
+
+def _fetch(url: str, part: Path, checksum: str | None, progress: bool) -> bool:
+    """Append what is missing to `part`; tell whether the end was reached."""
+    have = _size(part)
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    try:
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=30
+        )
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+            return _is_whole(part, error.headers.get("Content-Range"))
+        raise InputError(f"{url}: HTTP {error.code} {error.reason}") from None
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        reason = getattr(error, "reason", error)
+        raise InputError(
+            f"cannot reach {url} ({reason}): get the file in another way and give it"
+        ) from None
+    with response:
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            have = 0  # the server ignores Range and starts again
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        if total is None and checksum is None:
+            raise InputError(
+                f"{url}: the server tells no length and no hash is published, so the "
+                "file can't be checked: get it in another way and give it"
+            )
+        _copy(response, part, have, total, progress)
+    return total is None or _size(part) == total
+
+
+def _is_whole(part: Path, content_range: str | None) -> bool:
+    """Judge a part behind which the server has nothing; start again unless it fits."""
+    total = (content_range or "").rpartition("/")[2]
+    if total == str(_size(part)):
+        return True
+    part.unlink()
+    return False
+
+
+def _copy(response, part: Path, have: int, total: int | None, progress: bool) -> None:
+    """Write the response behind the first `have` bytes, until it ends or breaks."""
+    bar = tqdm(
+        desc=part.stem,
+        initial=have,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+    )
+    with bar, part.open("ab" if have else "wb") as file:
+        for chunk in _chunks(response):
+            file.write(chunk)
+            bar.update(len(chunk))
+
+
+def _chunks(response) -> Iterator[bytes]:
+    # A broken connection leaves a short file: the next attempt goes on from there.
+    # Errors of writing, as of a full disk, aren't caught here.
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        while chunk := response.read(CHUNK):
+            yield chunk
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    return digest(path, "sha256")
+
+
+def digest(path: Path, algorithm: str) -> str:
+    """Return the hash of a file in hexadecimal, with a progress bar if it is large."""
+    hasher = hashlib.new(algorithm, usedforsecurity=False)
+    size = path.stat().st_size
+    bar = tqdm(
+        desc=f"hashing {path.name}",
+        total=size,
+        unit="B",
+        unit_scale=True,
+        disable=size < BAR_BYTES,
+    )
+    with bar, path.open("rb") as file:
+        while chunk := file.read(16 * CHUNK):
+            hasher.update(chunk)
+            bar.update(len(chunk))
+    return hasher.hexdigest()

@@ -1,0 +1,85 @@
+"""Files: written whole or not at all, locked, cached; room is looked for first."""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+import platformdirs
+
+from qpenet_jax.core.errors import InputError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file under another name, then rename it; makes its folder.
+
+    Raises:
+        InputError: the folder can't be made or written to.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror})") from None
+
+
+def check_room(folder: Path, needed: int, remedy: str) -> None:
+    """Make a folder where `needed` bytes can be written.
+
+    Raises:
+        InputError: there is less free space.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are "
+            f"needed; {remedy}"
+        )
+
+
+@contextlib.contextmanager
+def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` for as long as the `with` lasts; makes its folder.
+
+    The operating system frees it when the process ends, however it ends, so a file that
+    was left behind locks nobody out. With `wait`, a lock that another process holds is
+    waited for, and `message` printed to the standard error.
+
+    Raises:
+        InputError: `message`, if another process holds it, without `wait`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not wait:
+            raise InputError(message) from None
+        print(message, file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cache_folder(name: str) -> Path:
+    """Return where this user's files of one kind are kept between runs.
+
+    The operating system's place for caches (on Linux XDG_CACHE_HOME, or ~/.cache); a
+    process without a home folder gets one among the temporary files.
+    """
+    try:
+        base = platformdirs.user_cache_path("qpenet_jax", appauthor=False)
+    except RuntimeError:
+        base = Path("~")
+    if not base.is_absolute():
+        base = Path(tempfile.gettempdir()) / "qpenet_jax"
+    return base / name

@@ -1,0 +1,67 @@
+"""The contract between data, model, loss and metrics."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Int, UInt8
+
+Array = jax.Array | np.ndarray
+"""What functions of JAX take, in annotations; what they return is JAX's."""
+
+FEATURE_STRIDE = 8
+"""Pixels between neighbouring feature cells of every backbone here."""
+
+IGNORE = 255
+"""Label of pixels that count nowhere: VOC's object borders and all padding."""
+
+
+class Episode(NamedTuple):
+    """One few-shot task, or a batch of them with a leading axis on every field.
+
+    Images are RGB in 0..255 (normalised on the device); masks hold 0 background,
+    1 foreground and 255 ignore, padding included.
+    """
+
+    query_image: UInt8[np.ndarray, "*b h w 3"]
+    query_mask: UInt8[np.ndarray, "*b h w"]
+    support_images: UInt8[np.ndarray, "*b k h w 3"]
+    support_masks: UInt8[np.ndarray, "*b k h w"]
+
+
+@runtime_checkable
+class SegmentationDataset(Protocol):
+    """Images with label maps; nothing random: item i is always the same.
+
+    Class ids are 1..len(classes), `classes[id - 1]` is the name; in a label map 0 is
+    background and 255 ignore. `counts[i, id - 1]` is the number of pixels of a class
+    in label i at its original size, so that episodes are drawn without decoding.
+    """
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of their ids."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """A name for every image (VOC id), for results and error messages."""
+        ...
+
+    @property
+    def counts(self) -> Int[np.ndarray, "images classes"]:
+        """Pixels of each class in each label."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Return image `index`, RGB."""
+        ...
+
+    def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
+        """Return the label map of image `index`."""
+        ...

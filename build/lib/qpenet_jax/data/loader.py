@@ -1,0 +1,160 @@
+"""Load episodes: read, transform, stack to batches, in worker processes if wanted."""
+
+import ctypes
+import functools
+import signal
+import sys
+from collections.abc import Callable, Generator
+from typing import TypeVar
+
+import cv2
+import jax
+import numpy as np
+from absl import flags
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Episode, SegmentationDataset
+from qpenet_jax.data.augmentation import Augmentation, draw
+from qpenet_jax.data.episodes import (
+    AUGMENT_STREAM,
+    EpisodeIds,
+    EpisodeSampler,
+    generator,
+)
+from qpenet_jax.data.host_augmentation import augment
+from qpenet_jax.data.transforms import Resize, binary_mask, fit, fit_label
+
+BATCHES_AHEAD = 2
+"""Batches that each worker keeps ready."""
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+
+T = TypeVar("T")
+
+
+def load_episode(
+    dataset: SegmentationDataset,
+    ids: EpisodeIds,
+    side: int,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    resize: Resize = "pad",
+) -> Episode:
+    """Read and transform the images of an episode; every array `side` x `side`.
+
+    With an augmentation each image gets a generator of (seed, index, slot) of its
+    own, the query being slot 0; without, all are fitted as evaluation does.
+
+    Raises:
+        InputError: an image or label can't be used.
+    """
+
+    def load(slot: int, item: int):
+        image = dataset.image(item)
+        mask = binary_mask(dataset.label(item), ids.class_id)
+        if augmentation is None:
+            return fit(image, side, resize), fit_label(mask, side, resize)
+        rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
+        return augment(image, mask, side, draw(rng, augmentation, mask.shape, side))
+
+    query_image, query_mask = load(0, ids.query)
+    images, masks = zip(
+        *(load(slot, item) for slot, item in enumerate(ids.supports, start=1)),
+        strict=True,
+    )
+    return Episode(query_image, query_mask, np.stack(images), np.stack(masks))
+
+
+def training_batches(
+    load: Callable[[EpisodeIds], T],
+    sampler: EpisodeSampler,
+    *,
+    batch_size: int,
+    start_step: int = 0,
+    workers: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> Generator[T, None, None]:
+    """Yield the batches from `start_step` on, without end, loaded ahead by workers.
+
+    `load` returns an episode as a tree of arrays (`load_episode`, `load_raw_episode`);
+    a batch is that tree, stacked. Batch t holds episodes t B .. t B + B - 1, whatever
+    the number of workers, and process p of P, `shard=(p, P)`, gets the p-th of P equal
+    parts. Close the generator (`contextlib.closing`) to end its workers. They are
+    spawned: a script that uses them needs the usual `if __name__ == "__main__"`.
+
+    Raises:
+        InputError: the batch can't be shared equally; while iterating, an image or
+            label that can't be used.
+    """
+    process, processes = shard
+    if batch_size % processes:
+        raise InputError(
+            f"batch size {batch_size} can't be shared by {processes} processes; "
+            "choose a multiple"
+        )
+    size = batch_size // processes
+    batch = functools.partial(
+        _load_batch, load, sampler, stride=batch_size, offset=process * size, size=size
+    )
+    return ahead(batch, range(start_step, sys.maxsize), workers)
+
+
+def ahead(
+    load: Callable[[int], T], indices: range, workers: int
+) -> Generator[T, None, None]:
+    """Yield `load(i)` in order, computed in worker processes, or a thread if 0.
+
+    Close the generator, if it isn't exhausted, to end its workers.
+    """
+    import grain  # Here: it takes a good part of a second.
+
+    loaded = grain.MapDataset.range(indices.start, indices.stop).map(load)
+    stream = loaded.to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=BATCHES_AHEAD)
+    )
+    if workers:
+        _mark_flags_as_parsed()
+        options = grain.MultiprocessingOptions(
+            workers, per_worker_buffer_size=BATCHES_AHEAD
+        )
+        stream = stream.mp_prefetch(options, worker_init_fn=_quiet_worker)
+    iterator = iter(stream)
+    try:
+        yield from iterator
+    except InputError as error:  # Grain adds notes of its own to what workers raise.
+        raise InputError(str(error)) from None
+    finally:
+        iterator.close()
+
+
+# At module level, as what goes to a worker process is pickled.
+def _load_batch(
+    load: Callable[[EpisodeIds], T],
+    sampler: EpisodeSampler,
+    step: int,
+    *,
+    stride: int,
+    offset: int,
+    size: int,
+) -> T:
+    first = step * stride + offset
+    episodes = (load(sampler(index)) for index in range(first, first + size))
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *episodes)
+
+
+def _mark_flags_as_parsed() -> None:
+    """Let Grain hand absl's flags to its workers in programs that don't use absl."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _quiet_worker(worker: int, workers: int) -> None:
+    """Keep OpenCV's own threads from competing with the other workers.
+
+    Ctrl-C goes to the whole process group; what to do about it, the parent decides.
+    """
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        # A parent that is killed outright can't end its workers: let the kernel do it.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,195 @@
+"""The files of a folder, a tar, a compressed tar or a zip, as a mapping to bytes.
+
+Nothing is extracted: bytes go from the archive to the reader of the image or label,
+so a member's path, whatever it is, never names a file on this disk.
+"""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from qpenet_jax.core.download import sha256
+from qpenet_jax.core.errors import InputError
+
+GZIP_START, ZIP_START = b"\x1f\x8b", b"PK"
+"""How such files begin; the name isn't asked, browsers unpack .tgz and keep it."""
+
+CHUNK = 1 << 20
+DAMAGE_ERRORS = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    gzip.BadGzipFile,
+    EOFError,
+    RuntimeError,  # zipfile's, for passwords and unknown compressions
+)
+"""What the standard library raises on archives that are cut off or damaged."""
+
+
+class MissingMember(InputError, KeyError):
+    """No such member; a KeyError as well, as `get` and `in` of a Mapping expect."""
+
+    __str__ = ValueError.__str__  # KeyError's would put the message in quotes.
+
+
+class Archive(Mapping[str, bytes]):
+    """Read-only mapping from member path ("a/b.png") to bytes, read when asked for.
+
+    Looking up raises InputError (missing member, damaged member, failing CRC) with
+    the names of the archive and the member.
+    """
+
+    def __init__(self, path: Path, readers: Mapping[str, Callable[[], bytes]]):
+        """Hold a function for every member; `open_archive` makes these."""
+        self.path = path
+        self._readers = readers
+
+    def __getitem__(self, name: str) -> bytes:
+        if name not in self._readers:
+            raise MissingMember(
+                f"{self.path} has no member {name}; is it the right and whole archive?"
+            )
+        with _damage_told(self.where(name)):
+            return self._readers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def where(self, name: str) -> str:
+        """Return "archive: member", as messages name a member."""
+        return f"{self.path}: {name}"
+
+
+@contextlib.contextmanager
+def open_archive(
+    path: str | Path, wanted: Callable[[str], bool] | None = None
+) -> Iterator[Archive]:
+    """Open a folder, .tar, .tar.gz/.tgz or .zip; `wanted(path)` chooses its members.
+
+    Tar and zip are read by random access. A compressed tar has none: it is read once,
+    with a progress bar, and the wanted members stay in memory. Hidden files are left
+    out (macOS adds "._x.png" beside "x.png").
+
+    Raises:
+        InputError: nothing there; no archive; cut off or damaged.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        with _damage_told(str(path)):
+            readers = _readers(path, functools.partial(_is_wanted, wanted), stack)
+        yield Archive(path, readers)
+
+
+def fingerprint(path: str | Path) -> dict[str, str]:
+    """Return the name and SHA-256 of an archive, for the facts of a data set.
+
+    A folder's SHA-256 is that of its files' paths and SHA-256s, hidden files left out.
+
+    Raises:
+        InputError: nothing there.
+    """
+    path = Path(path).resolve()
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; check the path")
+    if path.is_file():
+        return {"name": path.name, "sha256": sha256(path)}
+    total = hashlib.sha256()
+    for name, file in _files(path).items():
+        total.update(f"{name}\0{sha256(file)}\n".encode())
+    return {"name": path.name, "sha256": total.hexdigest()}
+
+
+def _is_wanted(wanted: Callable[[str], bool] | None, name: str) -> bool:
+    return not _is_hidden(name) and (wanted is None or wanted(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
+
+
+def _readers(
+    path: Path, wanted: Callable[[str], bool], stack: contextlib.ExitStack
+) -> dict[str, Callable[[], bytes]]:
+    """Return a reader for every wanted member; `stack` closes what they read from."""
+    if path.is_dir():
+        files = _files(path)
+        return {name: file.read_bytes for name, file in files.items() if wanted(name)}
+    if not path.is_file():
+        raise InputError(f"{path}: no such file or folder; check the path")
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == GZIP_START:
+        members = _read_compressed_tar(path, wanted)
+        # A bound method of the bytes' own buffer: a reader that reads nothing.
+        return {name: BytesIO(data).getvalue for name, data in members.items()}
+    if start == ZIP_START:
+        pack = stack.enter_context(zipfile.ZipFile(path))
+        infos = (info for info in pack.infolist() if not info.is_dir())
+        read, found = pack.read, {info.filename: info for info in infos}
+    else:
+        tar = stack.enter_context(tarfile.TarFile(path))
+        found = {_plain(member.name): member for member in tar if member.isfile()}
+        read = functools.partial(_read_member, tar)
+    return {n: functools.partial(read, m) for n, m in found.items() if wanted(n)}
+
+
+def _read_compressed_tar(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    size = path.stat().st_size
+    bar = tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True)
+    with path.open("rb") as file, bar, gzip.open(file) as plain:
+        with tarfile.open(fileobj=plain, mode="r|") as tar:
+            kept = {}
+            for member in tar:
+                bar.update(file.tell() - bar.n)
+                if member.isfile() and wanted(_plain(member.name)):
+                    kept[_plain(member.name)] = _read_member(tar, member)
+        while plain.read(CHUNK):  # gzip's CRC and length stand at the very end.
+            pass
+        bar.update(size - bar.n)
+    return kept
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file: IO[bytes] | None = tar.extractfile(member)
+    data = file.read() if file else b""
+    if len(data) != member.size:
+        raise EOFError(f"{len(data)} of {member.size} bytes")
+    return data
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("./")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    named = {file.relative_to(folder).as_posix(): file for file in files}
+    return {name: file for name, file in named.items() if not _is_hidden(name)}
+
+
+@contextlib.contextmanager
+def _damage_told(where: str) -> Iterator[None]:
+    """Turn what the standard library raises on damage into one InputError."""
+    try:
+        yield
+    except DAMAGE_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{where}: no archive, cut off or damaged ({reason}); fetch it again"
+        ) from None

@@ -1,0 +1,220 @@
+"""Anyone's images and masks: `qpenet prepare folder`.
+
+```
+ROOT/images/a.jpg   sub/b.png       any common format, subfolders allowed
+ROOT/masks/a.png    sub/b.png       palette or 8-bit grey, values are class ids
+ROOT/classes.txt                    one class a line; line i is value i
+ROOT/train.txt      val.txt         optional: names such as sub/b, one a line
+```
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import IGNORE
+from qpenet_jax.data.images import IMAGE_SUFFIXES, read_label
+from qpenet_jax.data.prepare.builder import (
+    Example,
+    SegmentationBuilder,
+    Source,
+    prepare,
+)
+
+HASH_RANGE = 2**64
+"""The split looks at 8 bytes of a name's SHA-256: the same on every machine."""
+
+
+Splits = dict[str, Sequence[str]]
+"""The names of each split."""
+
+
+class Pair(NamedTuple):
+    """The two files of an example."""
+
+    image: Path
+    mask: Path
+
+
+class Folder(SegmentationBuilder, skip_registration=True):
+    """Images and masks of the user's own."""
+
+    name = "folder"
+
+
+def prepare_folder(
+    root: Path, out: Path, *, name: str | None = None, val_share: float = 0.2
+) -> Path:
+    """Write the folder `root` as a data set below `out` and return where it is.
+
+    It is called `name`, else after the folder. Without `train.txt` and `val.txt`,
+    about `val_share` of the images are for validation, by a hash of their names: the
+    others stay where they are when images are added. With one of the two lists, the
+    images that aren't on it make the other split; with both, they are left out. A
+    split without any image is left out as well.
+
+    Raises:
+        InputError: a missing part, an image or a mask without the other, two images of
+            one name, a bad list or class file, a mask value that is no class.
+    """
+    root = Path(root)
+    classes = _read_classes(root / "classes.txt")
+    pairs = _pairs(root)
+    splits, rule = _split(root, pairs, val_share)
+    splits = {split: names for split, names in splits.items() if names}
+
+    def example(split: str, name: str) -> Example:
+        del split
+        image, mask = pairs[name]
+        return Example(
+            name, image.read_bytes(), read_label(mask), str(image), str(mask)
+        )
+
+    facts = {
+        "classes": list(classes),
+        "rules": rule,
+        "images": {split: len(names) for split, names in splits.items()},
+        "sha256": _digest(splits, pairs),
+    }
+    image_bytes = sum(pair.image.stat().st_size for pair in pairs.values())
+    source = Source(classes, splits, example, image_bytes, facts)
+    return prepare(Folder, source, Path(out), _identifier(name or root.resolve().name))
+
+
+def _read_classes(path: Path) -> tuple[str, ...]:
+    classes = _read_lines(path)
+    if "" in classes:
+        raise InputError(
+            f"{path}: line {classes.index('') + 1} is empty; line i names value i"
+        )
+    # Other tools list the background as well, which would shift all names by one.
+    background = [c for c in classes if c.strip("_").lower() == "background"]
+    if background:
+        raise InputError(
+            f"{path}: take out the line {background[0]!r}; the background is value 0 "
+            "and line 1 names value 1"
+        )
+    if len(classes) >= IGNORE:
+        raise InputError(f"{path}: {len(classes)} classes; at most {IGNORE - 1} fit")
+    return classes
+
+
+def _read_lines(path: Path) -> tuple[str, ...]:
+    """Return the stripped lines up to the last that isn't empty, all different."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{path}: no such text file; write one name a line") from None
+    lines = tuple(line.strip() for line in text.rstrip().splitlines())
+    if not lines:
+        raise InputError(f"{path} is empty; write one name a line")
+    line, times = Counter(filter(None, lines)).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path}: {line} is listed {times} times; keep one")
+    return lines
+
+
+def _pairs(root: Path) -> dict[str, Pair]:
+    """Return image and mask by name, in the order of the names."""
+    images = _files(root / "images", IMAGE_SUFFIXES)
+    masks = _files(root / "masks", {".png"})
+    for name in sorted(images.keys() ^ masks.keys()):
+        if name in images:
+            raise InputError(
+                f"{images[name]} has no mask {root / 'masks' / name}.png; add it, or "
+                "remove the image"
+            )
+        raise InputError(f"{masks[name]} has no image; add it, or remove the mask")
+    if not images:
+        raise InputError(f"{root / 'images'} holds no image; put some there")
+    return {name: Pair(images[name], masks[name]) for name in sorted(images)}
+
+
+def _files(folder: Path, suffixes: set[str]) -> dict[str, Path]:
+    """Return the files below `folder` by relative path without ending."""
+    if not folder.is_dir():
+        raise InputError(f"folder {folder} doesn't exist; see data/README.md")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        # macOS leaves a hidden "._a.jpg" beside "a.jpg", which is no image.
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in files:
+            raise InputError(f"{files[name]} and {path} share a name; keep one")
+        files[name] = path
+    return files
+
+
+def _split(root: Path, pairs: Iterable[str], val_share: float) -> tuple[Splits, str]:
+    """Return the names of each split, and how they were told apart."""
+    given: Splits = {
+        split: _read_ids(root / f"{split}.txt", set(pairs))
+        for split in ("train", "val")
+        if (root / f"{split}.txt").exists()
+    }
+    if not given:
+        return _split_by_hash(root, pairs, val_share)
+    if len(given) == 1:
+        [(split, ids)] = given.items()
+        other = "val" if split == "train" else "train"
+        given[other] = [name for name in pairs if name not in set(ids)]
+        return given, f"{split}.txt lists {split}, {other} the rest"
+    both = sorted(set(given["train"]) & set(given["val"]))
+    if both:
+        raise InputError(f"{root}: {both[0]} is in train.txt and val.txt; keep one")
+    return given, "train.txt and val.txt list the splits"
+
+
+def _read_ids(path: Path, names: set[str]) -> list[str]:
+    ids = [line for line in _read_lines(path) if line]
+    unknown = [name for name in ids if name not in names]
+    if unknown:
+        raise InputError(
+            f"{path}: there is no image {unknown[0]!r}; write paths below images/ "
+            "without file ending"
+        )
+    return ids
+
+
+def _split_by_hash(
+    root: Path, names: Iterable[str], val_share: float
+) -> tuple[Splits, str]:
+    if not 0 <= val_share <= 1:
+        raise InputError(f"val_share {val_share}: choose a share from 0 to 1")
+    splits: dict[str, list[str]] = {"train": [], "val": []}
+    for name in names:
+        start = hashlib.sha256(name.encode()).digest()[:8]
+        share = int.from_bytes(start, "big") / HASH_RANGE
+        splits["val" if share < val_share else "train"].append(name)
+    for split, chosen in splits.items():
+        if not chosen and 0 < val_share < 1:
+            raise InputError(
+                f"{root}: no image fell to {split} by its name; list some in "
+                f"{split}.txt, or choose another val_share than {val_share}"
+            )
+    return {**splits}, f"a hash of the name gives {val_share:g} of the images to val"
+
+
+def _digest(splits: Splits, pairs: dict[str, Pair]) -> str:
+    """Return the SHA-256 of names, masks and the images' sizes.
+
+    Preparing again after any of them has changed is then told, not ignored. The
+    images' own bytes would take too long to read twice.
+    """
+    digest = hashlib.sha256()
+    for split, names in splits.items():
+        for name in names:
+            image, mask = pairs[name]
+            digest.update(f"{split} {name} {image.stat().st_size} ".encode())
+            digest.update(hashlib.sha256(mask.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _identifier(name: str) -> str:
+    cleaned = re.sub(r"\W+", "_", name)
+    return cleaned if cleaned.isidentifier() else f"_{cleaned}"

@@ -1,0 +1,192 @@
+"""A data set's images and labels, decoded once into a file that is mapped to memory."""
+
+import contextlib
+import functools
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from tqdm import tqdm
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import check_room, locked, write_whole
+from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.data.versions import dataset_version
+
+PIXELS_FILE, SIZES_FILE = "pixels.bin", "sizes.npy"
+"""Image and label of every item in turn, and their heights and widths, written last."""
+
+CHANNELS = 4
+"""Bytes of a pixel in the file: RGB and the label."""
+
+MAX_BYTES = 2**35
+"""Largest file that is made unasked: 32 GiB. PASCAL-5i's training images take 4 GB,
+COCO-20i's 100 GB."""
+
+REMEDY = "make room, or set config.augment_on=host"
+
+SAMPLED_IMAGES = 16
+"""Images that are decoded to foretell the size, and to tell whether a file is up to
+date."""
+
+
+class Decoded:
+    """A `SegmentationDataset` with the images of another, decoded.
+
+    Processes that open the same file share its pages. What `image` and `label` return
+    can't be written to.
+    """
+
+    def __init__(
+        self, dataset: SegmentationDataset, folder: str | Path, limit: int = MAX_BYTES
+    ):
+        """Open the data set's file below `folder`; make it where it is missing.
+
+        It is made anew when it is incomplete or holds other pixels; where another
+        process is about it, that one is waited for. `limit` is in bytes.
+
+        Raises:
+            InputError: it would be larger than `limit`, the disk is too full, the
+                folder can't be written to, or an image can't be used.
+        """
+        self.classes = tuple(dataset.classes)
+        self.names = dataset.names
+        self.counts = np.asarray(dataset.counts)
+        self.version = getattr(dataset, "version", "")
+        self.folder = Path(folder) / dataset_version(dataset)
+        if not self._up_to_date(dataset):
+            self._make(dataset, limit)
+        _ = self.sizes  # Pickled with the rest, if another run remakes the file.
+
+    @functools.cached_property
+    def sizes(self) -> Int[np.ndarray, "images 2"]:
+        """Height and width of every image."""
+        return np.load(self.folder / SIZES_FILE)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.names)
+
+    def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Return image `index`, RGB."""
+        height, width = self.sizes[index]
+        start = self._starts[index]
+        end = start + (CHANNELS - 1) * height * width
+        return self._pixels[start:end].reshape(height, width, CHANNELS - 1)
+
+    def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
+        """Return the label map of image `index`."""
+        height, width = self.sizes[index]
+        start = self._starts[index] + (CHANNELS - 1) * height * width
+        return self._pixels[start : start + height * width].reshape(height, width)
+
+    @functools.cached_property
+    def _starts(self) -> Int[np.ndarray, " images"]:
+        areas = self.sizes.prod(axis=1)
+        return CHANNELS * (np.cumsum(areas) - areas)
+
+    @functools.cached_property
+    def _pixels(self) -> UInt8[np.ndarray, " bytes"]:
+        return np.asarray(np.memmap(self.folder / PIXELS_FILE, np.uint8, "r"))
+
+    def __getstate__(self) -> dict:
+        """Leave the mapped file out of pickles: a worker maps it by itself."""
+        return {k: v for k, v in vars(self).items() if k != "_pixels"}
+
+    def _up_to_date(self, dataset: SegmentationDataset) -> bool:
+        """Tell whether the file is complete and a sample of it is the data set's."""
+        self._forget()
+        try:
+            written = (self.folder / PIXELS_FILE).stat().st_size
+            expected = CHANNELS * int(self.sizes.prod(axis=1).sum())
+        except (OSError, ValueError, EOFError):
+            return False
+        return written == expected and all(
+            np.array_equal(self.image(i), dataset.image(i))
+            and np.array_equal(self.label(i), dataset.label(i))
+            for i in _sample(len(self))
+        )
+
+    def _forget(self) -> None:
+        """Drop what was read: the file may be another one by now."""
+        for name in ("sizes", "_starts", "_pixels"):
+            vars(self).pop(name, None)
+
+    def _make(self, dataset: SegmentationDataset, limit: int) -> None:
+        """Write the file, or wait for another process that does."""
+        needed = _bytes_needed(dataset)
+        if needed > limit:
+            raise InputError(
+                f"{self.folder}: the decoded images would take {needed / 1e9:.1f} GB, "
+                f"more than the limit of {limit / 1e9:.1f} GB; set "
+                "config.augment_on=host"
+            )
+        busy = f"{self.folder}: waiting for another process that decodes these images"
+        try:
+            lock = self.folder.with_name(f".{self.folder.name}.lock")
+            with locked(lock, busy, wait=True):
+                if not self._up_to_date(dataset):
+                    _write(dataset, self.folder, needed)
+                    self._forget()
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: can't be written ({error.strerror}); {REMEDY}"
+            ) from None
+
+
+def _sample(images: int) -> Iterable[int]:
+    """Return some indices, evenly spread."""
+    return range(0, images, images // SAMPLED_IMAGES or 1)
+
+
+def _bytes_needed(dataset: SegmentationDataset) -> int:
+    """Return about how many bytes the images of a data set take, decoded."""
+    sample = [dataset.label(i).size for i in _sample(len(dataset))]
+    return CHANNELS * sum(sample) * len(dataset) // max(len(sample), 1)
+
+
+def _write(dataset: SegmentationDataset, folder: Path, needed: int) -> None:
+    """Write the file whose lock this process holds."""
+    for left in folder.glob("*.part"):  # The lock was free: whoever began it is gone.
+        left.unlink()
+    check_room(folder, needed, REMEDY)
+    part = folder / f"{PIXELS_FILE}.part"
+    try:
+        with part.open("wb") as file:
+            sizes = _write_pixels(dataset, file, needed)
+        (folder / SIZES_FILE).unlink(missing_ok=True)
+        part.replace(folder / PIXELS_FILE)
+    finally:
+        with contextlib.suppress(OSError):  # It is renamed, or was never made.
+            part.unlink()
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(sizes, np.int64))
+    write_whole(folder / SIZES_FILE, buffer.getvalue())
+
+
+def _write_pixels(
+    dataset: SegmentationDataset, file: BinaryIO, needed: int
+) -> list[tuple[int, ...]]:
+    """Write image and label of every item; return their heights and widths."""
+    sizes = []
+    bar = tqdm(
+        range(len(dataset)),
+        desc=f"decoding images ({needed / 1e9:.1f} GB)",
+        unit="image",
+        disable=None,  # Where there is no terminal.
+    )
+    for index in bar:
+        image, label = dataset.image(index), dataset.label(index)
+        if image.shape[:2] != label.shape:
+            raise InputError(
+                f"{dataset.names[index]}: mask of {label.shape[1]}x{label.shape[0]} "
+                f"pixels for an image of {image.shape[1]}x{image.shape[0]}; make them "
+                "equal"
+            )
+        file.write(np.ascontiguousarray(image).data)
+        file.write(np.ascontiguousarray(label).data)
+        sizes.append(label.shape)
+    return sizes

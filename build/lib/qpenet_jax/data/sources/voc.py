@@ -1,0 +1,148 @@
+"""Images, label PNGs and an id list, laid out as PASCAL VOC: PASCAL and COCO alike."""
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from tqdm import tqdm
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.images import (
+    check_label,
+    image_size,
+    read_image,
+    read_label,
+)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+COUNT_THREADS = 2
+BAR_FROM_MASKS = 500
+"""Number of labels from which counting them, 1 ms each, shows a progress bar."""
+
+
+class VOCLayout:
+    """A `SegmentationDataset` of `images/ID.jpg`, `masks/ID.png` and a list of ids.
+
+    Masks are palette or grey PNGs of class ids: 0 background, 1..C, 255 ignore.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        ids_file: str | Path,
+        classes: Sequence[str],
+        images: str = "JPEGImages",
+        masks: str = "SegmentationClassAug",
+    ):
+        """List the files below `root`; nothing is decoded yet.
+
+        Raises:
+            InputError: a missing folder or list, an empty or malformed list, a
+                repeated id, an id without image or mask.
+        """
+        folder = Path(root)
+        if not folder.is_dir():
+            raise InputError(f"data folder {root} doesn't exist; see data/README.md")
+        self.classes = tuple(classes)
+        self.names = read_ids(Path(ids_file))
+        self._images = _find("image", folder / images, self.names, IMAGE_SUFFIXES)
+        self._masks = _find("mask", folder / masks, self.names, (".png",))
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.names)
+
+    def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Return image `index`, RGB.
+
+        Raises:
+            InputError: the file is truncated or no image.
+        """
+        return read_image(self._images[index])
+
+    def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
+        """Return the label map of image `index`.
+
+        Raises:
+            InputError: a broken file, a value that is no class id, or a size that
+                differs from the image's.
+        """
+        return self._checked_label(index)[0]
+
+    @functools.cached_property
+    def counts(self) -> Int[np.ndarray, "images classes"]:
+        """Pixels of each class in each label, read once from all masks.
+
+        Raises:
+            InputError: as `label`, for the first bad file.
+        """
+        indices = tqdm(
+            range(len(self)),
+            desc="reading masks",
+            disable=None
+            if len(self) > BAR_FROM_MASKS
+            else True,  # None: not a terminal.
+        )
+        with ThreadPoolExecutor(COUNT_THREADS) as pool:
+            rows = pool.map(lambda index: self._checked_label(index)[1], indices)
+            return np.stack(list(rows))
+
+    def _checked_label(
+        self, index: int
+    ) -> tuple[UInt8[np.ndarray, "h w"], Int[np.ndarray, " classes"]]:
+        """Return a label map and how many pixels each class has."""
+        path = self._masks[index]
+        label = read_label(path)
+        size = image_size(self._images[index])
+        return label, check_label(label, size, len(self.classes), path)
+
+
+def read_ids(path: Path) -> tuple[str, ...]:
+    """Read a list of image ids, one a line.
+
+    Raises:
+        InputError: an unreadable, empty or malformed list, a repeated id.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{path}: can't read this list of image ids") from None
+    ids = tuple(line.strip() for line in lines if line.strip())
+    if not ids:
+        raise InputError(f"{path}: the list is empty; write one image id per line")
+    for name in ids:
+        if len(name.split()) > 1:
+            raise InputError(
+                f"{path}: '{name}' isn't an image id; write one id per line, "
+                "without paths or file endings"
+            )
+    name, times = Counter(ids).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path}: id {name} is listed {times} times; keep one")
+    return ids
+
+
+def _find(
+    kind: str, folder: Path, names: Sequence[str], suffixes: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the file of every id, with the first ending that exists."""
+    if not folder.is_dir():
+        raise InputError(f"{kind} folder {folder} doesn't exist; see data/README.md")
+    paths = [_first_file(folder, name, suffixes) for name in names]
+    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
+    if missing:
+        raise InputError(
+            f"no {kind} {folder / missing[0]}{'|'.join(suffixes)} "
+            f"({len(missing)} of {len(names)} ids have none); "
+            "add the files or take the ids off the list"
+        )
+    return tuple(path for path in paths if path)
+
+
+def _first_file(folder: Path, name: str, suffixes: tuple[str, ...]) -> str | None:
+    candidates = (folder / f"{name}{suffix}" for suffix in suffixes)
+    return next((str(path) for path in candidates if path.is_file()), None)

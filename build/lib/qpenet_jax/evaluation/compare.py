@@ -1,0 +1,222 @@
+"""Is one result better than another? Paired differences on their common episodes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qpenet_jax.core import markdown
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.evaluation.metrics import (
+    Interval,
+    Scores,
+    common_episodes,
+    estimate,
+    estimate_difference,
+    load_scores,
+    mean_iou,
+)
+from qpenet_jax.evaluation.report import RESULTS
+
+EPISODES = "episodes_qpenet.csv"
+"""The scores beside a results.json that doesn't name its "episodes_file"."""
+
+DERIVED = {"text", "name", "preset"}
+"""Entries of a protocol that only repeat the others in words."""
+
+IDENTITY = {"version"}
+"""If these differ, an index means another image, so no episode can be common."""
+
+ROUNDING = 0.011
+"""results.json holds percent with two decimals."""
+
+LONGEST_VALUE = 40
+"""In a message, in characters; of longer values only a part is told."""
+
+HEADER = ("IoU %", "A", "B", "B - A", "episodes")
+
+Differences = dict[str, list[Any]]
+"""The two values of every entry in which two protocols differ."""
+
+
+def compare_results(
+    a: Path, b: Path, *, different_protocols: bool = False
+) -> dict[str, Any]:
+    """Return A, B and B - A in IoU percent, all on the episodes common to both.
+
+    `a` and `b` are results.json files, or their folders, with the scores of the
+    episodes beside them. The differences have 95 % intervals over query images;
+    classes that only one of the two scored are left out.
+
+    Raises:
+        InputError: a file is missing or broken; the data sets differ; the protocols
+            differ and `different_protocols` isn't set; no episode or class is common.
+    """
+    a, b = (path / RESULTS if path.is_dir() else path for path in (a, b))
+    first, second = _read(a), _read(b)
+    differs = _differences(first["protocol"], second["protocol"])
+    _refuse(differs, f"{a} and {b}", different_protocols)
+    all_a, all_b = episode_scores(a, first), episode_scores(b, second)
+    try:
+        ours, theirs = common_episodes(all_a, all_b)
+    except InputError as error:
+        raise InputError(f"{a} and {b}: {error}") from None
+    episodes = (ours.rows, all_a.rows, all_b.rows)
+    return {
+        "a": str(a),
+        "b": str(b),
+        "selection": [result.get("selection", "") for result in (first, second)],
+        "protocol": first["protocol"]["text"],
+        "differs": differs,
+        "episodes": dict(zip(("common", "a", "b"), map(len, episodes), strict=True)),
+        **_paired(ours, theirs, _common_classes(first, second)),
+    }
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> str:
+    """Return a comparison as Markdown: what was compared, then the table."""
+    episodes, differs = comparison["episodes"], comparison["differs"]
+    lines = [
+        f"{name}: {comparison[name.lower()]}{selection and f' ({selection})'}"
+        for name, selection in zip("AB", comparison["selection"], strict=True)
+    ]
+    lines.append(f"Protocol{' of A' if differs else ''}: {comparison['protocol']}")
+    if differs:
+        lines.append(f"DIFFERENT PROTOCOLS, A / B: {_told(differs)}")
+    lines.append(
+        f"Common episodes: {episodes['common']}, of {episodes['a']} in A and "
+        f"{episodes['b']} in B; all numbers are on these."
+    )
+    lines.append(markdown.table(HEADER, _table_rows(comparison)))
+    lines.append(
+        "In brackets: 95 % intervals of the paired difference over query images "
+        "(Bayesian bootstrap). A class without episodes counts 0."
+    )
+    return "\n\n".join(lines)
+
+
+def _table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    named = {
+        **comparison["per_class"],
+        "mIoU": comparison["miou"],
+        "FB-IoU": comparison["fb_iou"],
+    }
+    return [
+        [
+            name,
+            f"{row['a']:.1f}",
+            f"{row['b']:.1f}",
+            "{:+.1f} [{:+.1f}, {:+.1f}]".format(row["difference"], *row["interval"]),
+            str(row.get("episodes", comparison["episodes"]["common"])),
+        ]
+        for name, row in named.items()
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a results.json that has all that a comparison needs."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        protocol = results["protocol"]
+        whole = {"text", "dataset", "classes"} <= set(protocol)
+        whole &= len(protocol["classes"]) == len(set(results["class_ids"])) > 0
+        whole &= isinstance(results["miou"], float | int)
+        whole &= isinstance(results.get("episodes_file", EPISODES), str)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file; `qpenet evaluate` writes one"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(
+            f"{path}: not a results.json of `qpenet evaluate` (broken, or of an older "
+            "version); evaluate again"
+        )
+    return results
+
+
+def episode_scores(path: Path, results: Mapping[str, Any]) -> Scores:
+    """Return the episodes of a results.json; raises InputError unless of its mIoU."""
+    episodes = path.parent / results.get("episodes_file", EPISODES)
+    scores = load_scores(episodes)
+    miou = 100 * mean_iou(scores, results["class_ids"])
+    if abs(miou - results["miou"]) > ROUNDING:
+        raise InputError(
+            f"{episodes}: not the episodes of {path} (mIoU {miou:.2f}, there "
+            f"{results['miou']:.2f}), as after an interrupted run; evaluate again"
+        )
+    return scores
+
+
+def _common_classes(a: dict[str, Any], b: dict[str, Any]) -> dict[int, str]:
+    """Return names by id, in the order of A.
+
+    Of different folds no episode is common, so there is one class at least.
+    """
+    names = zip(a["class_ids"], a["protocol"]["classes"], strict=True)
+    return {i: name for i, name in names if i in b["class_ids"]}
+
+
+def _paired(ours: Scores, theirs: Scores, names: dict[int, str]) -> dict[str, Any]:
+    """Return the rows of the comparison: each class, mIoU and FB-IoU."""
+    a, b = estimate(ours, list(names)), estimate(theirs, list(names))
+    difference = estimate_difference(theirs, ours, list(names))
+    per_class = map(_row, a.per_class, b.per_class, difference.per_class)
+    drawn = ours.column("class_id")
+    return {
+        "per_class": {
+            name: row | {"episodes": int((drawn == i).sum())}
+            for (i, name), row in zip(names.items(), per_class, strict=True)
+        },
+        "miou": _row(a.miou, b.miou, difference.miou),
+        "fb_iou": _row(a.fb_iou, b.fb_iou, difference.fb_iou),
+    }
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> Differences:
+    entries = [key for key in {**a, **b} if key not in DERIVED]
+    return {k: [a.get(k), b.get(k)] for k in entries if a.get(k) != b.get(k)}
+
+
+def _refuse(differs: Differences, files: str, different_protocols: bool) -> None:
+    """Refuse protocols that differ more than they may."""
+    other_data = {key: differs[key] for key in differs if key in IDENTITY}
+    if other_data:
+        raise InputError(
+            f"{files}: different data ({_told(other_data)}), so no episode is common; "
+            "evaluate both on the same data set"
+        )
+    if differs and not different_protocols:
+        raise InputError(
+            f"{files}: different protocols ({_told(differs)}); evaluate both by one, "
+            "or compare their common episodes with --different-protocols"
+        )
+
+
+def _told(differs: Differences) -> str:
+    return ", ".join(
+        f"{key} {_short(a, b)} / {_short(b, a)}" for key, (a, b) in differs.items()
+    )
+
+
+def _short(value: Any, other: Any) -> str:
+    """Return a value for a message; of a long list what the other lacks."""
+    if isinstance(value, list):
+        lacking = [x for x in value if x not in (other or [])]
+        text = ",".join(map(str, value))
+        if len(text) > LONGEST_VALUE:
+            text = f"{len(value)} with " + (",".join(map(str, lacking)) or "none more")
+    else:
+        text = "(none)" if value in (None, "") else str(value)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+
+
+def _row(a: Interval, b: Interval, difference: Interval) -> dict[str, Any]:
+    value, low, high = (round(100 * x, 2) for x in difference)
+    return {
+        "a": round(100 * a.value, 2),
+        "b": round(100 * b.value, 2),
+        "difference": value,
+        "interval": [low, high],
+    }

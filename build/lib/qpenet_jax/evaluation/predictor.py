@@ -1,0 +1,117 @@
+"""The forward path of everything that isn't training: encode images, decode episodes.
+
+`evaluate`, `predict`, `figures`, the benchmark and the library all predict by it.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PyTree, UInt8
+
+from qpenet_jax.backbones.precision import in_dtype
+from qpenet_jax.backbones.registry import Backbone, features
+from qpenet_jax.core.types import Array, Episode
+from qpenet_jax.evaluation.cosine import nearest_prototype
+from qpenet_jax.models.prototypes import foreground_lead
+from qpenet_jax.models.qpenet import ROLES, QPENet, Role
+
+Images = UInt8[np.ndarray, "b s s 3"]
+Lead = Float[Array, "b s s"]
+"""How far the foreground leads in the logits: positive means foreground."""
+
+
+class Predictor(NamedTuple):
+    """A network in two parts, so that what an image alone tells is computed once.
+
+    `encode(images, roles)` returns a tree of arrays that start with the images' axis;
+    `roles` says what the images will be: "support", "query" or both. `decode(supports,
+    masks, query)` takes the encoded images of the K supports one after the other, the
+    masks [b, K, s, s] and the query's, and returns the `Lead`; with `named=True` also
+    the network's named intermediates, as `QPENet.__call__` does.
+    """
+
+    encode: Callable[..., PyTree[Array]]
+    decode: Callable[..., Any]
+
+    def __call__(self, episode: Episode) -> Lead:
+        """Return the foreground's lead in a batch of episodes."""
+        return self.decode(*self._encoded(episode))
+
+    def look(self, episode: Episode) -> tuple[Lead, dict[str, Any]]:
+        """Return the lead and every named intermediate."""
+        return self.decode(*self._encoded(episode), named=True)
+
+    def _encoded(self, episode):
+        shots = episode.support_images.shape[1]
+        supports = tuple(
+            self.encode(episode.support_images[:, k], ("support",))
+            for k in range(shots)
+        )
+        query = self.encode(episode.query_image, ("query",))
+        return supports, episode.support_masks, query
+
+
+def qpenet_predictor(
+    model: QPENet,
+    backbone: Backbone,
+    params: PyTree[Array],
+    weights: PyTree[Array],
+    dtype: str = "float32",
+) -> Predictor:
+    """Return QPENet with its parameters over a backbone with its weights.
+
+    Both compute in `dtype`. Compiled once per network, whatever the parameters.
+    """
+    computing, net = in_dtype(model, backbone, dtype)
+    return Predictor(
+        functools.partial(_encode, computing, net, params, weights),
+        functools.partial(_decode, computing, params),
+    )
+
+
+def cosine_predictor(
+    backbone: Backbone, weights: PyTree[Array], dtype: str = "float32"
+) -> Predictor:
+    """Return the training-free baseline over the same features."""
+    _, net = in_dtype(QPENet(), backbone, dtype)
+    return Predictor(
+        functools.partial(_features, net, weights), _decode_nearest_prototype
+    )
+
+
+def _encode(model, backbone, params, weights, images, roles: Sequence[Role] = ROLES):
+    return _encode_roles(model, backbone, tuple(roles), params, weights, images)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode_roles(model, backbone, roles, params, weights, images):
+    maps = features(backbone, weights, images)
+    return model.apply({"params": params}, maps, roles=roles, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="named")
+def _decode(model, params, supports, masks, query, *, named=False):
+    stacked = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *supports)
+    variables = {"params": params}
+    logits, out = model.apply(variables, stacked, masks, query, method="decode")
+    lead = foreground_lead(logits)
+    return (lead, out) if named else lead
+
+
+def _features(backbone, weights, images, roles: Sequence[Role] = ROLES):
+    del roles  # they are the same of a support and of a query
+    return _backbone_features(backbone, weights, images)
+
+
+_backbone_features = jax.jit(features, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames="named")
+def _decode_nearest_prototype(supports, masks, query, *, named=False):
+    logits, out = nearest_prototype(jnp.stack(supports, axis=1), masks, query)
+    lead = foreground_lead(logits)
+    return (lead, out) if named else lead

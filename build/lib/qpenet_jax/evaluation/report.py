@@ -1,0 +1,173 @@
+"""What an evaluation found, as dictionary, Markdown table, CSV and files."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qpenet_jax.core import markdown
+from qpenet_jax.core.files import write_whole
+from qpenet_jax.evaluation import metrics
+from qpenet_jax.evaluation.metrics import Interval, Scores
+from qpenet_jax.evaluation.protocols import Protocol
+
+RESULTS = "results.json"
+TABLE = "results.md"
+SHEET = "results.csv"
+
+BRACKETS = (
+    "In brackets: 95 % intervals over query images (Bayesian bootstrap); they say "
+    "nothing about another training run. A class that was never drawn counts 0."
+)
+
+Results = dict[str, Any]
+"""What results.json holds; IoU in percent."""
+
+
+def summarize(
+    scores: Scores,
+    protocol: Protocol,
+    class_ids: Sequence[int],
+    seconds: float,
+    focus: Sequence[str] = (),
+) -> Results:
+    """Return the contents of results.json; IoU in percent.
+
+    `class_ids` are those of `protocol.classes`, in their order; `focus` names classes
+    whose own mean is given beside the mean over all.
+    """
+    found = metrics.estimate(scores, class_ids)
+    per_class = dict(zip(protocol.classes, found.per_class, strict=True))
+    by_seed = metrics.seed_iou(scores, class_ids)
+    result = {
+        **_mean(found.miou),
+        "fb_iou": _percent(found.fb_iou.value),
+        "fb_iou_interval": _ends(found.fb_iou),
+        "per_class": {name: _percent(iou.value) for name, iou in per_class.items()},
+        "per_class_interval": {name: _ends(iou) for name, iou in per_class.items()},
+        "per_seed": {str(s): _percent(v.mean()) for s, v in by_seed.items()},
+        "seed_spread": _spread(metrics.seed_spread(scores, class_ids)),
+        "episodes": protocol.episodes,
+        "seeds": list(protocol.seeds),
+        "protocol": protocol.to_dict(),
+        "seconds": round(seconds, 1),
+    }
+    if focus:
+        chosen = [class_ids[protocol.classes.index(name)] for name in focus]
+        mean = metrics.estimate(scores, chosen).miou
+        result["focus"] = {"classes": list(focus), **_mean(mean)}
+    return result
+
+
+def table(results: dict[str, Results]) -> str:
+    """Return a Markdown table: a column a result, a row a class, means last."""
+    first = next(iter(results.values()))
+    rows = [
+        [name, *(f"{r['per_class'][name]:.1f}" for r in results.values())]
+        for name in first["per_class"]
+    ]
+    if "focus" in first:
+        title = _focus_title(first)
+        rows.append(
+            [title, *(_bracketed(r["focus"], "miou") for r in results.values())]
+        )
+    for title, key in (("mIoU", "miou"), ("FB-IoU", "fb_iou")):
+        rows.append([title, *(_bracketed(r, key) for r in results.values())])
+    return markdown.table(["IoU %", *results], rows)
+
+
+def write_report(folder: Path, results: Results) -> None:
+    """Write results.md, results.csv and last results.json, each whole or not at all.
+
+    So where there is a results.json, the others belong to it.
+    The table stands beside `results["references"]`, where there are any;
+    `results["selection"]` is a sentence on how the checkpoint was chosen.
+    """
+    (folder / RESULTS).unlink(missing_ok=True)  # the older one
+    write_whole(folder / TABLE, _page(results))
+    write_whole(folder / SHEET, _sheet(results))
+    write_json(folder / RESULTS, results)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _page(results: Results) -> str:
+    """Return results.md."""
+    parts = [
+        "# Results",
+        f"Protocol: {results['protocol']['text']}",
+        table({**results.get("references", {}), "QPENet": results}),
+        *_gain(results),
+        _seeds(results),
+        BRACKETS,
+    ]
+    if "selection" in results:
+        parts.append(f"Checkpoint: {results['selection']}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _gain(results: Results) -> list[str]:
+    return [
+        f"Gain over cosine, {what}: {value:+.1f} [{low:+.1f}, {high:+.1f}]"
+        for what, (value, low, high) in results.get("gain_over_cosine", {}).items()
+    ]
+
+
+def _seeds(results: Results) -> str:
+    """Return the sentence on the spread over seeds."""
+    spread, seeds = results["seed_spread"], results["per_seed"]
+    if spread["std"] is None:
+        return f"Spread over seeds: unknown, there is one (seed {next(iter(seeds))})."
+    values = ", ".join(f"{seed}: {miou:.1f}" for seed, miou in seeds.items())
+    return (
+        f"Spread over {len(seeds)} seeds: mIoU {spread['min']:.1f} to "
+        f"{spread['max']:.1f}, standard deviation {spread['std']:.2f} ({values})."
+    )
+
+
+def _sheet(results: Results) -> str:
+    """Return results.csv: a row a class, then the means; IoU in percent."""
+    rows = [
+        (name, iou, *results["per_class_interval"][name])
+        for name, iou in results["per_class"].items()
+    ]
+    if "focus" in results:
+        mean = results["focus"]
+        rows.append((_focus_title(results), mean["miou"], *mean["miou_interval"]))
+    rows.append(("mIoU", results["miou"], *results["miou_interval"]))
+    rows.append(("FB-IoU", results["fb_iou"], *results["fb_iou_interval"]))
+    sheet = io.StringIO()
+    writer = csv.writer(sheet, lineterminator="\n")
+    writer.writerows([("name", "iou", "low", "high"), *rows])
+    return sheet.getvalue()
+
+
+def _mean(miou: Interval) -> Results:
+    return {"miou": _percent(miou.value), "miou_interval": _ends(miou)}
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [_percent(interval.low), _percent(interval.high)]
+
+
+def _spread(spread: metrics.Spread) -> Results:
+    std = None if spread.std is None else _percent(spread.std)
+    return {"std": std, "min": _percent(spread.low), "max": _percent(spread.high)}
+
+
+def _percent(value: float) -> float:
+    return round(100 * float(value), 2)
+
+
+def _focus_title(result: Results) -> str:
+    return "mean of " + ", ".join(result["focus"]["classes"])
+
+
+def _bracketed(result: Results, key: str) -> str:
+    low, high = result[f"{key}_interval"]
+    return f"{result[key]:.1f} [{low:.1f}, {high:.1f}]"

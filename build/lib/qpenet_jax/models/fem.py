@@ -1,0 +1,112 @@
+"""FEM: the decoder of PFENet (Tian et al., TPAMI 2020), of rows 1 to 3 of Table III."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from qpenet_jax.core.types import Array
+from qpenet_jax.models.layers import Conv1x1, Head, MergePrototype, Residual
+from qpenet_jax.models.ops import resize_align_corners
+
+LEVELS = 4
+"""Grids of the pyramid, each half as fine as the one before: 60, 30, 15 and 8."""
+
+
+class FEM(nn.Module):
+    """Merge query and prototypes on four grids, each told what the finer one found."""
+
+    make_head: Callable[..., Head]
+
+    @nn.compact
+    def __call__(
+        self,
+        F_q: Float[Array, "b h w c"],
+        P_bg: Float[Array, "b c"],
+        P_fg: Float[Array, "b p"],
+        maps: Float[Array, "b h w m"],
+        *,
+        train: bool,
+    ) -> dict[str, Array | tuple[Array, ...]]:
+        """Return the logits `y_final` [b, h, w, 2] and `y_inner`, one a grid.
+
+        The QPENet paper doesn't say how P_bg enters. Here as in NERTNet (Liu et al.,
+        CVPR 2022), whose global prototype it is: filtered out on every grid, as in eq
+        12, before the foreground is merged. The maps are resized as PFENet's prior is.
+        """
+        _, h, w, c = F_q.shape
+        levels, inner = [], []
+        for i in range(LEVELS):
+            grid = (-(-h // 2**i), -(-w // 2**i))  # rounded up
+            pooled = adaptive_average_pool(F_q, grid)
+            filtered = MergePrototype(c, name=f"filter{i}")(pooled, P_bg)
+            cues = jnp.concatenate([filtered, resize_align_corners(maps, grid)], -1)
+            x = MergePrototype(c, name=f"merge{i}")(cues, P_fg)
+            if levels:
+                finer = resize_align_corners(levels[-1], grid)
+                both = jnp.concatenate([x, finer], axis=-1)
+                x = x + Conv1x1(c, name=f"finer{i}")(both)
+            x = Residual(name=f"residual{i}")(x)
+            inner.append(self.make_head(name=f"inner_head{i}")(x, train=train))
+            levels.append(resize_align_corners(x, (h, w)))
+        x = Conv1x1(c, name="reduce")(jnp.concatenate(levels, axis=-1))
+        x = Residual(name="reduce_residual")(x)
+        y_final = self.make_head(name="head")(x, train=train)
+        return {"y_final": y_final, "y_inner": tuple(inner)}
+
+
+def pooling_matrix(source: int, target: int) -> np.ndarray:
+    """Return the `[target, source]` matrix of adaptive average pooling.
+
+    Row r is the mean over floor(r s / t) .. ceil((r + 1) s / t) - 1: where t doesn't
+    divide s the windows overlap and differ in length (PyTorch's convention).
+    """
+    r, i = np.arange(target)[:, None], np.arange(source)
+    window = (i >= r * source // target) & (i < -(-(r + 1) * source // target))
+    return (window / window.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def adaptive_average_pool(
+    x: Float[Array, "b h w c"], size: tuple[int, int]
+) -> Float[Array, "b h2 w2 c"]:
+    """Average `x` over a grid of `size` windows, as two small matrix products."""
+    rows = pooling_matrix(x.shape[1], size[0])
+    cols = pooling_matrix(x.shape[2], size[1])
+    along_rows = jnp.einsum("yh,bhwc->bywc", rows, x, precision="highest")
+    return jnp.einsum("xw,bywc->byxc", cols, along_rows, precision="highest")
+
+
+PRIOR_EPSILON = 1e-7
+"""Added to both denominators of the prior mask, as PFENet does."""
+
+
+def prior_mask(
+    support_features: Float[Array, "b k h w f"],
+    M_s: Bool[Array, "b k h w"],
+    query_features: Float[Array, "b h w f"],
+) -> Float[Array, "b h w"]:
+    """Return PFENet's prior: each query cell's best cosine to a support foreground.
+
+    Stretched to 0..1 per support, then the mean over the K supports; 0 without
+    foreground. PFENet takes layer4, which the backbones here don't compute: this takes
+    the features it is given.
+    """
+
+    def lengths(x):
+        return jnp.linalg.norm(x, axis=-1)
+
+    def one_support(features, mask):
+        foreground = features * mask[..., None].astype(features.dtype)
+        dot = jnp.einsum("bijf,bhwf->bijhw", foreground, query_features)
+        norms = (
+            lengths(foreground)[..., None, None]
+            * lengths(query_features)[:, None, None]
+        )
+        best = (dot / (norms + PRIOR_EPSILON)).max(axis=(1, 2))
+        low, high = (f(best, axis=(1, 2), keepdims=True) for f in (jnp.min, jnp.max))
+        return (best - low) / (high - low + PRIOR_EPSILON)
+
+    return jax.vmap(one_support, 1, 1)(support_features, M_s).mean(axis=1)

@@ -1,0 +1,79 @@
+"""GBC: Global Background Cleansing (paper III.D, eqs 9-11)."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from qpenet_jax.core.types import Array
+from qpenet_jax.models.layers import Convs, bias_init, kernel_init
+from qpenet_jax.models.prototypes import predicted
+
+
+class GBC(nn.Module):
+    """Cleanse the learned global background prototype for one query.
+
+    Without `cleanse`, P_bg is P_global itself (rows of Table III without BGPE).
+    P_global starts from N(0, init_scale^2); at 0 it starts from zeros.
+    """
+
+    channels: int
+    make_convs: Callable[..., Convs]
+    gate_dropout: float
+    cleanse: bool
+    init_scale: float = 1.0
+
+    def setup(self):
+        """Make P_global and the layers."""
+        # One vector for all images: what the backgrounds of the training set share.
+        start = nn.initializers.normal(self.init_scale)
+        self.P_global = self.param("P_global", start, (self.channels,))
+        self.convs = self.make_convs()
+        if self.cleanse:
+            self.fc1, self.fc2 = self._fc(), self._fc()
+            # Named as Flax would: dropout's draws depend on it.
+            self.gate_dropped = nn.Dropout(self.gate_dropout, name="Dropout_0")
+
+    def __call__(
+        self, F_q: Float[Array, "b h w c"], *, train: bool
+    ) -> dict[str, Array]:
+        """Return `P_bg` [b, c] and the query's background logits `y_bg_q`."""
+        y_bg_q = self.segment(F_q, self.P_global, train=train)  # eq 10
+        if not self.cleanse:
+            P_bg = jnp.tile(self.P_global, (F_q.shape[0], 1))
+            return {"y_bg_q": y_bg_q, "P_bg": P_bg}
+        background = predicted(y_bg_q)[..., None].astype(F_q.dtype)
+        pooled = jnp.mean(F_q * background, axis=(1, 2))
+        P_bg = self.P_global[None] * self._cleaner(pooled, train=train)  # eq 11
+        return {"y_bg_q": y_bg_q, "P_bg": P_bg}
+
+    def supports(
+        self, F_s: Float[Array, "b k h w c"], *, train: bool
+    ) -> Float[Array, "b k h w 2"]:
+        """Return the supports' background logits, which only teach P_global (eq 9)."""
+        b, k = F_s.shape[:2]
+        folded = F_s.reshape(b * k, *F_s.shape[2:])
+        y_bg_s = self.segment(folded, self.P_global, train=train)
+        return y_bg_s.reshape(b, k, *y_bg_s.shape[1:])
+
+    def segment(
+        self,
+        features: Float[Array, "b h w c"],
+        prototype: Float[Array, "*b c"],
+        *,
+        train: bool,
+    ) -> Float[Array, "b h w 2"]:
+        """Return the logits of eqs 9 and 10 by a prototype; class 1 is background."""
+        shape = (features.shape[0], self.channels)
+        return self.convs(features, jnp.broadcast_to(prototype, shape), train=train)
+
+    def _fc(self):
+        return nn.Dense(
+            self.channels, kernel_init=kernel_init, bias_init=bias_init(self.channels)
+        )
+
+    def _cleaner(self, pooled, *, train):
+        """Return FC(FC(.)) of eq 11 as a gate in 0..1, as a cleaner only takes away."""
+        gate = self.fc2(nn.relu(self.fc1(pooled)))
+        return nn.sigmoid(self.gate_dropped(gate, deterministic=not train))

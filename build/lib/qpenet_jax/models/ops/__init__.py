@@ -1,0 +1,165 @@
+"""The few primitives whose numerics or speed need care.
+
+Each has one meaning everywhere; where XLA's CPU backend runs the plain formulation
+slowly, `jax.lax.platform_dependent` picks an equal one for the CPU and the model files
+never see which path runs. GPU and TPU take the plain XLA ops.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from qpenet_jax.core.types import Array
+from qpenet_jax.models.ops import winograd
+from qpenet_jax.models.ops.blocked_attention import attend_in_blocks, true_keys_first
+from qpenet_jax.models.ops.devices import on_each_device
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def conv1x1(
+    x: Float[Array, "*b c"], kernel: Float[Array, "c o"]
+) -> Float[Array, "*b o"]:
+    """Convolve with a 1x1 kernel, written as the matrix product that it is."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+def conv3x3(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c o"], dilation: int = 1
+) -> Float[Array, "b h w o"]:
+    """Convolve with a 3x3 kernel at stride 1, padded to keep the size."""
+    plain = functools.partial(_conv3x3_plain, dilation=dilation)
+    if math.prod(x.shape[:3]) < WINOGRAD_FROM_CELLS or x.shape[3] < 64:
+        return plain(x, kernel)
+    fast = functools.partial(winograd.conv3x3, dilation=dilation)
+    return jax.lax.platform_dependent(x, kernel, cpu=fast, default=plain)
+
+
+# In fewer cells of all images together the transforms cost what they save.
+WINOGRAD_FROM_CELLS = 400
+
+
+def _conv3x3_plain(x, kernel, dilation):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        [(dilation, dilation)] * 2,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=NHWC,
+    )
+
+
+def depthwise_conv(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "k k c"],
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+) -> Float[Array, "b h2 w2 c"]:
+    """Convolve every channel with its own k x k kernel, padded symmetrically.
+
+    A sum of k * k shifted products: XLA's CPU backend runs grouped convolutions more
+    than ten times slower than this.
+    """
+    shifted = functools.partial(_depthwise_shifted, stride=stride, dilation=dilation)
+    plain = functools.partial(_depthwise_plain, stride=stride, dilation=dilation)
+    return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+
+
+def _depthwise_shifted(x, kernel, *, stride, dilation):
+    k = kernel.shape[0]
+    h, w = x.shape[1:3]
+    pad = k // 2 * dilation
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def product(u, v):
+        top, left = u * dilation, v * dilation
+        return (
+            x[:, top : top + h : stride, left : left + w : stride]
+            * kernel[u, v][None, None, None]
+        )
+
+    products = [product(u, v) for u in range(k) for v in range(k)]
+    return functools.reduce(jnp.add, products)
+
+
+def _depthwise_plain(x, kernel, *, stride, dilation):
+    pad = kernel.shape[0] // 2 * dilation
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel[:, :, None],
+        (stride, stride),
+        [(pad, pad)] * 2,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=NHWC,
+        feature_group_count=x.shape[-1],
+    )
+
+
+def interpolation_matrix(source: int, target: int) -> np.ndarray:
+    """Return the `[target, source]` matrix of linear align_corners interpolation.
+
+    The first and last samples of both grids coincide. `jax.image.resize` uses
+    half-pixel centres instead, which is another map.
+    """
+    position = np.arange(target) * ((source - 1) / max(target - 1, 1))
+    weights = 1 - np.abs(position[:, None] - np.arange(source))
+    return np.maximum(weights, 0).astype(np.float32)
+
+
+def resize_align_corners(
+    x: Float[Array, "b h w c"], size: tuple[int, int]
+) -> Float[Array, "b h2 w2 c"]:
+    """Resize bilinearly with align_corners, as two small matrix products.
+
+    At full precision: TF32 would round the pixels that interpolation only copies.
+    """
+    rows = interpolation_matrix(x.shape[1], size[0])
+    cols = interpolation_matrix(x.shape[2], size[1])
+    along_rows = jnp.einsum("yh,bhwc->bywc", rows, x, precision="highest")
+    return jnp.einsum("xw,bywc->byxc", cols, along_rows, precision="highest")
+
+
+def attention(
+    query: Float[Array, "b q n d"],
+    key: Float[Array, "b k n d"],
+    value: Float[Array, "b k n d"],
+    mask: Bool[Array, "b k"],
+) -> Float[Array, "b q n d"]:
+    """Attend with n heads to the keys where `mask` is true (at least one a row).
+
+    Scores scaled by 1 / sqrt(d), softmax in float32.
+    """
+    return jax.lax.platform_dependent(
+        query, key, value, mask, cpu=_attention_in_blocks, default=_attention_plain
+    )
+
+
+def _attention_in_blocks(*inputs):
+    return on_each_device(lambda _, *ours: attend_in_blocks(*ours), *inputs)
+
+
+def _attention_plain(query, key, value, mask):
+    attend = jax.nn.dot_product_attention
+    if query.dtype == jnp.bfloat16 and _has_flash_attention():
+        # Where the true keys end is all that cuDNN needs to know; a mask it would want
+        # for every pair of query and key.
+        key, value, count = true_keys_first(key, value, mask)
+        count = count.astype(jnp.int32)
+        return attend(
+            query, key, value, key_value_seq_lengths=count, implementation="cudnn"
+        )
+    return attend(query, key, value, mask=mask[:, None, None])
+
+
+def _has_flash_attention() -> bool:
+    """Whether cuDNN's is there: for 16 bits, on NVIDIA's GPUs from Ampere (8.0) on."""
+    device = jax.devices()[0]
+    version = re.fullmatch(r"(\d+)\.\d", getattr(device, "compute_capability", ""))
+    return device.platform == "gpu" and version is not None and int(version[1]) >= 8

@@ -1,0 +1,26 @@
+"""Loops over a batch that several devices share: each device goes through its part."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+BATCH_AXIS = "data"
+"""Name of the mesh's axis over which batches are split."""
+
+
+def on_each_device(f: Callable[..., Any], *batches: Any, shared: Any = ()) -> Any:
+    """Return `f(shared, *batches)`, every device taking its part of the batches.
+
+    For functions that treat the images of a batch one by one in a loop: XLA would
+    gather all of a batch that is split over devices before it takes one image out.
+    Without a mesh of several devices (`jax.set_mesh`) it is the plain call.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get(BATCH_AXIS, 1) == 1:
+        return f(shared, *batches)
+    split, whole = PartitionSpec(BATCH_AXIS), PartitionSpec()
+    specs = (whole, *(split for _ in batches))
+    mapped = jax.shard_map(f, in_specs=specs, out_specs=split, check_vma=False)
+    return mapped(shared, *batches)

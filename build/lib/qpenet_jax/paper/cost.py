@@ -1,0 +1,139 @@
+"""What a table would take: the dry run of `qpenet reproduce`."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, PyTree
+
+from qpenet_jax.core import markdown
+from qpenet_jax.evaluation.protocols import of_dataset
+from qpenet_jax.evaluation.scoring import score_episodes
+from qpenet_jax.paper.finished import has_config_of, is_done
+from qpenet_jax.paper.plan import PlannedRun
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import CONFIG_FILE
+from qpenet_jax.runs.preflight import first_steps
+from qpenet_jax.runs.trainer import Trainer
+
+MEASURED_STEPS, MEASURED_EPISODES = 20, 10
+
+
+class Cost(NamedTuple):
+    """Seconds of a training step, and of a scored episode by its number of shots."""
+
+    step: float
+    episode: Mapping[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much a run computes: training steps, and scored episodes by shots."""
+
+    run: PlannedRun
+    steps: int
+    episodes: Mapping[int, int]
+    state: str
+
+    @property
+    def backbone(self) -> str:
+        """Runs of one backbone cost about the same."""
+        return self.run.experiment.config.backbone.name
+
+    def seconds(self, cost: Cost) -> float:
+        """Return what is left to compute, 0 for a finished run."""
+        if self.state == "done":
+            return 0.0
+        scoring = sum(cost.episode[k] * count for k, count in self.episodes.items())
+        return self.steps * cost.step + scoring
+
+
+def print_plan(runs: Sequence[PlannedRun]) -> None:
+    """Print every run with its state, and the measured time of all; write nothing."""
+    plan = [_work(run) for run in runs]
+    print(_plan_table(plan), flush=True)
+    # Measured once per backbone: on its last row, which of the ablations is `full`.
+    last = {work.backbone: work.run for work in plan}
+    costs = {backbone: measured_cost(run) for backbone, run in last.items()}
+    for backbone, cost in costs.items():
+        scoring = [
+            f"{s:.2f} s an episode of {k} shot(s)" for k, s in cost.episode.items()
+        ]
+        print(f"{last[backbone].name}: {cost.step:.2f} s a step, {', '.join(scoring)}")
+    hours = sum(work.seconds(costs[work.backbone]) for work in plan) / 3600
+    left = sum(work.state != "done" for work in plan)
+    print(
+        f"(measured on {MEASURED_STEPS} steps and {MEASURED_EPISODES} episodes)\n"
+        f"{len(runs)} runs, {left} to do: about {hours:.1f} h, without start-up and "
+        "compilation; nothing was written"
+    )
+
+
+def _plan_table(plan: Sequence[Work]) -> str:
+    rows = [
+        [w.run.name, f"{w.steps:,}", f"{sum(w.episodes.values()):,}", w.state]
+        for w in plan
+    ]
+    return markdown.table(("run", "steps", "episodes scored", "state"), rows)
+
+
+def _work(run: PlannedRun) -> Work:
+    steps = run.steps
+    return Work(run, steps, _episodes(run, steps), _state(run))
+
+
+def _state(run: PlannedRun) -> str:
+    if is_done(run):
+        return "done"
+    if not (run.folder / CONFIG_FILE).exists():
+        return "to do"
+    return "begun" if has_config_of(run) else "folder holds another config"
+
+
+def _episodes(run: PlannedRun, steps: int) -> dict[int, int]:
+    """Return how many episodes a run scores by shots, selection included."""
+    experiment, config = run.experiment, run.experiment.config
+    protocol, selection = experiment.protocol(), experiment.selection_protocol()
+    counts = dict.fromkeys(run.shots, protocol.episodes * len(protocol.seeds))
+    if config.eval.references:
+        counts[run.shots[0]] *= 3  # untrained and cosine as well
+    if selection:
+        times = math.ceil(steps / config.eval.every)
+        counts[run.shots[0]] += times * selection.episodes * len(selection.seeds)
+    return counts
+
+
+def measured_cost(run: PlannedRun) -> Cost:
+    """Measure some steps and episodes of a run, once they are compiled."""
+    trainer = Trainer(run.experiment)
+    step, params = _seconds_per_step(trainer)
+    predict = run.experiment.predictor(params, trainer.weights)
+    score = functools.partial(_seconds_per_episode, run.experiment, predict)
+    return Cost(step, {shots: score(shots) for shots in run.shots})
+
+
+def _seconds_per_step(trainer: Trainer) -> tuple[float, PyTree[Array]]:
+    """Return the mean, and the parameters after the measured steps."""
+    with contextlib.closing(first_steps(trainer)) as stream:
+        steps = list(itertools.islice(stream, 1 + MEASURED_STEPS))
+    seconds = statistics.mean(step.took for step in steps[1:])  # the first compiles
+    return seconds, steps[-1].state.params
+
+
+def _seconds_per_episode(experiment: Experiment, predict: Any, shots: int) -> float:
+    val = experiment.dataset("val")
+    protocol = of_dataset(experiment.protocol(shots=shots), val)
+    samplers = experiment.eval_samplers(val, protocol)[:1]
+    start = 0.0
+    for count in (1, MEASURED_EPISODES):  # the first compiles
+        start = time.perf_counter()
+        few = dataclasses.replace(protocol, episodes=count)
+        label = f"measuring {shots} shot(s)"
+        score_episodes(predict, val, few, samplers, label=label)
+    return (time.perf_counter() - start) / MEASURED_EPISODES

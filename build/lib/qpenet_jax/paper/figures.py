@@ -1,0 +1,243 @@
+"""`qpenet figures`: what QPENet's parts do on chosen episodes (paper, Figs 4-6)."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+from PIL import Image
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import write_whole
+from qpenet_jax.core.types import Episode, SegmentationDataset
+from qpenet_jax.data.episodes import EpisodeIds
+from qpenet_jax.evaluation.pictures import RGB, load_batch_of_one, read_scene
+from qpenet_jax.evaluation.protocols import Protocol
+from qpenet_jax.paper.sheets import (
+    ShownEpisode,
+    background_sheet,
+    evolution_sheet,
+    predictions_sheet,
+)
+from qpenet_jax.paper.tiles import Out
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import INPUTS_FILE, open_run, read_json
+
+MAX_ROWS = 200
+"""A JPEG is at most 65,535 pixels high, a row of a sheet takes 232."""
+
+QUALITY = 92
+
+
+class ShownRun(NamedTuple):
+    """A trained network under the name that the sheets give it."""
+
+    name: str
+    experiment: Experiment
+    params: PyTree[Array]
+    weights: PyTree[Array]
+
+
+def draw_figures(
+    workdirs: Mapping[str, Path] | Sequence[Path],
+    out: Path,
+    *,
+    episodes: Sequence[int] | None = None,
+    count: int = 6,
+    seed: int = 0,
+    shots: int = 1,
+    overrides: Sequence[str] = (),
+) -> list[Path]:
+    """Write three sheets about trained runs into `out` and return their paths.
+
+    `predictions.jpg` compares the runs and the cosine baseline (as Figs 4 and 5),
+    `evolution.jpg` shows how the foreground prototypes come about (eqs 2-8, 13, 14),
+    `background.jpg` what is background by P_global and by P_bg (as Fig. 6). The
+    episodes are those of the first run's protocol, first seed: the indices `episodes`,
+    or `count` of them drawn by `seed`. Runs are called by the mapping's keys, or by
+    their variant where that tells them apart, or by their folder. `overrides` are other
+    paths than the runs were trained with, as `open_run` takes them.
+
+    Raises:
+        InputError: a folder without a run; runs of different images, classes or sizes;
+            an episode beyond the protocol; `out` can't be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is no folder: choose another for the figures")
+    runs = _open_runs(workdirs, overrides)
+    experiment = runs[0].experiment
+    protocol = experiment.protocol(shots=shots)
+    indices = _choose_episodes(protocol, episodes, count, seed)
+    _check_height(len(indices), len(runs))
+    val = experiment.dataset("val")
+    sampler = experiment.eval_samplers(val, protocol)[0]
+    shown = _look_at(runs, val, [sampler(i) for i in indices], protocol)
+    return _write_sheets(shown, protocol, out)
+
+
+def _write_sheets(
+    shown: Sequence[ShownEpisode], protocol: Protocol, out: Path
+) -> list[Path]:
+    """Write all sheets, or none if one can't be drawn."""
+    draw = {
+        "predictions": predictions_sheet,
+        "evolution": evolution_sheet,
+        "background": background_sheet,
+    }
+    notes = _notes(protocol)
+    files = {
+        out / f"{name}.jpg": _jpeg(draw_sheet(shown, notes, protocol.resize))
+        for name, draw_sheet in draw.items()
+    }
+    for path, content in files.items():
+        write_whole(path, content)
+    return list(files)
+
+
+def _jpeg(page: RGB) -> bytes:
+    """Encode without thinning out the colours, which would blur text and contours."""
+    content = io.BytesIO()
+    Image.fromarray(page).save(content, "JPEG", quality=QUALITY, subsampling=0)
+    return content.getvalue()
+
+
+def _notes(protocol: Protocol) -> list[str]:
+    notes = [
+        f"{protocol.dataset}, fold {protocol.fold}: novel classes, {protocol.shots}-"
+        f"shot, seed {protocol.seeds[0]}; # is the episode's index, IoU in percent at "
+        "the image's size"
+    ]
+    if protocol.shots > 1:
+        notes.append(f"of {protocol.shots} supports the first is shown")
+    return notes
+
+
+# Which episodes.
+
+
+def _choose_episodes(
+    protocol: Protocol, episodes: Sequence[int] | None, count: int, seed: int
+) -> list[int]:
+    """Return the given indices, or `count` different ones drawn by `seed`."""
+    total = protocol.episodes
+    if episodes is not None:
+        if not len(episodes):
+            raise InputError("no episode is chosen: give their indices, or a count")
+        for i in episodes:
+            if not 0 <= i < total:
+                raise InputError(
+                    f"episode {i}: the protocol has episodes 0 to {total - 1}"
+                )
+        return list(episodes)
+    if not 1 <= count <= total or seed < 0:
+        raise InputError(
+            f"{count} episodes drawn by seed {seed}: give 1 to {total}, as many as the "
+            "protocol has, and a seed from 0 on"
+        )
+    chosen = np.random.default_rng(seed).choice(total, count, replace=False)
+    return sorted(chosen.tolist())
+
+
+def _check_height(episodes: int, runs: int) -> None:
+    if episodes * runs > MAX_ROWS:
+        raise InputError(
+            f"{episodes} episodes of {runs} run(s) make a sheet of more than "
+            f"{MAX_ROWS} rows: choose fewer"
+        )
+
+
+# Which runs.
+
+
+def _open_runs(
+    workdirs: Mapping[str, Path] | Sequence[Path], overrides: Sequence[str] = ()
+) -> list[ShownRun]:
+    """Open runs that can be shown side by side, under names that tell them apart."""
+    if not workdirs:
+        raise InputError("no run is given: give the --workdir of a training")
+    named = isinstance(workdirs, Mapping)
+    folders = [Path(w) for w in (workdirs.values() if named else workdirs)]
+    opened = [open_run(folder, overrides) for folder in folders]
+    experiments = [run.experiment for run in opened]
+    names = list(workdirs) if named else _names(folders, experiments)
+    _check_comparable(folders, experiments)
+    return [
+        ShownRun(str(name), run.experiment, run.params, run.weights)
+        for name, run in zip(names, opened, strict=True)
+    ]
+
+
+def _names(folders: Sequence[Path], experiments: Sequence[Experiment]) -> list[str]:
+    variants = [experiment.config.variant for experiment in experiments]
+    for names in (variants, [f.resolve().name for f in folders], map(str, folders)):
+        names = list(names)
+        if len(set(names)) == len(names):
+            return names
+    raise InputError(f"{folders[0]} and the others: give every run once")
+
+
+def _check_comparable(
+    folders: Sequence[Path], experiments: Sequence[Experiment]
+) -> None:
+    """Refuse runs to which the first run's episodes would show something else."""
+    facts = [
+        _facts(folder, experiment)
+        for folder, experiment in zip(folders, experiments, strict=True)
+    ]
+    for folder, other in zip(folders, facts, strict=True):
+        for name, value in facts[0].items():
+            if other[name] != value:
+                raise InputError(
+                    f"{folder} has other {name} than {folders[0]}: figures compare "
+                    "runs of one data set, fold and input size"
+                )
+
+
+def _facts(folder: Path, experiment: Experiment) -> dict[str, Any]:
+    protocol = experiment.protocol()
+    path = folder / INPUTS_FILE
+    inputs = read_json(path) if path.exists() else {}
+    return {
+        "novel classes": protocol.classes,
+        "input size": (protocol.side, protocol.resize),
+        "validation images": inputs.get("validation images"),
+    }
+
+
+# What they predict.
+
+
+def _look_at(
+    runs: Sequence[ShownRun],
+    val: SegmentationDataset,
+    chosen: Sequence[EpisodeIds],
+    protocol: Protocol,
+) -> list[ShownEpisode]:
+    cosine = runs[0].experiment.cosine_predictor(runs[0].weights)
+    looks = {run.name: _look(run) for run in runs}
+    shown = []
+    for ids in chosen:
+        episode = load_batch_of_one(val, ids, protocol.side, protocol.resize)
+        found = {name: look(episode) for name, look in looks.items()}
+        scene = read_scene(val, ids)
+        shown.append(ShownEpisode(scene, np.asarray(cosine(episode))[0], found))
+    return shown
+
+
+def _look(run: ShownRun) -> Callable[[Episode], tuple[Float[np.ndarray, "s s"], Out]]:
+    """Return `look(batch of one)`: the foreground's lead and the network's `Out`."""
+    _, experiment, params, weights = run
+
+    def look(episode):
+        lead, out = experiment.predictor(params, weights).look(episode)
+        if experiment.model.bgpe:
+            # The head of eq 10 segments by whatever stands at P_global's place.
+            gbc = params["gbc"] | {"P_global": out["P_bg"][0]}
+            clean = experiment.predictor(params | {"gbc": gbc}, weights)
+            out = out | {"y_bg_clean": clean.look(episode)[1]["y_bg_q"]}
+        return jax.tree.map(lambda x: np.asarray(x[0]), (lead, out))
+
+    return look

@@ -1,0 +1,118 @@
+"""From the scored episodes of runs to mIoU and FB-IoU with their 95 % intervals."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qpenet_jax.evaluation import metrics
+from qpenet_jax.evaluation.metrics import Scores
+
+APART = 10**9
+"""Larger than any seed or image number, so that those of two training seeds differ."""
+
+Measured = dict[str, Any]
+"""A value in percent as JSON: "ours", "interval" (low, high), "std", "by_seed"."""
+
+
+class Found(NamedTuple):
+    """What one evaluation of a run left behind."""
+
+    scores: Scores
+    classes: dict[str, list[int]]  # ids by measure: all, and the config's focus
+    facts: dict[str, Any]  # the protocol, and hashes of the inputs
+
+
+def pooled(found: Sequence[Found]) -> Scores:
+    """Return the episodes of several training seeds as if they were of more seeds.
+
+    All metrics then average over the training seeds. Query 17 is the same image for all
+    of them, unless the images are generated and therefore differ.
+    """
+    versions = [one.facts["version"] for one in found]
+    seed, query = (metrics.SCORE_COLUMNS.index(name) for name in ("seed", "query"))
+    parts = [one.scores.rows.copy() for one in found]
+    for k, rows in enumerate(parts):
+        rows[:, seed] += k * APART
+        rows[:, query] += versions.index(versions[k]) * APART
+    return Scores(np.concatenate(parts))
+
+
+def measured(found: Sequence[Found]) -> dict[str, Measured]:
+    """Return mIoU, the mIoU of the config's focus, and FB-IoU, in percent.
+
+    Each with its mean over the training seeds, the 95 % interval over query images, the
+    value of every seed and their standard deviation. One `Found` a training seed.
+    """
+    scores = pooled(found)
+    estimates = {
+        name: metrics.estimate(scores, ids) for name, ids in found[0].classes.items()
+    }
+    return _with_seeds(estimates, [_points(one) for one in found])
+
+
+def measured_difference(
+    ours: Sequence[Found], theirs: Sequence[Found]
+) -> dict[str, Measured]:
+    """Return ours - theirs of all that `measured` returns, paired by episode and seed.
+
+    Raises InputError if they have no episode in common.
+    """
+    pools = pooled(ours), pooled(theirs)
+    estimates = {
+        name: metrics.estimate_difference(*pools, ids)
+        for name, ids in ours[0].classes.items()
+    }
+    pairs = zip(map(_points, ours), map(_points, theirs), strict=True)
+    by_seed = [{name: a[name] - b[name] for name in a} for a, b in pairs]
+    return _with_seeds(estimates, by_seed)
+
+
+def _with_seeds(
+    estimates: Mapping[str, metrics.Estimates], by_seed: Sequence[Mapping[str, float]]
+) -> dict[str, Measured]:
+    intervals = {name: one.miou for name, one in estimates.items()}
+    intervals["FB-IoU"] = estimates["mIoU"].fb_iou
+    return {
+        name: _rounded(
+            100 * np.array(interval), [100 * values[name] for values in by_seed]
+        )
+        for name, interval in intervals.items()
+    }
+
+
+def _points(found: Found) -> dict[str, float]:
+    """Return the measures of one training seed, 0..1."""
+    mious = {n: metrics.mean_iou(found.scores, ids) for n, ids in found.classes.items()}
+    return mious | {"FB-IoU": metrics.fb_iou(found.scores)}
+
+
+def mean_over_folds(folds: Sequence[Measured]) -> Measured:
+    """Return the mean of the folds; its interval takes the folds for independent."""
+    values = np.array([fold["ours"] for fold in folds])
+    low, high = np.transpose([fold["interval"] for fold in folds])
+    value, count = values.mean(), len(folds)
+    below, above = math.dist(values, low) / count, math.dist(values, high) / count
+    by_seed = np.mean([fold["by_seed"] for fold in folds], axis=0)
+    return _rounded([value, value - below, value + above], by_seed)
+
+
+def _rounded(interval, by_seed) -> Measured:
+    value, *ends = (round(float(x), 2) for x in interval)
+    std = round(float(np.std(by_seed, ddof=1)), 2) if len(by_seed) > 1 else None
+    by_seed = [round(float(x), 2) for x in by_seed]
+    return {"ours": value, "interval": ends, "std": std, "by_seed": by_seed}
+
+
+def verdict(paper: float, interval: Sequence[float], by_seed: Sequence[float]) -> str:
+    """Return whether our difference has the sign of the paper's.
+
+    "holds" or "contrary"; "undecided" if the interval (low, high) over query images
+    contains 0, or if the training seeds do not agree on the sign: the interval knows
+    nothing of other training runs.
+    """
+    low, high = interval
+    if low <= 0 <= high or min(by_seed) <= 0 <= max(by_seed):
+        return "undecided"
+    return "holds" if (low > 0) == (paper > 0) else "contrary"

@@ -1,0 +1,145 @@
+"""Read a config file, a Python file with `get_config()`, and change fields of it."""
+
+import contextlib
+import difflib
+import importlib.machinery
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from qpenet_jax.core.errors import InputError
+
+OVERRIDE = re.compile(r"--?(?:no)?config\.([^=\[]+)")
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Return the locked ConfigDict of a file such as configs/pascal_fold0.py.
+
+    `overrides` are words of the command line, such as `--config.dataset.root=DIR`.
+
+    Raises:
+        InputError: no such file or field, an error inside the file (told with its
+            line), or a value of another type.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"{file}: no such config file; configs/ holds examples")
+    with _importable_from(path), _told_with_line(path):
+        loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+        spec = importlib.util.spec_from_loader(loader.name, loader)
+        assert spec  # of a loader that is given, never None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        config = module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"{file}: get_config() must return an ml_collections.ConfigDict"
+        )
+    return override(config, overrides)
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Return the config with fields changed, locked.
+
+    Raises:
+        InputError: no such field, or a value of another type.
+    """
+    for word in overrides:
+        if match := OVERRIDE.match(word):
+            _check_field(match[1], config)
+    values, argv = flags.FlagValues(), ["qpenet", *overrides]
+    try:
+        config_flags.DEFINE_config_dict(
+            "config", config, lock_config=True, flag_values=values, sys_argv=argv
+        )
+        rest = values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(_one_line(error)) from None
+    if len(rest) > 1:
+        raise InputError(
+            f"unknown argument {rest[1]!r}: fields are changed by --config.x=y"
+        )
+    return values.config
+
+
+def _check_field(name: str, config: ConfigDict) -> None:
+    """Refuse a name that is no field, and name those that are spelt alike."""
+    known = _fields(config)
+    if any(field == name or field.startswith(f"{name}.") for field in known):
+        return
+    leaf = name.rpartition(".")[2]
+    alike = [field for field in known if field.rpartition(".")[2] == leaf]
+    meant = " or ".join(alike or difflib.get_close_matches(name, known, n=3))
+    hint = f": did you mean {meant}?" if meant else ";"
+    raise InputError(
+        f"no such config field: {name}{hint} configs/common.py lists all fields"
+    )
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Return the names of all fields, such as `optimizer.lr`."""
+    found = []
+    for name in config:
+        value = config.get_ref(name).get()
+        if isinstance(value, ConfigDict):
+            found += _fields(value, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+@contextlib.contextmanager
+def _importable_from(path: Path) -> Iterator[None]:
+    """Let a config import what lies beside it, and `configs.common` of a checkout.
+
+    Modules of `configs` are forgotten before and after: each checkout has its own.
+    """
+    folder = path.resolve().parent
+    before = sys.path.copy()
+    sys.path[:0] = map(str, (folder.parent, folder, Path.cwd()))
+    _forget_configs()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+        _forget_configs()
+
+
+def _forget_configs() -> None:
+    for name in [n for n in sys.modules if n.split(".")[0] == "configs"]:
+        del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _told_with_line(path: Path) -> Iterator[None]:
+    """Turn whatever a user's file raises into one line with the file and its line."""
+    try:
+        yield
+    except SyntaxError as error:
+        place = f"{error.filename}, line {error.lineno}"
+        raise InputError(f"{place}: {type(error).__name__}: {error.msg}") from error
+    except Exception as error:
+        place = _place(path, error)
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        raise InputError(f"{place}: {kind}{_one_line(error)}") from error
+
+
+def _place(path: Path, error: Exception) -> str:
+    """Return the innermost line of the user's own files that led to an error."""
+    folder = path.resolve().parent
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve().is_relative_to(folder)
+    ]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else str(path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,243 @@
+"""Scores a run's parameters, and what they are compared with, by one protocol."""
+
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, PyTree, UInt8
+from PIL import Image
+
+from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.data.episode_lists import EpisodeList
+from qpenet_jax.evaluation.metrics import (
+    Scores,
+    load_scores,
+    mean_iou,
+    paired_difference,
+)
+from qpenet_jax.evaluation.pictures import episode_figure
+from qpenet_jax.evaluation.predictor import Predictor
+from qpenet_jax.evaluation.protocols import Protocol, of_dataset
+from qpenet_jax.evaluation.report import (
+    RESULTS,
+    TABLE,
+    summarize,
+    table,
+    write_json,
+    write_report,
+)
+from qpenet_jax.evaluation.scoring import Samplers, score_episodes
+from qpenet_jax.runs.experiment import Experiment
+
+REFERENCES = "references.json"
+FIGURE = "episodes.png"
+FIGURE_EPISODES = 8
+
+
+def folder_name(protocol: Protocol, episodes: EpisodeList | None = None) -> str:
+    """Return a name of its own for every protocol, such as pfenet_1shot.
+
+    A list of `episodes` replaces what the protocol would draw, and is part of the name.
+    """
+    protocol = _with_list(protocol, episodes)
+    name = protocol.name.replace(", but ", "_").replace(" ", "_")
+    return f"{name}_{protocol.shots}shot"
+
+
+def _with_list(protocol: Protocol, episodes: EpisodeList | None) -> Protocol:
+    return dataclasses.replace(protocol, **episodes.fields) if episodes else protocol
+
+
+class Drawn(NamedTuple):
+    """What a protocol scores on a data set.
+
+    Only classes that some episode can show are among the protocol's and `class_ids`:
+    others would count as 0 in every mean. `left_out` are their names.
+    """
+
+    protocol: Protocol
+    samplers: Samplers
+    class_ids: tuple[int, ...]
+    left_out: list[str]
+
+
+def draw(
+    experiment: Experiment,
+    val: SegmentationDataset,
+    protocol: Protocol,
+    episodes: EpisodeList | None = None,
+) -> Drawn:
+    """Draw a protocol's episodes, or take those of a list.
+
+    Raises:
+        InputError: the data set can't serve the protocol, or the list shows a class
+            that the experiment trains on.
+    """
+    if episodes:
+        experiment.check_novel(episodes)
+    protocol = _with_list(of_dataset(protocol, val), episodes)
+    drawn = experiment.eval_samplers(val, protocol, drop_few=bool(episodes))
+    samplers = episodes.samplers if episodes else drawn
+    shown = {c for sampler in (drawn[0], *samplers) for c in sampler.shown}
+    class_ids = tuple(sorted(shown))
+    names = tuple(experiment.class_names[class_id - 1] for class_id in class_ids)
+    left_out = sorted(set(protocol.classes) - set(names))
+    protocol = dataclasses.replace(protocol, classes=names)
+    return Drawn(protocol, samplers, class_ids, left_out)
+
+
+class Evaluator:
+    """Scores a run's parameters by one protocol and writes into a folder.
+
+    `episodes_<name>.csv` holds the pixel counts of every episode, `results.*` the last
+    evaluation of the trained network beside its references, `episodes.png` the first
+    episodes.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        weights: PyTree[Array],
+        folder: Path,
+        val: SegmentationDataset,
+        protocol: Protocol | None = None,
+        episodes: EpisodeList | None = None,
+    ):
+        """Draw the episodes, by default of the experiment's own protocol; see `draw`.
+
+        `weights` are the backbone's. Nothing is written yet.
+        """
+        self.experiment, self.weights = experiment, weights
+        self.folder, self.val = folder, val
+        drawn = draw(experiment, val, protocol or experiment.protocol(), episodes)
+        self.protocol, self.samplers, self.class_ids, self.left_out = drawn
+
+    @functools.cached_property
+    def cosine(self) -> Predictor:
+        """The training-free baseline over the same backbone."""
+        return self.experiment.cosine_predictor(self.weights)
+
+    @property
+    def focus(self) -> list[str]:
+        """Those classes of `config.eval.focus` that some episode can show."""
+        names = self.experiment.config.eval.focus
+        return [name for name in names if name in self.protocol.classes]
+
+    def describe(self) -> str:
+        """Return the protocol, and which classes have too few images for it."""
+        lines = [f"protocol: {self.protocol}"]
+        if self.left_out:
+            shots = self.protocol.shots
+            names = ", ".join(self.left_out)
+            lines.append(f"left out, too few images for {shots} shot(s): {names}")
+        return "\n".join(lines)
+
+    def miou(self, params: PyTree[Array]) -> float:
+        """Return the mIoU of parameters in percent; nothing is written."""
+        predict = self.experiment.predictor(params, self.weights)
+        scores, _ = self._evaluate("selection", predict)
+        return 100 * mean_iou(scores, self.class_ids)
+
+    def references(self) -> str:
+        """Score the untrained network and the baseline; return them as a table."""
+        initial = self.experiment.untrained()
+        untrained = self.experiment.predictor(initial, self.weights)
+        found = {
+            "untrained": self._score("untrained", untrained),
+            "cosine": self._score("cosine", self.cosine),
+        }
+        made = {"run": self.experiment.identity, "results": found}
+        write_json(self.folder / REFERENCES, made)
+        return table(found)
+
+    def __call__(
+        self, params: PyTree[Array], **facts: Any
+    ) -> tuple[dict[str, Any], UInt8[Any, "h w 3"]]:
+        """Score the network; write and return the results and a figure.
+
+        `facts` are added to the results, such as `step`, that of the checkpoint.
+        """
+        predict = self.experiment.predictor(params, self.weights)
+        results = self._score("qpenet", predict) | facts
+        results["class_ids"] = list(self.class_ids)
+        results["selection"] = self.experiment.selection
+        results["references"] = self._references()
+        if "cosine" in results["references"]:
+            results["gain_over_cosine"] = self._gain("cosine")
+        figure = self._figure(predict)
+        Image.fromarray(figure).save(self.folder / FIGURE)
+        write_report(self.folder, results)  # last: it says that all is done
+        return results, figure
+
+    def _references(self) -> dict[str, Any]:
+        """Return what `references` found; nothing if for another run or protocol."""
+        made, ours = self._read(REFERENCES), self.protocol.to_dict()
+        if made.get("run") != self.experiment.identity:
+            return {}
+        found = made["results"]
+        same = all(reference["protocol"] == ours for reference in found.values())
+        return found if same else {}
+
+    def step(self) -> int | None:
+        """Return the step of the last written results of this protocol, if any."""
+        results = self._read(RESULTS)
+        same = results.get("protocol") == self.protocol.to_dict()
+        return results.get("step") if same else None
+
+    def report(self) -> str:
+        """Return the last results as text: the table beside their references."""
+        return (self.folder / TABLE).read_text()
+
+    def _figure(self, predict: Predictor) -> UInt8[Any, "h w 3"]:
+        """Draw the first episodes with the baseline's and the network's prediction."""
+        count = min(FIGURE_EPISODES, self.protocol.episodes)
+        return episode_figure(
+            self.val,
+            [self.samplers[0](i) for i in range(count)],
+            {"cosine": self.cosine, "QPENet": predict},
+            self.protocol.side,
+            self.protocol.resize,
+        )
+
+    def _evaluate(self, name: str, predict: Predictor) -> tuple[Scores, float]:
+        start = time.perf_counter()
+        scores = score_episodes(
+            predict,
+            self.val,
+            self.protocol,
+            self.samplers,
+            workers=self.experiment.config.workers,
+            label=f"evaluating {name}",
+        )
+        return scores, time.perf_counter() - start
+
+    def _score(self, name: str, predict: Predictor) -> dict[str, Any]:
+        scores, seconds = self._evaluate(name, predict)
+        scores.save(self._episodes(name))
+        return summarize(scores, self.protocol, self.class_ids, seconds, self.focus)
+
+    def _gain(self, reference: str) -> dict[str, list[float]]:
+        """Return paired mIoU differences with their intervals, in points."""
+        ours, theirs = self._scores("qpenet"), self._scores(reference)
+        names = self.protocol.classes
+        classes = {"mIoU": self.class_ids}
+        if self.focus:
+            chosen = tuple(self.class_ids[names.index(name)] for name in self.focus)
+            classes["mean of " + ", ".join(self.focus)] = chosen
+        return {
+            what: [round(100 * v, 2) for v in paired_difference(ours, theirs, ids)]
+            for what, ids in classes.items()
+        }
+
+    def _episodes(self, name: str) -> Path:
+        return self.folder / f"episodes_{name}.csv"
+
+    def _scores(self, name: str) -> Scores:
+        return load_scores(self._episodes(name))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,306 @@
+"""From a config to the objects of an experiment: data, networks, protocol."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import optax
+from jaxtyping import Array, PyTree
+
+from qpenet_jax.backbones.convert import load_weights
+from qpenet_jax.backbones.precision import in_dtype
+from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
+from qpenet_jax.config import SELECTION, check, flat
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import cache_folder
+from qpenet_jax.core.types import Episode, SegmentationDataset
+from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.device_augmentation import augment_episodes
+from qpenet_jax.data.episode_lists import EpisodeList
+from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
+from qpenet_jax.data.folds import Fold
+from qpenet_jax.data.loader import load_episode
+from qpenet_jax.data.raw_episodes import canvas_side, load_raw_episode
+from qpenet_jax.data.sources.decoded import Decoded
+from qpenet_jax.evaluation.predictor import (
+    Predictor,
+    cosine_predictor,
+    qpenet_predictor,
+)
+from qpenet_jax.evaluation.protocols import PRESETS, Protocol, preset_fields
+from qpenet_jax.models.losses import LossWeights
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.variants import VARIANTS
+from qpenet_jax.runs.datasets import chosen_fold, class_names, open_split
+from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.training.recipes import resolved
+from qpenet_jax.training.sharding import shardings
+from qpenet_jax.training.step import TrainState, init_state, make_train_step
+
+DECODED = cache_folder("decoded")
+"""Decoded training images, by data set; only what augments on the device needs them."""
+
+# What a run may change when it is resumed or moved, as no result depends on it: of the
+# paths, the contents are compared.
+PATHS = (
+    "dataset.root",
+    "dataset.images",
+    "dataset.masks",
+    "dataset.train_ids",
+    "dataset.val_ids",
+    "backbone.weights",
+)
+FREE = {"workers", "log_every", "save_every", "keep_compilations", *PATHS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config describes; nothing is read before it is asked for."""
+
+    config: Any  # an ml_collections.ConfigDict as config.default_config makes it
+
+    def __post_init__(self):
+        """Fill in the recipe's values; refuse values that could only fail later."""
+        object.__setattr__(self, "config", resolved(self.config))
+        check(self.config)
+        _ = self.backbone, self.model, self.optimizer
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of all classes of the data set."""
+        return class_names(self.config.dataset)
+
+    @functools.cached_property
+    def fold(self) -> Fold:
+        """Base and novel class ids."""
+        return chosen_fold(self.config.dataset, self.class_names)
+
+    def dataset(self, split: Literal["train", "val"]) -> SegmentationDataset:
+        """Return the images of a split; raises InputError where files are missing."""
+        data, seed = self.config.dataset, self.config.seed
+        return open_split(data, split, self.class_names, seed)
+
+    def train_sampler(self, dataset: SegmentationDataset) -> EpisodeSampler:
+        """Return the training episodes: base classes."""
+        data = self.config.dataset
+        if not self.fold.base:
+            raise InputError(
+                "there is no base class to train on: config.dataset.novel names all"
+            )
+        return EpisodeSampler(
+            dataset.counts,
+            self.fold.base,
+            self.config.shots,
+            self.config.seed,
+            exclude=self.fold.novel if data.exclude_novel else (),
+            min_pixels=data.min_pixels,
+            on_few=data.on_few,
+            order=data.order,
+            targets=data.targets,
+            class_names=self.class_names,
+        )
+
+    def protocol(self, preset: str | None = None, **changes: Any) -> Protocol:
+        """Return how this experiment is evaluated: novel classes of the val split.
+
+        The preset is the config's, with the config's changes, unless one is given;
+        what the run itself settles (data, shots, training list) is never the preset's.
+        Raises InputError where the fold or a class of the focus doesn't exist.
+        """
+        config, data = self.config, self.config.dataset
+        novel = self._names(self.fold.novel)
+        unknown = sorted(set(config.eval.focus) - set(novel))
+        if unknown:
+            raise InputError(
+                f"config.eval.focus names {', '.join(unknown)}, not novel in "
+                f"fold {data.fold}: choose of {', '.join(novel)}"
+            )
+        fields: dict[str, Any] = {
+            "dataset": data.name,
+            "split": data.split,
+            "fold": data.fold,
+            "classes": novel,
+            "exclude_novel": data.exclude_novel,
+            "min_pixels": data.min_pixels,
+            "shots": config.shots,
+            "preset": preset or config.eval.protocol,
+        }
+        if "side" not in PRESETS.get(fields["preset"], {}):
+            fields["side"] = config.side
+        if preset is None:
+            chosen = {k: config.eval[k] for k in ("episodes", "seeds", "scoring")}
+            fields |= {k: v for k, v in chosen.items() if v}
+        fields = preset_fields(fields["preset"], data.split) | fields | changes
+        return Protocol(**fields)
+
+    def selection_protocol(self) -> Protocol | None:
+        """Return how checkpoints are chosen while training; None: the last is."""
+        if self.config.select_on == "base":
+            return self.protocol(
+                preset="ours",
+                classes=self._names(self.fold.base),
+                episodes=self.config.eval.base_episodes,
+            )
+        return self.protocol() if self.config.select_on == "novel" else None
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that this experiment's results depend on."""
+        fields = flat(json.loads(self.config.to_json()))
+        text = json.dumps({k: v for k, v in fields.items() if k not in FREE})
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def selection(self) -> str:
+        """How this run's checkpoint was chosen, for its results."""
+        return SELECTION[self.config.select_on]
+
+    def _names(self, class_ids: Sequence[int]) -> tuple[str, ...]:
+        return tuple(self.class_names[c - 1] for c in class_ids)
+
+    def check_novel(self, episodes: EpisodeList) -> None:
+        """Refuse a list with classes that this experiment trains on.
+
+        Raises:
+            InputError: naming one.
+        """
+        shown = {c for sampler in episodes.samplers for c in sampler.shown}
+        for class_id in sorted(shown - set(self.fold.novel)):
+            raise InputError(
+                f"the episode list shows {self.class_names[class_id - 1]}, which isn't "
+                f"novel in fold {self.config.dataset.fold}: give a list of this fold"
+            )
+
+    def eval_samplers(
+        self, dataset: SegmentationDataset, protocol: Protocol, drop_few: bool = False
+    ) -> list[EpisodeSampler]:
+        """Return the protocol's episodes, one sampler a seed.
+
+        Images for base classes, when the protocol names those, show no novel class;
+        base classes with too few images are left out, novel ones if `drop_few`.
+        """
+        base = protocol.classes == self._names(self.fold.base)
+        return [
+            EpisodeSampler(
+                dataset.counts,
+                tuple(self.class_names.index(name) + 1 for name in protocol.classes),
+                protocol.shots,
+                seed,
+                exclude=self.fold.novel if base else (),
+                min_pixels=protocol.min_pixels,
+                on_few="drop" if base or drop_few else self.config.dataset.on_few,
+                order=protocol.order,
+                targets=protocol.targets,
+                class_names=self.class_names,
+            )
+            for seed in protocol.seeds
+        ]
+
+    @functools.cached_property
+    def backbone(self) -> Backbone:
+        """The frozen network, with those of its stages that QPENet is given."""
+        net = backbone(self.config.backbone.name)
+        stages = tuple(self.config.backbone.stages)
+        return choose_stages(net, stages) if stages else net
+
+    def backbone_weights(self) -> PyTree[Array]:
+        """Read the frozen weights onto the device."""
+        spec = self.config.backbone
+        return jax.tree.map(
+            jax.numpy.asarray, load_weights(spec.name, spec.weights or None)
+        )
+
+    @functools.cached_property
+    def model(self) -> QPENet:
+        """QPENet proper or a variant of it, over the backbone's features."""
+        fields = {f.name: f.default for f in dataclasses.fields(QPENet)}
+        given: dict[str, Any] = dict(self.config.model)
+        settled = VARIANTS[self.config.variant].fields
+        for name, value in settled.items():
+            if given[name] not in (value, fields[name]):
+                raise InputError(
+                    f"config.model.{name}={given[name]!r} is {value!r} in "
+                    f"config.variant={self.config.variant!r}: leave one of them out"
+                )
+        return QPENet(**{**given, **settled})
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimiser's settings."""
+        return Optimizer(**self.config.optimizer)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The training augmentation."""
+        return Augmentation(**self.config.augmentation)
+
+    @property
+    def augments_on_device(self) -> bool:
+        """Whether the device augments the training images, not the host."""
+        where = self.config.augment_on
+        return where == "device" or (where == "auto" and jax.default_backend() != "cpu")
+
+    def loader(self, dataset: SegmentationDataset) -> Callable[[EpisodeIds], Any]:
+        """Return what loads a training episode; `augmented` takes a batch of them.
+
+        For the device the images are decoded once into a file in DECODED. Raises
+        InputError where that can't be.
+        """
+        options: dict[str, Any] = {
+            "side": self.config.side,
+            "augmentation": self.augmentation,
+            "seed": self.config.seed,
+        }
+        if not self.augments_on_device:
+            return functools.partial(load_episode, dataset, **options)
+        decoded = Decoded(dataset, DECODED)
+        canvas = canvas_side(decoded.sizes)
+        return functools.partial(load_raw_episode, decoded, canvas=canvas, **options)
+
+    def augmented(self, batch: Any) -> Episode:
+        """Return a batch as the train step takes it."""
+        if not self.augments_on_device:
+            return batch
+        return augment_episodes(batch, side=self.config.side)
+
+    def steps(self, listed_images: int) -> int:
+        """Return the length of training in steps."""
+        epoch = listed_images // self.config.batch_size
+        steps = self.config.steps or self.config.epochs * epoch
+        if steps < 1:
+            raise InputError(
+                f"{listed_images} images make no batch of {self.config.batch_size}: "
+                "add images, or lower config.batch_size"
+            )
+        return steps
+
+    def init(self, tx: optax.GradientTransformation) -> TrainState:
+        """Return the state at step 0."""
+        key = jax.random.key(self.config.seed)
+        return init_state(self.model, tx, channels=self.backbone.channels, key=key)
+
+    def untrained(self) -> PyTree[Array]:
+        """Return the parameters that training starts from."""
+        return self.init(optax.identity()).params
+
+    def train_step(self, tx: optax.GradientTransformation):
+        """Return the jitted train step, for a batch shared as `shardings` says."""
+        computing = in_dtype(self.model, self.backbone, self.config.dtype)
+        _, split = shardings(self.config.batch_size)
+        loss = LossWeights(**self.config.loss)
+        return make_train_step(*computing, tx, loss, split.mesh)
+
+    def predictor(self, params: PyTree[Array], weights: PyTree[Array]) -> Predictor:
+        """Return QPENet with trained parameters over the frozen weights."""
+        return qpenet_predictor(
+            self.model, self.backbone, params, weights, self.config.dtype
+        )
+
+    def cosine_predictor(self, weights: PyTree[Array]) -> Predictor:
+        """Return the training-free baseline, on all stages: they serve it best."""
+        whole = backbone(self.config.backbone.name)
+        return cosine_predictor(whole, weights, self.config.dtype)

@@ -1,0 +1,176 @@
+"""The folder of a run: who may write it, what it was made with, how it is opened."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from qpenet_jax.config import flat, merged
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.data.versions import dataset_version
+from qpenet_jax.evaluation.report import write_json
+from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
+from qpenet_jax.training.checkpoints import restore_params
+from qpenet_jax.training.recipes import resolved
+
+CONFIG_FILE = "config.json"
+
+INPUTS_FILE = "inputs.json"
+
+WEIGHTS = "backbone weights"
+"""Entry of INPUTS_FILE: the hash that `weights_hash` returns."""
+
+
+def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
+    """Write the config into a new workdir, or check that it's that of an old one.
+
+    `inputs` are hashes of what the config names by path. Raises InputError naming what
+    differs.
+    """
+    path = workdir / CONFIG_FILE
+    if path.exists():
+        before = resolved(read_config(workdir))
+        _refuse_changes(workdir, flat(config.to_dict()), flat(before.to_dict()))
+    else:
+        write_json(path, json.loads(config.to_json()))
+    path = workdir / INPUTS_FILE
+    theirs = read_json(path) if path.exists() else inputs
+    changed = sorted(name for name in inputs if inputs[name] != theirs.get(name))
+    if changed:
+        raise InputError(
+            f"{workdir} holds a run on other inputs ({', '.join(changed)} differ from "
+            "what it started with): give the same data and weights, or choose another "
+            "--workdir"
+        )
+    write_json(path, inputs)
+
+
+def _refuse_changes(workdir, ours, theirs) -> None:
+    changed = sorted(
+        name for name in ours if ours[name] != theirs[name] and name not in FREE
+    )
+    if changed:
+        raise InputError(
+            f"{workdir} holds a run of another config ({', '.join(changed)} differ): "
+            "choose another --workdir, or give the same config to resume"
+        )
+
+
+def inputs_of(
+    train: SegmentationDataset, val: SegmentationDataset, weights: PyTree[Array]
+) -> dict[str, str]:
+    """Return hashes of the images' names and pixel counts, and of the weights."""
+    return {
+        "training images": dataset_version(train),
+        "validation images": dataset_version(val),
+        WEIGHTS: weights_hash(weights),
+    }
+
+
+def weights_hash(weights: PyTree[Array]) -> str:
+    """Return 12 hex digits of a hash over a backbone's weights."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(weights):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run that can be evaluated: its selected checkpoint, and what it needs."""
+
+    folder: Path
+    experiment: Experiment
+    params: PyTree[Array]
+    step: int
+
+    @functools.cached_property
+    def weights(self) -> PyTree[Array]:
+        """The backbone's weights, on the device.
+
+        Raises InputError if they aren't there, or not those that the run saw.
+        """
+        weights = self.experiment.backbone_weights()
+        path = self.folder / INPUTS_FILE
+        expected = read_json(path).get(WEIGHTS) if path.exists() else None
+        found = weights_hash(weights)
+        if expected not in (None, found):
+            spec = self.experiment.config.backbone
+            raise InputError(
+                f"{spec.weights or spec.name}: not the weights that {self.folder} was "
+                f"trained with (hash {found}, there {expected}): give those by "
+                "--config.backbone.weights=FILE"
+            )
+        return weights
+
+
+def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
+    """Return the run of a workdir, with the parameters that it selected.
+
+    `overrides` are other paths than it was trained with, such as
+    `--config.dataset.root=DIR`.
+
+    Raises:
+        InputError: it holds no run or no checkpoint yet, or an override is no path.
+    """
+    folder = Path(workdir)
+    config = read_config(folder)
+    for text in overrides:
+        _override(config, text)
+    experiment = Experiment(config)
+    params, step = restore_params(folder, experiment.untrained())
+    return TrainedRun(folder, experiment, params, step)
+
+
+def read_config(workdir: Path) -> Any:
+    """Return the config of a run of this version or an earlier one.
+
+    Raises:
+        InputError: no run, or a broken config.
+    """
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        raise InputError(
+            f"{workdir} is no run: it has no {CONFIG_FILE}; give the --workdir of "
+            "train.py"
+        )
+    return merged(read_json(path), str(path))
+
+
+def _override(config: Any, text: str) -> None:
+    """Set a path, or the number of loading processes, by `--config.name=value`."""
+    name, equals, value = text.removeprefix("--config.").partition("=")
+    if name not in (*PATHS, "workers"):
+        raise InputError(
+            f"{text}: a finished run settles this; only --config.workers and the paths "
+            f"{', '.join(PATHS)} can be changed"
+        )
+    section, _, field = name.rpartition(".")
+    if name == "workers":
+        if not value.isdigit():
+            raise InputError(f"{text}: give a whole number of loading processes")
+        config.workers = int(value)
+    elif not equals:
+        raise InputError(f"{text}: give --config.{name}=PATH")
+    else:
+        config[section][field] = value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file of a workdir; raises InputError if it is broken."""
+    remedy = "restore it, or use another --workdir"
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a config: {remedy}")
+    return content

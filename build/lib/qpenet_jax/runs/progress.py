@@ -1,0 +1,91 @@
+"""What is told of a training while it runs: bar, TensorBoard events, warnings."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.runs.trainer import Trainer
+from qpenet_jax.training import health
+
+
+class Progress(contextlib.AbstractContextManager):
+    """Collects the steps' metrics and tells them; stops a training that diverges."""
+
+    def __init__(self, trainer: Trainer, workdir: Path, start: int):
+        """Begin after `start` steps."""
+        self._rate, config = trainer.learning_rate, trainer.config
+        self._images = config.batch_size * (config.shots + 1)
+        self._watch = health.Watch()
+        self._recent: list[Any] = []  # metrics of the steps since the last `tell`
+        self._writer = SummaryWriter(str(workdir), purge_step=start + 1)
+        self._bar = tqdm(
+            total=trainer.steps, initial=start, desc="training", unit="step"
+        )
+        self.restart_clock()
+
+    def __exit__(self, *_: object) -> None:
+        """Close the bar and the file of events."""
+        self._bar.close()
+        self._writer.close()
+
+    def add(self, measured: Any) -> None:
+        """Take a step's metrics; they stay on the device."""
+        self._recent.append(measured)
+        self._bar.update()
+
+    def tell(self, step: int, saved: int | None) -> None:
+        """Tell what the steps up to this one measured.
+
+        Raises:
+            InputError: the loss isn't finite any more; it names the checkpoint `saved`.
+        """
+        # All at once: a step's values would make the device wait for us.
+        history = fetched(self._recent)
+        values = history[-1]
+        stop_on_nan(values, step, saved)
+        for warning in self._watch(history):
+            self._bar.write(warning, file=sys.stderr)
+        self._bar.set_postfix({k: f"{values[k]:.2f}" for k in ("loss", "iou")})
+        seconds = time.perf_counter() - self._start
+        images = len(self._recent) * self._images
+        values["learning_rate"] = float(np.asarray(self._rate(step - 1)))
+        values["images_per_second"] = images / seconds
+        self.scalars("train", values, step)
+        self._recent = []
+
+    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Write values for TensorBoard."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def restart_clock(self) -> None:
+        """Count the speed from now on: evaluating and saving don't belong to it."""
+        self._start = time.perf_counter()
+
+
+def fetched(metrics: Any) -> list[dict[str, float]]:
+    """Return the metrics of some steps as numbers, fetched from the device at once."""
+    steps: Any = jax.device_get(metrics)
+    return [{name: float(value) for name, value in m.items()} for m in steps]
+
+
+def stop_on_nan(values: Mapping[str, float], step: int, saved: int | None) -> None:
+    """Raise InputError if the loss or the gradient is not finite any more."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            kept = "none is saved yet" if saved is None else f"step {saved} is kept"
+            raise InputError(
+                f"{name} is {values[name]} at step {step}; last good checkpoint: {kept}"
+                "; start again in a new --workdir with --config.recipe=stable or a "
+                "lower config.optimizer.lr"
+            )

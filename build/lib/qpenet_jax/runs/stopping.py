@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM while training: at once, but no step and no save is cut in two."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C or SIGTERM; the message says what is kept."""
+
+
+class StopSignal:
+    """Raises Interrupted where a signal arrives, or notes it while `postponed`.
+
+    A second signal of the same kind stops the process at once.
+    """
+
+    def __init__(self):
+        """Do nothing yet: signals are caught inside of the `with`."""
+        self.asked = False
+        self._postponed = False
+        self._before = {}
+
+    def __enter__(self) -> "StopSignal":
+        """Catch the signals."""
+        self._before = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Only note a signal, in `asked`; raise Interrupted when the `with` ends."""
+        self._postponed = True
+        try:
+            yield
+        finally:
+            self._postponed = False
+        self._raise_if_asked()
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raise Interrupted where a signal arrives, for a part of what is postponed."""
+        self._postponed = False
+        try:
+            self._raise_if_asked()
+            yield
+        finally:
+            self._postponed = True
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        again, self.asked = self.asked, True
+        signal.signal(number, signal.default_int_handler)
+        if self._postponed:
+            print("\nstopping after this step; again to stop at once", file=sys.stderr)
+        elif not again:
+            self._raise_if_asked()
+
+    def _raise_if_asked(self) -> None:
+        if self.asked:
+            raise Interrupted("stopped: the same command goes on")

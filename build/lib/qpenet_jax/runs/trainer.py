@@ -1,0 +1,60 @@
+"""What training needs, made once from an experiment: data, networks, the step."""
+
+from collections.abc import Generator
+from typing import Any
+
+import jax
+
+from qpenet_jax.data.loader import training_batches
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.training.sharding import global_batch, shardings
+from qpenet_jax.training.step import TrainState
+
+
+class Trainer:
+    """Makes batches and takes steps; the loop, its check and the cost of runs use it.
+
+    `weights` are the backbone's, on all devices; `steps` is the length of training and
+    `learning_rate` a function of the step.
+    """
+
+    def __init__(self, experiment: Experiment):
+        """Read the data set and the backbone; raises InputError if one is missing."""
+        config = experiment.config
+        self.experiment, self.config = experiment, config
+        self.dataset = experiment.dataset("train")
+        self.sampler = experiment.train_sampler(self.dataset)
+        self.steps = experiment.steps(len(self.sampler))
+        self.replicated, self.split = shardings(config.batch_size)
+        self.weights = jax.device_put(experiment.backbone_weights(), self.replicated)
+        self.learning_rate = experiment.optimizer.schedule(self.steps)
+        self._optimizer = experiment.optimizer.build(self.steps)
+        self._train_step = experiment.train_step(self._optimizer)
+        self._key = jax.random.key(config.seed + 1)
+
+    def initial_state(self) -> TrainState:
+        """Return the state at step 0."""
+        return self.placed(self.experiment.init(self._optimizer))
+
+    def placed(self, tree: Any) -> Any:
+        """Return a tree of arrays with a copy on every device."""
+        return jax.device_put(tree, self.replicated)
+
+    def batches(self, start_step: int = 0) -> Generator[Any, None, None]:
+        """Yield this process's part of the batches from a step on, without end.
+
+        Close the generator to end the processes that load.
+        """
+        return training_batches(
+            self.experiment.loader(self.dataset),
+            self.sampler,
+            batch_size=self.config.batch_size,
+            start_step=start_step,
+            workers=self.config.workers,
+            shard=(jax.process_index(), jax.process_count()),
+        )
+
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        """Return the next state and the step's metrics; the given state is used up."""
+        episodes = self.experiment.augmented(global_batch(batch, self.split))
+        return self._train_step(state, self.weights, episodes, self._key)

@@ -1,0 +1,116 @@
+"""Checkpoints of a run by Orbax: the latest and the best."""
+
+import json
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+from orbax.checkpoint import checkpoint_managers as policies
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import write_whole
+from qpenet_jax.core.types import Array
+from qpenet_jax.training.step import TrainState
+
+FOLDER = "checkpoints"
+
+METRICS = "metrics"
+"""What Orbax calls the folder of a step's scores, and the file in it."""
+
+
+def open_checkpoints(workdir: Path, read_only: bool = False) -> ocp.CheckpointManager:
+    """Return the manager of a run, to be used in a `with` (closing finishes saves).
+
+    Saves with a `miou` metric compete for best; the latest is kept whatever it scored.
+    """
+
+    def miou(metrics):
+        return metrics["miou"]
+
+    best = policies.BestN(
+        get_metric_fn=miou, n=1, keep_checkpoints_without_metrics=False
+    )
+    options = ocp.CheckpointManagerOptions(
+        best_fn=miou,
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+        read_only=read_only,
+    )
+    return ocp.CheckpointManager((workdir / FOLDER).resolve(), options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager, state: TrainState, miou: float | None = None
+) -> None:
+    """Save the state under its step, unless that step is saved already."""
+    step = int(state.step)
+    if step in manager.all_steps():
+        return
+    metrics = None if miou is None else {"miou": miou}
+    args = ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        optimizer=ocp.args.StandardSave(
+            {"step": state.step, "opt_state": state.opt_state}
+        ),
+    )
+    manager.save(step, args=args, metrics=metrics)
+
+
+def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:
+    """Return whether a saved step competes for best."""
+    return manager.metrics(step) is not None
+
+
+def add_score(manager: ocp.CheckpointManager, step: int, miou: float) -> None:
+    """Give a saved step its score afterwards, as `save` would have."""
+    # Orbax reads the scores from these files, and has no call to add one later.
+    file = Path(manager.directory) / str(step) / METRICS / METRICS
+    write_whole(file, json.dumps({"miou": miou}))
+    manager.reload()
+
+
+def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
+    """Return the latest saved state, or `state` if there is none."""
+    step = manager.latest_step()
+    if step is None:
+        return state
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    saved = _restore(manager, step, params=state.params, optimizer=rest)
+    return TrainState(params=saved["params"], **saved["optimizer"])
+
+
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+    """Return the step of the best checkpoint, or of the latest if none is scored."""
+    step = manager.best_step()
+    return manager.latest_step() if step is None else step
+
+
+def restore_params(workdir: Path, like: PyTree[Array]) -> tuple[PyTree[Array], int]:
+    """Return the parameters of `best_step` and that step.
+
+    `like` gives shapes and devices. Raises InputError if there is no checkpoint.
+    """
+    missing = InputError(f"{workdir} has no checkpoint yet: train until one is saved")
+    if not (workdir / FOLDER).is_dir():
+        raise missing
+    with open_checkpoints(workdir, read_only=True) as manager:
+        step = best_step(manager)
+        if step is None:
+            raise missing
+        return _restore(manager, step, params=like)["params"], step
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **like: PyTree):
+    items = {name: ocp.args.StandardRestore(_abstract(t)) for name, t in like.items()}
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # whatever Orbax and TensorStore find wrong with it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"checkpoint {manager.directory}/{step} can't be read ({reason}); "
+            "delete that folder to go on from an older one"
+        ) from error
+
+
+def _abstract(tree):
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)

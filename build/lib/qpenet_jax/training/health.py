@@ -1,0 +1,84 @@
+"""Whether the heads of QPENet are alive: some can die while the IoU looks fine.
+
+A head whose mask is always empty gives zero prototypes: PPG and DPE, or GBC, then do
+nothing, and the decoder learns to segment the base classes without them.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+HEADS = {
+    "pre": "y_pre",
+    "rev": "y_rev",
+    "bg": "y_bg_q",
+    "aux": "y_aux",
+    "final": "y_final",
+}
+"""Heads by the names of their metrics (`empty_<name>`), and their logits' in `out`."""
+
+LOSSES = {head: f"loss_{head}" for head in HEADS} | {"bg": "loss_bg_q"}
+
+CHANCE = dict.fromkeys(HEADS, math.log(2)) | {
+    "bg": -math.log(2 / 3) - math.log(1 / 3) / 2
+}
+"""Loss of a head that tells nothing apart: cross entropy of a coin, and the least that
+background mining (eq 18) can have with the same answer everywhere."""
+
+PATIENCE = 200
+"""Steps after which a head without any result is called dead."""
+
+Values = Mapping[str, float]
+
+
+def dead_heads(steps: Iterable[Values]) -> dict[str, str]:
+    """Return which heads do nothing in all these steps of training, and why.
+
+    A head is dead if it found nothing in any image of any step, or if its mean loss is
+    not below chance. `steps` hold the train step's metrics.
+    """
+    steps = list(steps)
+    dead = {}
+    for head, y in HEADS.items():
+        empty = [
+            values[f"empty_{head}"] for values in steps if f"empty_{head}" in values
+        ]
+        if not empty:
+            continue  # a head that this variant of the network doesn't have
+        loss = math.fsum(values[LOSSES[head]] for values in steps) / len(steps)
+        if min(empty) >= 1:
+            dead[y] = "has found nothing"
+        elif not loss < CHANCE[head]:
+            dead[y] = f"is no better than chance (loss {loss:.2f})"
+    return dead
+
+
+class Watch:
+    """Looks at every step's metrics and tells once of each head that has died."""
+
+    def __init__(self, patience: int = PATIENCE):
+        """Start with no step seen: also after a resume."""
+        self.patience = patience
+        self.recent: deque[Values] = deque(maxlen=patience)
+        self.told: set[str] = set()
+
+    def __call__(self, steps: Iterable[Values]) -> list[str]:
+        """Take the metrics of the next steps; return a warning for each new death."""
+        warnings = []
+        for values in steps:
+            self.recent.append(values)
+            if len(self.recent) < self.patience:
+                continue
+            for y, why in dead_heads(self.recent).items():
+                if y not in self.told:
+                    self.told.add(y)
+                    warnings.append(
+                        f"warning: {y} {why} for {len(self.recent)} steps; {REMEDY}"
+                    )
+        return warnings
+
+
+REMEDY = (
+    "what depends on it learns nothing. Start again in a new --workdir with "
+    "--config.recipe=stable, or with a lower config.optimizer.lr"
+)

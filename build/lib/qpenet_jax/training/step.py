@@ -1,0 +1,133 @@
+"""TrainState and the jitted train step."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Float, Integer, PyTree
+
+from qpenet_jax.backbones.registry import Backbone, features
+from qpenet_jax.core.types import IGNORE, Array, Episode
+from qpenet_jax.models.losses import LossWeights, total_loss
+from qpenet_jax.models.prototypes import predicted
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.training import health
+
+
+@struct.dataclass
+class TrainState:
+    """What training changes; the frozen backbone is not part of it."""
+
+    step: Integer[Array, ""]
+    params: PyTree[Array]
+    opt_state: PyTree
+
+
+def episode_features(
+    backbone: Backbone, weights: PyTree[Array], batch: Episode
+) -> tuple[Float[Array, "b k h w f"], Float[Array, "b h w f"]]:
+    """Return support and query features; all images go through in one call."""
+    b, k = batch.support_images.shape[:2]
+    # Behind the batch axis, which devices share: no image moves between them.
+    query = batch.query_image[:, None]
+    images = jnp.concatenate([batch.support_images, query], axis=1)
+    maps = features(backbone, weights, images.reshape(b * (k + 1), *images.shape[2:]))
+    maps = maps.reshape(b, k + 1, *maps.shape[1:])
+    return maps[:, :k], maps[:, k]
+
+
+def init_state(
+    model: QPENet,
+    optimizer: optax.GradientTransformation,
+    *,
+    channels: int,
+    key: Array,
+) -> TrainState:
+    """Return the state at step 0; `channels` are the backbone's."""
+    side, grid = 17, 3  # parameters depend on channels only: any small grid will do
+    support = jnp.zeros((1, 1, grid, grid, channels))
+    masks = jnp.zeros((1, 1, side, side), jnp.int32)
+    variables = jax.jit(model.init)(key, support, masks, support[:, 0])
+    params = variables["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_train_step(
+    model: QPENet,
+    backbone: Backbone,
+    optimizer: optax.GradientTransformation,
+    loss_weights: LossWeights,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
+    """Return `train_step(state, weights, batch, key) -> (state, metrics)`, jitted.
+
+    Pure: dropout of step t comes from `fold_in(key, t)`. The state is donated. `mesh`
+    holds the devices that share the batch (`sharding.shardings`), if there are several.
+    """
+
+    apply: Any = model.apply
+
+    def train_step(state, weights, batch, key):
+        with on_mesh():
+            return one_step(state, weights, batch, key)
+
+    def on_mesh():
+        if mesh is None:
+            return contextlib.nullcontext()
+        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+    def one_step(state, weights, batch, key):
+        support_maps, query_maps = episode_features(backbone, weights, batch)
+        masks = batch.support_masks.astype(jnp.int32)
+        truth = batch.query_mask.astype(jnp.int32)
+
+        def loss_fn(params):
+            logits, out = apply(
+                {"params": params},
+                support_maps,
+                masks,
+                query_maps,
+                train=True,
+                rngs={"dropout": jax.random.fold_in(key, state.step)},
+            )
+            loss, terms = total_loss(out, truth, masks, loss_weights)
+            return loss, (terms, logits, out)
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (terms, logits, out)), grads = grad_fn(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            **terms,
+            "grad_norm": optax.tree.norm(grads),
+            "norm_P_global": jnp.linalg.norm(state.params["gbc"]["P_global"]),
+            **_health(logits, out, truth),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _health(logits, out, truth):
+    """Return foreground IoU of the batch, the features' scale and each head's masks.
+
+    `empty_<head>` is the share of images in which a head finds nothing: heads that die
+    are how training of this network fails silently.
+    """
+    found, valid = predicted(logits), truth != IGNORE
+    both = (found & (truth == 1)).sum()
+    either = ((found | (truth == 1)) & valid).sum()
+    iou = both / jnp.maximum(either, 1)
+    rms = {f"rms_{F}": jnp.sqrt(jnp.mean(jnp.square(out[F]))) for F in ("F_q", "F_s")}
+    empty = {
+        f"empty_{head}": jnp.mean(~predicted(out[y]).any((-2, -1)))
+        for head, y in health.HEADS.items()
+        if y in out
+    }
+    return {"iou": iou, **rms, **empty}
