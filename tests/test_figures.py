@@ -183,7 +183,12 @@ def test_colours_of_the_background():
 
 def test_notes_of_the_background(monkeypatch):
     notes = []
-    monkeypatch.setattr(tiles, "tile", lambda _, note: notes.append(note))
+
+    def record(picture, note):
+        notes.append(note)
+        return pictures.tile(picture, note)
+
+    monkeypatch.setattr(tiles, "tile", record)
     nothing, all_of_it = half("left"), half("left")
     nothing[..., 1], all_of_it[..., 1] = -1, 1
     background_tiles(scene(), out_of(y_bg_q=nothing, y_bg_clean=all_of_it))

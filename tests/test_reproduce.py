@@ -340,6 +340,22 @@ def test_a_run_in_use_is_refused(endless, tmp_path):
     assert processes_of(log.parent) == [training]
 
 
+@pytest.mark.parametrize(
+    ("printed", "error"),
+    [
+        ("loading\nerror: no such file\n", "error: no such file"),
+        ("Traceback\njax.errors.SomeError: out of memory\n", "jax.errors.SomeError: "),
+        ("training: 3/9 [00:01]error: in use\n", "error: in use"),
+        ("\rtraining: 3/9 [00:01, loss=2]  error: in use\n", "error: in use"),
+        ("a rounding error: 1e-7\n", None),
+    ],
+)
+def test_the_error_is_found_in_a_log(printed, error):
+    found = execute.ERROR_LINE.findall(printed)
+    assert len(found) == (error is not None)
+    assert error is None or found[0].startswith(error)
+
+
 def test_a_dry_run_tells_plan_and_cost_and_writes_nothing(finished):
     workdir = finished[0]
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
