@@ -14,13 +14,22 @@ import pytest
 from jaxtyping import install_import_hook
 from PIL import Image
 
-# Every call in the package is checked against its annotations, shapes included, and JAX
+# Every call in these rooms is checked against its annotations, shapes included, and JAX
 # refuses to promote dtypes and ranks. What a test starts as a process runs unchecked.
-install_import_hook("qpenet_jax", "typecheck.checked")
+CHECKED = ("backbones", "data", "evaluation", "models", "training")
+install_import_hook([f"qpenet_jax.{room}" for room in CHECKED], "typecheck.checked")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _promotion(request):
+    """Let libraries promote dtypes in tests that are marked so: they do, we don't."""
+    marked = request.node.get_closest_marker("libraries_promote")
+    with jax.numpy_dtype_promotion("standard" if marked else "strict"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -57,9 +57,10 @@ def exported(what, platform, dtype="float32"):
 @pytest.mark.parametrize("what", ["eval", "train"])
 def test_steps_export_and_leave_the_cpus_paths_out(what, platform):
     text = exported(what, platform)
-    # 14 of the backbone aren't 1x1. QPENet: 3 each in PPG, DPE and GBC, 5 in FFA; in
-    # training 3 more in GBC, 1 in FFA, and of each the gradients of input and kernel.
-    count = {"eval": 14 + 14, "train": 14 + 3 * 18}[what]
+    # 14 of the backbone aren't 1x1; evaluation encodes support and query apart. QPENet:
+    # 3 each in PPG, DPE and GBC, 5 in FFA; in training 3 more in GBC, 1 in FFA, and of
+    # each the gradients of input and kernel.
+    count = {"eval": 2 * 14 + 14, "train": 14 + 3 * 18}[what]
     assert text.count("stablehlo.convolution") == count
     assert "stablehlo.while" not in text, "blocked attention, or images one by one"
     on_cpu = exported(what, "cpu")
@@ -67,6 +68,7 @@ def test_steps_export_and_leave_the_cpus_paths_out(what, platform):
     assert on_cpu.count("stablehlo.convolution") < 10
 
 
+@pytest.mark.libraries_promote
 def test_bfloat16_attends_through_cudnn(monkeypatch):
     monkeypatch.setattr(ops, "_has_flash_attention", lambda: True)
     version = types.SimpleNamespace(cudnn_get_version=lambda: 91200)
@@ -91,6 +93,7 @@ def test_flash_attention_needs_ampere(capability, expected, monkeypatch):
     assert ops._has_flash_attention() == expected
 
 
+@pytest.mark.libraries_promote
 def test_cudnns_arguments_mean_the_same_as_the_mask(monkeypatch):
     """The call for cuDNN, answered by XLA's implementation."""
     plain = jax.nn.dot_product_attention

@@ -12,7 +12,9 @@ from qpenet_jax.benchmark.photos import made_up_photo, made_up_photos
 from qpenet_jax.benchmark.plain import MEAN, STD, plain_augment, plain_episode
 from qpenet_jax.benchmark.tables import loading_report
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.augmentation import Augmentation, draw
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
+from qpenet_jax.data.host_augmentation import augment
 from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout

@@ -13,9 +13,9 @@ from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import fit, fit_label, unpad
 from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.evaluation.metrics import fb_iou, mean_iou
-from qpenet_jax.evaluation.predictor import Predictor
+from qpenet_jax.evaluation.predictor import Predictor, cosine_predictor
 from qpenet_jax.evaluation.protocols import Protocol
-from qpenet_jax.evaluation.scoring import make_eval_step, score, score_episodes
+from qpenet_jax.evaluation.scoring import score, score_episodes
 
 NAMES = ("one", "two", "three")
 
@@ -57,7 +57,9 @@ def test_original_stretches_to_a_square_of_the_longer_side(height, width):
     square = np.stack([np.interp(at, np.arange(33), row) for row in rows])
     canvas = np.full((longest, longest), 255)
     canvas[:height, :width] = mask
-    counts = score(margin, np.zeros((33, 33)), mask, protocol(scoring="original"))
+    counts = score(
+        margin, np.zeros((33, 33), np.uint8), mask, protocol(scoring="original")
+    )
     assert counts == counts_by_loop(square > 0, canvas)
 
 
@@ -87,7 +89,7 @@ def test_squashed_predictions_are_stretched_back(scoring):
     margin, mask = smooth_margin(33), random_mask(50, 20)
     counts = score(
         margin,
-        np.zeros((33, 33)),
+        np.zeros((33, 33), np.uint8),
         mask,
         protocol(scoring=scoring, resize="squash"),
     )
@@ -135,7 +137,7 @@ def oracle(dataset, sign=1):
         assert query.shape == (1, 33, 33, 3)
         assert masks.shape == (1, 1, 33, 33)
         (class_id,) = np.unique(label_of(supports[0])[masks[0, 0] == 1])
-        return np.where(label_of(query) == class_id, sign, -sign)[None]
+        return np.where(label_of(query) == class_id, sign, -float(sign))[None]
 
     return Predictor(lambda image: image, decode)
 
@@ -171,7 +173,7 @@ class Patches(nn.Module):
         return {"stage": nn.Dense(6, name="dense")(images[:, ::8, ::8])}
 
 
-def test_eval_step_is_the_lead_of_the_foreground_logit():
+def test_a_prediction_is_the_lead_of_the_foreground_logit():
     backbone = Backbone(Patches(), ("stage",), 6)
     rng = np.random.default_rng(0)
     batch = Episode(
@@ -181,13 +183,8 @@ def test_eval_step_is_the_lead_of_the_foreground_logit():
         support_masks=random_mask(2, 3, 33, 33),
     )
     weights = backbone.module.init(jax.random.key(0), np.zeros((1, 9, 9, 3)))["params"]
-
-    def forward(params, *episode):
-        logits, out = nearest_prototype(*episode)
-        return params * logits, out
-
-    margin = make_eval_step(forward, backbone)(2.0, weights, batch)
+    margin = cosine_predictor(backbone, weights)(batch)
     support = np.stack([features(backbone, weights, x) for x in batch.support_images])
     query = features(backbone, weights, batch.query_image)
     logits, _ = nearest_prototype(support, batch.support_masks, query)
-    np.testing.assert_allclose(margin, 2 * (logits[..., 1] - logits[..., 0]), atol=1e-4)
+    np.testing.assert_allclose(margin, logits[..., 1] - logits[..., 0], atol=1e-4)

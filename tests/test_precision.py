@@ -12,6 +12,8 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.loader import load_episode
 from qpenet_jax.runs.experiment import Experiment
 
+pytestmark = pytest.mark.libraries_promote
+
 SIDE = 65
 
 
@@ -70,7 +72,8 @@ def trained():
         step = experiment.train_step(tx)
         return *step(state, weights, batch, jax.random.key(0)), margin
 
-    return {dtype: train(dtype) for dtype in ("float32", "bfloat16")}
+    with jax.numpy_dtype_promotion("standard"):
+        return {dtype: train(dtype) for dtype in ("float32", "bfloat16")}
 
 
 def test_parameters_optimiser_and_losses_stay_float32(trained):

@@ -422,6 +422,7 @@ def test_twenty_steps_of_sgd_on_real_episodes(real_episodes):
 STEPS, RATE = 20, 0.0025
 
 
+@pytest.mark.libraries_promote
 def test_bfloat16_keeps_99_percent_of_the_pixels(real_episodes):
     batch = real_episodes(129, 0, 10)
     frozen = weights.load_weights("efficientnet_lite0")

@@ -373,7 +373,7 @@ def test_decoders_depend_on_the_prototypes_they_see_only(monkeypatch, seen):
     def logits(shift):
         def shifted(*args, **kwargs):
             found = original(*args, **kwargs)
-            return found | {P: found[P] + shift[P] for P in shift}
+            return found | {P: found[P] + shift[P][None] for P in shift}
 
         monkeypatch.setattr(qpenet, "dual_prototypes", shifted)
         return model.apply({"params": params}, *episodes)[0]
@@ -430,7 +430,7 @@ def test_prior_of_a_support_that_is_the_query_peaks_where_it_was_marked():
     mask = np.array([[[[True, False, False], [False, True, False]]]])
     prior = prior_mask(features[None], mask, features)
     np.testing.assert_allclose(prior[0], mask[0, 0], atol=1e-6)
-    np.testing.assert_array_equal(prior_mask(features[None], 0 * mask, features), 0)
+    np.testing.assert_array_equal(prior_mask(features[None], mask & False, features), 0)
 
 
 # Trainable parameters over ResNet features (1536) at 256 channels.

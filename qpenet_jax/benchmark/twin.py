@@ -18,7 +18,7 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import IGNORE, Episode
+from qpenet_jax.core.types import IGNORE, Array, Episode
 
 # --- the frozen backbones ---------------------------------------------------------
 
@@ -488,7 +488,7 @@ def to_flax(state_dict: Mapping[str, Tensor]) -> PyTree[Float[np.ndarray, "..."]
     return unflatten_dict(flat, sep="/")
 
 
-def from_flax(params: PyTree[Float[np.ndarray, "..."]]) -> dict[str, Tensor]:
+def from_flax(params: PyTree[Float[Array, "..."]]) -> dict[str, Tensor]:
     """Turn parameters of the Flax QPENet into the twin's state_dict.
 
     Missing, extra and misshapen arrays are one InputError that lists them all.

@@ -1,9 +1,10 @@
 """Read one image, one label map or one support mask; every failure names the file."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -24,7 +25,7 @@ FULL_SCALE = 255
 
 
 def read_image(
-    path: str | Path | BinaryIO, name: str | None = None
+    path: str | Path | io.BufferedIOBase, name: str | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Read an image as RGB in 0..255, upright as its EXIF orientation tells.
 
@@ -51,7 +52,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def read_label(
-    path: str | Path | BinaryIO, name: str | None = None
+    path: str | Path | io.BufferedIOBase, name: str | None = None
 ) -> UInt8[np.ndarray, "h w"]:
     """Read a label map: the indices of a palette file, the values of a grey one.
 
@@ -121,12 +122,12 @@ def read_mask(path: str | Path) -> UInt8[np.ndarray, "h w"]:
 
 @contextlib.contextmanager
 def _opened(
-    file: str | Path | BinaryIO, name: str | None = None
+    file: str | Path | io.BufferedIOBase, name: str | None = None
 ) -> Iterator[Image.Image]:
     """Open an image; whatever its decoder raises becomes an InputError."""
     path = name or file
     try:
-        with Image.open(file) as image:
+        with Image.open(cast(Any, file)) as image:
             yield image
     except (InputError, MemoryError):
         raise
@@ -141,7 +142,7 @@ def _opened(
         raise InputError(f"{path}: broken image ({reason}); replace the file") from None
 
 
-def _rgb(image: Image.Image, path: str | Path | BinaryIO) -> Image.Image:
+def _rgb(image: Image.Image, path: str | Path | io.BufferedIOBase) -> Image.Image:
     if image.mode.startswith("I;16"):
         # 65535 / 257 = 255; Pillow's own conversion would clip at 255.
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257

@@ -18,7 +18,6 @@ from qpenet_jax.data.augmentation import Augmentation, draw
 from qpenet_jax.data.episodes import (
     AUGMENT_STREAM,
     EpisodeIds,
-    EpisodeSampler,
     generator,
 )
 from qpenet_jax.data.host_augmentation import augment
@@ -67,7 +66,7 @@ def load_episode(
 
 def training_batches(
     load: Callable[[EpisodeIds], T],
-    sampler: EpisodeSampler,
+    sampler: Callable[[int], EpisodeIds],
     *,
     batch_size: int,
     start_step: int = 0,
@@ -130,7 +129,7 @@ def ahead(
 # At module level, as what goes to a worker process is pickled.
 def _load_batch(
     load: Callable[[EpisodeIds], T],
-    sampler: EpisodeSampler,
+    sampler: Callable[[int], EpisodeIds],
     step: int,
     *,
     stride: int,

@@ -8,7 +8,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, UInt, UInt8
 
 from qpenet_jax.core.types import FEATURE_STRIDE, IGNORE
 
@@ -80,7 +80,9 @@ def unpad(
     return cv2.resize(content, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def nearest(mask: Mask, width: int, height: int) -> NewMask:
+def nearest(
+    mask: UInt[np.ndarray, "h w"], width: int, height: int
+) -> UInt[np.ndarray, "h2 w2"]:
     """Resize a mask by taking the nearest pixel."""
     # INTER_NEAREST takes the top left of each source window: off by half a pixel of
     # the image's grid. EXACT shares its half-pixel centres.

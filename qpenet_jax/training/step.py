@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float, Integer, PyTree
+from jaxtyping import Float, PyTree
 
+from qpenet_jax.backbones.precision import InDtype
 from qpenet_jax.backbones.registry import Backbone, features
 from qpenet_jax.core.types import IGNORE, Array, Episode
 from qpenet_jax.models.losses import LossWeights, total_loss
@@ -23,8 +24,8 @@ from qpenet_jax.training import health
 class TrainState:
     """What training changes; the frozen backbone is not part of it."""
 
-    step: Integer[Array, ""]
-    params: PyTree[Array]
+    step: Any  # Int[Array, ""], or what stands for it in a tree of shapes
+    params: PyTree
     opt_state: PyTree
 
 
@@ -58,7 +59,7 @@ def init_state(
 
 
 def make_train_step(
-    model: QPENet,
+    model: QPENet | InDtype,
     backbone: Backbone,
     optimizer: optax.GradientTransformation,
     loss_weights: LossWeights,
