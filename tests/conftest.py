@@ -26,9 +26,11 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def _promotion(request):
-    """Let libraries promote dtypes in tests that are marked so: they do, we don't."""
-    marked = request.node.get_closest_marker("libraries_promote")
-    with jax.numpy_dtype_promotion("standard" if marked else "strict"):
+    """Refuse to mix dtypes and ranks, unless the test is marked: some libraries do."""
+    if request.node.get_closest_marker("standard_promotion") is None:
+        yield
+        return
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 

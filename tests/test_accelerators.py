@@ -68,7 +68,7 @@ def test_steps_export_and_leave_the_cpus_paths_out(what, platform):
     assert on_cpu.count("stablehlo.convolution") < 10
 
 
-@pytest.mark.libraries_promote
+@pytest.mark.standard_promotion
 def test_bfloat16_attends_through_cudnn(monkeypatch):
     monkeypatch.setattr(ops, "_has_flash_attention", lambda: True)
     version = types.SimpleNamespace(cudnn_get_version=lambda: 91200)
@@ -93,7 +93,7 @@ def test_flash_attention_needs_ampere(capability, expected, monkeypatch):
     assert ops._has_flash_attention() == expected
 
 
-@pytest.mark.libraries_promote
+@pytest.mark.standard_promotion
 def test_cudnns_arguments_mean_the_same_as_the_mask(monkeypatch):
     """The call for cuDNN, answered by XLA's implementation."""
     plain = jax.nn.dot_product_attention

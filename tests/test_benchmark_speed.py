@@ -30,7 +30,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
 from qpenet_jax.runs.experiment import Experiment
 
-pytestmark = pytest.mark.libraries_promote
+pytestmark = pytest.mark.standard_promotion
 
 NETWORK = {"channels": 16, "heads": 2, "ffn_features": 24}
 EVAL = Case("eval", size=33, network=NETWORK)

@@ -28,7 +28,7 @@ def test_there_is_a_config_for_every_fold():
     assert folds | {"quickstart", "voc_subset_fold2"} <= set(CONFIGS)
 
 
-@pytest.mark.libraries_promote
+@pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_builds_its_model_and_step(name):
     ours = experiment(name)

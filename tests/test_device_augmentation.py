@@ -36,6 +36,8 @@ from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.runs import experiment
 from qpenet_jax.runs.config_files import load_config
 
+pytestmark = pytest.mark.standard_promotion
+
 NARROW, WIDE = (0.9, 1.1), (0.8, 1.25)
 OPERATIONS = {
     "scale": {"rotate": 0.0, "blur": False, "flip": False},

@@ -17,7 +17,7 @@ from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.stopping import Interrupted, StopSignal
 from qpenet_jax.training import checkpoints
 
-pytestmark = pytest.mark.libraries_promote
+pytestmark = pytest.mark.standard_promotion
 
 SCORES = {1: 30.0, 2: 90.0, 3: 10.0}
 """What the selection is told of each step: the second is the best."""

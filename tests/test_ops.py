@@ -229,7 +229,7 @@ def attentions(request):
         yield with_gradients(ops.attention), with_gradients(library)
 
 
-@pytest.mark.libraries_promote
+@pytest.mark.standard_promotion
 def test_attention_of_bfloat16_is_as_exact_as_its_inputs(attentions):
     """Scores and softmax are in float32, whose result is rounded once."""
     arrays = [normal(2, n, 2, 4, seed=i) for i, n in enumerate((5, KEYS, KEYS, 5))]

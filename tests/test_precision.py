@@ -12,7 +12,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.loader import load_episode
 from qpenet_jax.runs.experiment import Experiment
 
-pytestmark = pytest.mark.libraries_promote
+pytestmark = pytest.mark.standard_promotion
 
 SIDE = 65
 

@@ -385,7 +385,10 @@ def test_rule_gives_the_order_of_the_real_list(shared_voc):
         for name in ("all_train_5953", "sbd_5623", "voc_train_1464", "all_val_1449")
     }
 
-    class Lists:
+    class Lists(pascal.VocFiles):
+        def __init__(self):
+            pass
+
         def ids(self, name):
             # SBD's 5,623 are inside of Main/train, which isn't here itself.
             main = real["sbd_5623"] + real["voc_train_1464"]
@@ -395,7 +398,7 @@ def test_rule_gives_the_order_of_the_real_list(shared_voc):
 
     sbd = frozenset(real["sbd_5623"] + real["all_val_1449"])
     extra = pascal.Masks(archive=None, members={}, ids=sbd)
-    ids = pascal._train_ids(Lists(), extra, real["all_val_1449"], "main")
+    ids = pascal._train_ids(Lists(), extra, tuple(real["all_val_1449"]), "main")
     assert list(ids) == real["all_train_5953"]
 
 

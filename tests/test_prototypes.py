@@ -83,7 +83,7 @@ def test_predicted_is_the_argmax_without_gradient():
     np.testing.assert_array_equal(predicted(logits), logits.argmax(-1) == 1)
 
     def soft(x):
-        return (predicted(x) * jnp.square(x).sum(-1)).sum()
+        return (predicted(x).astype(x.dtype) * jnp.square(x).sum(-1)).sum()
 
     # All that arrives comes through the other factor.
     expected = 2 * logits * (logits.argmax(-1) == 1)[..., None]

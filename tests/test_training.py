@@ -57,7 +57,7 @@ def test_warm_up_rises_to_the_schedule():
     assert cold == Optimizer(lr=0.1, lr_factor=1, power=1, warm_up=0)
 
 
-@pytest.mark.libraries_promote
+@pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_clipping_bounds_the_norm_of_the_whole_gradient(name):
     """A gradient of norm 50 counts as one of norm 5; a smaller one as it is."""
@@ -119,7 +119,7 @@ def test_sgd_is_pytorchs():
     np.testing.assert_allclose(params, weight.detach().numpy(), rtol=1e-6)
 
 
-@pytest.mark.libraries_promote
+@pytest.mark.standard_promotion
 def test_adamw_decays_apart_from_the_gradient():
     """The first step is lr * sign(gradient) whatever its size, plus lr * decay * w."""
     optimizer = Optimizer("adamw", lr=0.01, lr_factor=1, weight_decay=0.1).build(10)
@@ -174,7 +174,7 @@ def train(initial):
     return run
 
 
-@pytest.mark.libraries_promote
+@pytest.mark.standard_promotion
 def test_training_lowers_the_loss_and_tells_its_health(train, weights, batch):
     before = jax.tree.map(np.array, weights)
     state, losses, metrics = train(40, weights, batch)
@@ -195,7 +195,7 @@ def test_training_lowers_the_loss_and_tells_its_health(train, weights, batch):
         assert 0 < metrics[name] < 10
 
 
-@pytest.mark.libraries_promote
+@pytest.mark.standard_promotion
 def test_the_same_key_trains_to_the_same_bits(train, weights, batch):
     one, losses, _ = train(4, weights, batch)
     two, again, _ = train(4, weights, batch)

@@ -276,6 +276,7 @@ def test_the_comparison_sees_mixed_regions(params, batch, shots):
         assert np.abs(gradient).max() > 0, name
 
 
+@pytest.mark.standard_promotion
 def test_float32_is_close_to_float64(model, params):
     support, support_masks, query, query_masks = draw_episode("ordinary", 3, 2)
     double = copy.deepcopy(model).double()
@@ -422,7 +423,7 @@ def test_twenty_steps_of_sgd_on_real_episodes(real_episodes):
 STEPS, RATE = 20, 0.0025
 
 
-@pytest.mark.libraries_promote
+@pytest.mark.standard_promotion
 def test_bfloat16_keeps_99_percent_of_the_pixels(real_episodes):
     batch = real_episodes(129, 0, 10)
     frozen = weights.load_weights("efficientnet_lite0")
