@@ -99,7 +99,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(overrides=[])
     parser.epilog = (
         "Every field of the config can be changed as well, for example "
-        "--config.dataset.root=FOLDER. `configs/common.py` describes all fields."
+        "--config.dataset.root=FOLDER. `qpenet_jax/config.py` describes all fields."
     )
 
 

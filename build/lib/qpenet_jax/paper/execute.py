@@ -33,7 +33,10 @@ LOG = "train.log"
 LOCK = "reproduce.lock"
 """Held while a run's process is waited for; training holds a lock of its own."""
 
-ERROR_LINE = re.compile(r"^(?:error|[\w.]+(?:Error|Exception)): .*", re.MULTILINE)
+ERROR_LINE = re.compile(
+    r"(?:^|[\r\]] *)((?:error|[\w.]+(?:Error|Exception)): .*)", re.MULTILINE
+)
+"""At the start of a line, or behind a progress bar, which ends no line."""
 
 
 def execute(runs: Sequence[PlannedRun]) -> None:

@@ -78,7 +78,7 @@ def _check_field(name: str, config: ConfigDict) -> None:
     meant = " or ".join(alike or difflib.get_close_matches(name, known, n=3))
     hint = f": did you mean {meant}?" if meant else ";"
     raise InputError(
-        f"no such config field: {name}{hint} configs/common.py lists all fields"
+        f"no such config field: {name}{hint} qpenet_jax/config.py lists all fields"
     )
 
 
