@@ -23,13 +23,12 @@ from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.registry import (
     BACKBONES,
     Backbone,
-    _max_pool,
     backbone,
     choose_stages,
     features,
     normalize,
 )
-from qpenet_jax.backbones.resnet import ResNet
+from qpenet_jax.backbones.resnet import ResNet, _max_pool
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.models import ops
 
