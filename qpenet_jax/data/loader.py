@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable, Generator
@@ -112,6 +113,9 @@ def ahead(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=BATCHES_AHEAD)
     )
     if workers:
+        # Batches that are on their way when the workers end are freed by Python's
+        # tracker of shared memory, which would warn of it in the user's terminal.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         _mark_flags_as_parsed()
         options = grain.MultiprocessingOptions(
             workers, per_worker_buffer_size=BATCHES_AHEAD
