@@ -42,8 +42,13 @@ def in_dtype(model: nn.Module, net: Backbone, dtype: str) -> tuple[Any, Any]:
 
     Features pass from one to the other in it; what the network returns is float32.
     """
+    return InDtype(model, dtype), backbone_in_dtype(net, dtype)
+
+
+def backbone_in_dtype(net: Backbone, dtype: str) -> Backbone:
+    """Return a backbone as it computes in `dtype`, and returns its features."""
     module: Any = InDtype(net.module, dtype, returned=jnp.bfloat16)
-    return InDtype(model, dtype), net._replace(module=module)
+    return net._replace(module=module)
 
 
 def products(dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree, UInt8
 
-from qpenet_jax.backbones.precision import in_dtype
+from qpenet_jax.backbones.precision import backbone_in_dtype, in_dtype
 from qpenet_jax.backbones.registry import Backbone, features
 from qpenet_jax.core.types import Array, Episode
 from qpenet_jax.evaluation.cosine import nearest_prototype
@@ -77,7 +77,7 @@ def cosine_predictor(
     backbone: Backbone, weights: PyTree[Array], dtype: str = "float32"
 ) -> Predictor:
     """Return the training-free baseline over the same features."""
-    _, net = in_dtype(QPENet(), backbone, dtype)
+    net = backbone_in_dtype(backbone, dtype)
     return Predictor(
         functools.partial(_features, net, weights), _decode_nearest_prototype
     )

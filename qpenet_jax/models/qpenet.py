@@ -187,12 +187,6 @@ class QPENet(nn.Module):
         logits = resize_align_corners(out["y_final"], (height, width))
         return logits, out
 
-    def segment_background(
-        self, F_q: Float[Array, "b h w c"], prototype: Float[Array, "b c"]
-    ) -> Float[Array, "b h w 2"]:
-        """Return eq 10's logits by another prototype than P_global, to look at it."""
-        return self.gbc.segment(F_q, prototype, train=False)
-
     def _foreground(self, F_q, out):
         """Return the decoder's activation maps by name and the vectors to broadcast."""
         mapped = [n for n in self.prototypes if self.activation_maps and n != "pre"]

@@ -237,7 +237,8 @@ def _look(run: ShownRun) -> Callable[[Episode], tuple[Float[np.ndarray, "s s"], 
             # The head of eq 10 segments by whatever stands at P_global's place.
             gbc = params["gbc"] | {"P_global": out["P_bg"][0]}
             clean = experiment.predictor(params | {"gbc": gbc}, weights)
-            out = out | {"y_bg_clean": clean.look(episode)[1]["y_bg_q"]}
+            query = clean.encode(episode.query_image, ("query",))
+            out = out | {"y_bg_clean": query["y_bg_q"]}
         return jax.tree.map(lambda x: np.asarray(x[0]), (lead, out))
 
     return look
