@@ -242,7 +242,11 @@ def _fill(config: Any, saved: Mapping[str, Any], source: str, prefix: str = "") 
     for name, value in saved.items():
         where = f"{prefix}{name}"
         if name not in config:
-            raise InputError(f"{source} has {unknown_field(where, config, prefix)}")
+            meant = " or ".join(
+                f"{prefix}{field}" for field in fields_like(name, config)
+            )
+            hint = f": is it {meant}?" if meant else ""
+            raise InputError(f"{source} has an unknown field {where}{hint}")
         default = config[name]
         if isinstance(default, ConfigDict):
             if not isinstance(value, Mapping):
@@ -257,14 +261,14 @@ def _fill(config: Any, saved: Mapping[str, Any], source: str, prefix: str = "") 
             ) from None
 
 
-def unknown_field(where: str, config: Any, prefix: str = "") -> str:
-    """Return words about a field that `config` lacks, with those that look like it."""
-    name = where.removeprefix(prefix)
-    alike = difflib.get_close_matches(name, list(config), n=3)
-    if not alike:
-        return f"an unknown field {where}"
-    known = " or ".join(f"{prefix}{other}" for other in alike)
-    return f"an unknown field {where}: is it {known}?"
+def fields_like(name: str, config: Any) -> list[str]:
+    """Return the fields of `config` that a wrong name may stand for.
+
+    Those of the same name in other parts, or else those that are spelt alike.
+    """
+    known, leaf = list(flat(config.to_dict())), name.rpartition(".")[2]
+    alike = [field for field in known if field.rpartition(".")[2] == leaf]
+    return alike or difflib.get_close_matches(name, known, n=3)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,12 +8,10 @@ from beartype import BeartypeConf, FrozenDict, beartype
 CHOSEN_BY_USERS: Any = (
     Literal["blocks", "strided"],
     Literal["error", "drop"],
-    Literal["list", "pairs"],
     Literal["large", "any"],
     Literal["original", "input", "exact"],
     Literal["pad", "squash"],
     Literal["shuffled", "list", "pairs", "classes"],
-    Literal["torch"],
 )
 
 checked = beartype(

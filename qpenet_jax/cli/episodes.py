@@ -7,7 +7,6 @@ from qpenet_jax.cli.options import (
     WORKDIR,
     add_overrides,
     add_protocol,
-    overrides_of,
     protocol_changes,
 )
 
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     if args.config:
         experiment = Experiment(load_config(args.config, args.overrides))
     else:
-        experiment = open_run(args.workdir, **overrides_of(args)).experiment
+        experiment = open_run(args.workdir, args.overrides).experiment
     val = experiment.dataset("val")
     changes = protocol_changes(args) | {"shots": args.shots}
     protocol = experiment.protocol(args.protocol, **changes)

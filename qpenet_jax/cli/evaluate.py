@@ -9,7 +9,6 @@ from qpenet_jax.cli.options import (
     add_overrides,
     add_protocol,
     numbers,
-    overrides_of,
     protocol_changes,
 )
 from qpenet_jax.core.errors import InputError
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.runs.evaluator import Evaluator, folder_name
     from qpenet_jax.runs.folder import open_run
 
-    opened = open_run(args.workdir, **overrides_of(args))
+    opened = open_run(args.workdir, args.overrides)
     experiment = opened.experiment
     val = experiment.dataset("val")
     out = Path(args.out or Path(args.workdir) / "evaluate")

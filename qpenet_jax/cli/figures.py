@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qpenet_jax.cli.options import WORKDIR, add_overrides, numbers, overrides_of
+from qpenet_jax.cli.options import WORKDIR, add_overrides, numbers
 
 
 def add_parser(commands) -> None:
@@ -65,6 +65,6 @@ def run(args: argparse.Namespace) -> None:
         count=args.count,
         seed=args.seed,
         shots=args.shots,
-        **overrides_of(args),
+        overrides=args.overrides,
     )
     print(*paths, sep="\n")

@@ -117,8 +117,3 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
         (overrides if is_override or is_value else rest).append(word)
         waiting = is_override and "=" not in word
     return rest, overrides
-
-
-def overrides_of(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Return the overrides as a keyword argument, if any were given."""
-    return {"overrides": args.overrides} if args.overrides else {}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qpenet_jax.cli.options import WORKDIR, add_overrides, overrides_of
+from qpenet_jax.cli.options import WORKDIR, add_overrides
 from qpenet_jax.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.evaluation.pictures import overlay
     from qpenet_jax.segmenter import load
 
-    segment = load(args.workdir, **overrides_of(args))
+    segment = load(args.workdir, args.overrides)
     supports, masks = zip(*map(_read_support, args.support), strict=True)
     queries = _query_files(args.query)
     for path in queries:

@@ -1,7 +1,6 @@
 """Read a config file, a Python file with `get_config()`, and change fields of it."""
 
 import contextlib
-import difflib
 import importlib.machinery
 import importlib.util
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from qpenet_jax.config import fields_like, flat
 from qpenet_jax.core.errors import InputError
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=\[]+)")
@@ -70,28 +70,14 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 def _check_field(name: str, config: ConfigDict) -> None:
     """Refuse a name that is no field, and name those that are spelt alike."""
-    known = _fields(config)
+    known = flat(config.to_dict())
     if any(field == name or field.startswith(f"{name}.") for field in known):
         return
-    leaf = name.rpartition(".")[2]
-    alike = [field for field in known if field.rpartition(".")[2] == leaf]
-    meant = " or ".join(alike or difflib.get_close_matches(name, known, n=3))
+    meant = " or ".join(fields_like(name, config))
     hint = f": did you mean {meant}?" if meant else ";"
     raise InputError(
         f"no such config field: {name}{hint} qpenet_jax/config.py lists all fields"
     )
-
-
-def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Return the names of all fields, such as `optimizer.lr`."""
-    found = []
-    for name in config:
-        value = config.get_ref(name).get()
-        if isinstance(value, ConfigDict):
-            found += _fields(value, f"{prefix}{name}.")
-        else:
-            found.append(f"{prefix}{name}")
-    return found
 
 
 @contextlib.contextmanager

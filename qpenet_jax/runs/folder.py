@@ -17,6 +17,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json
+from qpenet_jax.runs.config_files import OVERRIDE, override
 from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
 from qpenet_jax.training.checkpoints import restore_params
 from qpenet_jax.training.recipes import resolved
@@ -122,10 +123,7 @@ def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
         InputError: it holds no run or no checkpoint yet, or an override is no path.
     """
     folder = Path(workdir)
-    config = read_config(folder)
-    for text in overrides:
-        _override(config, text)
-    experiment = Experiment(config)
+    experiment = Experiment(_moved(read_config(folder), overrides))
     params, step = restore_params(folder, experiment.untrained())
     return TrainedRun(folder, experiment, params, step)
 
@@ -145,23 +143,22 @@ def read_config(workdir: Path) -> Any:
     return merged(read_json(path), str(path))
 
 
-def _override(config: Any, text: str) -> None:
-    """Set a path, or the number of loading processes, by `--config.name=value`."""
-    name, equals, value = text.removeprefix("--config.").partition("=")
-    if name not in (*PATHS, "workers"):
+def _moved(config: Any, overrides: Sequence[str]) -> Any:
+    """Return the config with other paths, or another number of loading processes."""
+    for word in overrides:
+        match = OVERRIDE.match(word)
+        if match and match[1] not in (*PATHS, "workers"):
+            raise InputError(
+                f"{word}: a finished run settles this; only --config.workers and the "
+                f"paths {', '.join(PATHS)} can be changed"
+            )
+    try:
+        return override(config, overrides)
+    except InputError as error:
         raise InputError(
-            f"{text}: a finished run settles this; only --config.workers and the paths "
-            f"{', '.join(PATHS)} can be changed"
-        )
-    section, _, field = name.rpartition(".")
-    if name == "workers":
-        if not value.isdigit():
-            raise InputError(f"{text}: give a whole number of loading processes")
-        config.workers = int(value)
-    elif not equals:
-        raise InputError(f"{text}: give --config.{name}=PATH")
-    else:
-        config[section][field] = value
+            f"{error}; --config.workers takes a whole number of loading processes, the "
+            "other fields a path"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
