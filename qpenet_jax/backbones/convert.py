@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree, UInt8
 
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
-from qpenet_jax.backbones.registry import backbone
+from qpenet_jax.backbones.registry import DEEP, backbone
 from qpenet_jax.backbones.resnet import ResNet
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.core.download import download, sha256
@@ -35,7 +35,7 @@ from qpenet_jax.core.types import Array
 
 def _resnet_names(layer: str) -> tuple[str, str]:
     """Name convolution and norm: "layer1_0/conv2" -> layer1.0.conv2, layer1.0.bn2."""
-    block, _, conv = layer.rpartition("/")
+    block, _, conv = layer.removeprefix(f"{DEEP}/").rpartition("/")
     prefix = block.replace("_", ".") + "." if block else ""
     if conv == "downsample":
         return f"{prefix}downsample.0", f"{prefix}downsample.1"
@@ -69,9 +69,12 @@ ORIGINALS: dict[type[nn.Module], _Original] = {
 NORM_FIELDS = ("weight", "bias", "running_mean", "running_var")
 
 
-def to_flax(name: str, tensors: Tensors) -> PyTree[Float[np.ndarray, "..."]]:
+def to_flax(
+    name: str, tensors: Tensors, *, deep: bool = False
+) -> PyTree[Float[np.ndarray, "..."]]:
     """Turn a PyTorch state_dict into the parameters of backbone `name`, float32.
 
+    With `deep` those of its deep stage are in it as well, under DEEP.
     Batch norm is folded into the convolution before it. Missing, extra, misshapen and
     impossible tensors (not finite, negative variance) are one InputError that lists all
     of them; only layers which are not built (classifier head, last stage) and
@@ -80,7 +83,7 @@ def to_flax(name: str, tensors: Tensors) -> PyTree[Float[np.ndarray, "..."]]:
     original = ORIGINALS[type(backbone(name).module)]
     kernels = {
         path.removesuffix("/kernel"): shape
-        for path, shape in _shapes(name).items()
+        for path, shape in _shapes(name, deep).items()
         if path.endswith("/kernel")
     }
     expected = {}
@@ -102,12 +105,17 @@ def to_flax(name: str, tensors: Tensors) -> PyTree[Float[np.ndarray, "..."]]:
 
 
 @functools.cache
-def _shapes(name: str) -> dict[str, tuple[int, ...]]:
+def _shapes(name: str, deep: bool) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter by its path, without computing anything."""
-    images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-    init = backbone(name).module.init
-    variables = jax.eval_shape(init, jax.random.key(0), images)
-    flat: dict = flatten_dict(variables["params"], sep="/")
+    net = backbone(name)
+    image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+    init = jax.eval_shape(net.module.init_with_output, jax.random.key(0), image)
+    stages: Any = init[0]
+    params: dict[str, Any] = dict(init[1]["params"])
+    if deep and net.deep is not None:
+        last = stages[net.stages[0]]
+        params[DEEP] = jax.eval_shape(net.deep.init, jax.random.key(0), last)["params"]
+    flat: dict = flatten_dict(params, sep="/")
     return {path: leaf.shape for path, leaf in flat.items()}
 
 

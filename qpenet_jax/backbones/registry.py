@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, PyTree, UInt8
 
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
-from qpenet_jax.backbones.resnet import ResNet
+from qpenet_jax.backbones.resnet import Layer4, ResNet
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ops.devices import on_each_device
@@ -23,7 +23,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Backbone(NamedTuple):
     """A network, the stages whose concatenation is QPENet's input, their channels.
 
-    `mean` and `std` are the normalisation that its weights were trained with.
+    `mean` and `std` are the normalisation that its weights were trained with. `deep` is
+    the stage after those, for networks that make a prior mask of it (`DEEP`).
     """
 
     module: nn.Module
@@ -31,6 +32,7 @@ class Backbone(NamedTuple):
     channels: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    deep: nn.Module | None = None
 
     def __call__(
         self, weights: PyTree, images: UInt8[Array, "b height width 3"]
@@ -40,6 +42,9 @@ class Backbone(NamedTuple):
         stages: Any = self.module.apply({"params": weights}, x)
         return stages
 
+
+DEEP = "layer4"
+"""Where the weights of a network hold those of its deep stage, if they are loaded."""
 
 _RESNET_STAGES = ("layer3", "layer2")
 # Stride 8 and all three blocks serve best here: training-free cosine segmentation of
@@ -51,11 +56,16 @@ _LITE0_STAGES = ("block4", "block10", "block14")
 _LITE0_MEAN = (127 / 255, 127 / 255, 127 / 255)
 _LITE0_STD = (128 / 255, 128 / 255, 128 / 255)
 
+
+def _resnet(blocks: tuple[int, int, int], deep_stem: bool = False) -> Backbone:
+    return Backbone(ResNet(blocks, deep_stem), _RESNET_STAGES, 1536, deep=Layer4())
+
+
 BACKBONES = {
-    "resnet50": Backbone(ResNet((3, 4, 6)), _RESNET_STAGES, 1536),
-    "resnet101": Backbone(ResNet((3, 4, 23)), _RESNET_STAGES, 1536),
-    "resnet50_deepstem": Backbone(ResNet((3, 4, 6), True), _RESNET_STAGES, 1536),
-    "resnet101_deepstem": Backbone(ResNet((3, 4, 23), True), _RESNET_STAGES, 1536),
+    "resnet50": _resnet((3, 4, 6)),
+    "resnet101": _resnet((3, 4, 23)),
+    "resnet50_deepstem": _resnet((3, 4, 6), deep_stem=True),
+    "resnet101_deepstem": _resnet((3, 4, 23), deep_stem=True),
     "efficientnet_lite0": Backbone(
         EfficientNetLite0(), _LITE0_STAGES, 344, _LITE0_MEAN, _LITE0_STD
     ),

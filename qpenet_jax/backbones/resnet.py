@@ -1,4 +1,4 @@
-"""ResNet-50 and 101 up to layer3, dilated to stride 8."""
+"""ResNet-50 and 101, dilated to stride 8: up to layer3, and layer4 on its own."""
 
 import flax.linen as nn
 import jax
@@ -37,7 +37,7 @@ class ResNet(nn.Module):
     `blocks` counts the bottlenecks of layer1..layer3: (3, 4, 6) is ResNet-50 and
     (3, 4, 23) ResNet-101. `deep_stem` swaps torchvision's 7x7 convolution for the three
     3x3 ones of PSPNet. Every 3x3 of layer3 has dilation 2, its first one too, as in
-    PSPNet and the few-shot codes built on it. QPENet does not use layer4.
+    PSPNet and the few-shot codes built on it. QPENet does not use layer4 (`Layer4`).
     """
 
     blocks: tuple[int, int, int] = (3, 4, 6)
@@ -60,6 +60,22 @@ class ResNet(nn.Module):
                 x = Bottleneck(width, step, dilation, name=f"layer{i}_{j}")(x)
             stages[f"layer{i}"] = x
         return {name: stages[name] for name in ("layer2", "layer3")}
+
+
+class Layer4(nn.Module):
+    """The last stage, at stride 8 with dilation 4; frozen as all of the backbone.
+
+    Apart from the others: prior masks send the supports' foreground alone through it.
+    """
+
+    blocks: int = 3
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 1024"]) -> Float[Array, "b h w 2048"]:
+        """Return layer4 of layer3's output."""
+        for j in range(self.blocks):
+            x = Bottleneck(512, 1, 4, name=f"layer4_{j}")(x)
+        return x
 
 
 def _max_pool(x):

@@ -1,0 +1,278 @@
+"""The network that the authors of QPENet released, over frozen backbone features.
+
+It has the paper's parts, PPG and DPE, GBC and FFA, and others that the paper doesn't
+describe: four regions of the supports in place of two, a gate, PFENet's prior mask, a
+dynamic convolution and a transformer. `docs/released.md` sets the two side by side.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Integer
+
+from qpenet_jax.core.errors import check_choice
+from qpenet_jax.core.types import Array
+from qpenet_jax.models.fem import prior_mask
+from qpenet_jax.models.layers import (
+    Conv1x1,
+    Convs,
+    Head,
+    MergePrototype,
+    Residual,
+    bias_init,
+    channel_dropout,
+    kernel_init,
+    unit_rms,
+)
+from qpenet_jax.models.ops import resize_align_corners
+from qpenet_jax.models.prototypes import (
+    activation_map,
+    foreground_on_grid,
+    masked_average_pool,
+    predicted,
+)
+from qpenet_jax.models.qpenet import ROLES, Role
+from qpenet_jax.models.released.background import Background
+from qpenet_jax.models.released.tokens import (
+    Behaviour,
+    Draws,
+    flags_on_grid,
+    never_one_sided,
+)
+from qpenet_jax.models.released.transformer import Transformer
+
+LAYER3_CHANNELS = 1024
+"""The first channels of a ResNet's features, which its last stage starts from."""
+
+
+class ReleasedQPENet(nn.Module):
+    """The released system; called as `QPENet` is, and told which pixels are padding.
+
+    `layer4` is the backbone's last stage, frozen: for the prior mask the supports go
+    through it with all but their foreground cut out. Without one, as for backbones that
+    have no such stage, the prior is made of the features themselves.
+    """
+
+    layer4: nn.Module | None = None
+    behaviour: Behaviour = "fixed"
+    channels: int = 256
+    channel_dropout: float = 0.5
+    head_dropout: float = 0.1
+    gate_dropout: float = 0.5
+    attention_dropout: float = 0.1
+    heads: int = 8
+    ffn_features: int = 768
+    shared_reducer: bool = False
+    normalize: bool = False
+    background_scale: float = 0.0
+
+    def __post_init__(self):
+        """Refuse another behaviour than the two."""
+        check_choice("behaviour ", self.behaviour, ("released", "fixed"))
+        super().__post_init__()
+
+    def setup(self):
+        """Make the layers."""
+        c = self.channels
+        make_convs = functools.partial(Convs, self.channel_dropout, self.head_dropout)
+        self.reduce_support = Conv1x1(c)
+        self.reduce_query = self.reduce_support if self.shared_reducer else Conv1x1(c)
+        self.dropped = channel_dropout(self.channel_dropout)
+        self.convs = make_convs()
+        self.gbc = Background(c, make_convs, self.background_scale)
+        dense = functools.partial(
+            nn.Dense, c, kernel_init=kernel_init, bias_init=bias_init(c)
+        )
+        self.gate1, self.gate2 = dense(), dense()
+        self.gate_dropped = nn.Dropout(self.gate_dropout)
+        self.filter, self.activate = Conv1x1(c), MergePrototype(c)
+        self.activate_residual = Residual()
+        self.auxiliary_head = Head(self.head_dropout)
+        self.transformer = Transformer(
+            self.heads, self.ffn_features, self.attention_dropout, self.behaviour
+        )
+        self.reduce, self.reduce_residual = Conv1x1(c), Residual()
+        self.head = Head(self.head_dropout)
+
+    def __call__(
+        self,
+        support_features: Float[Array, "b k h w f"],
+        support_masks: Integer[Array, "b k H W"],
+        query_features: Float[Array, "b h w f"],
+        support_padding: Bool[Array, "b k H W"] | None = None,
+        query_padding: Bool[Array, "b H W"] | None = None,
+        draws: tuple[Draws, ...] | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
+        """Return the query's logits at image size and every named intermediate.
+
+        Padding is where the square image holds no photo; without it there is none.
+        `draws` replaces the transformer's random draws, one a layer. `train` needs a
+        "dropout" key.
+        """
+        b, k = support_features.shape[:2]
+        if support_padding is None:
+            support_padding = jnp.zeros(support_masks.shape, bool)
+        if query_padding is None:
+            query_padding = jnp.zeros((b, *support_masks.shape[2:]), bool)
+        supports = self.encode(
+            support_features.reshape(b * k, *support_features.shape[2:]),
+            support_padding.reshape(b * k, *support_padding.shape[2:]),
+            ("support",),
+            train=train,
+        )
+        supports = {n: x.reshape(b, k, *x.shape[1:]) for n, x in supports.items()}
+        query = self.encode(query_features, query_padding, ("query",), train=train)
+        logits, out = self.decode(supports, support_masks, query, draws, train=train)
+        if train:
+            folded = out["F_s"].reshape(b * k, *out["F_s"].shape[2:])
+            y_bg_s = self.gbc.segment(folded, train=train)
+            out["y_bg_s"] = y_bg_s.reshape(b, k, *y_bg_s.shape[1:])
+        return logits, out
+
+    def encode(
+        self,
+        features: Float[Array, "n h w f"],
+        padding: Bool[Array, "n H W"],
+        roles: Sequence[Role] = ROLES,
+        *,
+        train: bool = False,
+    ) -> dict[str, Array]:
+        """Return all that can be known of images without the others of their episode.
+
+        Of a support F_s and its layer3; of a query F_q, its layer4, y_bg_q and P_bg.
+        """
+        h, w = features.shape[1:3]
+        encoded: dict[str, Array] = {
+            "padded": flags_on_grid(padding, (h, w), self.behaviour)
+        }
+        scaled = unit_rms(features) if self.normalize else features
+
+        def reduced(reducer):
+            return self.dropped(reducer(scaled), deterministic=not train)
+
+        if "query" in roles:
+            encoded["F_q"] = reduced(self.reduce_query)
+            encoded |= self.gbc(encoded["F_q"], train=train)
+            encoded["deep"] = self._deep(self._shallow(features))
+        if "support" in roles:
+            encoded["shallow"] = self._shallow(features)
+            if not (self.shared_reducer and "query" in roles):
+                encoded["F_s"] = reduced(self.reduce_support)
+        return encoded
+
+    def _shallow(self, features):
+        return features if self.layer4 is None else features[..., :LAYER3_CHANNELS]
+
+    def _deep(self, shallow):
+        if self.layer4 is None:
+            return shallow
+        return jax.lax.stop_gradient(self.layer4(shallow))
+
+    def decode(
+        self,
+        supports: Mapping[str, Array],
+        support_masks: Integer[Array, "b k H W"],
+        query: Mapping[str, Array],
+        draws: tuple[Draws, ...] | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
+        """Return what `__call__` does, from encoded images: supports [b, k, ...]."""
+        F_s = supports["F_s"] if "F_s" in supports else supports["F_q"]
+        F_q = query["F_q"]
+        grid = (F_q.shape[1], F_q.shape[2])
+        M_s = foreground_on_grid(support_masks, grid)
+        out: dict[str, Any] = {"F_s": F_s, "M_s": M_s}
+        out |= {name: query[name] for name in ("F_q", "y_bg_q", "P_bg", "pi")}
+        out |= self._evolve(F_s, M_s, F_q, train=train)
+        out["gate"], G = self._activate_support(F_s, M_s, train=train)
+        out["G"] = G
+        out["prior"] = self._prior(supports["shallow"], M_s, query["deep"])
+
+        maps = {f"A_{n}": activation_map(F_q, out[f"P_{n}"]) for n in MAPS}
+        out |= maps
+        filtering = [F_q, out["P_bg"], maps["A_delta"], maps["A_gamma"]]
+        H1 = self.filter(_concatenate(filtering))
+        names = ("A_alpha", "A_pre", "A_beta")
+        activating = [H1, out["prior"], *(maps[n] for n in names), G.mean(axis=1)]
+        P_fg = 0.5 * out["P_pre"] + 0.5 * out["P_psd"]
+        H2 = self.activate(_concatenate(activating), P_fg)
+        out |= {"H1": H1, "H2": H2}
+        T0 = self.activate_residual(H2)
+        out["y_aux"] = self.auxiliary_head(T0, train=train)
+
+        marked = flags_on_grid(support_masks == 1, grid, self.behaviour)
+        T, parts = self.transformer(
+            T0,
+            query["padded"],
+            G,
+            never_one_sided(marked),
+            supports["padded"],
+            draws,
+            train=train,
+        )
+        U = self.reduce(T)
+        V = self.reduce_residual(U)
+        out |= {"T0": T0, **parts, "T": T, "U": U, "V": V}
+        out["y_final"] = self.head(V, train=train)
+        height, width = support_masks.shape[-2:]
+        return resize_align_corners(out["y_final"], (height, width)), out
+
+    def _evolve(self, F_s, M_s, F_q, *, train):
+        """Return the prototypes: support -> query -> support, as PPG and DPE.
+
+        `y_pre` and `y_rev` are [b, k, h, w, 2], prototypes are means over the K
+        supports. Where DPE has two regions there are four: the foreground that the
+        query's prototype found (alpha) or missed (beta), and of the background what it
+        took for foreground (delta) or didn't (gamma).
+        """
+        b, k = F_s.shape[:2]
+
+        def segment(features, prototypes):
+            folded = features.reshape(b * k, *features.shape[2:])
+            y = self.convs(folded, prototypes.reshape(b * k, -1), train=train)
+            return y.reshape(b, k, *y.shape[1:])
+
+        F_q = jnp.broadcast_to(F_q[:, None], F_s.shape)
+        P_pre = masked_average_pool(F_s, M_s)
+        y_pre = segment(F_q, P_pre)
+        P_psd = masked_average_pool(F_q, predicted(y_pre))
+        y_rev = segment(F_s, P_psd)
+        R = predicted(y_rev)
+        regions = {"alpha": R & M_s, "beta": ~R & M_s}
+        regions |= {"delta": R & ~M_s, "gamma": ~R & ~M_s}
+        P = {f"P_{n}": masked_average_pool(F_s, m) for n, m in regions.items()}
+        P |= {"P_pre": P_pre, "P_psd": P_psd}
+        means = {name: prototypes.mean(axis=1) for name, prototypes in P.items()}
+        return {"y_pre": y_pre, "y_rev": y_rev, **means}
+
+    def _activate_support(self, F_s, M_s, *, train):
+        """Return a gate [b, k, c] from what the mask holds, and the support by it."""
+        masked = F_s * M_s[..., None].astype(F_s.dtype)
+        hidden = nn.relu(self.gate1(masked.mean(axis=(2, 3))))
+        gate = self.gate_dropped(self.gate2(hidden), deterministic=not train)
+        gate = nn.sigmoid(gate)
+        return gate, F_s * gate[:, :, None, None]
+
+    def _prior(self, shallow, M_s, deep):
+        """Return PFENet's prior mask [b, h, w] from features of the last stage."""
+        b, k = shallow.shape[:2]
+        foreground = shallow * M_s[..., None].astype(shallow.dtype)
+        folded = foreground.reshape(b * k, *foreground.shape[2:])
+        support = self._deep(folded)
+        support = support.reshape(b, k, *support.shape[1:])
+        return jax.lax.stop_gradient(prior_mask(support, M_s, deep))
+
+
+MAPS = ("delta", "gamma", "alpha", "pre", "beta")
+"""Prototypes whose cosine maps the decoder is given."""
+
+
+def _concatenate(arrays):
+    return jnp.concatenate([x if x.ndim == 4 else x[..., None] for x in arrays], -1)

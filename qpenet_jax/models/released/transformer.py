@@ -1,0 +1,252 @@
+"""The released decoder's transformer, after CyCTR (Zhang et al., NeurIPS 2021).
+
+Query cells attend to each other by deformable attention (Zhu et al., ICLR 2021), then
+to support tokens, of which those count whose cycle is consistent.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from qpenet_jax.core.types import Array
+from qpenet_jax.models.ffa import LAYER_NORM_EPSILON
+from qpenet_jax.models.layers import kernel_init
+from qpenet_jax.models.released.sampling import sample
+from qpenet_jax.models.released.tokens import (
+    Behaviour,
+    Draws,
+    Tokens,
+    choose,
+    draw,
+    inference_draws,
+    largest_budget,
+)
+
+POINTS = 9
+"""Places that a query cell looks at, a head."""
+
+LAYERS = 2
+
+MASKED = 1e4
+"""Taken from the scores of tokens that don't count, in float32."""
+
+
+class Transformer(nn.Module):
+    """Two layers of self-attention, FFN, cross-attention, FFN, each with LayerNorm."""
+
+    heads: int
+    ffn_features: int
+    dropout: float
+    behaviour: Behaviour
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        query_padded: Bool[Array, "b h w"],
+        tokens: Float[Array, "b k h w c"],
+        foreground: Bool[Array, "b k h w"],
+        padded: Bool[Array, "b k h w"],
+        draws: tuple[Draws, ...] | None = None,
+        *,
+        train: bool,
+    ) -> tuple[Float[Array, "b h w c"], dict[str, Array]]:
+        """Return the refined query cells, and every layer's parts by name.
+
+        `tokens` are all support cells; `draws` replaces the random draws, one a layer.
+        """
+        b, h, w, c = x.shape
+        shots = tokens.shape[1]
+        level = self.param("level_embed", nn.initializers.xavier_uniform(), (1, c))
+        code = position_code(query_padded, c)
+        position = code + level[:, None, None]
+        cells, foreground, padded = (
+            t.reshape(b, -1, *t.shape[4:]) for t in (tokens, foreground, padded)
+        )
+        slots = min(2 * largest_budget(shots, train=train), cells.shape[1])
+        parts: dict[str, Array] = {"pos": code}
+        chosen = None
+        norms = iter(range(4 * LAYERS))
+        q = x.reshape(b, h * w, c)
+
+        def norm(t, name):
+            i = next(norms)
+            parts[f"ln{i}"] = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, name=name)(t)
+            return parts[f"ln{i}"]
+
+        def dropped(t):
+            return nn.Dropout(self.dropout)(t, deterministic=not train)
+
+        def ffn(t, name):
+            hidden = nn.relu(_linear(self.ffn_features, f"{name}_1")(t))
+            return dropped(_linear(c, f"{name}_2")(dropped(hidden)))
+
+        for i in range(LAYERS):
+            deform = DeformableAttention(self.heads, self.dropout, name=f"deform{i}")
+            found = deform(q.reshape(x.shape), position, query_padded, train=train)
+            parts[f"deform{i}"] = found = found.reshape(b, h * w, c)
+            q = norm(q + dropped(found), f"norm{i}_deform")
+            q = norm(q + ffn(q, f"ffn{i}_deform"), f"norm{i}_ffn1")
+            if chosen is None or train:
+                drawn = draws[i] if draws else self._draws(cells.shape[:2], shots, train)
+                chosen = choose(foreground, padded, drawn, slots, self.behaviour)
+                rows = jnp.take_along_axis(cells, chosen.index[..., None], axis=1)
+                parts |= {f"tokens{i}": rows, f"token_fg{i}": chosen.foreground}
+                parts[f"token_padded{i}"] = chosen.padded
+            cross = CycleAttention(
+                self.heads, self.dropout, self.behaviour, name=f"cross{i}"
+            )
+            parts[f"cross{i}"] = found = cross(q, rows, chosen, train=train)
+            q = norm(q + found, f"norm{i}_cross")
+            q = norm(q + ffn(q, f"ffn{i}_cross"), f"norm{i}_ffn2")
+        return q.reshape(x.shape), parts
+
+    def _draws(self, size, shots, train):
+        if train:
+            return draw(self.make_rng("dropout"), size, shots, train=True)
+        return inference_draws(size, shots) if self.behaviour == "released" else None
+
+
+def _linear(features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, kernel_init=kernel_init, name=name)
+
+
+def position_code(
+    padded: Bool[Array, "b h w"], channels: int
+) -> Float[Array, "b h w c"]:
+    """Return sines and cosines of row and column, counted from 1 where not padded.
+
+    The first half of the channels is the row's (Carion et al., DETR, ECCV 2020).
+    """
+    inside = (~padded).astype(jnp.float32)
+    quarter = channels // 4
+    period = 10000.0 ** (np.arange(quarter, dtype=np.float32) / quarter)
+    halves = []
+    for axis in (1, 2):
+        count = jnp.cumsum(inside, axis=axis)
+        last = jax.lax.slice_in_dim(count, count.shape[axis] - 1, None, axis=axis)
+        angle = count / (last + 1e-6) * np.float32(2 * math.pi)
+        angle = angle[..., None] / period.reshape(1, 1, 1, -1)
+        pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        halves.append(pairs.reshape(*angle.shape[:3], -1))
+    return jnp.concatenate(halves, axis=-1)
+
+
+class DeformableAttention(nn.Module):
+    """Each query cell looks at nine places that it chooses itself, a head."""
+
+    heads: int
+    dropout: float
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        position: Float[Array, "b h w c"],
+        padded: Bool[Array, "b h w"],
+        *,
+        train: bool,
+    ) -> Float[Array, "b h w c"]:
+        """Return what was found, `[b, h, w, c]`; padded cells have nothing to give."""
+        b, h, w, c = x.shape
+        kept = ~padded
+        if train:
+            # A cell is dropped for all heads, and what is left isn't scaled up.
+            keep = 1 - self.dropout
+            kept &= jax.random.bernoulli(self.make_rng("dropout"), keep, kept.shape)
+        xavier = nn.initializers.xavier_uniform()
+        value = nn.Dense(c, use_bias=False, kernel_init=xavier, name="value")(x)
+        value = value * kept[..., None].astype(value.dtype)
+        place = x + position
+        offsets = nn.Dense(
+            self.heads * POINTS * 2,
+            kernel_init=nn.initializers.zeros,
+            bias_init=_ring,
+            name="offsets",
+        )(place)
+        scores = nn.Dense(
+            self.heads * POINTS, kernel_init=nn.initializers.zeros, name="weights"
+        )(place)
+        weights = nn.softmax(scores.reshape(b, h, w, self.heads, POINTS))
+        weights = nn.Dropout(self.dropout)(weights, deterministic=not train)
+        found = sample(
+            value.reshape(b, h, w, self.heads, -1),
+            offsets.reshape(b, h, w, self.heads, POINTS, 2),
+            weights,
+        )
+        out = nn.Dense(c, use_bias=False, kernel_init=xavier, name="out")
+        return out(found.reshape(b, h, w, c))
+
+
+def _ring(key, shape, dtype=jnp.float32):
+    """Start with point p at distance p, every head in a direction of its own."""
+    del key  # nothing is drawn
+    heads = shape[0] // (2 * POINTS)
+    angle = np.arange(heads) * (2 * math.pi / heads)
+    direction = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    direction /= np.abs(direction).max(axis=-1, keepdims=True)
+    ring = direction[:, None] * np.arange(1, POINTS + 1)[:, None]
+    return jnp.asarray(ring.reshape(-1), dtype)
+
+
+class CycleAttention(nn.Module):
+    """Query cells attend to those tokens whose best cell's best token is of their kind."""
+
+    heads: int
+    dropout: float
+    behaviour: Behaviour
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        rows: Float[Array, "b t c"],
+        tokens: Tokens,
+        *,
+        train: bool,
+    ) -> Float[Array, "b n c"]:
+        """Return what was found; without a consistent token all of them count."""
+        c = x.shape[-1]
+
+        def heads(t, name):
+            split = _linear(c, name)(t).reshape(*t.shape[:2], self.heads, -1)
+            return split.swapaxes(1, 2)
+
+        q, k, v = heads(x, "query"), heads(rows, "key"), heads(rows, "value")
+        scores = jnp.einsum("bhnd,bhtd->bhnt", q, k) / math.sqrt(q.shape[-1])
+        out = tokens.used
+        if self.behaviour == "fixed":
+            out = out & ~tokens.padded
+        compared = jnp.where(out[:, None, None], scores, -jnp.inf)
+        bad = inconsistent(jax.lax.stop_gradient(compared), tokens.foreground)
+        if train:
+            cleared = jax.random.bernoulli(
+                self.make_rng("dropout"), self.dropout, bad.shape
+            )
+            bad &= ~cleared
+        if self.behaviour == "released":
+            bad = bad | tokens.padded[:, None]
+        masked = compared - MASKED * bad[:, :, None].astype(scores.dtype)
+        weights = nn.softmax(masked)
+        weights = nn.Dropout(self.dropout)(weights, deterministic=not train)
+        found = jnp.einsum("bhnt,bhtd->bhnd", weights, v)
+        found = found.swapaxes(1, 2).reshape(x.shape)
+        found = _linear(c, "out")(found)
+        return nn.Dropout(self.dropout)(found, deterministic=not train)
+
+
+def inconsistent(
+    scores: Float[Array, "b h n t"], foreground: Bool[Array, "b t"]
+) -> Bool[Array, "b h t"]:
+    """Return the tokens that lead over their best cell to a token of the other kind."""
+    best_cell = scores.argmax(axis=2)
+    best_token = scores.argmax(axis=3)
+    back = jnp.take_along_axis(best_token, best_cell, axis=2)
+    kinds = jnp.broadcast_to(foreground[:, None], back.shape)
+    return jnp.take_along_axis(kinds, back, axis=2) != kinds
+
+
