@@ -31,6 +31,7 @@ from qpenet_jax.data.episodes import Order, Targets
 from qpenet_jax.evaluation.protocols import PRESETS, Scoring, check_side
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.released import network as released
 from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.recipes import RECIPES
@@ -116,8 +117,12 @@ def default_config() -> Any:
     # Which of its stages QPENet is given, such as ("block4", "block10"); empty: all.
     config.backbone.stages = ()
 
-    # A row of the paper's Tables III-V, by its name in models.variants.VARIANTS.
+    # A row of the paper's Tables III-V, by its name in models.variants.VARIANTS, or
+    # "released": the network that the authors released, models/released/.
     config.variant = "full"
+    # Of "released" only: "released", as its authors' code computes, with its defects;
+    # "fixed", without them; "auto", "released" with one support and else "fixed".
+    config.behaviour = "fixed"
     # "stable", "released" or "paper": a row of training.recipes.RECIPES, which gives a
     # value to the fields of the sections below that have none from a file or command.
     config.recipe = "stable"
@@ -201,7 +206,8 @@ def check(config: Any) -> None:
         ("select_on", config.select_on, SELECTION),
         ("augment_on", config.augment_on, AUGMENT_ON),
         ("dtype", config.dtype, DTYPES),
-        ("variant", config.variant, VARIANTS),
+        ("variant", config.variant, (*VARIANTS, released.NAME)),
+        ("behaviour", config.behaviour, released.CHOICES),
         ("dataset.kind", data.kind, KINDS),
         ("dataset.split", data.split, SPLITS),
         ("dataset.order", data.order, get_args(Order)),

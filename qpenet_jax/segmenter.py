@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.transforms import fit, fit_label, unpad
+from qpenet_jax.data.transforms import fit, fit_label, padding, unpad
 from qpenet_jax.evaluation.predictor import Predictor
+from qpenet_jax.models.qpenet import Role
 from qpenet_jax.runs.folder import open_run
 
 Image = UInt8[np.ndarray, "h w 3"]
@@ -45,8 +46,7 @@ class Task:
 
     def _lead(self, query):
         _check_image("query", query)
-        image = fit(query, self.side)[None]
-        encoded = self.predict.encode(image, ("query",))
+        encoded = _encode(self.predict, query, self.side, "query")
         lead = np.asarray(self.predict.decode(self.supports, self.masks, encoded))
         return unpad(lead[0], *query.shape[:2])
 
@@ -77,8 +77,7 @@ class Segmenter:
         _check_supports(images, masks)
         fitted = [fit_label(mask.astype(np.uint8), self.side) for mask in masks]
         encoded = (
-            self.predict.encode(fit(image, self.side)[None], ("support",))
-            for image in images
+            _encode(self.predict, image, self.side, "support") for image in images
         )
         return Task(self.predict, self.side, tuple(encoded), np.stack(fitted)[None])
 
@@ -106,6 +105,11 @@ def load(workdir: str | Path, overrides: Sequence[str] = ()) -> Segmenter:
     run = open_run(workdir, overrides)
     predict = run.experiment.predictor(run.params, run.weights)
     return Segmenter(predict, run.experiment.config.side)
+
+
+def _encode(predict: Predictor, image: Image, side: int, role: Role) -> PyTree[Array]:
+    beside = padding(*image.shape[:2], side)
+    return predict.encode(fit(image, side)[None], (role,), beside[None])
 
 
 def _check_supports(images, masks) -> None:

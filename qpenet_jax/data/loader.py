@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import Episode, SegmentationDataset
+from qpenet_jax.core.types import IGNORE, Episode, SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation, draw
 from qpenet_jax.data.episodes import (
     AUGMENT_STREAM,
@@ -22,7 +22,14 @@ from qpenet_jax.data.episodes import (
     generator,
 )
 from qpenet_jax.data.host_augmentation import augment
-from qpenet_jax.data.transforms import Resize, binary_mask, fit, fit_label
+from qpenet_jax.data.transforms import (
+    UNSURE,
+    Resize,
+    binary_mask,
+    fit,
+    fit_label,
+    padding_apart,
+)
 
 BATCHES_AHEAD = 2
 """Batches that each worker keeps ready."""
@@ -51,18 +58,20 @@ def load_episode(
 
     def load(slot: int, item: int):
         image = dataset.image(item)
-        mask = binary_mask(dataset.label(item), ids.class_id)
+        mask = padding_apart(binary_mask(dataset.label(item), ids.class_id))
         if augmentation is None:
             return fit(image, side, resize), fit_label(mask, side, resize)
         rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
         return augment(image, mask, side, draw(rng, augmentation, mask.shape, side))
 
-    query_image, query_mask = load(0, ids.query)
-    images, masks = zip(
-        *(load(slot, item) for slot, item in enumerate(ids.supports, start=1)),
-        strict=True,
+    items = (ids.query, *ids.supports)
+    loaded = (load(slot, item) for slot, item in enumerate(items))
+    images, masks = (np.stack(each) for each in zip(*loaded, strict=True))
+    padding = masks == IGNORE
+    masks[masks == UNSURE] = IGNORE
+    return Episode(
+        images[0], masks[0], images[1:], masks[1:], padding[0], padding[1:]
     )
-    return Episode(query_image, query_mask, np.stack(images), np.stack(masks))
 
 
 def training_batches(

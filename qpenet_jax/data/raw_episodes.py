@@ -14,7 +14,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Array, SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation, Draws, draw
 from qpenet_jax.data.episodes import AUGMENT_STREAM, EpisodeIds, generator
-from qpenet_jax.data.transforms import binary_mask, nearest
+from qpenet_jax.data.transforms import binary_mask, nearest, padding_apart
 
 CANVAS_MULTIPLE = 32
 """Canvases are rounded up to it, so that similar data sets share a compilation."""
@@ -88,7 +88,7 @@ def load_raw_episode(
                 f"canvas of side {canvas}; make the decoded images anew"
             )
         images[slot, :height, :width] = image
-        mask = binary_mask(dataset.label(item), ids.class_id)
+        mask = padding_apart(binary_mask(dataset.label(item), ids.class_id))
         masks[slot, :height, :width] = mask
         rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
         drawn = draw(rng, augmentation, (height, width), side)

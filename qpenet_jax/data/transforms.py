@@ -8,7 +8,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt, UInt8
+from jaxtyping import Bool, Float, UInt, UInt8
 
 from qpenet_jax.core.types import FEATURE_STRIDE, IGNORE
 
@@ -66,6 +66,26 @@ def fit_label(
     canvas = np.full((side, side), IGNORE, np.uint8)
     canvas[:height, :width] = nearest(label, width, height)
     return canvas
+
+
+def padding(
+    height: int, width: int, side: int, resize: Resize = "pad"
+) -> Bool[np.ndarray, "s s"]:
+    """Return where the square of an image of `height` x `width` holds none of it."""
+    rows, columns = content_size(height, width, side, resize)
+    beside = np.ones((side, side), bool)
+    beside[:rows, :columns] = False
+    return beside
+
+
+UNSURE = 254
+"""Stands for 255 in masks that are augmented, so that padding, 255, can be told from
+pixels that the annotators left open."""
+
+
+def padding_apart(mask: Mask) -> Mask:
+    """Return a mask of 0, 1 and 255 in which UNSURE stands for 255."""
+    return np.where(mask == IGNORE, np.uint8(UNSURE), mask)
 
 
 def unpad(

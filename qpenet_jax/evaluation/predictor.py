@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Float, PyTree, UInt8
 
 from qpenet_jax.backbones.precision import backbone_in_dtype, in_dtype
-from qpenet_jax.backbones.registry import Backbone, features
+from qpenet_jax.backbones.registry import Backbone, deep_part, features, with_deep
 from qpenet_jax.core.types import Array, Episode
 from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.models.prototypes import foreground_lead
 from qpenet_jax.models.qpenet import ROLES, QPENet, Role
+from qpenet_jax.models.released.network import ReleasedQPENet
 
 Images = UInt8[np.ndarray, "b s s 3"]
 Lead = Float[Array, "b s s"]
@@ -27,8 +28,9 @@ Lead = Float[Array, "b s s"]
 class Predictor(NamedTuple):
     """A network in two parts, so that what an image alone tells is computed once.
 
-    `encode(images, roles)` returns a tree of arrays that start with the images' axis;
-    `roles` says what the images will be: "support", "query" or both. `decode(supports,
+    `encode(images, roles, padding)` returns a tree of arrays that start with the
+    images' axis; `roles` says what the images will be: "support", "query" or both, and
+    `padding` [b, s, s] where they hold no photo, if anything is said of it. `decode(supports,
     masks, query)` takes the encoded images of the K supports one after the other, the
     masks [b, K, s, s] and the query's, and returns the `Lead`; with `named=True` also
     the network's named intermediates, as `QPENet.__call__` does.
@@ -46,17 +48,21 @@ class Predictor(NamedTuple):
         return self.decode(*self._encoded(episode), named=True)
 
     def _encoded(self, episode):
-        shots = episode.support_images.shape[1]
+        images, padding = episode.support_images, episode.support_padding
         supports = tuple(
-            self.encode(episode.support_images[:, k], ("support",))
-            for k in range(shots)
+            self.encode(
+                images[:, k],
+                ("support",),
+                None if padding is None else padding[:, k],
+            )
+            for k in range(images.shape[1])
         )
-        query = self.encode(episode.query_image, ("query",))
+        query = self.encode(episode.query_image, ("query",), episode.query_padding)
         return supports, episode.support_masks, query
 
 
 def qpenet_predictor(
-    model: QPENet,
+    model: QPENet | ReleasedQPENet,
     backbone: Backbone,
     params: PyTree[Array],
     weights: PyTree[Array],
@@ -69,7 +75,7 @@ def qpenet_predictor(
     computing, net = in_dtype(model, backbone, dtype)
     return Predictor(
         functools.partial(_encode, computing, net, params, weights),
-        functools.partial(_decode, computing, params),
+        functools.partial(_decode, computing, params, deep_part(weights)),
     )
 
 
@@ -83,27 +89,37 @@ def cosine_predictor(
     )
 
 
-def _encode(model, backbone, params, weights, images, roles: Sequence[Role] = ROLES):
-    return _encode_roles(model, backbone, tuple(roles), params, weights, images)
+def _encode(
+    model,
+    backbone,
+    params,
+    weights,
+    images,
+    roles: Sequence[Role] = ROLES,
+    padding=None,
+):
+    inputs = (images, padding) if model.sees_padding else (images,)
+    return _encode_roles(model, backbone, tuple(roles), params, weights, *inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _encode_roles(model, backbone, roles, params, weights, images):
+def _encode_roles(model, backbone, roles, params, weights, images, *padding):
     maps = features(backbone, weights, images)
-    return model.apply({"params": params}, maps, roles=roles, method="encode")
+    variables = with_deep(params, weights)
+    return model.apply(variables, maps, *padding, roles=roles, method="encode")
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="named")
-def _decode(model, params, supports, masks, query, *, named=False):
+def _decode(model, params, weights, supports, masks, query, *, named=False):
     stacked = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *supports)
-    variables = {"params": params}
+    variables = with_deep(params, weights)
     logits, out = model.apply(variables, stacked, masks, query, method="decode")
     lead = foreground_lead(logits)
     return (lead, out) if named else lead
 
 
-def _features(backbone, weights, images, roles: Sequence[Role] = ROLES):
-    del roles  # they are the same of a support and of a query
+def _features(backbone, weights, images, roles: Sequence[Role] = ROLES, padding=None):
+    del roles, padding  # the features are the same whatever they are
     return _backbone_features(backbone, weights, images)
 
 

@@ -7,14 +7,21 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.episode_lists import FrozenEpisodes
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
 from qpenet_jax.data.loader import ahead
-from qpenet_jax.data.transforms import Resize, binary_mask, fit, fit_label, unpad
+from qpenet_jax.data.transforms import (
+    Resize,
+    binary_mask,
+    fit,
+    fit_label,
+    padding,
+    unpad,
+)
 from qpenet_jax.evaluation import metrics
 from qpenet_jax.evaluation.metrics import Scores
 from qpenet_jax.evaluation.plan import Turn, grouped, plan
@@ -80,10 +87,12 @@ def _capacity(
 class Inputs(NamedTuple):
     """What an episode needs from files: the images that aren't encoded yet, masks.
 
+    `padding` says where the images' squares hold no photo.
     `fitted_mask` is the query's as the network's input has it, `mask` at its own size.
     """
 
     images: list[UInt8[np.ndarray, "s s 3"]]
+    padding: list[Bool[np.ndarray, "s s"]]
     support_masks: UInt8[np.ndarray, "k s s"]
     fitted_mask: UInt8[np.ndarray, "s s"]
     mask: UInt8[np.ndarray, "h w"]
@@ -95,8 +104,10 @@ def _margins(
     """Yield the foreground's lead in every turn's episode; keep encoded images."""
     kept = {}
     for (ids, load, drop), inputs in zip(turns, stream, strict=True):
-        for image, pixels in zip(load, inputs.images, strict=True):
-            kept[image] = predict.encode(pixels[None])
+        for image, pixels, padded in zip(
+            load, inputs.images, inputs.padding, strict=True
+        ):
+            kept[image] = predict.encode(pixels[None], padding=padded[None])
         supports = tuple(kept[image] for image in ids.supports)
         margin = predict.decode(supports, inputs.support_masks[None], kept[ids.query])
         for image in drop:
@@ -131,8 +142,10 @@ def _load(
 
     mask = mask_of(ids.query)
     masks = [fit_label(mask_of(image), side, resize) for image in ids.supports]
+    photos = [dataset.image(image) for image in images]
     return Inputs(
-        images=[fit(dataset.image(image), side, resize) for image in images],
+        images=[fit(photo, side, resize) for photo in photos],
+        padding=[padding(*photo.shape[:2], side, resize) for photo in photos],
         support_masks=np.stack(masks),
         fitted_mask=fit_label(mask, side, resize),
         mask=mask,

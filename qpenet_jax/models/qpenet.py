@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class QPENet(nn.Module):
 
     Defaults are the paper's; where it is silent, the authors' released system's.
     """
+
+    sees_padding: ClassVar[bool] = False  # where the square holds no photo
 
     channels: int = 256
     channel_dropout: float = 0.5

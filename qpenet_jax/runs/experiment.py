@@ -32,8 +32,11 @@ from qpenet_jax.evaluation.predictor import (
     qpenet_predictor,
 )
 from qpenet_jax.evaluation.protocols import PRESETS, Protocol, preset_fields
-from qpenet_jax.models.losses import LossWeights
+from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.released.losses import released_loss
+from qpenet_jax.models.released.network import NAME as RELEASED
+from qpenet_jax.models.released.network import ReleasedQPENet
 from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.runs.datasets import chosen_fold, class_names, open_split
 from qpenet_jax.training.optimizer import Optimizer
@@ -210,13 +213,24 @@ class Experiment:
     def backbone_weights(self) -> PyTree[Array]:
         """Read the frozen weights onto the device."""
         spec = self.config.backbone
-        return jax.tree.map(
-            jax.numpy.asarray, load_weights(spec.name, spec.weights or None)
+        weights = load_weights(
+            spec.name, spec.weights or None, deep=self.is_released_network
         )
+        return jax.tree.map(jax.numpy.asarray, weights)
+
+    @property
+    def is_released_network(self) -> bool:
+        """Whether it is the authors' released network instead of the paper's."""
+        return self.config.variant == RELEASED
 
     @functools.cached_property
-    def model(self) -> QPENet:
-        """QPENet proper or a variant of it, over the backbone's features."""
+    def model(self) -> QPENet | ReleasedQPENet:
+        """The network over the backbone's features.
+
+        QPENet proper, a variant of it, or the released network.
+        """
+        if self.is_released_network:
+            return self._released_network()
         fields = {f.name: f.default for f in dataclasses.fields(QPENet)}
         given: dict[str, Any] = dict(self.config.model)
         settled = VARIANTS[self.config.variant].fields
@@ -227,6 +241,25 @@ class Experiment:
                     f"config.variant={self.config.variant!r}: leave one of them out"
                 )
         return QPENet(**{**given, **settled})
+
+    def _released_network(self) -> ReleasedQPENet:
+        known = {f.name for f in dataclasses.fields(ReleasedQPENet)}
+        default = {f.name: f.default for f in dataclasses.fields(QPENet)}
+        given: dict[str, Any] = dict(self.config.model)
+        for name, value in given.items():
+            if name not in known and value != default[name]:
+                raise InputError(
+                    f"config.model.{name}={value!r}: config.variant={RELEASED!r} has "
+                    "no such field: leave it out"
+                )
+        net = self.backbone
+        if net.deep is not None and net.stages[0] != "layer3":
+            raise InputError(
+                f"config.backbone.stages={net.stages!r}: for config.variant="
+                f"{RELEASED!r} the first must be layer3, which layer4 starts from"
+            )
+        fields = {name: value for name, value in given.items() if name in known}
+        return ReleasedQPENet(net.deep, self.config.behaviour, **fields)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -291,8 +324,9 @@ class Experiment:
         """Return the jitted train step, for a batch shared as `shardings` says."""
         computing = in_dtype(self.model, self.backbone, self.config.dtype)
         _, split = shardings(self.config.batch_size)
-        loss = LossWeights(**self.config.loss)
-        return make_train_step(*computing, tx, loss, split.mesh)
+        weights = LossWeights(**self.config.loss)
+        loss = released_loss if self.is_released_network else total_loss
+        return make_train_step(*computing, tx, weights, split.mesh, loss)
 
     def predictor(self, params: PyTree[Array], weights: PyTree[Array]) -> Predictor:
         """Return QPENet with trained parameters over the frozen weights."""

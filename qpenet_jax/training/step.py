@@ -12,11 +12,12 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, PyTree
 
 from qpenet_jax.backbones.precision import InDtype
-from qpenet_jax.backbones.registry import Backbone, features
+from qpenet_jax.backbones.registry import DEEP, Backbone, features, with_deep
 from qpenet_jax.core.types import IGNORE, Array, Episode
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.released.network import ReleasedQPENet
 from qpenet_jax.training import health
 
 
@@ -43,7 +44,7 @@ def episode_features(
 
 
 def init_state(
-    model: QPENet,
+    model: QPENet | ReleasedQPENet,
     optimizer: optax.GradientTransformation,
     *,
     channels: int,
@@ -53,22 +54,29 @@ def init_state(
     side, grid = 17, 3  # parameters depend on channels only: any small grid will do
     support = jnp.zeros((1, 1, grid, grid, channels))
     masks = jnp.zeros((1, 1, side, side), jnp.int32)
-    variables = jax.jit(model.init)(key, support, masks, support[:, 0])
-    params = variables["params"]
+
+    @jax.jit
+    def init(key):
+        params = model.init(key, support, masks, support[:, 0])["params"]
+        return {name: params[name] for name in params if name != DEEP}  # the backbone's
+
+    params = init(key)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def make_train_step(
-    model: QPENet | InDtype,
+    model: QPENet | ReleasedQPENet | InDtype,
     backbone: Backbone,
     optimizer: optax.GradientTransformation,
     loss_weights: LossWeights,
     mesh: Mesh | AbstractMesh | None = None,
+    loss: Callable[..., Any] = total_loss,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Return `train_step(state, weights, batch, key) -> (state, metrics)`, jitted.
 
     Pure: dropout of step t comes from `fold_in(key, t)`. The state is donated. `mesh`
-    holds the devices that share the batch (`sharding.shardings`), if there are several.
+    holds the devices that share the batch (`sharding.shardings`), if there are several;
+    `loss` is called as `total_loss` is.
     """
 
     apply: Any = model.apply
@@ -87,24 +95,26 @@ def make_train_step(
         masks = batch.support_masks.astype(jnp.int32)
         truth = batch.query_mask.astype(jnp.int32)
 
+        inputs = support_maps, masks, query_maps
+        if model.sees_padding:
+            inputs += batch.support_padding, batch.query_padding
+
         def loss_fn(params):
             logits, out = apply(
-                {"params": params},
-                support_maps,
-                masks,
-                query_maps,
+                with_deep(params, weights),
+                *inputs,
                 train=True,
                 rngs={"dropout": jax.random.fold_in(key, state.step)},
             )
-            loss, terms = total_loss(out, truth, masks, loss_weights)
-            return loss, (terms, logits, out)
+            total, terms = loss(out, truth, masks, loss_weights)
+            return total, (terms, logits, out)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (terms, logits, out)), grads = grad_fn(state.params)
+        (total, (terms, logits, out)), grads = grad_fn(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
-            "loss": loss,
+            "loss": total,
             **terms,
             "grad_norm": optax.tree.norm(grads),
             "norm_P_global": jnp.linalg.norm(state.params["gbc"]["P_global"]),

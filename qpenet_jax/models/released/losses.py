@@ -29,7 +29,7 @@ def released_loss(
     truth = jnp.broadcast_to(query_mask[:, None], (b, k, *query_mask.shape[1:]))
     marked = jnp.where(support_masks == IGNORE, 0, support_masks)
     terms = {
-        "pre": cross_entropy(out["y_pre"], truth),
+        "pre": cross_entropy(out["y_pre_each"], truth),
         "rev": cross_entropy(out["y_rev"], marked),
         "final": cross_entropy(out["y_final"], query_mask),
         "aux": cross_entropy(out["y_aux"], query_mask),

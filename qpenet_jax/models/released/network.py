@@ -7,7 +7,7 @@ dynamic convolution and a transformer. `docs/released.md` sets the two side by s
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -38,12 +38,19 @@ from qpenet_jax.models.prototypes import (
 from qpenet_jax.models.qpenet import ROLES, Role
 from qpenet_jax.models.released.background import Background
 from qpenet_jax.models.released.tokens import (
+    BEHAVIOURS,
     Behaviour,
     Draws,
     flags_on_grid,
     never_one_sided,
 )
 from qpenet_jax.models.released.transformer import Transformer
+
+NAME = "released"
+"""What `config.variant` calls it."""
+
+CHOICES = (*BEHAVIOURS, "auto")
+"""Values of `behaviour`. "auto" is "released" with one support, else "fixed"."""
 
 LAYER3_CHANNELS = 1024
 """The first channels of a ResNet's features, which its last stage starts from."""
@@ -57,8 +64,11 @@ class ReleasedQPENet(nn.Module):
     have no such stage, the prior is made of the features themselves.
     """
 
+    sees_padding: ClassVar[bool] = True  # where the square holds no photo
+    bgpe: ClassVar[bool] = False  # P_bg is a map, which can't take P_global's place
+
     layer4: nn.Module | None = None
-    behaviour: Behaviour = "fixed"
+    behaviour: str = "fixed"  # or "released", or "auto": by the number of supports
     channels: int = 256
     channel_dropout: float = 0.5
     head_dropout: float = 0.1
@@ -71,8 +81,8 @@ class ReleasedQPENet(nn.Module):
     background_scale: float = 0.0
 
     def __post_init__(self):
-        """Refuse another behaviour than the two."""
-        check_choice("behaviour ", self.behaviour, ("released", "fixed"))
+        """Refuse a behaviour that doesn't exist."""
+        check_choice("behaviour ", self.behaviour, CHOICES)
         super().__post_init__()
 
     def setup(self):
@@ -93,7 +103,7 @@ class ReleasedQPENet(nn.Module):
         self.activate_residual = Residual()
         self.auxiliary_head = Head(self.head_dropout)
         self.transformer = Transformer(
-            self.heads, self.ffn_features, self.attention_dropout, self.behaviour
+            self.heads, self.ffn_features, self.attention_dropout
         )
         self.reduce, self.reduce_residual = Conv1x1(c), Residual()
         self.head = Head(self.head_dropout)
@@ -116,29 +126,25 @@ class ReleasedQPENet(nn.Module):
         "dropout" key.
         """
         b, k = support_features.shape[:2]
-        if support_padding is None:
-            support_padding = jnp.zeros(support_masks.shape, bool)
-        if query_padding is None:
-            query_padding = jnp.zeros((b, *support_masks.shape[2:]), bool)
+
+        def folded(x):
+            return None if x is None else x.reshape(b * k, *x.shape[2:])
+
         supports = self.encode(
-            support_features.reshape(b * k, *support_features.shape[2:]),
-            support_padding.reshape(b * k, *support_padding.shape[2:]),
-            ("support",),
-            train=train,
+            folded(support_features), folded(support_padding), ("support",), train=train
         )
         supports = {n: x.reshape(b, k, *x.shape[1:]) for n, x in supports.items()}
         query = self.encode(query_features, query_padding, ("query",), train=train)
         logits, out = self.decode(supports, support_masks, query, draws, train=train)
         if train:
-            folded = out["F_s"].reshape(b * k, *out["F_s"].shape[2:])
-            y_bg_s = self.gbc.segment(folded, train=train)
+            y_bg_s = self.gbc.segment(folded(out["F_s"]), train=train)
             out["y_bg_s"] = y_bg_s.reshape(b, k, *y_bg_s.shape[1:])
         return logits, out
 
     def encode(
         self,
         features: Float[Array, "n h w f"],
-        padding: Bool[Array, "n H W"],
+        padding: Bool[Array, "n H W"] | None = None,
         roles: Sequence[Role] = ROLES,
         *,
         train: bool = False,
@@ -147,9 +153,12 @@ class ReleasedQPENet(nn.Module):
 
         Of a support F_s and its layer3; of a query F_q, its layer4, y_bg_q and P_bg.
         """
-        h, w = features.shape[1:3]
+        n, h, w = features.shape[:3]
         encoded: dict[str, Array] = {
-            "padded": flags_on_grid(padding, (h, w), self.behaviour)
+            f"padded_{b}": jnp.zeros((n, h, w), bool)
+            if padding is None
+            else flags_on_grid(padding, (h, w), b)
+            for b in BEHAVIOURS
         }
         scaled = unit_rms(features) if self.normalize else features
 
@@ -199,7 +208,7 @@ class ReleasedQPENet(nn.Module):
         out |= maps
         filtering = [F_q, out["P_bg"], maps["A_delta"], maps["A_gamma"]]
         H1 = self.filter(_concatenate(filtering))
-        names = ("A_alpha", "A_pre", "A_beta")
+        names = ("A_main", "A_pre", "A_aux")
         activating = [H1, out["prior"], *(maps[n] for n in names), G.mean(axis=1)]
         P_fg = 0.5 * out["P_pre"] + 0.5 * out["P_psd"]
         H2 = self.activate(_concatenate(activating), P_fg)
@@ -207,13 +216,15 @@ class ReleasedQPENet(nn.Module):
         T0 = self.activate_residual(H2)
         out["y_aux"] = self.auxiliary_head(T0, train=train)
 
-        marked = flags_on_grid(support_masks == 1, grid, self.behaviour)
+        behaviour = self._behaviour(shots=F_s.shape[1])
+        marked = flags_on_grid(support_masks == 1, grid, behaviour)
         T, parts = self.transformer(
             T0,
-            query["padded"],
+            query[f"padded_{behaviour}"],
             G,
             never_one_sided(marked),
-            supports["padded"],
+            supports[f"padded_{behaviour}"],
+            behaviour,
             draws,
             train=train,
         )
@@ -224,13 +235,19 @@ class ReleasedQPENet(nn.Module):
         height, width = support_masks.shape[-2:]
         return resize_align_corners(out["y_final"], (height, width)), out
 
+    def _behaviour(self, shots: int) -> Behaviour:
+        """Return what "auto" means: upstream's code can't run with several supports."""
+        if self.behaviour == "auto":
+            return "released" if shots == 1 else "fixed"
+        return "released" if self.behaviour == "released" else "fixed"
+
     def _evolve(self, F_s, M_s, F_q, *, train):
         """Return the prototypes: support -> query -> support, as PPG and DPE.
 
-        `y_pre` and `y_rev` are [b, k, h, w, 2], prototypes are means over the K
-        supports. Where DPE has two regions there are four: the foreground that the
-        query's prototype found (alpha) or missed (beta), and of the background what it
-        took for foreground (delta) or didn't (gamma).
+        `y_pre_each` and `y_rev` are [b, k, h, w, 2], `y_pre` is the mean over the K
+        supports, as are the prototypes. Where DPE has two regions there are four: the
+        foreground that the query's prototype found (main) or missed (aux), and of the
+        background what it took for foreground (delta) or didn't (gamma).
         """
         b, k = F_s.shape[:2]
 
@@ -245,12 +262,13 @@ class ReleasedQPENet(nn.Module):
         P_psd = masked_average_pool(F_q, predicted(y_pre))
         y_rev = segment(F_s, P_psd)
         R = predicted(y_rev)
-        regions = {"alpha": R & M_s, "beta": ~R & M_s}
+        regions = {"main": R & M_s, "aux": ~R & M_s}
         regions |= {"delta": R & ~M_s, "gamma": ~R & ~M_s}
         P = {f"P_{n}": masked_average_pool(F_s, m) for n, m in regions.items()}
         P |= {"P_pre": P_pre, "P_psd": P_psd}
         means = {name: prototypes.mean(axis=1) for name, prototypes in P.items()}
-        return {"y_pre": y_pre, "y_rev": y_rev, **means}
+        each = {"y_pre_each": y_pre, "y_rev": y_rev}
+        return {"y_pre": y_pre.mean(axis=1), **each, **means}
 
     def _activate_support(self, F_s, M_s, *, train):
         """Return a gate [b, k, c] from what the mask holds, and the support by it."""
@@ -270,7 +288,7 @@ class ReleasedQPENet(nn.Module):
         return jax.lax.stop_gradient(prior_mask(support, M_s, deep))
 
 
-MAPS = ("delta", "gamma", "alpha", "pre", "beta")
+MAPS = ("delta", "gamma", "main", "pre", "aux")
 """Prototypes whose cosine maps the decoder is given."""
 
 

@@ -16,6 +16,8 @@ from qpenet_jax.core.types import FEATURE_STRIDE, Array
 Behaviour = Literal["released", "fixed"]
 """The authors' code with its defects, or without them: see `docs/released.md`."""
 
+BEHAVIOURS: tuple[Behaviour, ...] = ("released", "fixed")
+
 BUDGET = 300
 """Foreground tokens, and background tokens, a support at inference."""
 

@@ -41,7 +41,6 @@ class Transformer(nn.Module):
     heads: int
     ffn_features: int
     dropout: float
-    behaviour: Behaviour
 
     @nn.compact
     def __call__(
@@ -51,6 +50,7 @@ class Transformer(nn.Module):
         tokens: Float[Array, "b k h w c"],
         foreground: Bool[Array, "b k h w"],
         padded: Bool[Array, "b k h w"],
+        behaviour: Behaviour,
         draws: tuple[Draws, ...] | None = None,
         *,
         train: bool,
@@ -92,23 +92,25 @@ class Transformer(nn.Module):
             q = norm(q + dropped(found), f"norm{i}_deform")
             q = norm(q + ffn(q, f"ffn{i}_deform"), f"norm{i}_ffn1")
             if chosen is None or train:
-                drawn = draws[i] if draws else self._draws(cells.shape[:2], shots, train)
-                chosen = choose(foreground, padded, drawn, slots, self.behaviour)
+                if draws:
+                    drawn = draws[i]
+                elif train:
+                    key = self.make_rng("dropout")
+                    drawn = draw(key, cells.shape[:2], shots, train=True)
+                else:
+                    released = behaviour == "released"
+                    drawn = inference_draws(cells.shape[:2], shots) if released else None
+                chosen = choose(foreground, padded, drawn, slots, behaviour)
                 rows = jnp.take_along_axis(cells, chosen.index[..., None], axis=1)
                 parts |= {f"tokens{i}": rows, f"token_fg{i}": chosen.foreground}
                 parts[f"token_padded{i}"] = chosen.padded
             cross = CycleAttention(
-                self.heads, self.dropout, self.behaviour, name=f"cross{i}"
+                self.heads, self.dropout, behaviour, name=f"cross{i}"
             )
             parts[f"cross{i}"] = found = cross(q, rows, chosen, train=train)
             q = norm(q + found, f"norm{i}_cross")
             q = norm(q + ffn(q, f"ffn{i}_cross"), f"norm{i}_ffn2")
         return q.reshape(x.shape), parts
-
-    def _draws(self, size, shots, train):
-        if train:
-            return draw(self.make_rng("dropout"), size, shots, train=True)
-        return inference_draws(size, shots) if self.behaviour == "released" else None
 
 
 def _linear(features: int, name: str) -> nn.Dense:
