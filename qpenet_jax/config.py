@@ -187,6 +187,34 @@ def for_coco(config: Any) -> Any:
     return config
 
 
+RELEASED_EPOCHS = {
+    "pascal": {"resnet50": (100, 100, 100, 50), "resnet101": (150,) * 4},
+    "coco_fwb": {"resnet50": (50,) * 4, "resnet101": (50,) * 4},
+}
+"""Epochs of the released configs, by split, backbone and fold; the paper says 200, 50."""
+
+
+def for_released(config: Any) -> Any:
+    """Make a config of the authors' released system, of their training and test.
+
+    The data set, the fold and the backbone are set before.
+    """
+    config.variant = released.NAME
+    config.behaviour = "released"
+    config.recipe = "released"
+    if not config.backbone.name.endswith("_deepstem"):
+        config.backbone.name += "_deepstem"
+    config.backbone.weights = f"data/weights/{config.backbone.name}.safetensors"
+    resnet = config.backbone.name.removesuffix("_deepstem")
+    config.epochs = RELEASED_EPOCHS[config.dataset.split][resnet][config.dataset.fold]
+    config.seed = 321
+    config.dataset.order = "list"
+    config.dataset.targets = "any"
+    config.select_on = "novel"
+    config.eval.protocol = "released"
+    return config
+
+
 def check(config: Any) -> None:
     """Refuse values that could only fail later, whatever the data are.
 

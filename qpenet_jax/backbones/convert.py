@@ -93,7 +93,7 @@ def to_flax(
         expected |= {f"{norm}.{field}": (shape[-1],) for field in NORM_FIELDS}
     unused = re.compile(rf"{original.not_built}|.*\.num_batches_tracked$")
     used = {k: v for k, v in tensors.items() if k in expected or not unused.match(k)}
-    _check(f"the weights do not fit {name}", expected, used)
+    check_tensors(f"the weights do not fit {name}", expected, used)
     folded = {}
     for layer, shape in kernels.items():
         conv, norm = original.names(layer)
@@ -138,7 +138,7 @@ def _norm(tensors: Tensors, norm: str, epsilon: float) -> tuple[np.ndarray, np.n
     return scale, bias - mean * scale
 
 
-def _check(what: str, expected: dict[str, tuple[int, ...]], tensors: Tensors) -> None:
+def check_tensors(what: str, expected: dict[str, tuple[int, ...]], tensors: Tensors) -> None:
     """Raise one InputError with the full lists of what is wrong."""
     common = [name for name in expected if name in tensors]
     shapes = {name: tuple(tensors[name].shape) for name in common}
@@ -191,7 +191,15 @@ def convert(
     """
     out_dir = Path(out_dir)
     source = Path(source) if source else _default_source(name, out_dir)
-    params = _from_original(name, source, deep=None)
+    path = out_dir / f"{name}.safetensors"
+    save_weights(path, name, _from_original(name, source, deep=None), source)
+    return path
+
+
+def save_weights(
+    path: Path, name: str, params: PyTree[Float[np.ndarray, "..."]], source: Path
+) -> None:
+    """Write the parameters of backbone `name`, and from which file they come."""
     metadata = {
         "format": FORMAT,
         "backbone": name,
@@ -201,10 +209,8 @@ def convert(
     flat = {
         k: np.ascontiguousarray(v) for k, v in flatten_dict(params, sep="/").items()
     }
-    path = out_dir / f"{name}.safetensors"
     with _replacing(path) as temporary:
         safetensors.numpy.save_file(flat, temporary, metadata=metadata)
-    return path
 
 
 def _default_source(name: str, out_dir: Path) -> Path:
@@ -281,7 +287,7 @@ def _from_converted(name: str, source: Path, metadata: dict[str, str], deep: boo
             f"{source} was converted without {DEEP}, which the released network needs: "
             f"run `qpenet convert --backbone {name}` again on the original file"
         )
-    _check(f"{source}: the weights do not fit {name}", expected, tensors)
+    check_tensors(f"{source}: the weights do not fit {name}", expected, tensors)
     return unflatten_dict(tensors, sep="/")
 
 

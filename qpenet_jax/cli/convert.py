@@ -2,32 +2,89 @@
 
 import argparse
 
-from qpenet_jax.cli.options import BACKBONES
+from qpenet_jax.cli.options import BACKBONES, add_overrides
+from qpenet_jax.core.errors import InputError
 
 
 def add_parser(commands) -> None:
     """Add the command and its options."""
-    text = "convert pretrained backbone weights"
+    text = "convert pretrained backbone weights, or a checkpoint of QPENet's authors"
     parser = commands.add_parser(
-        "convert", help=text, description=f"{text.capitalize()} from PyTorch to JAX."
+        "convert",
+        help=text,
+        description=f"{text.capitalize()}, from PyTorch to JAX. With --as-run the file "
+        "is a checkpoint of the released QPENet, which becomes a run that `qpenet "
+        "evaluate`, `predict` and the other commands take.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
         "weights",
         nargs="?",
-        help="a .pth or .safetensors file; without it the official file is downloaded",
+        help="a .pth or .safetensors file; without it the official file of the "
+        "backbone is downloaded",
     )
-    parser.add_argument("--backbone", required=True, choices=BACKBONES)
+    parser.add_argument("--backbone", choices=BACKBONES)
     parser.add_argument(
         "--out",
-        default="data/weights",
         metavar="FOLDER",
-        help="folder for the converted file; default: %(default)s",
+        help="folder for the converted file; default: data/weights",
     )
+    parser.add_argument(
+        "--as-run",
+        metavar="FOLDER",
+        help="folder of the run to be made of an authors' checkpoint",
+    )
+    parser.add_argument(
+        "--fold",
+        type=int,
+        choices=range(4),
+        help="fold that the checkpoint was trained on, with --as-run",
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=("pascal", "coco"),
+        help="data set of the checkpoint, with --as-run; default: pascal",
+    )
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert and print where the result is."""
+    if args.as_run is not None:
+        _as_run(args)
+        return
+    for name in ("fold", "dataset"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} belongs to --as-run: give both, or neither")
+    if args.overrides:
+        raise InputError(f"{args.overrides[0]}: belongs to --as-run")
+    if args.backbone is None:
+        raise InputError(
+            "give the --backbone that the weights belong to, or --as-run FOLDER for a "
+            "checkpoint of QPENet's authors"
+        )
     from qpenet_jax.backbones.convert import convert
 
-    print(convert(args.backbone, args.weights, out_dir=args.out))
+    print(convert(args.backbone, args.weights, out_dir=args.out or "data/weights"))
+
+
+def _as_run(args: argparse.Namespace) -> None:
+    if args.weights is None or args.fold is None:
+        raise InputError("--as-run needs the checkpoint's file and its --fold")
+    for name in ("backbone", "out"):
+        if getattr(args, name) is not None:
+            raise InputError(
+                f"--{name} can't be given with --as-run: the checkpoint tells"
+                if name == "backbone"
+                else "--out can't be given with --as-run, which names the folder"
+            )
+    from qpenet_jax.runs.adopt import adopt
+
+    folder = adopt(
+        args.weights,
+        args.as_run,
+        fold=args.fold,
+        dataset=args.dataset or "pascal",
+        overrides=args.overrides,
+    )
+    print(f"{folder}: a run of the released network, with its own backbone")

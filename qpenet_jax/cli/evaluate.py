@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
     for shots in (1,) if frozen else args.shots or (1,):
         protocol = experiment.protocol(args.protocol, **changes | {"shots": shots})
         folder = out / folder_name(protocol, frozen)
+        if experiment.network_name(shots) == "fixed QPENet":
+            folder = folder.with_name(f"{folder.name}_fixed")
         evaluator = Evaluator(experiment, opened.weights, folder, val, protocol, frozen)
         print(evaluator.describe())
         if args.references:

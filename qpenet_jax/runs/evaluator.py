@@ -162,6 +162,7 @@ class Evaluator:
         """
         predict = self.experiment.predictor(params, self.weights)
         results = self._score("qpenet", predict) | facts
+        results["network"] = self.experiment.network_name(self.protocol.shots)
         results["class_ids"] = list(self.class_ids)
         results["selection"] = self.experiment.selection
         results["references"] = self._references()
@@ -197,7 +198,10 @@ class Evaluator:
         return episode_figure(
             self.val,
             [self.samplers[0](i) for i in range(count)],
-            {"cosine": self.cosine, "QPENet": predict},
+            {
+                "cosine": self.cosine,
+                self.experiment.network_name(self.protocol.shots): predict,
+            },
             self.protocol.side,
             self.protocol.resize,
         )

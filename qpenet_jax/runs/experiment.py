@@ -36,7 +36,7 @@ from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.losses import released_loss
 from qpenet_jax.models.released.network import NAME as RELEASED
-from qpenet_jax.models.released.network import ReleasedQPENet
+from qpenet_jax.models.released.network import ReleasedQPENet, behaves
 from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.runs.datasets import chosen_fold, class_names, open_split
 from qpenet_jax.training.optimizer import Optimizer
@@ -241,6 +241,12 @@ class Experiment:
                     f"config.variant={self.config.variant!r}: leave one of them out"
                 )
         return QPENet(**{**given, **settled})
+
+    def network_name(self, shots: int) -> str:
+        """Return what tables call the network, with as many supports."""
+        if not self.is_released_network:
+            return "QPENet"
+        return f"{behaves(self.config.behaviour, shots)} QPENet"
 
     def _released_network(self) -> ReleasedQPENet:
         known = {f.name for f in dataclasses.fields(ReleasedQPENet)}

@@ -30,6 +30,13 @@ WEIGHTS = "backbone weights"
 """Entry of INPUTS_FILE: the hash that `weights_hash` returns."""
 
 
+OWN_BACKBONE = "backbone.safetensors"
+"""Of a run that was made of a checkpoint which has a backbone of its own."""
+
+NO_TRAINING = ("workers", "behaviour", *PATHS)
+"""Fields that a finished run may be used with other values of."""
+
+
 def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
     """Write the config into a new workdir, or check that it's that of an old one.
 
@@ -123,7 +130,10 @@ def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
         InputError: it holds no run or no checkpoint yet, or an override is no path.
     """
     folder = Path(workdir)
-    experiment = Experiment(_moved(read_config(folder), overrides))
+    config = read_config(folder)
+    if (folder / OWN_BACKBONE).exists():
+        config.backbone.weights = str(folder / OWN_BACKBONE)
+    experiment = Experiment(_moved(config, overrides))
     params, step = restore_params(folder, experiment.untrained())
     return TrainedRun(folder, experiment, params, step)
 
@@ -147,9 +157,9 @@ def _moved(config: Any, overrides: Sequence[str]) -> Any:
     """Return the config with other paths, or another number of loading processes."""
     for word in overrides:
         match = OVERRIDE.match(word)
-        if match and match[1] not in (*PATHS, "workers"):
+        if match and match[1] not in NO_TRAINING:
             raise InputError(
-                f"{word}: a finished run settles this; only --config.workers and the "
+                f"{word}: a finished run settles this; only workers, behaviour and the "
                 f"paths {', '.join(PATHS)} can be changed"
             )
     try:

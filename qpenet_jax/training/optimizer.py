@@ -24,12 +24,13 @@ class Optimizer:
     weight_decay: float = 1e-4
     clip: float = 0.0  # largest norm of the whole gradient; 0: not clipped
     warm_up: int = 0  # steps over which the rate rises linearly to the schedule
+    first: int = 0  # the t of the first step; with 1 the last step's rate is 0
 
     def __post_init__(self):
         """Refuse a name that `build` doesn't know, and what makes no optimiser."""
         if self.name not in ("sgd", "adamw"):
             raise InputError(f"optimizer {self.name!r}: choose 'sgd' or 'adamw'")
-        for name in ("clip", "warm_up"):
+        for name in ("clip", "warm_up", "first"):
             if getattr(self, name) < 0:
                 raise InputError(
                     f"optimizer.{name}={getattr(self, name)} must be 0 or more"
@@ -38,7 +39,11 @@ class Optimizer:
     def schedule(self, steps: int) -> optax.Schedule:
         """Return lr * lr_factor * (1 - t / steps)^power, after the warm-up if any."""
         peak = self.lr * self.lr_factor
-        decay = optax.polynomial_schedule(peak, 0.0, self.power, steps)
+        poly = optax.polynomial_schedule(peak, 0.0, self.power, steps)
+
+        def decay(t):
+            return poly(t + self.first)
+
         if not self.warm_up:
             return decay
         return lambda t: decay(t) * jnp.minimum(1.0, (t + 1) / self.warm_up)

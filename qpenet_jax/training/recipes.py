@@ -24,17 +24,19 @@ PAPER: Mapping[str, Any] = {
     "optimizer.lr_factor": 1.0,
     "optimizer.clip": 0.0,
     "optimizer.warm_up": 0,
+    "optimizer.first": 0,
 }
 """IV.B and eqs 17 to 19 as printed: weights of 1, P_global drawn from N(0, 1). The
 auxiliary head with its 0.6 is the release's."""
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "paper": PAPER,
-    # The authors' code: ten times the rate, 0.25 for each of y_pre and y_rev, 0.5 for
-    # each background loss, P_global from zeros.
+    # The authors' code: ten times the rate, counted from step 1, 0.25 for each of y_pre
+    # and y_rev, 0.5 for each background loss, P_global from zeros.
     "released": {
         **PAPER,
         "optimizer.lr_factor": 10.0,
+        "optimizer.first": 1,
         "loss.pre": 0.25,
         "loss.rev": 0.25,
         "loss.beta": 0.5,

@@ -216,7 +216,7 @@ class ReleasedQPENet(nn.Module):
         T0 = self.activate_residual(H2)
         out["y_aux"] = self.auxiliary_head(T0, train=train)
 
-        behaviour = self._behaviour(shots=F_s.shape[1])
+        behaviour = behaves(self.behaviour, shots=F_s.shape[1])
         marked = flags_on_grid(support_masks == 1, grid, behaviour)
         T, parts = self.transformer(
             T0,
@@ -234,12 +234,6 @@ class ReleasedQPENet(nn.Module):
         out["y_final"] = self.head(V, train=train)
         height, width = support_masks.shape[-2:]
         return resize_align_corners(out["y_final"], (height, width)), out
-
-    def _behaviour(self, shots: int) -> Behaviour:
-        """Return what "auto" means: upstream's code can't run with several supports."""
-        if self.behaviour == "auto":
-            return "released" if shots == 1 else "fixed"
-        return "released" if self.behaviour == "released" else "fixed"
 
     def _evolve(self, F_s, M_s, F_q, *, train):
         """Return the prototypes: support -> query -> support, as PPG and DPE.
@@ -286,6 +280,13 @@ class ReleasedQPENet(nn.Module):
         support = self._deep(folded)
         support = support.reshape(b, k, *support.shape[1:])
         return jax.lax.stop_gradient(prior_mask(support, M_s, deep))
+
+
+def behaves(choice: str, shots: int) -> Behaviour:
+    """Return what "auto" means: upstream's code can't run with several supports."""
+    if choice == "auto":
+        return "released" if shots == 1 else "fixed"
+    return "released" if choice == "released" else "fixed"
 
 
 MAPS = ("delta", "gamma", "main", "pre", "aux")

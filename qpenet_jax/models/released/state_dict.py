@@ -87,6 +87,19 @@ def to_params(
     return unflatten_dict(flat, sep="/")
 
 
+def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a tensor in a checkpoint by that of our parameter."""
+    if name == "bg_prototype":
+        return 1, *shape, 1, 1
+    if name == "Dynamic_conv.weight":
+        return shape[0], *shape[:2:-1], *shape[1:3]
+    if len(shape) == 4:
+        return *shape[:1:-1], *shape[:2]
+    if len(shape) == 1 or name == "transformer.level_embed":
+        return shape
+    return shape[::-1] if name.startswith("transformer.") else (*shape[::-1], 1, 1)
+
+
 def layout(name: str, tensor: np.ndarray) -> np.ndarray:
     """Bring a tensor into our layout, and a gradient of it likewise."""
     if name == "bg_prototype":

@@ -1,0 +1,139 @@
+"""A checkpoint of the authors' released system as a run of ours."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qpenet_jax.backbones.convert import check_tensors, save_weights, to_flax
+from qpenet_jax.backbones.torch_files import Tensors, read_tensors
+from qpenet_jax.config import default_config, for_coco, for_released
+from qpenet_jax.core.errors import InputError, check_choice
+from qpenet_jax.core.files import write_whole
+from qpenet_jax.evaluation.report import write_json
+from qpenet_jax.models.released import state_dict
+from qpenet_jax.runs.config_files import override
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import (
+    CONFIG_FILE,
+    INPUTS_FILE,
+    OWN_BACKBONE,
+    WEIGHTS,
+    weights_hash,
+)
+from qpenet_jax.training import checkpoints
+from qpenet_jax.training.step import TrainState
+
+DATASETS = ("pascal", "coco")
+
+STEM = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
+"""Names of the deep stem's layers by their place in the authors' layer0."""
+
+SOURCE = "checkpoint"
+"""Entry of INPUTS_FILE: the file that a run was made of; its hash is in OWN_BACKBONE."""
+
+
+def adopt(
+    checkpoint: str | Path,
+    workdir: str | Path,
+    *,
+    fold: int,
+    dataset: str = "pascal",
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Make a run of a checkpoint of the authors' network and return its folder.
+
+    The run holds the checkpoint's own backbone: batch norm was not always frozen when
+    it was trained. `overrides` are fields of the config, such as
+    `--config.dataset.root=DIR`. Nothing is left behind if the file can't be used.
+
+    Raises:
+        InputError: no such checkpoint, or tensors that don't fit (all are named), or a
+            workdir that exists.
+    """
+    source, folder = Path(checkpoint), Path(workdir)
+    check_choice("dataset ", dataset, DATASETS)
+    if fold not in range(4):
+        raise InputError(f"fold {fold}: choose 0, 1, 2 or 3")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and isn't empty: choose another folder")
+    tensors = read_tensors(source)
+    backbone, head = _split(tensors)
+    name = "resnet101" if "layer3.22.conv1.weight" in backbone else "resnet50"
+    experiment = Experiment(override(_config(name, fold, dataset), overrides))
+    initial = experiment.init(optax.identity())
+    try:
+        _check_head(head, initial.params)
+        weights = to_flax(experiment.config.backbone.name, backbone, deep=True)
+    except InputError as error:
+        raise InputError(
+            f"{source} is no checkpoint of the released QPENet: {error}"
+        ) from None
+    params = jax.tree.map(jnp.asarray, state_dict.to_params(head))
+    state = TrainState(initial.step, params, initial.opt_state)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary) / "run"
+        _write(made, experiment, state, weights, source)
+        if folder.exists():
+            folder.rmdir()
+        shutil.move(made, folder)
+    return folder
+
+
+def _config(resnet: str, fold: int, dataset: str) -> Any:
+    config = default_config()
+    if dataset == "coco":
+        config = for_coco(config)
+    config.dataset.fold = fold
+    config.backbone.name = f"{resnet}_deepstem"
+    config = for_released(config)
+    config.behaviour = "auto"
+    config.backbone.weights = OWN_BACKBONE  # beside the config
+    return config
+
+
+def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Return the backbone's tensors by the names of PSPNet's files, and the others."""
+    backbone, head = {}, {}
+    for name, tensor in tensors.items():
+        if name.startswith("layer0."):
+            _, place, field = (name.split(".", 2) + ["", ""])[:3]
+            name = f"{STEM.get(place, f'layer0.{place}')}.{field}"
+        part = backbone if name.startswith(("layer", *STEM.values())) else head
+        part[name] = tensor
+    return backbone, head
+
+
+def _check_head(head: Tensors, params: Any) -> None:
+    expected = {
+        name: state_dict.torch_shape(name, np.shape(_at(params, path)))
+        for name, path in state_dict.names().items()
+    }
+    check_tensors("the tensors beside its backbone", expected, head)
+
+
+def _at(tree: Any, path: str) -> Any:
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def _write(
+    folder: Path, experiment: Experiment, state: TrainState, weights: Any, source: Path
+) -> None:
+    name = experiment.config.backbone.name
+    save_weights(folder / OWN_BACKBONE, name, weights, source)
+    with checkpoints.open_checkpoints(folder) as manager:
+        checkpoints.save(manager, state)
+    inputs = {WEIGHTS: weights_hash(weights), SOURCE: source.name}
+    write_json(folder / INPUTS_FILE, inputs)
+    content = json.loads(experiment.config.to_json())
+    write_whole(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
