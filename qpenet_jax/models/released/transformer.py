@@ -98,8 +98,7 @@ class Transformer(nn.Module):
                     key = self.make_rng("dropout")
                     drawn = draw(key, cells.shape[:2], shots, train=True)
                 else:
-                    released = behaviour == "released"
-                    drawn = inference_draws(cells.shape[:2], shots) if released else None
+                    drawn = inference_draws(cells.shape[:2], shots, behaviour)
                 chosen = choose(foreground, padded, drawn, slots, behaviour)
                 rows = jnp.take_along_axis(cells, chosen.index[..., None], axis=1)
                 parts |= {f"tokens{i}": rows, f"token_fg{i}": chosen.foreground}
@@ -250,5 +249,3 @@ def inconsistent(
     back = jnp.take_along_axis(best_token, best_cell, axis=2)
     kinds = jnp.broadcast_to(foreground[:, None], back.shape)
     return jnp.take_along_axis(kinds, back, axis=2) != kinds
-
-
