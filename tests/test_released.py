@@ -233,9 +233,11 @@ def test_losses_and_gradients_of_the_released_model(oracle):
         step = max(found.size // 400, 1) if found.size > 600 else 1
         difference = np.abs(found[::step] - stored) / np.abs(stored).max()
         # One sampling coordinate of this case is 1e-6 from an integer, where the
-        # derivative jumps: float64 differs from the stored gradients by 1.7e-3.
-        assert difference.max() < 2e-3, name
-        assert np.median(difference) < 1e-5, name
+        # derivative jumps: float64 differs from the stored gradients by 1.7e-3. What
+        # comes after the transformer doesn't see it.
+        after = name.startswith(("merge_multi", "cls_meta"))
+        assert difference.max() < (1e-5 if after else 2e-3), name
+        assert np.median(difference) < (1e-5 if after else 5e-5), name
         norm = np.linalg.norm(found.astype(np.float64))
         np.testing.assert_allclose(norm, case[f"grad_norm.{name}"], rtol=5e-4)
 
@@ -423,14 +425,12 @@ def test_cycles_as_loops():
     rng = np.random.default_rng(2)
     scores = rng.normal(size=(2, 3, 7, 5)).astype(np.float32)
     kinds = rng.random((2, 5)) < 0.5
-    expected = np.zeros((2, 3, 5), bool)
-    for b, h, t in np.ndindex(2, 3, 5):
-        cell = int(scores[b, h, :, t].argmax())
-        back = int(scores[b, h, cell].argmax())
-        expected[b, h, t] = kinds[b, t] != kinds[b, back]
-    np.testing.assert_array_equal(
-        inconsistent(jnp.array(scores), jnp.array(kinds)), expected
-    )
+    for b, h in np.ndindex(2, 3):
+        found = inconsistent(jnp.array(scores[b, h]), jnp.array(kinds[b]))
+        for t in range(5):
+            cell = int(scores[b, h, :, t].argmax())
+            back = int(scores[b, h, cell].argmax())
+            assert bool(found[t]) == (kinds[b, t] != kinds[b, back])
 
 
 def test_position_code_of_padded_columns_is_that_of_the_origin():
