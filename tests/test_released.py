@@ -28,6 +28,7 @@ from qpenet_jax.models.released.tokens import (
 )
 from qpenet_jax.models.released.transformer import (
     POINTS,
+    drop,
     inconsistent,
     position_code,
 )
@@ -431,6 +432,22 @@ def test_cycles_as_loops():
             cell = int(scores[b, h, :, t].argmax())
             back = int(scores[b, h, cell].argmax())
             assert bool(found[t]) == (kinds[b, t] != kinds[b, back])
+
+
+def test_attention_drops_the_share_that_it_is_told():
+    weights = jnp.ones((3600, 600))
+    dropped = np.asarray(drop(jax.random.key(0), weights, 0.1))
+    kept = dropped > 0
+    np.testing.assert_allclose(dropped[kept], 1 / 0.9, rtol=1e-6)
+    assert abs(kept.mean() - 0.9) < 0.001
+    # Rows and columns spread as independent draws would: standard deviation 0.3 / n^0.5.
+    for axis, n in ((0, 3600), (1, 600)):
+        spread = kept.mean(axis=axis).std() / (0.3 / n**0.5)
+        assert 0.85 < spread < 1.15
+    again, other = (drop(jax.random.key(n), weights, 0.1) for n in (0, 1))
+    assert (np.asarray(again) == dropped).all()
+    agreement = ((np.asarray(other) > 0) == kept).mean()
+    assert abs(agreement - 0.82) < 0.002  # 0.9^2 + 0.1^2
 
 
 def test_position_code_of_padded_columns_is_that_of_the_origin():
