@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         `tokens` are all support cells; `draws` replaces the random draws, one a layer.
         """
         b, h, w, c = x.shape
-        shots = tokens.shape[1]
+        shots, size = tokens.shape[1], (b, tokens.shape[1] * h * w)
         level = self.param("level_embed", nn.initializers.xavier_uniform(), (1, c))
         code = position_code(query_padded, c)
         position = code + level[:, None, None]
@@ -100,9 +100,9 @@ class Transformer(nn.Module):
                     drawn = draws[i]
                 elif train:
                     key = self.make_rng("dropout")
-                    drawn = draw(key, cells.shape[:2], shots, train=True)
+                    drawn = draw(key, size, shots, train=True)
                 else:
-                    drawn = inference_draws(cells.shape[:2], shots, behaviour)
+                    drawn = inference_draws(size, shots, behaviour)
                 chosen = choose(foreground, padded, drawn, slots, behaviour)
                 rows = jnp.take_along_axis(cells, chosen.index[..., None], axis=1)
                 parts |= {f"tokens{i}": rows, f"token_fg{i}": chosen.foreground}
@@ -199,7 +199,7 @@ def _ring(key, shape, dtype=jnp.float32):
 
 
 class CycleAttention(nn.Module):
-    """Query cells attend to those tokens whose best cell's best token is of their kind."""
+    """Query cells attend to tokens whose best cell's best token is of their kind."""
 
     heads: int
     dropout: float
