@@ -74,11 +74,8 @@ def inference_draws(size: tuple[int, int], shots: int, behaviour: Behaviour) -> 
     """
     if behaviour == "fixed":
         return Draws(jnp.array(BUDGET * shots))
-    budget, *orders = draw(
-        jax.random.key(INFERENCE_SEED), (1, size[1]), shots, train=False
-    )
-    shared: Any = (jnp.broadcast_to(order, size) for order in orders)
-    return Draws(budget, *shared)
+    drawn: Any = draw(jax.random.key(INFERENCE_SEED), (1, size[1]), shots, train=False)
+    return Draws(drawn.budget, *(jnp.broadcast_to(order, size) for order in drawn[1:]))
 
 
 def flags_on_grid(
