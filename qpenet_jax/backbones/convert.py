@@ -138,7 +138,9 @@ def _norm(tensors: Tensors, norm: str, epsilon: float) -> tuple[np.ndarray, np.n
     return scale, bias - mean * scale
 
 
-def check_tensors(what: str, expected: dict[str, tuple[int, ...]], tensors: Tensors) -> None:
+def check_tensors(
+    what: str, expected: dict[str, tuple[int, ...]], tensors: Tensors
+) -> None:
     """Raise one InputError with the full lists of what is wrong."""
     common = [name for name in expected if name in tensors]
     shapes = {name: tuple(tensors[name].shape) for name in common}

@@ -69,9 +69,7 @@ def load_episode(
     images, masks = (np.stack(each) for each in zip(*loaded, strict=True))
     padding = masks == IGNORE
     masks[masks == UNSURE] = IGNORE
-    return Episode(
-        images[0], masks[0], images[1:], masks[1:], padding[0], padding[1:]
-    )
+    return Episode(images[0], masks[0], images[1:], masks[1:], padding[0], padding[1:])
 
 
 def training_batches(

@@ -101,7 +101,9 @@ def _page(results: Results) -> str:
     parts = [
         "# Results",
         f"Protocol: {results['protocol']['text']}",
-        table({**results.get("references", {}), results.get("network", "QPENet"): results}),
+        table(
+            {**results.get("references", {}), results.get("network", "QPENet"): results}
+        ),
         *_gain(results),
         _seeds(results),
         BRACKETS,

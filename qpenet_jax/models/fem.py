@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.layers import Conv1x1, Head, MergePrototype, Residual
 from qpenet_jax.models.ops import resize_align_corners
+from qpenet_jax.models.ops.devices import on_each_device
 
 LEVELS = 4
 """Grids of the pyramid, each half as fine as the one before: 60, 30, 15 and 8."""
@@ -95,18 +96,44 @@ def prior_mask(
     the features it is given.
     """
 
-    def lengths(x):
-        return jnp.linalg.norm(x, axis=-1)
+    b, k = support_features.shape[:2]
+    each = (
+        support_features.reshape(b * k, -1, support_features.shape[-1]),
+        M_s.reshape(b * k, -1),
+        jnp.repeat(query_features.reshape(b, -1, query_features.shape[-1]), k, axis=0),
+    )
 
-    def one_support(features, mask):
-        foreground = features * mask[..., None].astype(features.dtype)
-        dot = jnp.einsum("bijf,bhwf->bijhw", foreground, query_features)
-        norms = (
-            lengths(foreground)[..., None, None]
-            * lengths(query_features)[:, None, None]
-        )
-        best = (dot / (norms + PRIOR_EPSILON)).max(axis=(1, 2))
-        low, high = (f(best, axis=(1, 2), keepdims=True) for f in (jnp.min, jnp.max))
-        return (best - low) / (high - low + PRIOR_EPSILON)
+    def one_by_one(_, *ours):
+        return jax.lax.map(lambda x: _best_cosine(*x), ours)
 
-    return jax.vmap(one_support, 1, 1)(support_features, M_s).mean(axis=1)
+    best = on_each_device(one_by_one, *each)
+    low, high = (f(best, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
+    stretched = (best - low) / (high - low + PRIOR_EPSILON)
+    return stretched.reshape(b, k, *query_features.shape[1:3]).mean(axis=1)
+
+
+PRIOR_BLOCK = 450
+"""Support cells that are compared at once; those without foreground never are."""
+
+
+def _best_cosine(
+    support: Float[Array, "n f"], mask: Bool[Array, " n"], query: Float[Array, "m f"]
+) -> Float[Array, " m"]:
+    """Return each query cell's best cosine to a support cell, 0 to those cut out."""
+    block = min(PRIOR_BLOCK, len(mask))
+    order = jnp.argsort(~mask, stable=True)
+    order = jnp.concatenate([order, order[: -len(mask) % block]])  # whole blocks
+    count = mask.sum()
+    query_lengths = jnp.linalg.norm(query, axis=1)
+
+    def compare(i, best):
+        places = jax.lax.dynamic_slice_in_dim(order, i * block, block)
+        rows = support[places]
+        lengths = jnp.linalg.norm(rows, axis=1)[:, None] * query_lengths[None]
+        cosines = rows @ query.T / (lengths + PRIOR_EPSILON)
+        real = i * block + jnp.arange(block) < count
+        return jnp.maximum(best, jnp.where(real[:, None], cosines, -jnp.inf).max(0))
+
+    nothing = jnp.where(mask.all(), -jnp.inf, 0.0)
+    start = jnp.broadcast_to(nothing, query_lengths.shape).astype(query.dtype)
+    return jax.lax.fori_loop(0, -(-count // block), compare, start)

@@ -38,9 +38,7 @@ def released_loss(
     }
     share = 2 / (1 + k)
     cycle = share * (weights.pre * terms["pre"] + k * weights.rev * terms["rev"])
-    foreground = (
-        cycle + weights.final * terms["final"] + weights.aux * terms["aux"]
-    )
+    foreground = cycle + weights.final * terms["final"] + weights.aux * terms["aux"]
     background = share * (terms["bg_q"] + k * terms["bg_s"])
     total = weights.alpha * foreground + weights.beta * background
     return total, {f"loss_{name}": value for name, value in terms.items()}

@@ -18,6 +18,7 @@ def sample(
     interpolated; outside the grid they are 0.
     """
     b, h, w, n, _ = value.shape
+    value = jnp.asarray(value)
     x = offsets[..., 0] + jnp.arange(w, dtype=offsets.dtype).reshape(1, 1, w, 1, 1)
     y = offsets[..., 1] + jnp.arange(h, dtype=offsets.dtype).reshape(1, h, 1, 1, 1)
     left, top = jnp.floor(x), jnp.floor(y)

@@ -114,4 +114,6 @@ def layout(name: str, tensor: np.ndarray) -> np.ndarray:
     if tensor.ndim == 4:
         tensor = tensor.transpose(2, 3, 1, 0)
         return tensor[0, 0] if tensor.shape[:2] == (1, 1) else tensor
-    return tensor.T if tensor.ndim == 2 and name != "transformer.level_embed" else tensor
+    return (
+        tensor.T if tensor.ndim == 2 and name != "transformer.level_embed" else tensor
+    )

@@ -29,15 +29,16 @@ INFERENCE_SEED = 0
 
 
 class Draws(NamedTuple):
-    """Randomness of one layer's tokens: a budget and the order in which cells are taken.
+    """Of one layer's tokens the budget, and the order in which cells are taken.
 
     Of the cells of a set (foreground or background, in raster order), those with the
     smallest priorities are taken first; only as many entries count as the set has.
+    Without priorities a set is thinned evenly, so that nothing is random.
     """
 
     budget: Int[Array, ""]
-    foreground: Float[Array, "b n"]
-    background: Float[Array, "b n"]
+    foreground: Float[Array, "b n"] | None = None
+    background: Float[Array, "b n"] | None = None
 
 
 class Tokens(NamedTuple):
@@ -66,13 +67,15 @@ def draw(key: Array, size: tuple[int, int], shots: int, *, train: bool) -> Draws
     return Draws(budget, *(jax.random.uniform(k, size) for k in keys))
 
 
-def inference_draws(size: tuple[int, int], shots: int) -> Draws:
-    """Return one draw for all episodes: what is predicted depends on nothing else."""
+def inference_draws(size: tuple[int, int], shots: int, behaviour: Behaviour) -> Draws:
+    """Return one draw for all episodes: what is predicted depends on nothing else.
+
+    "fixed" thins evenly; "released" permutes, by one fixed key, as upstream at random.
+    """
+    if behaviour == "fixed":
+        return Draws(jnp.array(BUDGET * shots))
     drawn = draw(jax.random.key(INFERENCE_SEED), (1, size[1]), shots, train=False)
-    return drawn._replace(
-        foreground=jnp.broadcast_to(drawn.foreground, size),
-        background=jnp.broadcast_to(drawn.background, size),
-    )
+    return Draws(drawn.budget, *(jnp.broadcast_to(p, size) for p in drawn[1:]))
 
 
 def flags_on_grid(
@@ -112,16 +115,12 @@ def _like(mask, batch):
 def choose(
     foreground: Bool[Array, "b n"],
     padded: Bool[Array, "b n"],
-    draws: Draws | None,
+    draws: Draws,
     slots: int,
     behaviour: Behaviour,
 ) -> Tokens:
-    """Choose at most `slots` tokens: foreground first, background second.
-
-    Without `draws`, each set is thinned evenly in raster order to the budget of
-    `slots` / 2: nothing is random.
-    """
-    budget = jnp.array(slots // 2) if draws is None else draws.budget
+    """Choose at most `slots` tokens: foreground first, background second."""
+    budget = draws.budget
     members = foreground.sum(axis=1), (~foreground).sum(axis=1)
     quotas = _quotas(*members, budget)
     take_all = (
@@ -133,11 +132,12 @@ def choose(
         compact = jnp.argsort(~inside, axis=1, stable=True)
         rank = jnp.arange(inside.shape[1])[None]
         count, quota = members[i][:, None], quotas[i][:, None]
-        if draws is None:
+        given = (draws.foreground, draws.background)[i]
+        if given is None:
             kept = (rank + 1) * quota // count.clip(1) > rank * quota // count.clip(1)
             priority = jnp.where(kept, 0.0, 1.0)
         else:
-            priority = jnp.where(take_all[i][:, None], 0.0, draws[1 + i])
+            priority = jnp.where(take_all[i][:, None], 0.0, given)
         priority = jnp.where(rank < count, priority, jnp.inf)
         order = jnp.argsort(priority, axis=1, stable=True)
         index = jnp.take_along_axis(compact, order, axis=1)

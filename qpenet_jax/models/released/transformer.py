@@ -4,7 +4,9 @@ Query cells attend to each other by deformable attention (Zhu et al., ICLR 2021)
 to support tokens, of which those count whose cycle is consistent.
 """
 
+import functools
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,7 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ffa import LAYER_NORM_EPSILON
 from qpenet_jax.models.layers import kernel_init
+from qpenet_jax.models.ops.devices import on_each_device
 from qpenet_jax.models.released.sampling import sample
 from qpenet_jax.models.released.tokens import (
     Behaviour,
@@ -98,8 +101,7 @@ class Transformer(nn.Module):
                     key = self.make_rng("dropout")
                     drawn = draw(key, cells.shape[:2], shots, train=True)
                 else:
-                    released = behaviour == "released"
-                    drawn = inference_draws(cells.shape[:2], shots) if released else None
+                    drawn = inference_draws(cells.shape[:2], shots, behaviour)
                 chosen = choose(foreground, padded, drawn, slots, behaviour)
                 rows = jnp.take_along_axis(cells, chosen.index[..., None], axis=1)
                 parts |= {f"tokens{i}": rows, f"token_fg{i}": chosen.foreground}
@@ -219,36 +221,57 @@ class CycleAttention(nn.Module):
             return split.swapaxes(1, 2)
 
         q, k, v = heads(x, "query"), heads(rows, "key"), heads(rows, "value")
-        scores = jnp.einsum("bhnd,bhtd->bhnt", q, k) / math.sqrt(q.shape[-1])
-        out = tokens.used
-        if self.behaviour == "fixed":
-            out = out & ~tokens.padded
-        compared = jnp.where(out[:, None, None], scores, -jnp.inf)
-        bad = inconsistent(jax.lax.stop_gradient(compared), tokens.foreground)
+        shape = (*q.shape[:2], rows.shape[1])
+        said = {name: t for name, t in tokens._asdict().items() if name != "index"}
+        head = {n: jnp.repeat(t, self.heads, axis=0) for n, t in said.items()}
+        head |= {"q": q.reshape(-1, *q.shape[2:])}
+        head |= {n: t.reshape(-1, *t.shape[2:]) for n, t in (("k", k), ("v", v))}
         if train:
             cleared = jax.random.bernoulli(
-                self.make_rng("dropout"), self.dropout, bad.shape
+                self.make_rng("dropout"), self.dropout, shape
             )
-            bad &= ~cleared
-        if self.behaviour == "released":
-            bad = bad | tokens.padded[:, None]
-        masked = compared - MASKED * bad[:, :, None].astype(scores.dtype)
-        weights = nn.softmax(masked)
-        weights = nn.Dropout(self.dropout)(weights, deterministic=not train)
-        found = jnp.einsum("bhnt,bhtd->bhnd", weights, v)
+            head["cleared"] = cleared.reshape(-1, shape[2])
+            keys = jax.random.split(self.make_rng("dropout"), math.prod(shape[:2]))
+            head["key"] = keys
+        attend = functools.partial(
+            _attend, behaviour=self.behaviour, dropout=self.dropout
+        )
+
+        # One head of one image at a time: scores take 35 MB in training, not 4 GB, and
+        # are made again for the gradient.
+        def one_by_one(_, head):
+            return jax.lax.map(jax.checkpoint(attend), head)
+
+        found = on_each_device(one_by_one, head).reshape(q.shape)
         found = found.swapaxes(1, 2).reshape(x.shape)
         found = _linear(c, "out")(found)
         return nn.Dropout(self.dropout)(found, deterministic=not train)
 
 
+def _attend(
+    head: Mapping[str, Array], *, behaviour: Behaviour, dropout: float
+) -> Float[Array, "n d"]:
+    """Return what one head of one image finds among its tokens."""
+    q, k, v = head["q"], head["k"], head["v"]
+    out = head["used"]
+    if behaviour == "fixed":
+        out = out & ~head["padded"]
+    scores = jnp.where(out[None], q @ k.T / math.sqrt(q.shape[1]), -jnp.inf)
+    bad = inconsistent(jax.lax.stop_gradient(scores), head["foreground"])
+    if "cleared" in head:
+        bad &= ~head["cleared"]
+    if behaviour == "released":
+        bad = bad | head["padded"]
+    weights = nn.softmax(scores - MASKED * bad[None].astype(scores.dtype))
+    if "key" in head and dropout:
+        kept = jax.random.bernoulli(head["key"], 1 - dropout, weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout), 0)
+    return weights @ v
+
+
 def inconsistent(
-    scores: Float[Array, "b h n t"], foreground: Bool[Array, "b t"]
-) -> Bool[Array, "b h t"]:
+    scores: Float[Array, "n t"], foreground: Bool[Array, " t"]
+) -> Bool[Array, " t"]:
     """Return the tokens that lead over their best cell to a token of the other kind."""
-    best_cell = scores.argmax(axis=2)
-    best_token = scores.argmax(axis=3)
-    back = jnp.take_along_axis(best_token, best_cell, axis=2)
-    kinds = jnp.broadcast_to(foreground[:, None], back.shape)
-    return jnp.take_along_axis(kinds, back, axis=2) != kinds
-
-
+    best_cell, best_token = scores.argmax(axis=0), scores.argmax(axis=1)
+    return foreground[best_token[best_cell]] != foreground
