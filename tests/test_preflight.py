@@ -1,10 +1,8 @@
 """The verdict over the first steps of training, each line of it."""
 
-import subprocess
-
 import pytest
 from test_health import ALIVE
-from test_train import ROOT, command
+from test_train import qpenet, words
 
 from qpenet_jax.runs.preflight import GIB, Step, findings, memory
 
@@ -74,13 +72,14 @@ def test_this_machines_memory():
 
 
 def run(tmp_path, **changes):
-    script = [*command(tmp_path / "run", **changes), "--check"]
-    result = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    changes = {"workers": 0} | changes
+    result = qpenet("train", *words(tmp_path / "run", **changes), "--check")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists(), "a check writes nothing"
     return result
 
 
+@pytest.mark.standard_promotion
 def test_the_check_ends_with_a_verdict(tmp_path):
     """Small images of noise-like training: alive or not, it is said and returned."""
     result = run(tmp_path, steps=30)
@@ -92,6 +91,7 @@ def test_the_check_ends_with_a_verdict(tmp_path):
     assert result.returncode == (0 if last == "verdict: go ahead" else 1)
 
 
+@pytest.mark.standard_promotion
 def test_the_check_fails_where_training_diverges(tmp_path):
     changes = {"optimizer__name": "sgd", "optimizer__lr": 1e30, "steps": 30}
     result = run(tmp_path, **changes)

@@ -39,9 +39,11 @@ def test_tensors_saved_by_torch(file):
         np.testing.assert_array_equal(tensors[name], expected)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_state_dict_saved_by_the_torch_at_hand(tmp_path, as_zip):
-    torch = pytest.importorskip("torch")
+    import torch
+
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     path = tmp_path / "x.pth"
     torch.save(net.state_dict(), path, _use_new_zipfile_serialization=as_zip)

@@ -103,8 +103,10 @@ def test_sgd_is_pytorchs_rule():
         np.testing.assert_allclose(params["b"], p[2], rtol=1e-6)
 
 
+@pytest.mark.parity
 def test_sgd_is_pytorchs():
-    torch = pytest.importorskip("torch")
+    import torch
+
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     theirs = torch.optim.SGD([weight], lr=0.025, momentum=0.9, weight_decay=1e-4)
     optimizer = Optimizer(power=0.0).build(steps=5)  # a constant rate

@@ -28,6 +28,7 @@ from qpenet_jax.training.step import TrainState, make_train_step
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 twin = pytest.importorskip("qpenet_jax.benchmark.twin")
+pytestmark = pytest.mark.parity
 
 FEATURES, GRID = 48, 7
 SIDE = 8 * GRID - 7
@@ -64,8 +65,6 @@ def without_dropout(model):
 
 def draw_backbone(name):
     """Build a frozen backbone; return it and the same weights for ours."""
-    if name == "efficientnet_lite0":
-        pytest.importorskip("efficientnet_lite_pytorch")
     torch.manual_seed(0)
     net = twin.backbone(name)
     for module in net.modules():
