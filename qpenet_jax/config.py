@@ -36,10 +36,13 @@ from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.recipes import RECIPES
 
-VERSION = 2
+VERSION = 3
 """Of the fields, as config.json holds it; runs before it had one are of version 1."""
 
-MEANT: Mapping[int, Mapping[str, Any]] = {1: {"recipe": "paper"}}
+MEANT: Mapping[int, Mapping[str, Any]] = {
+    1: {"recipe": "paper"},
+    2: {"optimizer.first": 0},
+}
 """What a version without a field meant, where that isn't the default of today."""
 
 KINDS = ("prepared", "voc", "shapes")
@@ -264,8 +267,7 @@ def merged(saved: Mapping[str, Any], source: str) -> Any:
         )
     config = default_config()
     for before in range(version, VERSION):
-        for name, value in MEANT[before].items():
-            config[name] = value
+        config.update_from_flattened_dict(dict(MEANT[before]))
     _fill(config, saved, source)
     config.version = VERSION
     return config

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qpenet_jax.backbones.registry import DEEP
 from qpenet_jax.core.types import Episode
 from qpenet_jax.runs.experiment import Experiment
 
@@ -44,11 +45,13 @@ def test_a_config_builds_its_model_and_step(name):
         masks,
     )
     images = jnp.zeros((1, 33, 33, 3))
-    weights = jax.eval_shape(ours.backbone.module.init, jax.random.key(0), images)
+    net, key = ours.backbone, jax.random.key(0)
+    weights = dict(jax.eval_shape(net.module.init, key, images)["params"])
+    if ours.is_released_network:
+        layer3 = jnp.zeros((1, 5, 5, 1024))
+        weights[DEEP] = jax.eval_shape(net.deep.init, key, layer3)["params"]
     step = ours.train_step(tx)
-    after, metrics = jax.eval_shape(
-        step, state, weights["params"], batch, jax.random.key(0)
-    )
+    after, metrics = jax.eval_shape(step, state, weights, batch, key)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert metrics["loss"].shape == ()
 
@@ -70,3 +73,16 @@ def test_the_papers_settings(fold):
     assert pascal.steps(filtered) == PASCAL_STEPS[fold]
     assert pascal.protocol().episodes == 1000
     assert ours.protocol().episodes == 4000
+
+
+def test_the_released_settings():
+    for data, epochs in (("pascal", 100), ("coco", 50)):
+        ours = experiment(f"released_{data}")
+        assert ours.config.backbone.name == "resnet50_deepstem"
+        assert (ours.config.epochs, ours.config.behaviour) == (epochs, "released")
+        schedule = ours.optimizer.schedule(1000)
+        # t = 1 .. T: the last of the steps 0 .. T - 1 has rate 0.
+        np.testing.assert_allclose(schedule(0), 0.025 * 0.999**0.9, rtol=1e-6)
+        assert schedule(999) == 0
+        assert ours.model.channels == 256
+        assert ours.model.background_scale == 0

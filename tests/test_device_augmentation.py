@@ -103,8 +103,18 @@ def on_host(dataset, index: int, side: int, augmentation: Augmentation):
     return joined(load_episode(dataset, ids, side, augmentation, seed=5), 0)
 
 
+PADDED = 254
+
+
 def joined(episode, axis: int):
-    query_image, query_mask, images, masks = map(np.asarray, episode)
+    """Return images and masks, in which padding is told apart from other 255."""
+    query_image, query_mask, images, masks, query_padding, padding = map(
+        np.asarray, episode
+    )
+    assert (query_mask[query_padding] == IGNORE).all()
+    assert (masks[padding] == IGNORE).all()
+    query_mask = np.where(query_padding, np.uint8(PADDED), query_mask)
+    masks = np.where(padding, np.uint8(PADDED), masks)
     images = np.concatenate([np.expand_dims(query_image, axis), images], axis)
     masks = np.concatenate([np.expand_dims(query_mask, axis), masks], axis)
     return images.reshape(-1, *images.shape[-3:]), masks.reshape(-1, *masks.shape[-2:])
@@ -356,6 +366,8 @@ def test_it_lowers_for_accelerators(shapes, platform):
         ((2, 49, 49), np.uint8),
         ((2, 2, 49, 49, 3), np.uint8),
         ((2, 2, 49, 49), np.uint8),
+        ((2, 49, 49), np.bool_),
+        ((2, 2, 49, 49), np.bool_),
     ]
 
 

@@ -139,7 +139,7 @@ def oracle(dataset, sign=1):
         (class_id,) = np.unique(label_of(supports[0])[masks[0, 0] == 1])
         return np.where(label_of(query) == class_id, sign, -float(sign))[None]
 
-    return Predictor(lambda image: image, decode)
+    return Predictor(lambda image, padding=None: image, decode)
 
 
 def test_a_perfect_prediction_scores_100_percent(loop):

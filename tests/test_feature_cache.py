@@ -172,9 +172,9 @@ class Spy:
     def __init__(self, predict):
         self.margins, self.encoded = [], 0
 
-        def encode(image):
+        def encode(image, padding=None):
             self.encoded += isinstance(image, np.ndarray)  # not a traced shape
-            return predict.encode(image)
+            return predict.encode(image, padding=padding)
 
         def decode(*inputs):
             self.margins.append(np.asarray(predict.decode(*inputs)))
@@ -288,7 +288,7 @@ def test_the_size_of_an_encoded_image(fields, floats):
 def fake(live):
     """A predictor of constant margins that encodes into arrays noted in `live`."""
 
-    def encode(image):
+    def encode(image, padding=None):
         encoded = jnp.asarray(image)
         if isinstance(image, np.ndarray):  # not a traced shape
             live.append(weakref.ref(encoded))

@@ -58,7 +58,7 @@ def test_the_papers_values():
 def test_the_releases_values():
     """0.5 for L_cyc, which is the mean of two, as L_bg is (1 shot)."""
     released = load("recipe=released")
-    np.testing.assert_allclose(released.optimizer.schedule(10)(0), 0.025)
+    np.testing.assert_allclose(released.optimizer.schedule(10)(0), 0.025 * 0.9**0.9)
     weights = LossWeights(**released.config.loss)
     assert weights == LossWeights(beta=0.5, pre=0.25, rev=0.25, final=1, aux=0.6)
     assert released.model.background_scale == 0
@@ -74,7 +74,7 @@ def test_a_given_value_wins_over_the_recipe():
     ours = load("recipe=released", "loss.pre=0.75", "optimizer.lr=0.001")
     assert ours.config.loss.pre == 0.75
     assert ours.config.loss.rev == 0.25
-    np.testing.assert_allclose(ours.optimizer.schedule(10)(0), 0.01)
+    np.testing.assert_allclose(ours.optimizer.schedule(10)(0), 0.01 * 0.9**0.9)
 
 
 def test_an_unknown_recipe_is_refused():
@@ -96,3 +96,10 @@ def test_a_config_of_before_recipes_means_what_it_meant():
     assert {name: now[name] for name in flat(old)} == flat(old)
     assert opened.model == QPENet()
     assert opened.optimizer == Optimizer()
+
+
+def test_a_released_run_of_before_counts_its_steps_from_0():
+    old = load("recipe=released").config.to_dict()
+    del old["optimizer"]["first"]
+    old["version"] = 2
+    assert merged(old, "config.json").optimizer.first == 0

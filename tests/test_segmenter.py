@@ -19,7 +19,7 @@ class Red:
         self.encoded, self.decoded = [], []
         self.predictor = Predictor(self.encode, self.decode)
 
-    def encode(self, images, roles=("support", "query")):
+    def encode(self, images, roles=("support", "query"), padding=None):
         self.encoded.append((roles, images))
         return images.astype(np.float32)
 

@@ -281,7 +281,8 @@ def test_initial_state(initial):
 def test_batches_are_placed_whole(batch):
     replicated, split = shardings(len(batch.query_image))
     placed = global_batch(batch, split)
-    for mine, original in zip(placed, batch, strict=True):
+    leaves = (jax.tree.leaves(tree) for tree in (placed, batch))
+    for mine, original in zip(*leaves, strict=True):
         np.testing.assert_array_equal(mine, original)
         assert mine.sharding == split
     assert replicated.is_fully_replicated
