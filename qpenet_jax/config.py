@@ -191,7 +191,7 @@ RELEASED_EPOCHS = {
     "pascal": {"resnet50": (100, 100, 100, 50), "resnet101": (150,) * 4},
     "coco_fwb": {"resnet50": (50,) * 4, "resnet101": (50,) * 4},
 }
-"""Epochs of the released configs, by split, backbone and fold; the paper says 200, 50."""
+"""Of the released configs, by split, backbone and fold; the paper says 200 and 50."""
 
 
 def for_released(config: Any) -> Any:

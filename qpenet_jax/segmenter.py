@@ -108,7 +108,8 @@ def load(workdir: str | Path, overrides: Sequence[str] = ()) -> Segmenter:
 
 
 def _encode(predict: Predictor, image: Image, side: int, role: Role) -> PyTree[Array]:
-    beside = padding(*image.shape[:2], side)
+    height, width = image.shape[:2]
+    beside = padding(height, width, side)
     return predict.encode(fit(image, side)[None], (role,), beside[None])
 
 

@@ -264,7 +264,7 @@ def load_weights(
 
 
 def _from_original(name: str, source: Path, deep: bool | None):
-    """Read the parameters; with `deep` None the deep stage's as well if they are there."""
+    """Read the parameters; `deep` None: the deep stage's too if they are there."""
     tensors = read_tensors(source)
     if deep is None:
         deep = any(tensor.startswith(f"{DEEP}.") for tensor in tensors)

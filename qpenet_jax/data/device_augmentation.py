@@ -38,7 +38,7 @@ def augment_episodes(raw: RawEpisode, *, side: int) -> Episode:
     every: Any = jax.vmap(jax.vmap(one))  # of every slot of every episode
     images, masks = every(raw.images, raw.masks, raw.draws)
     padding = masks == IGNORE
-    masks = jnp.where(masks == UNSURE, jnp.uint8(IGNORE), masks)
+    masks: Any = jnp.where(masks == UNSURE, jnp.uint8(IGNORE), masks)
     return Episode(
         images[:, 0],
         masks[:, 0],

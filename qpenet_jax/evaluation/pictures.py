@@ -6,7 +6,7 @@ colour means the same on every sheet.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -61,7 +61,7 @@ def load_batch_of_one(
     dataset: SegmentationDataset, ids: EpisodeIds, side: int, resize: Resize = "pad"
 ) -> Episode:
     """Load one episode as a batch, at the size of the network's input in pixels."""
-    loaded = load_episode(dataset, ids, side, resize=resize)
+    loaded: Any = load_episode(dataset, ids, side, resize=resize)
     return Episode(*(x[None] for x in loaded))
 
 

@@ -30,10 +30,10 @@ class Predictor(NamedTuple):
 
     `encode(images, roles, padding)` returns a tree of arrays that start with the
     images' axis; `roles` says what the images will be: "support", "query" or both, and
-    `padding` [b, s, s] where they hold no photo, if anything is said of it. `decode(supports,
-    masks, query)` takes the encoded images of the K supports one after the other, the
-    masks [b, K, s, s] and the query's, and returns the `Lead`; with `named=True` also
-    the network's named intermediates, as `QPENet.__call__` does.
+    `padding` [b, s, s] where they hold no photo, if anything is said of it.
+    `decode(supports, masks, query)` takes the encoded images of the K supports one
+    after the other, the masks [b, K, s, s] and the query's, and returns the `Lead`;
+    with `named=True` also the network's named intermediates, as `QPENet.__call__` does.
     """
 
     encode: Callable[..., PyTree[Array]]

@@ -145,7 +145,9 @@ def _load(
     photos = [dataset.image(image) for image in images]
     return Inputs(
         images=[fit(photo, side, resize) for photo in photos],
-        padding=[padding(*photo.shape[:2], side, resize) for photo in photos],
+        padding=[
+            padding(photo.shape[0], photo.shape[1], side, resize) for photo in photos
+        ],
         support_masks=np.stack(masks),
         fitted_mask=fit_label(mask, side, resize),
         mask=mask,

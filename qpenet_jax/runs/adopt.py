@@ -37,7 +37,7 @@ STEM = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "
 """Names of the deep stem's layers by their place in the authors' layer0."""
 
 SOURCE = "checkpoint"
-"""Entry of INPUTS_FILE: the file that a run was made of; its hash is in OWN_BACKBONE."""
+"""Entry of INPUTS_FILE: the file's name; its hash is in OWN_BACKBONE."""
 
 
 def adopt(
@@ -105,7 +105,7 @@ def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
     backbone, head = {}, {}
     for name, tensor in tensors.items():
         if name.startswith("layer0."):
-            _, place, field = (name.split(".", 2) + ["", ""])[:3]
+            _, place, field = [*name.split(".", 2), "", ""][:3]
             name = f"{STEM.get(place, f'layer0.{place}')}.{field}"
         part = backbone if name.startswith(("layer", *STEM.values())) else head
         part[name] = tensor

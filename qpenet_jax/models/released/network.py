@@ -127,7 +127,7 @@ class ReleasedQPENet(nn.Module):
         """
         b, k = support_features.shape[:2]
 
-        def folded(x):
+        def folded(x: Any) -> Any:
             return None if x is None else x.reshape(b * k, *x.shape[2:])
 
         supports = self.encode(

@@ -1,4 +1,4 @@
-"""Bilinear sampling at places that each cell chooses: what deformable attention does."""
+"""Bilinear sampling at places that each cell chooses, for deformable attention."""
 
 import jax
 import jax.numpy as jnp

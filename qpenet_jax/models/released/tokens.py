@@ -4,7 +4,7 @@ The released transformer attends to a fixed number of support cells, half foregr
 half background if there are enough. Upstream draws them anew at every call.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,8 @@ def inference_draws(size: tuple[int, int], shots: int, behaviour: Behaviour) -> 
     """
     if behaviour == "fixed":
         return Draws(jnp.array(BUDGET * shots))
-    drawn = draw(jax.random.key(INFERENCE_SEED), (1, size[1]), shots, train=False)
-    return Draws(drawn.budget, *(jnp.broadcast_to(p, size) for p in drawn[1:]))
+    drawn: Any = draw(jax.random.key(INFERENCE_SEED), (1, size[1]), shots, train=False)
+    return Draws(drawn.budget, *(jnp.broadcast_to(order, size) for order in drawn[1:]))
 
 
 def flags_on_grid(
@@ -96,7 +96,7 @@ def flags_on_grid(
 
 
 def never_one_sided(foreground: Bool[Array, "*b h w"]) -> Bool[Array, "*b h w"]:
-    """Give a support without foreground a 2 x 2 centre, and one that is full corners."""
+    """Give an empty support a centre of 2 x 2 cells, cut the corners off a full one."""
     h, w = foreground.shape[-2:]
     centre = jnp.zeros((h, w), bool)
     centre = centre.at[h // 2 - 1 : h // 2 + 1, w // 2 - 1 : w // 2 + 1].set(True)
