@@ -16,7 +16,7 @@ from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.models.released.background import Background
 from qpenet_jax.models.released.losses import background_mining, released_loss
-from qpenet_jax.models.released.network import ReleasedQPENet
+from qpenet_jax.models.released.network import ReleasedQPENet, behaves
 from qpenet_jax.models.released.sampling import sample
 from qpenet_jax.models.released.tokens import (
     Draws,
@@ -527,28 +527,35 @@ def test_copies_of_one_support_change_nothing_when_fixed(small, shots):
     np.testing.assert_allclose(several, one, atol=2e-5)
 
 
-@pytest.mark.parametrize("behaviour", ["released", "fixed", "auto"])
-@pytest.mark.parametrize("value", [0, 1, 255])
-def test_a_mask_of_one_value_gives_finite_gradients(small, value, behaviour):
+@pytest.mark.parametrize("behaviour", ["released", "fixed"])
+def test_a_mask_of_one_value_gives_finite_gradients(small, behaviour):
     support, masks, query = episode(k=2)
-    masks = np.full_like(masks, value)
     model = SMALL.clone(behaviour=behaviour)
 
     @jax.jit
-    def loss(variables):
+    @jax.value_and_grad
+    def loss(variables, masks):
+        key = jax.random.key(0)
         _, out = model.apply(
-            variables,
-            support,
-            masks,
-            query,
-            train=True,
-            rngs={"dropout": jax.random.key(0)},
+            variables, support, masks, query, train=True, rngs={"dropout": key}
         )
         return released_loss(out, masks[:, 0], masks)[0]
 
-    total, gradient = jax.value_and_grad(loss)(small)
-    assert jnp.isfinite(total)
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    for value in (0, 1, 255):
+        total, gradient = loss(small, np.full_like(masks, value))
+        assert jnp.isfinite(total)
+        assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+def test_auto_is_fixed_with_several_supports_only(small):
+    for shots, behaviour in ((1, "released"), (2, "fixed")):
+        assert behaves("auto", shots) == behaviour
+        inputs = episode(k=shots)
+        auto, named = (
+            predict(SMALL.clone(behaviour=b), small, *inputs)[0]
+            for b in ("auto", behaviour)
+        )
+        np.testing.assert_array_equal(auto, named)
 
 
 def test_padding_matters_and_a_batch_does_not(small):
