@@ -5,7 +5,7 @@ python train.py --config configs/pascal_fold1.py
 
 Novel: bus, car, cat, chair, cow.
 200 epochs of 3,726 images = 186,200 steps of batch 4 at 473 pixels, about
-1.6 TFLOP each: for a GPU. Not yet run by us on the full data set.
+2 TFLOP each: for a GPU. Not yet run by us on the full data set.
 The recipe is ours, not the paper's: `qpenet_jax/config.py` says whose values are whose.
 """
 

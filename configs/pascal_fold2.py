@@ -5,7 +5,7 @@ python train.py --config configs/pascal_fold2.py
 
 Novel: diningtable, dog, horse, motorbike, person.
 200 epochs of 2,752 images = 137,600 steps of batch 4 at 473 pixels, about
-1.6 TFLOP each: for a GPU. Not yet run by us on the full data set.
+2 TFLOP each: for a GPU. Not yet run by us on the full data set.
 The recipe is ours, not the paper's: `qpenet_jax/config.py` says whose values are whose.
 """
 

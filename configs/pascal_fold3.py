@@ -5,7 +5,7 @@ python train.py --config configs/pascal_fold3.py
 
 Novel: pottedplant, sheep, sofa, train, tvmonitor.
 200 epochs of 4,510 images = 225,400 steps of batch 4 at 473 pixels, about
-1.6 TFLOP each: for a GPU. Not yet run by us on the full data set.
+2 TFLOP each: for a GPU. Not yet run by us on the full data set.
 The recipe is ours, not the paper's: `qpenet_jax/config.py` says whose values are whose.
 """
 

@@ -203,7 +203,7 @@ def for_released(config: Any) -> Any:
     The data set, the fold and the backbone are set before.
     """
     config.variant = released.NAME
-    config.behaviour = "released"
+    config.behaviour = "auto"
     config.recipe = "released"
     if not config.backbone.name.endswith("_deepstem"):
         config.backbone.name += "_deepstem"

@@ -91,7 +91,7 @@ def test_the_released_settings():
     for data, epochs in (("pascal", 100), ("coco", 50)):
         ours = experiment(f"released_{data}")
         assert ours.config.backbone.name == "resnet50_deepstem"
-        assert (ours.config.epochs, ours.config.behaviour) == (epochs, "released")
+        assert (ours.config.epochs, ours.config.behaviour) == (epochs, "auto")
         schedule = ours.optimizer.schedule(1000)
         # t = 1 .. T: the last of the steps 0 .. T - 1 has rate 0.
         np.testing.assert_allclose(schedule(0), 0.025 * 0.999**0.9, rtol=1e-6)

@@ -92,8 +92,8 @@ def prior_mask(
     """Return PFENet's prior: each query cell's best cosine to a support foreground.
 
     Stretched to 0..1 per support, then the mean over the K supports; 0 without
-    foreground. PFENet takes layer4, which the backbones here don't compute: this takes
-    the features it is given.
+    foreground. PFENet takes layer4, as the released network does; QPENet with `prior`
+    takes the features that it has.
     """
 
     b, k = support_features.shape[:2]

@@ -95,7 +95,6 @@ def _config(resnet: str, fold: int, dataset: str) -> Any:
     config.dataset.fold = fold
     config.backbone.name = f"{resnet}_deepstem"
     config = for_released(config)
-    config.behaviour = "auto"
     config.backbone.weights = OWN_BACKBONE  # beside the config
     return config
 
