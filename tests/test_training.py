@@ -32,7 +32,12 @@ BACKBONE = Backbone(Patches(), ("stage",), 12)
 MODEL = QPENet(channels=16, heads=2, ffn_features=24, channel_dropout=0.1)
 
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
+@pytest.fixture(scope="module", autouse=True)
+def unoptimised_code():
+    """Compiling takes a hundred times longer than running here: do less of it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_schedule_values():
