@@ -318,7 +318,7 @@ def draw_images(side, shots, seed=0):
 
 def assert_same_evaluation(net, episode, evaluate, features):
     """Compare features, logits, intermediates and masks of a full-size network."""
-    supports, masks = map(torch.from_numpy, episode[2:])
+    supports, masks = map(torch.from_numpy, episode[2:4])
     query = torch.from_numpy(episode.query_image)
     maps = twin.features(net, supports), twin.features(net, query)
     model = draw_twin(net.channels).eval()
@@ -394,7 +394,7 @@ def test_twenty_steps_of_sgd_on_real_episodes(real_episodes):
     for seed in (1, 2, 3):  # luck with ReLUs again: another start decides
         torch.manual_seed(seed)
         model = without_dropout(twin.QPENet(net.channels))
-        query, _, supports, masks = map(torch.from_numpy, batches[0])
+        query, _, supports, masks = map(torch.from_numpy, batches[0][:4])
         balance(model, twin.features(net, supports), masks, twin.features(net, query))
         start = flat(model)
         optimizer_t = twin.build_optimizer(model.parameters(), STEPS, RATE)

@@ -399,7 +399,7 @@ def train_step(
 ) -> dict[str, Float[Tensor, ""]]:
     """Do one step of training on a batch of numpy episodes; return the loss terms."""
     device = model.p_global.device
-    query, truth, supports, masks = (torch.as_tensor(x).to(device) for x in batch)
+    query, truth, supports, masks = (torch.as_tensor(x).to(device) for x in batch[:4])
     _, out = model(features(net, supports), masks, features(net, query))
     loss, terms = total_loss(out, truth, masks)
     sgd, decay = optimizer
