@@ -1,5 +1,6 @@
 """Paths and small data sets that several test files share."""
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -12,8 +13,11 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 from PIL import Image
+
+from qpenet_jax.core.files import cache_folder
 
 # Every call in these rooms is checked against its annotations, shapes included, and JAX
 # refuses to promote dtypes and ranks. What a test starts as a process runs unchecked.
@@ -42,6 +46,43 @@ def _promotion(request):
         return
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@contextlib.contextmanager
+def _settings(**values):
+    """Change settings of JAX, here and in processes that are started meanwhile."""
+    before = {name: jax.config.values[name] for name in values}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def unoptimised_code():
+    """Compile with little effort: where that takes far longer than what is run."""
+    with _settings(jax_disable_most_optimizations=True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiled_once(unoptimised_code):
+    """Compile once for all runs that are alike, here and in processes.
+
+    Most of a run of few steps is compilation, of many parts that take less than the
+    second from which on JAX keeps one.
+    """
+    cache = {
+        "jax_compilation_cache_dir": str(cache_folder("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    with _settings(**cache):
+        compilation_cache.reset_cache()  # JAX looks only once whether there is one
+        yield
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,9 @@ import signal
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from test_train import ROOT, SHRUNK, assert_refused, train
 
-from qpenet_jax.core.files import cache_folder, locked
+from qpenet_jax.core.files import locked
 from qpenet_jax.runs import loop
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.evaluator import Evaluator
@@ -17,27 +16,13 @@ from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.stopping import Interrupted, StopSignal
 from qpenet_jax.training import checkpoints
 
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [
+    pytest.mark.standard_promotion,
+    pytest.mark.usefixtures("compiled_once"),
+]
 
 SCORES = {1: 30.0, 2: 90.0, 3: 10.0}
 """What the selection is told of each step: the second is the best."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Most of a run this short is compilation, and all runs here are alike."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-    )
-    before = {name: jax.config.values[name] for name in names}
-    jax.config.update(names[0], str(cache_folder("xla")))
-    jax.config.update(names[1], 0.0)
-    compilation_cache.reset_cache()  # JAX looks only once whether there is one
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def stop():

@@ -12,7 +12,10 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.loader import load_episode
 from qpenet_jax.runs.experiment import Experiment
 
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [
+    pytest.mark.standard_promotion,
+    pytest.mark.usefixtures("unoptimised_code"),
+]
 
 SIDE = 65
 
@@ -52,7 +55,7 @@ def test_products_on_a_gpu_are_what_the_dtype_says(dtype, named, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(unoptimised_code):
     """One step of the quick start's network, small, in every dtype."""
 
     def train(dtype):

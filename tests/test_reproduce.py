@@ -69,12 +69,6 @@ TABLE1 = {
     "overrides": [text for text in overrides() if "focus" not in text],
 }
 
-# Most of a run this short is compilation, also of what takes less than a second.
-QUICK = {
-    "JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "qpenet_jax" / "xla"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
-
 
 def start(table, workdir, options, new_session=False):
     command = [sys.executable, "-m", "qpenet_jax.cli", "reproduce", table]
@@ -87,7 +81,6 @@ def start(table, workdir, options, new_session=False):
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | QUICK,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -121,7 +114,7 @@ def processes_of(folder):
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
+def started(tmp_path_factory, compiled_once):
     """Table I, started early: it goes on while the others run."""
     workdir = tmp_path_factory.mktemp("table1") / "runs"
     process = start("table1", workdir, TABLE1)

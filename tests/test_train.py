@@ -30,7 +30,10 @@ from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.loop import LOCK_FILE
 from qpenet_jax.training.health import PATIENCE, Watch
 
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [
+    pytest.mark.standard_promotion,
+    pytest.mark.usefixtures("compiled_once"),
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHRUNK = {
@@ -112,7 +115,7 @@ def assert_refused(result, *words):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, compiled_once):
     """A finished run and what it printed."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     result = train_alone(workdir)

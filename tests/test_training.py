@@ -32,12 +32,7 @@ BACKBONE = Backbone(Patches(), ("stage",), 12)
 MODEL = QPENet(channels=16, heads=2, ffn_features=24, channel_dropout=0.1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unoptimised_code():
-    """Compiling takes a hundred times longer than running here: do less of it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("unoptimised_code")
 
 
 def test_schedule_values():

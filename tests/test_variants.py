@@ -45,12 +45,7 @@ SMALL = {"channels": 8, "heads": 2, "ffn_features": 12}
 NO_DROPOUT = {f"{name}_dropout": 0.0 for name in ("channel", "head", "gate")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unoptimised_code():
-    """Compiling takes a hundred times longer than running here: do less of it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("unoptimised_code")
 
 
 # VARIANTS and PFENet's prior, which no row has, in either decoder.
