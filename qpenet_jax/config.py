@@ -147,7 +147,8 @@ def default_config() -> Any:
 
     # Which checkpoint is the run's result: "base", the best on base classes of the val
     # split; "novel", the best on the novel classes themselves, the field's custom that
-    # leaks them; "last".
+    # leaks them; "last". Several, as in "base,novel,last": the first is the result's,
+    # the others are scored beside it.
     config.select_on = "base"
     config.log_every = 50
     config.save_every = 1000
@@ -208,14 +209,26 @@ def for_released(config: Any) -> Any:
     if not config.backbone.name.endswith("_deepstem"):
         config.backbone.name += "_deepstem"
     config.backbone.weights = f"data/weights/{config.backbone.name}.safetensors"
-    resnet = config.backbone.name.removesuffix("_deepstem")
-    config.epochs = RELEASED_EPOCHS[config.dataset.split][resnet][config.dataset.fold]
+    epochs = released_epochs(config.dataset, config.backbone.name, config.dataset.fold)
+    config.epochs = epochs or config.epochs
     config.seed = 321
     config.dataset.order = "list"
     config.dataset.targets = "any"
     config.select_on = "novel"
     config.eval.protocol = "released"
     return config
+
+
+def released_epochs(data: Any, backbone: str, fold: int) -> int | None:
+    """Return what the authors trained for; None for what they didn't train."""
+    resnet = backbone.removesuffix("_deepstem")
+    epochs = RELEASED_EPOCHS.get(data.split, {}).get(resnet)
+    return epochs[fold] if epochs else None
+
+
+def selections(config: Any) -> tuple[str, ...]:
+    """Return the selections of checkpoints, each once; the first is the result's."""
+    return tuple(dict.fromkeys(config.select_on.split(",")))
 
 
 def check(config: Any) -> None:
@@ -234,7 +247,7 @@ def check(config: Any) -> None:
         raise InputError(f"config.seed={config.seed} must be 0 or more")
     data = config.dataset
     for name, value, choices in (
-        ("select_on", config.select_on, SELECTION),
+        *(("select_on", name, SELECTION) for name in selections(config)),
         ("augment_on", config.augment_on, AUGMENT_ON),
         ("dtype", config.dtype, DTYPES),
         ("variant", config.variant, (*VARIANTS, released.NAME)),

@@ -1,5 +1,6 @@
 """When training is stopped, and who may train in a workdir (see also test_train.py)."""
 
+import json
 import os
 import signal
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from test_train import ROOT, SHRUNK, assert_refused, train
 
+from qpenet_jax.config import SELECTION
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import locked
 from qpenet_jax.runs import loop
 from qpenet_jax.runs.config_files import load_config
@@ -60,7 +63,7 @@ def test_a_stop_while_a_checkpoint_is_scored_saves_it_and_the_resume_scores_it(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     loop.train(config(), whole)
     assert scored == [1, 2, 3]
-    assert scores(whole) == {2: {"miou": 90.0}, 3: {"miou": 10.0}}
+    assert scores(whole) == {2: {"base": 90.0}, 3: {"base": 10.0}}
 
     scored.clear()
     score = Evaluator.miou
@@ -104,6 +107,42 @@ def test_a_stop_in_the_last_step_is_acted_on_as_well(scored, tmp_path, monkeypat
     assert scored == [1, 2, 3]
     assert open_run(tmp_path).step == 2
     assert (tmp_path / "results.json").exists()
+
+
+def test_one_training_is_scored_by_every_selection(tmp_path, monkeypatch, capsys):
+    """Base classes like the first step, novel ones the second; the third is last."""
+    likes = {"base": iter([90.0, 50.0, 10.0]), "novel": iter([50.0, 90.0, 10.0])}
+
+    def miou(self, params):
+        return next(likes["base" if self.protocol.preset == "ours" else "novel"])
+
+    monkeypatch.setattr(Evaluator, "miou", miou)
+    changed = config(**{"select_on": "base,novel,last", "eval.protocol": "pfenet"})
+    loop.train(changed, tmp_path)
+    told = [
+        line.split("|")[1:3]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("| base", "| novel", "| last"))
+    ]
+    words = [[word.strip() for word in line] for line in told]
+    assert words == [["base", "1"], ["novel", "2"], ["last", "3"]]
+    assert open_run(tmp_path).step == 1
+    for name, step in (("novel", 2), ("last", 3)):
+        assert open_run(tmp_path, selection=name).step == step
+        results = json.loads(
+            (tmp_path / f"selected_on_{name}" / "results.json").read_text()
+        )
+        assert results["step"] == step
+        assert results["selection"] == SELECTION[name]
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert (result["step"], result["selection"]) == (1, SELECTION["base"])
+
+
+def test_a_selection_that_was_not_made_is_refused(scored, tmp_path):
+    loop.train(config(), tmp_path)
+    assert open_run(tmp_path, selection="last").step == 3
+    with pytest.raises(InputError, match="no checkpoint by 'novel': choose base, last"):
+        open_run(tmp_path, selection="novel")
 
 
 @pytest.mark.parametrize("method", ["references", "__call__"])

@@ -430,6 +430,21 @@ def test_tables_1_and_2_plan_folds_backbones_and_weights(monkeypatch, capsys):
         assert run.experiment.config.shots == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "epochs"),
+    [
+        ((), {"resnet50": [100, 50], "resnet101": [150, 150]}),
+        (("--config.epochs=7",), {"resnet50": [7, 7], "resnet101": [7, 7]}),
+    ],
+)
+def test_released_runs_have_the_authors_epochs(changes, epochs):
+    config = ROOT / "configs" / "released_pascal.py"
+    names = [f"{name}_deepstem" for name in epochs]
+    plan = Plan("table1", config, Path("nowhere"), (), changes, (), names, (2, 3))
+    planned = [run.experiment.config.epochs for run in plan.runs()]
+    assert planned == [n for of_folds in epochs.values() for n in of_folds]
+
+
 def test_bad_calls_are_refused_in_one_line(tmp_path):
     def refused(table, words, config=CONFIG, **options):
         with pytest.raises(InputError, match=words):

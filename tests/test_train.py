@@ -358,7 +358,7 @@ def test_a_checkpoint_is_selected_on_base_classes(tmp_path):
     # The same number by hand, of the checkpoint that is the last and always kept.
     experiment = open_run(workdir).experiment
     val = experiment.dataset("val")
-    protocol = experiment.selection_protocol()
+    protocol = experiment.selection_protocols()["base"]
     sampler = experiment.eval_samplers(val, protocol)[0]
     novel = np.subtract(experiment.fold.novel, 1)
     assert set(sampler.classes) == set(experiment.fold.base)

@@ -24,6 +24,7 @@ from test_training import BACKBONE
 from qpenet_jax.backbones.registry import BACKBONES
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
+from qpenet_jax.models import fem as fem_module
 from qpenet_jax.models import qpenet
 from qpenet_jax.models.fem import adaptive_average_pool, prior_mask
 from qpenet_jax.models.losses import LossWeights, total_loss
@@ -523,3 +524,16 @@ def test_every_variant_has_its_result():
 def test_fields_that_name_no_network_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         QPENet(**fields)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_prior_is_the_same_off_the_cpu(share):
+    """What a CPU computes from the foreground's cells, others do from all at once."""
+    rng = np.random.default_rng(0)
+    support, query = (
+        jnp.asarray(rng.normal(size=(n, 16)), jnp.float32) for n in (1000, 70)
+    )
+    mask = jnp.asarray(rng.random(1000) < share)
+    plain = fem_module._best_cosine(support, mask, query)
+    in_blocks = fem_module._best_cosine_in_blocks(support, mask, query)
+    np.testing.assert_allclose(plain, in_blocks, atol=1e-6)

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import cast, in_dtype
-from qpenet_jax.backbones.registry import Backbone, backbone, features
+from qpenet_jax.backbones.registry import DEEP, Backbone, backbone, features
 from qpenet_jax.benchmark.clocks import matmul_rate
 from qpenet_jax.benchmark.contenders import Contender, made_up_episodes
 from qpenet_jax.benchmark.flop import flop
@@ -25,8 +25,10 @@ from qpenet_jax.benchmark.settings import Case
 from qpenet_jax.core.runtime import keep_freed_memory, peak_memory
 from qpenet_jax.core.types import Episode
 from qpenet_jax.evaluation.predictor import qpenet_predictor
-from qpenet_jax.models.losses import LossWeights
+from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.released.losses import released_loss
+from qpenet_jax.models.released.network import ReleasedQPENet
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.step import TrainState, init_state, make_train_step
 
@@ -55,13 +57,21 @@ def draw_weights(case: Case) -> Weights:
     """
     net, rng = backbone(case.backbone), np.random.default_rng(case.seed)
     if case.weights:
-        frozen = load_weights(case.backbone, case.weights)
+        frozen = load_weights(case.backbone, case.weights, deep=case.released)
     else:
-        images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-        shapes = jax.eval_shape(net.module.init, jax.random.key(0), images)
-        frozen = _draw(shapes["params"], rng)
+        frozen = _draw(_shapes(net, case.released), rng)
     shapes = jax.eval_shape(lambda: _initial(case))
     return Weights(frozen, _draw(shapes, rng))
+
+
+def _shapes(net: Backbone, deep: bool) -> dict[str, PyTree]:
+    """Return the shapes of a backbone's weights, of its deep stage on request."""
+    key, image = jax.random.key(0), jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+    stages, made = jax.eval_shape(net.module.init_with_output, key, image)
+    if not deep or net.deep is None:
+        return made["params"]
+    layer4 = jax.eval_shape(net.deep.init, key, stages[net.stages[0]])
+    return made["params"] | {DEEP: layer4["params"]}
 
 
 def _draw(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:
@@ -93,8 +103,11 @@ def _initial(case: Case) -> PyTree[Array]:
     return init_state(model, optax.identity(), channels=channels, key=key).params
 
 
-def _model(case: Case) -> QPENet:
-    return QPENet(**{**NO_DROPOUT, **case.network})
+def _model(case: Case) -> QPENet | ReleasedQPENet:
+    fields = {**NO_DROPOUT, **case.network}
+    if not case.released:
+        return QPENet(**fields)
+    return ReleasedQPENet(backbone(case.backbone).deep, **fields)
 
 
 def prepare(
@@ -119,7 +132,8 @@ def prepare(
     optimizer = Optimizer(lr=RATE, lr_factor=1.0).build(STEPS)
     params = jax.tree.map(jnp.copy, params)  # the step takes the state's memory
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    step = make_train_step(model, net, optimizer, LossWeights())
+    loss = released_loss if case.released else total_loss
+    step = make_train_step(model, net, optimizer, LossWeights(), loss=loss)
     return step, (state, frozen, batch, jax.random.key(case.seed))
 
 

@@ -29,8 +29,9 @@ class Case:
     """One step to measure: "eval", "train" or "backbone" at these sizes.
 
     `size` is in pixels; `network` holds the fields of QPENet that differ from the
-    paper's; `weights` is the backbone's file, and without it they are random. All
-    values are plain, so that another process can be given the case as JSON.
+    paper's; `released` takes the authors' released network, without its defects.
+    `weights` is the backbone's file, and without it they are random. All values are
+    plain, so that another process can be given the case as JSON.
     """
 
     what: str
@@ -42,6 +43,7 @@ class Case:
     seed: int = 0
     weights: str = ""
     network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    released: bool = False
 
     @property
     def images(self) -> int:
@@ -51,7 +53,8 @@ class Case:
     def __str__(self) -> str:
         """Return a name for tables and messages."""
         shots = f"{self.shots} shot{'s' if self.shots > 1 else ''}"
-        return f"{self.what}, {shots}, batch {self.batch}, {self.dtype}"
+        network = "released " if self.released else ""
+        return f"{network}{self.what}, {shots}, batch {self.batch}, {self.dtype}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,9 @@ class Settings:
 
     network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of QPENet that differ from the paper's."""
+
+    released: bool = False
+    """Whether it is the authors' released network, models/released/."""
 
     against: Literal["torch"] | None = None
     """"torch" also measures the PyTorch twin, in turns with our steps."""
@@ -133,6 +139,7 @@ class Settings:
             self.seed,
             self.weights,
             dict(self.network),
+            self.released,
         )
 
     def _check_names(self) -> None:
@@ -171,8 +178,14 @@ class Settings:
 
     def _check_network(self) -> None:
         from qpenet_jax.models.qpenet import QPENet
+        from qpenet_jax.models.released.network import ReleasedQPENet
 
+        if self.released and (self.against or "protocol" in self.what):
+            raise InputError(
+                "--released is measured by itself, and in single steps: leave out "
+                "--against and protocol"
+            )
         try:
-            QPENet(**self.network)
+            (ReleasedQPENet if self.released else QPENet)(**self.network)
         except TypeError as error:
             raise InputError(f"network {dict(self.network)}: {error}") from None

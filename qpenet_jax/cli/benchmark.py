@@ -81,6 +81,11 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         help="default: %(default)s",
     )
     parser.add_argument(
+        "--released",
+        action="store_true",
+        help="measure the network that the authors released, not the paper's",
+    )
+    parser.add_argument(
         "--weights",
         default="",
         metavar="FILE",
@@ -143,6 +148,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         backbone=args.backbone,
         weights=args.weights,
+        released=args.released,
         against=args.against,
         variants=args.variants,
         episodes=args.episodes,

@@ -36,6 +36,12 @@ def add_parser(commands) -> None:
         "export`, instead of drawing them",
     )
     parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="last, or another selection that config.select_on names, such as novel; "
+        "default: the checkpoint that is the run's result",
+    )
+    parser.add_argument(
         "--references",
         action="store_true",
         help="also score the untrained network and the training-free cosine baseline",
@@ -55,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.runs.evaluator import Evaluator, folder_name
     from qpenet_jax.runs.folder import open_run
 
-    opened = open_run(args.workdir, args.overrides)
+    opened = open_run(args.workdir, args.overrides, args.checkpoint)
     experiment = opened.experiment
     val = experiment.dataset("val")
     out = Path(args.out or Path(args.workdir) / "evaluate")
@@ -70,6 +76,8 @@ def run(args: argparse.Namespace) -> None:
         if experiment.network_name(shots) == "fixed QPENet":
             folder = folder.with_name(f"{folder.name}_fixed")
         evaluator = Evaluator(experiment, opened.weights, folder, val, protocol, frozen)
+        if args.checkpoint:
+            evaluator = evaluator.of_selection(args.checkpoint)
         print(evaluator.describe())
         if args.references:
             evaluator.references()

@@ -1,5 +1,6 @@
 """FEM: the decoder of PFENet (Tian et al., TPAMI 2020), of rows 1 to 3 of Table III."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.layers import Conv1x1, Head, MergePrototype, Residual
 from qpenet_jax.models.ops import resize_align_corners
-from qpenet_jax.models.ops.devices import on_each_device
+from qpenet_jax.models.ops.devices import row_by_row
 
 LEVELS = 4
 """Grids of the pyramid, each half as fine as the one before: 60, 30, 15 and 8."""
@@ -102,38 +103,53 @@ def prior_mask(
         M_s.reshape(b * k, -1),
         jnp.repeat(query_features.reshape(b, -1, query_features.shape[-1]), k, axis=0),
     )
-
-    def one_by_one(_, *ours):
-        return jax.lax.map(lambda x: _best_cosine(*x), ours)
-
-    best = on_each_device(one_by_one, *each)
+    best = jax.lax.platform_dependent(
+        *each,
+        cpu=functools.partial(row_by_row, _best_cosine_in_blocks),
+        default=functools.partial(row_by_row, _best_cosine, at_once=SUPPORTS_AT_ONCE),
+    )
     low, high = (f(best, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
     stretched = (best - low) / (high - low + PRIOR_EPSILON)
     return stretched.reshape(b, k, *query_features.shape[1:3]).mean(axis=1)
 
 
+SUPPORTS_AT_ONCE = 8
+"""Off the CPU: their cosines take 415 MB at 473 pixels."""
+
 PRIOR_BLOCK = 450
-"""Support cells that are compared at once; those without foreground never are."""
+"""Support cells that a CPU compares at once; those without foreground never are."""
 
 
 def _best_cosine(
     support: Float[Array, "n f"], mask: Bool[Array, " n"], query: Float[Array, "m f"]
 ) -> Float[Array, " m"]:
     """Return each query cell's best cosine to a support cell, 0 to those cut out."""
+    cosines = _cosines(support, query)
+    return jnp.where(mask[:, None], cosines, 0).max(0)
+
+
+def _cosines(
+    rows: Float[Array, "n f"], query: Float[Array, "m f"]
+) -> Float[Array, "n m"]:
+    lengths, query_lengths = (jnp.linalg.norm(x, axis=1) for x in (rows, query))
+    return rows @ query.T / (lengths[:, None] * query_lengths[None] + PRIOR_EPSILON)
+
+
+def _best_cosine_in_blocks(
+    support: Float[Array, "n f"], mask: Bool[Array, " n"], query: Float[Array, "m f"]
+) -> Float[Array, " m"]:
+    """Return what `_best_cosine` does, from the cells with foreground alone."""
     block = min(PRIOR_BLOCK, len(mask))
     order = jnp.argsort(~mask, stable=True)
     order = jnp.concatenate([order, order[: -len(mask) % block]])  # whole blocks
     count = mask.sum()
-    query_lengths = jnp.linalg.norm(query, axis=1)
 
     def compare(i, best):
         places = jax.lax.dynamic_slice_in_dim(order, i * block, block)
-        rows = support[places]
-        lengths = jnp.linalg.norm(rows, axis=1)[:, None] * query_lengths[None]
-        cosines = rows @ query.T / (lengths + PRIOR_EPSILON)
+        cosines = _cosines(support[places], query)
         real = i * block + jnp.arange(block) < count
         return jnp.maximum(best, jnp.where(real[:, None], cosines, -jnp.inf).max(0))
 
     nothing = jnp.where(mask.all(), -jnp.inf, 0.0)
-    start = jnp.broadcast_to(nothing, query_lengths.shape).astype(query.dtype)
+    start = jnp.full(len(query), nothing, query.dtype)
     return jax.lax.fori_loop(0, -(-count // block), compare, start)

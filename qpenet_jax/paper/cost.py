@@ -99,13 +99,15 @@ def _state(run: PlannedRun) -> str:
 def _episodes(run: PlannedRun, steps: int) -> dict[int, int]:
     """Return how many episodes a run scores by shots, selection included."""
     experiment, config = run.experiment, run.experiment.config
-    protocol, selection = experiment.protocol(), experiment.selection_protocol()
+    protocol, selections = experiment.protocol(), experiment.selection_protocols()
     counts = dict.fromkeys(run.shots, protocol.episodes * len(protocol.seeds))
     if config.eval.references:
         counts[run.shots[0]] *= 3  # untrained and cosine as well
-    if selection:
-        times = math.ceil(steps / config.eval.every)
-        counts[run.shots[0]] += times * selection.episodes * len(selection.seeds)
+    times = math.ceil(steps / config.eval.every)
+    for of in selections.values():
+        counts[run.shots[0]] += times * of.episodes * len(of.seeds)
+    others = len(experiment.selections) - 1
+    counts[run.shots[0]] += others * protocol.episodes * len(protocol.seeds)
     return counts
 
 

@@ -28,7 +28,7 @@ def results_file(run: PlannedRun, shots: int) -> Path | None:
     if not first.exists() or not has_config_of(run):
         return None
     step, config = _json(first)["step"], run.experiment.config
-    if config.select_on == "last" and config.steps not in (0, step):
+    if run.experiment.selections[0] == "last" and config.steps not in (0, step):
         return None
     if shots == run.shots[0]:
         return first

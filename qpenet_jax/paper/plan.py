@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qpenet_jax.config import released_epochs
 from qpenet_jax.core.errors import InputError, check_choice
+from qpenet_jax.models.released.network import NAME as RELEASED
 from qpenet_jax.paper.results import TABLES, rows_of
 from qpenet_jax.paper.tables import TICKS
 from qpenet_jax.runs.config_files import load_config
@@ -124,7 +126,8 @@ class Plan:
                 same
                 | {"backbone.name": backbone}
                 | {"backbone.weights": _weights_file(config.backbone, backbone)}
-                | {"dataset.fold": fold, "seed": seed},
+                | {"dataset.fold": fold, "seed": seed}
+                | _epochs(config, backbone, fold),
                 shots=(1, 5),
             )
             for backbone in self.backbones
@@ -155,6 +158,16 @@ class Plan:
 
     def _experiment(self, words: Sequence[str]) -> Experiment:
         return Experiment(load_config(self.config_file, words))
+
+
+def _epochs(config: Any, backbone: str, fold: int) -> dict[str, int]:
+    """Return the authors' epochs of a row, if the config has them for its own."""
+    data = config.dataset
+    own = released_epochs(data, config.backbone.name, data.fold)
+    epochs = released_epochs(data, backbone, fold)
+    if config.variant != RELEASED or config.epochs != own or epochs is None:
+        return {}
+    return {"epochs": epochs}
 
 
 def _weights_file(given: Any, backbone: str) -> str:

@@ -229,7 +229,8 @@ def _folds_rows(
     body, columns = [], list(next(iter(rows.values())))
     for backbone, row in rows.items():
         body.append([backbone, "ours", *map(_cell, row.values())])
-        if paper := FOLD_RESULTS[table].get((shots, backbone)):
+        network = backbone.removesuffix("_deepstem")
+        if paper := FOLD_RESULTS[table].get((shots, network)):
             shown = dict(zip(FOLD_COLUMNS, map(str, paper), strict=True))
             body.append([backbone, "paper", *(shown[column] for column in columns)])
     return markdown.table(["backbone", "mIoU", *columns], body)

@@ -1,5 +1,6 @@
 """Scores a run's parameters, and what they are compared with, by one protocol."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, PyTree, UInt8
 from PIL import Image
 
+from qpenet_jax.config import SELECTION
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.episode_lists import EpisodeList
 from qpenet_jax.evaluation.metrics import (
@@ -112,6 +114,7 @@ class Evaluator:
         """
         self.experiment, self.weights = experiment, weights
         self.folder, self.val = folder, val
+        self.selection = experiment.selections[0]
         drawn = draw(experiment, val, protocol or experiment.protocol(), episodes)
         self.protocol, self.samplers, self.class_ids, self.left_out = drawn
 
@@ -125,6 +128,12 @@ class Evaluator:
         """Those classes of `config.eval.focus` that some episode can show."""
         names = self.experiment.config.eval.focus
         return [name for name in names if name in self.protocol.classes]
+
+    def of_selection(self, name: str) -> "Evaluator":
+        """Return this evaluator for another selection's checkpoint, and its folder."""
+        other = copy.copy(self)
+        other.selection, other.folder = name, self.folder / f"selected_on_{name}"
+        return other
 
     def describe(self) -> str:
         """Return the protocol, and which classes have too few images for it."""
@@ -164,7 +173,7 @@ class Evaluator:
         results = self._score("qpenet", predict) | facts
         results["network"] = self.experiment.network_name(self.protocol.shots)
         results["class_ids"] = list(self.class_ids)
-        results["selection"] = self.experiment.selection
+        results["selection"] = SELECTION[self.selection]
         results["references"] = self._references()
         if "cosine" in results["references"]:
             results["gain_over_cosine"] = self._gain("cosine")

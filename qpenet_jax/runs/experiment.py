@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
-from qpenet_jax.config import SELECTION, check, flat
+from qpenet_jax.config import check, flat, selections
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import cache_folder
 from qpenet_jax.core.types import Episode, SegmentationDataset
@@ -140,15 +140,19 @@ class Experiment:
         fields = preset_fields(fields["preset"], data.split) | fields | changes
         return Protocol(**fields)
 
-    def selection_protocol(self) -> Protocol | None:
-        """Return how checkpoints are chosen while training; None: the last is."""
-        if self.config.select_on == "base":
-            return self.protocol(
-                preset="ours",
-                classes=self._names(self.fold.base),
-                episodes=self.config.eval.base_episodes,
-            )
-        return self.protocol() if self.config.select_on == "novel" else None
+    @property
+    def selections(self) -> tuple[str, ...]:
+        """How checkpoints are chosen: the first is the result's, others come beside."""
+        return selections(self.config)
+
+    def selection_protocols(self) -> dict[str, Protocol]:
+        """Return how checkpoints are scored while training, by selection."""
+        base = self._names(self.fold.base), self.config.eval.base_episodes
+        protocols = {
+            "base": self.protocol(preset="ours", classes=base[0], episodes=base[1]),
+            "novel": self.protocol(),
+        }
+        return {name: protocols[name] for name in self.selections if name in protocols}
 
     @property
     def identity(self) -> str:
@@ -156,11 +160,6 @@ class Experiment:
         fields = flat(json.loads(self.config.to_json()))
         text = json.dumps({k: v for k, v in fields.items() if k not in FREE})
         return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def selection(self) -> str:
-        """How this run's checkpoint was chosen, for its results."""
-        return SELECTION[self.config.select_on]
 
     def _names(self, class_ids: Sequence[int]) -> tuple[str, ...]:
         return tuple(self.class_names[c - 1] for c in class_ids)

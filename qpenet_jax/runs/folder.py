@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from qpenet_jax.config import flat, merged
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.runs.config_files import OVERRIDE, override
 from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
-from qpenet_jax.training.checkpoints import restore_params
+from qpenet_jax.training.checkpoints import LAST, restore_params
 from qpenet_jax.training.recipes import resolved
 
 CONFIG_FILE = "config.json"
@@ -120,21 +120,28 @@ class TrainedRun:
         return weights
 
 
-def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
+def open_run(
+    workdir: str | Path, overrides: Sequence[str] = (), selection: str | None = None
+) -> TrainedRun:
     """Return the run of a workdir, with the parameters that it selected.
 
     `overrides` are other paths than it was trained with, such as
-    `--config.dataset.root=DIR`.
+    `--config.dataset.root=DIR`. `selection` takes another checkpoint than the
+    result's: "last", or one that the run's `select_on` names.
 
     Raises:
-        InputError: it holds no run or no checkpoint yet, or an override is no path.
+        InputError: it holds no run or no checkpoint yet, or an override is no path, or
+            the run kept no checkpoint by that selection.
     """
     folder = Path(workdir)
     config = read_config(folder)
     if (folder / OWN_BACKBONE).exists():
         config.backbone.weights = str(folder / OWN_BACKBONE)
     experiment = Experiment(_moved(config, overrides))
-    params, step = restore_params(folder, experiment.untrained())
+    kept = dict.fromkeys([*experiment.selections, LAST])
+    chosen = selection or experiment.selections[0]
+    check_choice(f"{folder} kept no checkpoint by ", chosen, kept)
+    params, step = restore_params(folder, experiment.untrained(), chosen)
     return TrainedRun(folder, experiment, params, step)
 
 

@@ -2,16 +2,19 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 
+from qpenet_jax.core import markdown
 from qpenet_jax.core.files import locked
+from qpenet_jax.evaluation.report import RESULTS
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.runs.folder import claim, inputs_of
+from qpenet_jax.runs.folder import claim, inputs_of, read_json
 from qpenet_jax.runs.progress import Progress
 from qpenet_jax.runs.stopping import Interrupted, StopSignal
 from qpenet_jax.runs.trainer import Trainer
@@ -34,8 +37,10 @@ def train(config: Any, workdir: Path) -> None:
         experiment, weights = trainer.experiment, trainer.weights
         val = experiment.dataset("val")
         evaluator = Evaluator(experiment, weights, workdir, val)
-        selection = experiment.selection_protocol()
-        selector = selection and Evaluator(experiment, weights, workdir, val, selection)
+        selectors = {
+            name: Evaluator(experiment, weights, workdir, val, protocol)
+            for name, protocol in experiment.selection_protocols().items()
+        }
         busy = (
             f"{workdir} is in use: another process trains there; wait for it, or "
             "choose another --workdir"
@@ -45,9 +50,12 @@ def train(config: Any, workdir: Path) -> None:
             name, images = trainer.config.dataset.name, len(trainer.sampler)
             print(f"{name}: {images} training images, {trainer.steps} steps")
             print(evaluator.describe())
-            state = _trained(trainer, workdir, evaluator, selector, stop)
+            state = _trained(trainer, workdir, evaluator, selectors, stop)
             _score_selected(trainer, workdir, evaluator, state)
+            others = _score_others(trainer, evaluator, state)
     print(evaluator.report())
+    if others:
+        print(others)
     print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
 
 
@@ -55,13 +63,13 @@ def _trained(
     trainer: Trainer,
     workdir: Path,
     evaluator: Evaluator,
-    selector: Evaluator | None,
+    selectors: Mapping[str, Evaluator],
     stop: StopSignal,
 ) -> TrainState:
     """Take the steps that are left and return the last state, saved as all due ones."""
-    with checkpoints.open_checkpoints(workdir) as manager:
+    with checkpoints.open_checkpoints(workdir, list(selectors)) as manager:
         state = _started(trainer, manager, evaluator)
-        return Loop(trainer, workdir, manager, selector, stop).run(state)
+        return Loop(trainer, workdir, manager, selectors, stop).run(state)
 
 
 def _started(
@@ -78,13 +86,13 @@ def _started(
 class Loop:
     """The steps of one training, with what happens every so many of them.
 
-    The `selector` scores checkpoints; without one the last is the run's result.
+    The `selectors` score checkpoints; without one the last is the run's result.
     """
 
     trainer: Trainer
     workdir: Path
     manager: ocp.CheckpointManager
-    selector: Evaluator | None
+    selectors: Mapping[str, Evaluator]
     stop: StopSignal
 
     def run(self, state: TrainState) -> TrainState:
@@ -111,8 +119,8 @@ class Loop:
             return
         progress.tell(step, saved=self.manager.latest_step())
         if saving:
-            miou = self._score_unless_stopped(state, progress) if due else None
-            checkpoints.save(self.manager, state, miou)
+            scores = self._score_unless_stopped(state, progress) if due else None
+            checkpoints.save(self.manager, state, scores)
         progress.restart_clock()
         if saving and self.stop.asked:
             raise Interrupted(f"step {step} is saved: the same command goes on")
@@ -123,8 +131,8 @@ class Loop:
 
     def _score_unless_stopped(
         self, state: TrainState, progress: Progress
-    ) -> float | None:
-        """Return mIoU for the selection; None without one, or after a stop.
+    ) -> dict[str, float] | None:
+        """Return mIoU for every selection; None after a stop.
 
         A stop doesn't wait for a score: the resumed run finds the step unscored.
         """
@@ -137,28 +145,29 @@ class Loop:
     def _score_restored(self, state: TrainState, progress: Progress) -> None:
         """Score the restored checkpoint if a stop left it unscored."""
         step = int(state.step)
-        if step == 0 or not self._is_due(step):
+        if step == 0 or not self._is_due(step) or not self.selectors:
             return
         if checkpoints.is_scored(self.manager, step):
             return
-        miou = self._score(state, progress)
-        if miou is not None:
-            checkpoints.add_score(self.manager, step, miou)
+        checkpoints.add_scores(self.manager, step, self._score(state, progress))
         progress.restart_clock()
 
-    def _score(self, state: TrainState, progress: Progress) -> float | None:
-        if self.selector is None:
-            return None
-        miou, name = self.selector.miou(state.params), self.trainer.config.select_on
-        progress.scalars("eval", {f"{name}_miou": miou}, int(state.step))
-        return miou
+    def _score(self, state: TrainState, progress: Progress) -> dict[str, float]:
+        scores = {
+            name: selector.miou(state.params)
+            for name, selector in self.selectors.items()
+        }
+        mious = {f"{name}_miou": miou for name, miou in scores.items()}
+        progress.scalars("eval", mious, int(state.step))
+        return scores
 
 
 def _score_selected(
     trainer: Trainer, workdir: Path, evaluator: Evaluator, state: TrainState
 ) -> None:
     """Score the selected checkpoint on the novel classes, unless it was before."""
-    params, selected = checkpoints.restore_params(workdir, state.params)
+    selection = trainer.experiment.selections[0]
+    params, selected = checkpoints.restore_params(workdir, state.params, selection)
     if evaluator.step() == selected:
         return
     results, figure = evaluator(trainer.placed(params), step=selected)
@@ -166,3 +175,25 @@ def _score_selected(
         writer.add_scalar("eval/miou", results["miou"], selected)
         writer.add_scalar("eval/fb_iou", results["fb_iou"], selected)
         writer.add_image("episodes", figure, selected, dataformats="HWC")
+
+
+def _score_others(trainer: Trainer, evaluator: Evaluator, state: TrainState) -> str:
+    """Score what the other selections take; return all as a table, if there are any.
+
+    Each in a folder of its own, as `evaluate` writes it, unless its checkpoint is one
+    that has been scored.
+    """
+    workdir, names = evaluator.folder, trainer.experiment.selections
+    found = {evaluator.step(): read_json(workdir / RESULTS)}
+    rows = []
+    for name in names:
+        params, step = checkpoints.restore_params(workdir, state.params, name)
+        if step not in found:
+            beside = evaluator.of_selection(name)
+            if beside.step() != step:
+                beside(trainer.placed(params), step=step)
+            found[step] = read_json(beside.folder / RESULTS)
+        scores = (f"{found[step][key]:.1f}" for key in ("miou", "fb_iou"))
+        rows.append([name, str(step), *scores])
+    titles = ("checkpoint by", "step", "mIoU", "FB-IoU")
+    return markdown.table(titles, rows) if len(names) > 1 else ""

@@ -1,6 +1,8 @@
-"""Checkpoints of a run by Orbax: the latest and the best."""
+"""Checkpoints of a run by Orbax: the latest, and the best of every selection."""
 
+import functools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -19,41 +21,60 @@ METRICS = "metrics"
 """What Orbax calls the folder of a step's scores, and the file in it."""
 
 
-def open_checkpoints(workdir: Path, read_only: bool = False) -> ocp.CheckpointManager:
+LAST = "last"
+"""The selection that takes the latest checkpoint; the others take their best."""
+
+
+def open_checkpoints(
+    workdir: Path, selections: Sequence[str] = (), read_only: bool = False
+) -> ocp.CheckpointManager:
     """Return the manager of a run, to be used in a `with` (closing finishes saves).
 
-    Saves with a `miou` metric compete for best; the latest is kept whatever it scored.
+    Of each of the `selections` the best checkpoint is kept; the latest always is.
     """
-
-    def miou(metrics):
-        return metrics["miou"]
-
-    best = policies.BestN(
-        get_metric_fn=miou, n=1, keep_checkpoints_without_metrics=False
-    )
+    best = [
+        policies.BestN(
+            get_metric_fn=functools.partial(_score, selection=name),
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        for name in selections
+        if name != LAST
+    ]
     options = ocp.CheckpointManagerOptions(
-        best_fn=miou,
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+        best_fn=lambda scores: 0.0,  # Orbax saves no scores without; ours is `step_of`
+        preservation_policy=policies.AnyPreservationPolicy(
+            [policies.LatestN(1), *best]
+        ),
         read_only=read_only,
     )
     return ocp.CheckpointManager((workdir / FOLDER).resolve(), options=options)
 
 
+def _score(scores: Mapping[str, float], selection: str) -> float:
+    """Return the score by a selection; earlier versions had one, called miou."""
+    return scores[selection] if selection in scores else scores["miou"]
+
+
 def save(
-    manager: ocp.CheckpointManager, state: TrainState, miou: float | None = None
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    scores: Mapping[str, float] | None = None,
 ) -> None:
-    """Save the state under its step, unless that step is saved already."""
+    """Save the state under its step, unless that step is saved already.
+
+    `scores` are mIoUs by the names of selections.
+    """
     step = int(state.step)
     if step in manager.all_steps():
         return
-    metrics = None if miou is None else {"miou": miou}
     args = ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
         optimizer=ocp.args.StandardSave(
             {"step": state.step, "opt_state": state.opt_state}
         ),
     )
-    manager.save(step, args=args, metrics=metrics)
+    manager.save(step, args=args, metrics=dict(scores) if scores else None)
 
 
 def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:
@@ -61,11 +82,13 @@ def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:
     return manager.metrics(step) is not None
 
 
-def add_score(manager: ocp.CheckpointManager, step: int, miou: float) -> None:
-    """Give a saved step its score afterwards, as `save` would have."""
+def add_scores(
+    manager: ocp.CheckpointManager, step: int, scores: Mapping[str, float]
+) -> None:
+    """Give a saved step its scores afterwards, as `save` would have."""
     # Orbax reads the scores from these files, and has no call to add one later.
     file = Path(manager.directory) / str(step) / METRICS / METRICS
-    write_whole(file, json.dumps({"miou": miou}))
+    write_whole(file, json.dumps(dict(scores)))
     manager.reload()
 
 
@@ -79,14 +102,19 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     return TrainState(params=saved["params"], **saved["optimizer"])
 
 
-def best_step(manager: ocp.CheckpointManager) -> int | None:
-    """Return the step of the best checkpoint, or of the latest if none is scored."""
-    step = manager.best_step()
-    return manager.latest_step() if step is None else step
+def step_of(manager: ocp.CheckpointManager, selection: str) -> int | None:
+    """Return the step that a selection takes; the latest if none is scored."""
+    scores = {step: manager.metrics(step) for step in manager.all_steps()}
+    scored = {step: of for step, of in scores.items() if of}
+    if selection == LAST or not scored:
+        return manager.latest_step()
+    return max(scored, key=lambda step: (_score(scored[step], selection), step))
 
 
-def restore_params(workdir: Path, like: PyTree[Array]) -> tuple[PyTree[Array], int]:
-    """Return the parameters of `best_step` and that step.
+def restore_params(
+    workdir: Path, like: PyTree[Array], selection: str
+) -> tuple[PyTree[Array], int]:
+    """Return the parameters of `step_of` and that step.
 
     `like` gives shapes and devices. Raises InputError if there is no checkpoint.
     """
@@ -94,7 +122,7 @@ def restore_params(workdir: Path, like: PyTree[Array]) -> tuple[PyTree[Array], i
     if not (workdir / FOLDER).is_dir():
         raise missing
     with open_checkpoints(workdir, read_only=True) as manager:
-        step = best_step(manager)
+        step = step_of(manager, selection)
         if step is None:
             raise missing
         return _restore(manager, step, params=like)["params"], step

@@ -24,3 +24,16 @@ def on_each_device(f: Callable[..., Any], *batches: Any, shared: Any = ()) -> An
     specs = (whole, *(split for _ in batches))
     mapped = jax.shard_map(f, in_specs=specs, out_specs=split, check_vma=False)
     return mapped(shared, *batches)
+
+
+def row_by_row(f: Callable[..., Any], *batches: Any, at_once: int = 1) -> Any:
+    """Return `f(*rows)` of every row of the batches, so many of them at once.
+
+    Every device goes through its own part, as `on_each_device` says.
+    """
+
+    def our_part(_, *ours):
+        size = None if at_once == 1 else at_once
+        return jax.lax.map(lambda row: f(*row), ours, batch_size=size)
+
+    return on_each_device(our_part, *batches)
