@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,10 @@ CHECKED = ("backbones", "data", "evaluation", "models", "training")
 install_import_hook([f"qpenet_jax.{room}" for room in CHECKED], "typecheck.checked")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What a shell starts in the background ignores Ctrl-C, and so does all that it starts;
+# tests send Ctrl-C to processes of their own.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARITY = ("torch", "torchvision", "efficientnet_lite_pytorch")
 """What tests marked `parity` compare with: the extra [parity]."""

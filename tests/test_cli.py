@@ -49,7 +49,13 @@ def test_describe_prints_the_layers(capsys):
     for name in ("gbc", "ffa", "convs", "reduce_support", "P_global"):
         assert name in printed
     assert "9,291,016" in printed
+    main(
+        ["describe", "--backbone", "resnet50", "--side", "33", "--variant", "released"]
+    )
+    # The released network's own 13,505,984 and layer4's, frozen, without batch norm.
+    assert f"{13_505_984 + 14_953_472:,}" in capsys.readouterr().out
     assert "8 n + 1" in refused(capsys, "describe", "--side", 64)
+    assert "choose baseline" in refused(capsys, "describe", "--variant", "ful")
 
 
 def test_a_malicious_weight_file_is_refused(capsys, tmp_path):

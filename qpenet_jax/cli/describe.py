@@ -21,6 +21,13 @@ def add_parser(commands) -> None:
         help="the frozen network below it; default: %(default)s",
     )
     parser.add_argument(
+        "--variant",
+        default="full",
+        metavar="NAME",
+        help="full, released (its authors' network), or a row of the paper's Tables "
+        "III to V, such as baseline; default: %(default)s",
+    )
+    parser.add_argument(
         "--shots",
         type=int,
         default=1,
@@ -43,15 +50,23 @@ def run(args: argparse.Namespace) -> None:
     from flax.linen.summary import tabulate
 
     from qpenet_jax.backbones.registry import backbone
+    from qpenet_jax.core.errors import check_choice
     from qpenet_jax.evaluation.protocols import check_side
     from qpenet_jax.models.qpenet import QPENet
+    from qpenet_jax.models.released import network as released
+    from qpenet_jax.models.variants import VARIANTS
 
     check_side(args.side)
+    check_choice("--variant ", args.variant, (*VARIANTS, released.NAME))
+    if args.variant == released.NAME:
+        model = released.ReleasedQPENet(backbone(args.backbone).deep)
+    else:
+        model = QPENet(**VARIANTS[args.variant].fields)
     grid, channels = args.side // 8 + 1, backbone(args.backbone).channels
     support = jnp.zeros((1, args.shots, grid, grid, channels))
     masks = jnp.zeros((1, args.shots, args.side, args.side), jnp.int32)
     describe = tabulate(
-        QPENet(),
+        model,
         jax.random.key(0),
         depth=2,
         console_kwargs={"width": 120, "force_terminal": False},

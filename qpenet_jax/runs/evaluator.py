@@ -172,6 +172,7 @@ class Evaluator:
         predict = self.experiment.predictor(params, self.weights)
         results = self._score("qpenet", predict) | facts
         results["network"] = self.experiment.network_name(self.protocol.shots)
+        results["config_hash"] = self.experiment.identity[:12]
         results["class_ids"] = list(self.class_ids)
         results["selection"] = SELECTION[self.selection]
         results["references"] = self._references()
