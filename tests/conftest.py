@@ -37,6 +37,15 @@ PARITY = ("torch", "torchvision", "efficientnet_lite_pytorch")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+LONG = ("test_train.py", "test_reproduce.py", "test_released.py")
+"""Files that take more than a minute."""
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the long files, so that neither process of two ends with one alone."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_runtest_setup(item):
     missing = [name for name in PARITY if importlib.util.find_spec(name) is None]
     if missing and item.get_closest_marker("parity"):
