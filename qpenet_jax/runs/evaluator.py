@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol, of_dataset
 from qpenet_jax.evaluation.report import (
     RESULTS,
+    SHEET,
     TABLE,
     summarize,
     table,
@@ -126,6 +128,13 @@ class Evaluator:
         names = self.experiment.config.eval.focus
         return [name for name in names if name in self.protocol.classes]
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that are written."""
+        names = [RESULTS, TABLE, SHEET, REFERENCES, FIGURE]
+        scored = [self._episodes(name) for name in ("qpenet", "untrained", "cosine")]
+        return [*(self.folder / name for name in names), *scored]
+
     def describe(self) -> str:
         """Return the protocol, and which classes have too few images for it."""
         lines = [f"protocol: {self.protocol}"]
@@ -154,11 +163,16 @@ class Evaluator:
         return table(found)
 
     def __call__(
-        self, params: PyTree[Array], **facts: Any
+        self,
+        params: PyTree[Array],
+        tell: Callable[[dict[str, Any], UInt8[Any, "h w 3"]], None] | None = None,
+        **facts: Any,
     ) -> tuple[dict[str, Any], UInt8[Any, "h w 3"]]:
         """Score the network; write and return the results and a figure.
 
         `facts` are added to the results, such as `step`, that of the checkpoint.
+        Others are told of results and figure by `tell`, before the file of the results
+        says that all is done.
         """
         predict = self.experiment.predictor(params, self.weights)
         results = self._score("qpenet", predict) | facts
@@ -170,6 +184,8 @@ class Evaluator:
             results["gain_over_cosine"] = self._gain("cosine")
         figure = self._figure(predict)
         Image.fromarray(figure).save(self.folder / FIGURE)
+        if tell is not None:
+            tell(results, figure)
         write_report(self.folder, results)  # last: it says that all is done
         return results, figure
 
@@ -190,7 +206,7 @@ class Evaluator:
 
     def report(self) -> str:
         """Return the last results as text: the table beside their references."""
-        return (self.folder / TABLE).read_text()
+        return (self.folder / TABLE).read_text(encoding="utf-8")
 
     def _figure(self, predict: Predictor) -> UInt8[Any, "h w 3"]:
         """Draw the first episodes with the baseline's and the network's prediction."""
@@ -244,4 +260,4 @@ class Evaluator:
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -8,7 +8,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 
-from qpenet_jax.core.files import locked
+from qpenet_jax.core.files import local_path, locked, refuse_overwriting
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import claim, inputs_of
@@ -29,9 +29,12 @@ def train(config: Any, workdir: Path) -> None:
         InputError: bad input, another run in the workdir, or a loss that diverges.
         Interrupted: by Ctrl-C or SIGTERM; the same call goes on.
     """
+    workdir = local_path(workdir)
     with StopSignal() as stop:
-        trainer = Trainer(Experiment(config))
-        experiment, weights = trainer.experiment, trainer.weights
+        experiment = Experiment(config)
+        refuse_overwriting([workdir / LOCK_FILE], experiment.inputs)
+        trainer = Trainer(experiment)
+        weights = trainer.weights
         val = experiment.dataset("val")
         evaluator = Evaluator(experiment, weights, workdir, val)
         selection = experiment.selection_protocol()
@@ -161,8 +164,11 @@ def _score_selected(
     params, selected = checkpoints.restore_params(workdir, state.params)
     if evaluator.step() == selected:
         return
-    results, figure = evaluator(trainer.placed(params), step=selected)
-    with SummaryWriter(str(workdir)) as writer:
-        writer.add_scalar("eval/miou", results["miou"], selected)
-        writer.add_scalar("eval/fb_iou", results["fb_iou"], selected)
-        writer.add_image("episodes", figure, selected, dataformats="HWC")
+
+    def tell(results, figure):
+        with SummaryWriter(str(workdir)) as writer:
+            writer.add_scalar("eval/miou", results["miou"], selected)
+            writer.add_scalar("eval/fb_iou", results["fb_iou"], selected)
+            writer.add_image("episodes", figure, selected, dataformats="HWC")
+
+    evaluator(trainer.placed(params), tell, step=selected)
