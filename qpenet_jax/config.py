@@ -26,7 +26,7 @@ from ml_collections.config_dict import placeholder
 
 from qpenet_jax.backbones.precision import DTYPES
 from qpenet_jax.core.errors import InputError, check_choice
-from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.augmentation import Augmentation, check_ranges
 from qpenet_jax.data.episodes import Order, Targets
 from qpenet_jax.evaluation.protocols import PRESETS, Scoring, check_side
 from qpenet_jax.models.losses import LossWeights
@@ -261,6 +261,30 @@ def check(config: Any) -> None:
     ):
         check_choice(f"config.{name}=", value, choices)
     check_side(config.side)
+    _check_tuples(config)
+
+
+LISTS = {
+    "dataset.novel": str,
+    "backbone.stages": str,
+    "model.prototypes": str,
+    "eval.focus": str,
+    "eval.seeds": int,
+}
+"""Fields that hold any number of different things, and of which type."""
+
+
+def _check_tuples(config: Any) -> None:
+    """Refuse ranges without room, lists of another type or with repeats."""
+    check_ranges(config.augmentation.scale, config.augmentation.rotate)
+    for name, kind in LISTS.items():
+        section, field = name.split(".")
+        values = config[section][field]
+        if not all(type(v) is kind and (kind is str or v >= 0) for v in values):
+            what = "whole numbers, as 0,1" if kind is int else "names, as ('a','b')"
+            raise InputError(f"config.{name}={values}: give {what}")
+        if len(set(values)) < len(values):
+            raise InputError(f"config.{name}={values}: give each one once")
 
 
 def merged(saved: Mapping[str, Any], source: str) -> Any:

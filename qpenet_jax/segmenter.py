@@ -3,17 +3,22 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, PyTree, UInt8
+import PIL.Image
+from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.transforms import fit, fit_label, padding, unpad
+from qpenet_jax.core.files import local_path
+from qpenet_jax.data.arrays import as_image, as_mask
+from qpenet_jax.data.supports import fit_support
+from qpenet_jax.data.transforms import fit, padding, unpad
 from qpenet_jax.evaluation.predictor import Predictor
-from qpenet_jax.models.qpenet import Role
 from qpenet_jax.runs.folder import open_run
 
-Image = UInt8[np.ndarray, "h w 3"]
+Image = UInt8[np.ndarray, "h w 3"] | PIL.Image.Image
+GivenMask = Shaped[np.ndarray, "h w"] | PIL.Image.Image
 Mask = UInt8[np.ndarray, "h w"]
 
 
@@ -32,7 +37,7 @@ class Task:
     def __call__(self, query: Image) -> Mask:
         """Return the query's mask at its own size: 1 foreground, 0 background.
 
-        Raises InputError if the query is no RGB image of type uint8.
+        Raises InputError if the query is no PIL image and no RGB array of type uint8.
         """
         return (self._lead(query) > 0).astype(np.uint8)
 
@@ -45,10 +50,15 @@ class Task:
         return 1 / (1 + np.exp(-np.clip(self._lead(query), *LARGEST)))
 
     def _lead(self, query):
-        _check_image("query", query)
-        encoded = _encode(self.predict, query, self.side, "query")
+        pixels = as_image(query, "query image")
+        height, width = pixels.shape[:2]
+        encoded = self.predict.encode(
+            fit(pixels, self.side)[None],
+            ("query",),
+            padding(height, width, self.side)[None],
+        )
         lead = np.asarray(self.predict.decode(self.supports, self.masks, encoded))
-        return unpad(lead[0], *query.shape[:2])
+        return unpad(lead[0], height, width)
 
 
 LARGEST = (-80.0, 80.0)
@@ -63,35 +73,40 @@ class Segmenter:
     side: int
 
     def learn(
-        self, images: Image | Sequence[Image], masks: Mask | Sequence[Mask]
+        self, images: Image | Sequence[Image], masks: GivenMask | Sequence[GivenMask]
     ) -> Task:
         """Return a task that segments in any query what the masks mark in the images.
 
-        Images are RGB of any size, one support or K; in a mask 1 is the object, and
-        pixels of 255 are ignored. Raises InputError for a support without foreground,
-        or one whose mask has another size.
+        Images are RGB of any size, one support or K. A mask means what its file means
+        to `qpenet predict`: one value is the object, 0 background, and 255 beside
+        another value is ignored; booleans do as well. Where the network would see
+        nothing of what is marked, the support is cropped around it (`fit_support`).
+
+        Raises:
+            InputError: a mask without object, with several values, with fractions or of
+                another size; an image that is no RGB of type uint8.
         """
-        if isinstance(images, np.ndarray) and images.ndim == 3:
-            images, masks = [images], [np.asarray(masks)]
-        masks = [np.asarray(mask) for mask in masks]
-        _check_supports(images, masks)
-        fitted = [fit_label(mask.astype(np.uint8), self.side) for mask in masks]
-        encoded = (
-            _encode(self.predict, image, self.side, "support") for image in images
-        )
-        return Task(self.predict, self.side, tuple(encoded), np.stack(fitted)[None])
+        supports = [
+            fit_support(*support, self.side) for support in _supports(images, masks)
+        ]
+        encoded = [
+            self.predict.encode(image[None], ("support",), beside[None])
+            for image, _, beside in supports
+        ]
+        fitted = np.stack([mask for _, mask, _ in supports])[None]
+        return Task(self.predict, self.side, tuple(encoded), fitted)
 
     def __call__(
         self,
         query: Image,
         supports: Image | Sequence[Image],
-        masks: Mask | Sequence[Mask],
+        masks: GivenMask | Sequence[GivenMask],
     ) -> Mask:
         """Return the mask of one query: `learn(supports, masks)(query)`.
 
         Raises InputError as `learn` and the task do.
         """
-        _check_image("query", query)
+        query = as_image(query, "query image")
         return self.learn(supports, masks)(query)
 
 
@@ -102,37 +117,23 @@ def load(workdir: str | Path, overrides: Sequence[str] = ()) -> Segmenter:
     `--config.backbone.weights=FILE`. No data set is needed. Raises InputError if the
     folder holds no run, or the weights aren't those that it was trained with.
     """
-    run = open_run(workdir, overrides)
+    run = open_run(local_path(workdir), overrides)
     predict = run.experiment.predictor(run.params, run.weights)
     return Segmenter(predict, run.experiment.config.side)
 
 
-def _encode(predict: Predictor, image: Image, side: int, role: Role) -> PyTree[Array]:
-    height, width = image.shape[:2]
-    beside = padding(height, width, side)
-    return predict.encode(fit(image, side)[None], (role,), beside[None])
-
-
-def _check_supports(images, masks) -> None:
+def _supports(images: Any, masks: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return image and mask of every support, checked."""
+    if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) == 3:
+        images, masks = [images], [masks]
     if len(images) != len(masks) or not len(images):
         raise InputError(
             f"{len(images)} supports with {len(masks)} masks: give one mask for "
             "every support image, and at least one"
         )
+    supports = []
     for number, (image, mask) in enumerate(zip(images, masks, strict=True), 1):
-        _check_image("support", image)
-        if mask.shape != image.shape[:2]:
-            raise InputError(
-                f"mask {number} is {list(mask.shape)} for a support image of "
-                f"{list(image.shape[:2])}: make them equal"
-            )
-        if not (mask == 1).any():
-            raise InputError(f"mask {number} has no foreground: mark the object with 1")
-
-
-def _check_image(name, image) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise InputError(
-            f"{name} image is {image.dtype}{list(image.shape)}: "
-            "give uint8 RGB of shape [height, width, 3]"
-        )
+        pixels = as_image(image, f"support image {number}")
+        marked = as_mask(mask, pixels.shape[:2], f"mask {number}")
+        supports.append((pixels, marked))
+    return supports

@@ -178,3 +178,47 @@ def test_overrides_are_refused_where_there_is_no_config(capsys):
     error = refused(capsys, "compare", "a.json", "b.json", "--config.side=9")
     assert "--config.side=9" in error
     assert "--config" in refused(capsys, "benchmark", "data", "--config.side=9")
+
+
+def test_no_data_set_is_written_into_what_it_is_made_of(capsys, tmp_path):
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+        out = tmp_path / part / "x"
+        error = refused(capsys, "prepare", "folder", tmp_path, "--out", out)
+        assert f"into {tmp_path / part}, which is read" in error
+        assert not out.exists()
+
+
+def test_converted_weights_never_replace_the_original(capsys, tmp_path):
+    file = tmp_path / "resnet50.safetensors"
+    file.write_bytes(b"original")
+    error = refused(capsys, "convert", file, "--backbone=resnet50", "--out", tmp_path)
+    assert f"over the input {file}" in error
+    assert file.read_bytes() == b"original"
+
+
+def test_an_episode_list_never_replaces_its_config_or_an_image(
+    capsys, tmp_path, write_voc
+):
+    root = write_voc(tmp_path / "voc", images=8, classes=4)
+    config = tmp_path / "my.py"
+    config.write_text(
+        "from qpenet_jax.config import default_config\n\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.backbone.name = 'efficientnet_lite0'\n"
+        "    config.backbone.weights = ''\n"
+        f"    config.dataset.root = {str(root)!r}\n"
+        "    config.dataset.kind = 'voc'\n"
+        f"    config.dataset.train_ids = config.dataset.val_ids = '{root}/ids.txt'\n"
+        "    return config\n"
+    )
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    image = root / "JPEGImages" / "im_000.jpg"
+    for out in (config, root / "ids.txt", image, image.with_name("new.csv")):
+        error = refused(capsys, "episodes", "export", "--config", config, "--out", out)
+        assert "would be written" in error
+    workdir = root / "SegmentationClassAug" / "run"
+    error = refused(capsys, "train", "--config", config, "--workdir", workdir)
+    assert f"into {workdir.parent}, which is read" in error
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.compare import compare_results, comparison_table
 from qpenet_jax.evaluation.metrics import Scores
@@ -52,6 +53,22 @@ def test_a_run_against_itself_is_0(tmp_path):
     for row in rows:
         assert row["a"] == row["b"] > 30
         assert (row["difference"], row["interval"]) == (0, [0, 0])
+
+
+def test_the_comparison_never_replaces_what_it_compares(tmp_path, capsys):
+    facts = {"episodes_file": "scores.csv"}
+    a = write_run(tmp_path / "a")
+    b = write_run(tmp_path / "b", name="scores.csv", facts=facts)
+    inputs = [a, a.with_name("episodes_qpenet.csv"), b, b.with_name("scores.csv")]
+    before = [file.read_bytes() for file in inputs]
+    for given, out in [(a, file) for file in inputs] + [(a.parent, a)]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["compare", str(given), str(b.parent), "--out", str(out)])
+        assert stopped.value.code == 2
+        assert f"over the input {out}" in capsys.readouterr().err
+    assert [file.read_bytes() for file in inputs] == before
+    main(["compare", str(a), str(b), "--out", str(tmp_path / "new.json")])
+    assert json.loads((tmp_path / "new.json").read_text())["miou"]["difference"] == 0
 
 
 def test_a_known_shift(tmp_path):

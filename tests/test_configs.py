@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 from qpenet_jax.backbones.registry import DEEP
+from qpenet_jax.config import LISTS, default_config, flat
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
+from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.runs.config_files import override
 from qpenet_jax.runs.experiment import Experiment
 
 CONFIGS = sorted(
@@ -103,3 +107,50 @@ def test_the_released_settings():
         assert schedule(999) == 0
         assert ours.model.channels == 256
         assert ours.model.background_scale == 0
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "augmentation.scale=0.5",
+        "augmentation.scale=0.5,1,2",
+        "augmentation.scale=1.1,0.9",
+        "augmentation.scale=0,1",
+        "augmentation.scale=-1,1",
+        "augmentation.scale=a,b",
+        "augmentation.scale=1,1e999",
+        "augmentation.scale=()",
+        "augmentation.rotate=-5",
+        "augmentation.rotate=nan",
+        "eval.seeds=0,0",
+        "eval.seeds=0,1.5",
+        "eval.seeds=a",
+        "eval.seeds=-1",
+        "eval.focus=('dog','dog')",
+        "eval.focus=5",
+        "dataset.novel=('cat','dog','cat')",
+        "dataset.novel=5",
+        "backbone.stages=('layer2','layer2')",
+        "backbone.stages=5",
+        "model.prototypes=('pre','pre')",
+        "model.prototypes=1,2",
+    ],
+)
+def test_a_range_or_list_that_says_nothing_is_refused(word):
+    with pytest.raises(InputError, match=word.partition("=")[0]) as told:
+        Experiment(override(default_config(), [f"--config.{word}"])).protocol()
+    assert "\n" not in str(told.value)
+
+
+def test_every_tuple_of_the_config_is_checked():
+    """A new field of several values has to be a list, or to check itself."""
+    fields = flat(default_config().to_dict()).items()
+    tuples = {name for name, value in fields if isinstance(value, tuple)}
+    assert tuples == {*LISTS, "augmentation.scale"}
+
+
+def test_ranges_that_say_something_are_taken():
+    for scale in ((1.0, 1.0), (0.5, 2), (1, 1)):
+        assert Augmentation(scale=scale).scale == scale
+    ours = Experiment(override(default_config(), ["--config.eval.seeds=3,0"]))
+    assert ours.protocol().seeds == (3, 0)

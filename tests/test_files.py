@@ -3,11 +3,18 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import cache_folder, locked
+from qpenet_jax.core.files import (
+    cache_folder,
+    local_path,
+    locked,
+    refuse_overwriting,
+    visible_files,
+)
 
 
 def printed(code, **environment):
@@ -73,3 +80,82 @@ def test_a_lock_keeps_other_processes_out_until_its_process_ends(tmp_path):
         process.wait()
     with locked(lock, "busy"):
         pass
+
+
+def test_a_path_may_start_at_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_path("~/r") == tmp_path / "r"
+    assert local_path(Path("~")) == tmp_path
+    assert local_path("a/~/b") == Path("a/~/b")
+
+
+@pytest.mark.parametrize(
+    "text", ["gs://bucket/run", "s3://b", "https://x.org/a.png", "file:///tmp/x"]
+)
+def test_an_address_is_no_path(text):
+    for given in (text, Path(text)):
+        with pytest.raises(InputError, match="only files of this machine"):
+            local_path(given)
+
+
+def test_a_path_that_is_none_is_refused():
+    with pytest.raises(InputError, match="path is empty"):
+        local_path("")
+    with pytest.raises(InputError, match="~nobody_here/r: no such home folder"):
+        local_path("~nobody_here/r")
+
+
+def test_no_output_is_an_input_whatever_it_is_called(tmp_path):
+    folder, photo = tmp_path / "photos", tmp_path / "photos" / "a.png"
+    folder.mkdir()
+    photo.write_bytes(b"photo")
+    (tmp_path / "soft.png").symlink_to(photo)
+    (tmp_path / "hard.png").hardlink_to(photo)
+    (tmp_path / "linked").symlink_to(folder)
+    same = [photo, folder / ".." / "photos" / "a.png", tmp_path / "linked" / "a.png"]
+    same += [tmp_path / "soft.png", tmp_path / "hard.png"]
+    for output in same:
+        with pytest.raises(InputError, match=r"over the input .*a\.png: choose"):
+            refuse_overwriting([tmp_path / "new.png", output], [photo])
+    free = [folder / "b.png", tmp_path / "a.png", tmp_path / "photos2" / "a.png"]
+    refuse_overwriting(free, [photo, tmp_path / "missing.png"])
+    for output in (
+        folder,
+        folder / "b.png",
+        folder / "new" / "b",
+        tmp_path / "linked/c",
+    ):
+        with pytest.raises(InputError, match="photos"):
+            refuse_overwriting([output], [folder])
+
+
+def test_files_below_a_folder_are_all_found_once(tmp_path):
+    (tmp_path / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    for name in (
+        "b.jpg",
+        "a.txt",
+        "._b.jpg",
+        "sub/c.jpg",
+        "sub/deep/d.jpg",
+        ".hidden/e",
+    ):
+        (tmp_path / name).write_bytes(b"")
+    top = tmp_path / "sub"
+    (top / "back").symlink_to(tmp_path)  # a cycle
+    (top / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "f.jpg").write_bytes(b"")
+    files, folders = visible_files(top, recursive=False)
+    assert [f.name for f in files] == ["c.jpg"]
+    assert [f.name for f in folders] == ["back", "deep", "linked"]
+    files, folders = visible_files(tmp_path, recursive=True)
+    names = [str(file.relative_to(tmp_path)) for file in files]
+    assert sorted(Path(n).name for n in names) == [
+        "a.txt",
+        "b.jpg",
+        "c.jpg",
+        "d.jpg",
+        "f.jpg",
+    ]
+    assert not folders

@@ -1,12 +1,24 @@
+import struct
+from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.images import image_size, read_image, read_label, read_mask
+from qpenet_jax.core.errors import InputError, InputWarning
+from qpenet_jax.data.images import (
+    TURNS,
+    image_size,
+    read_image,
+    read_label,
+    read_mask,
+    reread_image,
+    warn_of_turn,
+)
 
 SMOOTH = np.stack(
     np.broadcast_arrays(
@@ -100,6 +112,162 @@ def test_exif_orientation_is_applied(tmp_path, orientation, upright, suffix):
     assert image_size(path) == image.shape[:2] == upright.shape[:2]
     tolerance = 0 if suffix == "png" else 12
     assert abs(image.astype(int) - upright).max() <= tolerance
+
+
+def tiff_field(tag: int, kind: int, value: bytes, order: str) -> bytes:
+    """One EXIF entry of one value that is stored in place."""
+    return struct.pack(f"{order}HHI", tag, kind, 1) + value.ljust(4, b"\0")
+
+
+WIDTHS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 7: "B"}
+"""EXIF's integer types, and UNDEFINED, by their numbers."""
+
+
+def exif_of(orientation: int, kind: int, order: str) -> bytes:
+    value = struct.pack(f"{order}{WIDTHS[kind]}", orientation)
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    entry = tiff_field(0x0112, kind, value, order)
+    return b"Exif\0\0" + head + struct.pack(f"{order}IH", 8, 1) + entry + bytes(4)
+
+
+def xmp_of(text: str) -> bytes:
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999'
+        f'/02/22-rdf-syntax-ns#"><rdf:Description {text}</rdf:RDF></x:xmpmeta>'
+    ).encode()
+
+
+UPRIGHT = {
+    1: SMOOTH,
+    2: SMOOTH[:, ::-1],
+    3: SMOOTH[::-1, ::-1],
+    4: SMOOTH[::-1],
+    5: SMOOTH.swapaxes(0, 1),
+    6: np.rot90(SMOOTH, -1),
+    7: SMOOTH[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90(SMOOTH, 1),
+}
+
+
+def all_readers_agree(path: Path, upright: np.ndarray, tolerance: int = 0) -> None:
+    """Check and use see one picture: header, file, open file and prepared record."""
+    data = path.read_bytes()
+    images = read_image(path), read_image(BytesIO(data), "x"), reread_image(data, "x")
+    for image in images:
+        assert image.shape == upright.shape
+        assert image.flags.c_contiguous
+        assert abs(image.astype(int) - upright).max() <= tolerance
+    np.testing.assert_array_equal(images[2], images[0])
+    assert image_size(path) == image_size(BytesIO(data), "x") == upright.shape[:2]
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("kind", WIDTHS)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_exif_orientation_may_be_of_any_integer_type(tmp_path, kind, order, suffix):
+    for orientation, upright in UPRIGHT.items():
+        exif, lossless = exif_of(orientation, kind, order), {"lossless": True}
+        options = lossless if suffix == "webp" else {}
+        path = saved(tmp_path / f"x.{suffix}", SMOOTH, exif=exif, **options)
+        all_readers_agree(path, upright, 12 if suffix == "jpg" else 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'tiff:Orientation="{}"/>',
+        "tiff:Orientation='{}'/>",
+        "><tiff:Orientation>{}</tiff:Orientation></rdf:Description>",
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_orientation_may_be_told_by_xmp_alone(tmp_path, text, suffix):
+    for orientation, upright in UPRIGHT.items():
+        xmp = xmp_of(text.format(orientation))
+        options = {"xmp": xmp}
+        if suffix == "png":
+            info = PngInfo()
+            info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+            options = {"pnginfo": info}
+        options |= {"lossless": True} if suffix == "webp" else {}
+        path = saved(tmp_path / f"x.{suffix}", SMOOTH, **options)
+        all_readers_agree(path, upright, 12 if suffix == "jpg" else 0)
+
+
+def test_exif_counts_where_xmp_says_otherwise(tmp_path):
+    xmp = xmp_of('tiff:Orientation="8"/>')
+    path = saved(tmp_path / "x.jpg", SMOOTH, exif=exif_of(6, 3, ">"), xmp=xmp)
+    all_readers_agree(path, UPRIGHT[6], 12)
+    path = saved(tmp_path / "y.jpg", SMOOTH, exif=exif_of(1, 3, ">"), xmp=xmp)
+    all_readers_agree(path, SMOOTH, 12)
+
+
+@pytest.mark.parametrize("value", [0, 9, 255])
+def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path, value):
+    path = saved(tmp_path / "x.png", SMOOTH, exif=exif_of(value, 1, "<"))
+    all_readers_agree(path, SMOOTH)
+
+
+@pytest.mark.parametrize("kind", [3, 4])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_tiff_is_turned_once(tmp_path, kind, compression, mode):
+    """Pillow turns a TIFF while it loads the pixels, and tells the size upright."""
+    plain = Image.fromarray(SMOOTH).convert(mode if mode != "I;16" else "L")
+    if mode == "I;16":
+        plain = Image.fromarray(GREY.astype(np.uint16) * 257)
+    plain.save(tmp_path / "plain.tif")
+    stored = read_image(tmp_path / "plain.tif")
+    for orientation, turn in TURNS.items():
+        tags = ImageFileDirectory_v2()
+        tags.tagtype[0x0112] = kind
+        tags[0x0112] = orientation
+        path = tmp_path / "x.tif"
+        plain.save(path, tiffinfo=tags, compression=compression)
+        all_readers_agree(path, turn(stored))
+
+
+def test_a_label_is_turned_by_its_own_metadata_as_its_image_is(tmp_path):
+    label = (np.arange(24 * 16).reshape(24, 16) % 5).astype(np.uint8)
+    path = saved(tmp_path / "m.png", label, exif=exif_of(6, 3, "<"))
+    same(read_label(path), np.rot90(label, -1))
+    tags = ImageFileDirectory_v2()
+    tags[0x0112] = 6
+    path = saved(tmp_path / "m.tif", label, tiffinfo=tags)
+    same(read_label(path), np.rot90(label, -1))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "pixels", "warns"),
+    [
+        (1, SMOOTH, False),
+        (3, SMOOTH, True),
+        (2, SMOOTH, True),
+        (6, SMOOTH, False),  # a mask on the stored pixels has another size
+        (6, SMOOTH[:16], True),
+    ],
+)
+def test_a_turn_that_the_masks_size_cant_tell_is_warned_of(
+    tmp_path, orientation, pixels, warns
+):
+    path = saved(tmp_path / "x.jpg", pixels, exif=exif_of(orientation, 3, "<"))
+    mask = saved(tmp_path / "m.png", pixels[..., 0])
+    turned = saved(
+        tmp_path / "t.png", pixels[..., 0], exif=exif_of(orientation, 3, "<")
+    )
+    warn_of_turn(path, turned)
+    if not warns:
+        warn_of_turn(path, mask)
+        return
+    for given in (mask, None):
+        with pytest.warns(InputWarning, match=r"x\.jpg: .*exiftool -n -Orientation=1"):
+            warn_of_turn(path, given)
+
+
+def test_all_readers_agree_on_real_photographs(shared_voc):
+    photos = sorted((shared_voc / "VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))[:20]
+    for path in photos:
+        all_readers_agree(path, read_image(path))
 
 
 def test_exif_orientation_of_a_16_bit_image(tmp_path):

@@ -1,5 +1,6 @@
 """When training is stopped, and who may train in a workdir (see also test_train.py)."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import ROOT, SHRUNK, assert_refused, train
 
 from qpenet_jax.config import SELECTION
@@ -188,6 +190,36 @@ def test_a_second_signal_stops_in_the_middle():
 
     with StopSignal() as signals, pytest.raises(KeyboardInterrupt):
         step()
+
+
+def test_a_signal_that_something_swallowed_is_told_in_the_end():
+    """As where Python runs a destructor, which has nobody to raise to."""
+
+    def work():
+        with contextlib.suppress(Interrupted):
+            stop()
+
+    with pytest.raises(Interrupted, match="when all was done"), StopSignal():
+        work()
+
+
+def test_tensorboard_has_the_scores_before_the_results_say_that_all_is_done(
+    scored, tmp_path, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    monkeypatch.setattr("qpenet_jax.runs.evaluator.write_report", killed)
+    with pytest.raises(Killed):
+        loop.train(config(), tmp_path)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("eval/miou")] == [2]
+    assert events.Scalars("eval/fb_iou")[0].value > 0
+    assert events.Tags()["images"] == ["episodes"]
+    assert not (tmp_path / "results.json").exists(), "so the same command goes on"
 
 
 def test_the_signals_are_given_back():

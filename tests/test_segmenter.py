@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from qpenet_jax import InputError, Segmenter
 from qpenet_jax.evaluation.predictor import Predictor
@@ -96,14 +97,148 @@ def test_a_probability_says_more_than_the_mask():
     assert (probability > 0.99)[truth == 1].mean() > 0.9
 
 
-def test_masks_may_be_boolean_or_of_any_integer_type():
+def learned(image, mask):
+    """Return the mask [s, s] that the network is given."""
     network = Red()
+    Segmenter(network.predictor, SIDE)(picture(20, 20)[0], image, mask)
+    ((_, masks),) = network.decoded
+    return masks[0, 0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda mask: mask.astype(bool),
+        lambda mask: mask.astype(np.int64),
+        lambda mask: mask.astype(np.float32),
+        lambda mask: 255 * mask,
+        lambda mask: 255.0 * mask,
+        lambda mask: 7 * mask,
+        lambda mask: 257 * mask.astype(np.int32),
+        lambda mask: mask[..., None],
+        lambda mask: mask[::-1][::-1],
+        lambda mask: mask.tolist(),
+        Image.fromarray,
+        lambda mask: Image.fromarray(255 * mask),
+        lambda mask: Image.fromarray(255 * mask).convert("1"),
+        lambda mask: Image.fromarray(mask.astype(np.int32)),
+        lambda mask: Image.fromarray(300 * mask.astype(np.uint16)),
+    ],
+)
+def test_every_plain_kind_of_mask_means_the_same(given):
     image, mask = picture(40, 50)
-    for kind in (np.uint8, bool, np.int64):
-        Segmenter(network.predictor, SIDE)(image, image, mask.astype(kind))
-    (_, first), *others = network.decoded
-    for _, masks in others:
-        np.testing.assert_array_equal(masks, first)
+    np.testing.assert_array_equal(learned(image, given(mask)), learned(image, mask))
+
+
+def test_255_beside_another_value_is_ignored_whatever_the_type():
+    image, mask = picture(40, 50)
+    mask[:20] = 255
+    expected = learned(image, mask)
+    assert (expected == 255).sum() > (learned(*picture(40, 50)) == 255).sum()
+    for kind in (np.int64, np.float64):
+        np.testing.assert_array_equal(learned(image, mask.astype(kind)), expected)
+
+
+def test_a_palette_mask_is_its_indices():
+    image, mask = picture(40, 50)
+    palette = Image.fromarray(3 * mask).convert("P")
+    palette.putdata((3 * mask).ravel().tolist())
+    np.testing.assert_array_equal(learned(image, palette), learned(image, mask))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda mask: mask + 6 * np.eye(*mask.shape, dtype=np.uint8),
+            "values, 1, 6, 7",
+        ),
+        (lambda mask: np.where(mask == 1, 7, 257), "values, 7, 257;"),
+        (lambda mask: 0.97 * mask, "0.97, which is no label"),
+        (lambda mask: np.where(mask == 1, np.nan, 0), "nan, which is no label"),
+        (lambda mask: np.where(mask == 1, np.inf, 0), "inf, which is no label"),
+        (lambda mask: np.where(mask == 1, 1e30, 0), "1e\\+30, which is no label"),
+        (lambda mask: -mask.astype(int), "value -1"),
+        (lambda mask: mask.astype(complex), "complex128: give booleans"),
+        (lambda mask: mask.astype(str), "give booleans"),
+        (lambda mask: mask.astype(object), "object: give booleans"),
+        (lambda mask: np.stack([mask] * 3, -1), r"\[40, 50, 3\]: give \[height, width"),
+        (lambda mask: Image.fromarray(mask).convert("RGB"), r"\[40, 50, 3\]"),
+        (lambda mask: mask[None], r"\[1, 40, 50\]"),
+        (lambda mask: mask.T, "40x50 pixels for an image of 50x40"),
+        (lambda mask: None, r"\[\]: give"),
+    ],
+)
+def test_a_mask_that_could_mean_something_else_is_refused(change, told):
+    image, mask = picture(40, 50)
+    with pytest.raises(InputError, match=f"mask 1.*{told}") as error:
+        SEGMENT.learn(image, change(mask))
+    assert "\n" not in str(error.value)
+
+
+def test_images_may_be_pil_images_and_views_of_arrays():
+    query, mask = picture(40, 50)
+    expected = SEGMENT(query, query, mask)
+    assert (expected == mask).mean() > 0.97
+    bgr = query[..., ::-1].copy()
+    for given in (
+        Image.fromarray(query),
+        bgr[..., ::-1],
+        Image.fromarray(query, "RGB"),
+    ):
+        np.testing.assert_array_equal(SEGMENT(given, given, mask), expected)
+        found = SEGMENT.learn([given, given], [mask, mask])(given)
+        np.testing.assert_array_equal(found, expected)
+    grey = Image.fromarray(query).convert("L")
+    assert SEGMENT(grey, query, mask).shape == (40, 50)
+
+
+def test_a_pil_image_that_its_metadata_turn_is_refused(tmp_path):
+    """Its mask may be drawn either way, and so may the result be wanted."""
+    query, mask = picture(40, 50)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(query).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as turned:
+        with pytest.raises(InputError, match=r"support image 1: .*exif_transpose"):
+            SEGMENT.learn(turned, mask)
+        with pytest.raises(InputError, match=r"query image: .*exif_transpose"):
+            SEGMENT(turned, query, mask)
+        upright = ImageOps.exif_transpose(turned)
+    assert SEGMENT(upright, query, mask).shape == (50, 40)
+
+
+def test_a_broken_pil_image_is_told_in_one_line(tmp_path):
+    query, mask = picture(40, 50)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.jpg")
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(path.read_bytes()[:-600])
+    with (
+        Image.open(path) as cut,
+        pytest.raises(InputError, match="query image: broken"),
+    ):
+        SEGMENT(cut, query, mask)
+
+
+def test_a_small_object_of_a_photograph_reaches_the_network():
+    """Four objects of one photograph are four tasks, not one and the same."""
+    places, seen = [(500, 700), (1501, 2203), (2222, 1111), (2803, 3700)], []
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
+    photograph = np.full((3000, 4000, 3), 90, np.uint8)
+    for (y, x), colour in zip(places, colours, strict=True):
+        photograph[y : y + 10, x : x + 10] = colour
+    for (y, x), colour in zip(places, colours, strict=True):
+        mask = np.zeros(photograph.shape[:2], np.uint8)
+        mask[y : y + 10, x : x + 10] = 1
+        task = SEGMENT.learn(photograph, mask)
+        (support,) = task.supports
+        cells = task.masks[0, 0, ::8, ::8] == 1
+        assert cells.any()
+        mean = support[0, ::8, ::8][cells].mean(0)
+        assert abs(mean - colour).max() < 80
+        seen.append(mean.round().tolist())
+    assert len(set(map(tuple, seen))) == 4
 
 
 def test_bad_input_is_told_in_one_line():
@@ -120,3 +255,7 @@ def test_bad_input_is_told_in_one_line():
         SEGMENT(image[..., 0], image, mask)
     with pytest.raises(InputError, match="uint8 RGB"):
         SEGMENT(image.astype(np.float32), image, mask)
+    with pytest.raises(InputError, match="support image 2 is uint8"):
+        SEGMENT.learn([image, image[..., :2]], [mask, mask])
+    with pytest.raises(InputError, match="no pixel"):
+        SEGMENT(image[:0], image, mask)

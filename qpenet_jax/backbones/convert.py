@@ -28,6 +28,7 @@ from qpenet_jax.backbones.resnet import ResNet
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.core.download import download, sha256
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import refuse_overwriting
 from qpenet_jax.core.types import Array
 
 # --- PyTorch names to Flax parameters ---------------------------------------------
@@ -194,6 +195,7 @@ def convert(
     out_dir = Path(out_dir)
     source = Path(source) if source else _default_source(name, out_dir)
     path = out_dir / f"{name}.safetensors"
+    refuse_overwriting([path], [source])
     save_weights(path, name, _from_original(name, source, deep=None), source)
     return path
 

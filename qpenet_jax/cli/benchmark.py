@@ -4,8 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qpenet_jax.cli.options import BACKBONES, add_overrides, names, numbers
+from qpenet_jax.cli.options import BACKBONES, add_overrides, names, numbers, path
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import refuse_overwriting
+
+FILES = ("benchmark.md", "benchmark.json", "benchmark.png")
 
 TORCH_VARIANTS = ("eager", "channels_last", "compile")
 
@@ -39,8 +42,9 @@ def add_parser(commands) -> None:
     _add_data(parser)
     parser.add_argument(
         "--out",
+        type=path,
         metavar="FOLDER",
-        help="folder for benchmark.md, benchmark.json and benchmark.png",
+        help=f"folder for {', '.join(FILES)}",
     )
     add_overrides(parser)
 
@@ -87,7 +91,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights",
-        default="",
+        type=path,
         metavar="FILE",
         help="converted weights of the backbone; default: random numbers",
     )
@@ -116,6 +120,7 @@ def _add_torch(parser: argparse.ArgumentParser) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
+        type=path,
         metavar="FILE",
         help="protocol and data: a config whose images are used; default: made-up "
         "images",
@@ -147,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
         size=args.size,
         dtype=args.dtype,
         backbone=args.backbone,
-        weights=args.weights,
+        weights=args.weights or "",
         released=args.released,
         against=args.against,
         variants=args.variants,
@@ -155,8 +160,12 @@ def run(args: argparse.Namespace) -> None:
         workers=args.workers,
         seconds=args.seconds,
     )
-    result = benchmark(settings, _experiment(args))
-    _tell(result, args.out)
+    experiment = _experiment(args)
+    if args.out:
+        read = [args.config, args.weights, *(experiment.inputs if experiment else ())]
+        results = [Path(args.out) / name for name in FILES]
+        refuse_overwriting(results, [Path(given) for given in read if given])
+    _tell(benchmark(settings, experiment), args.out)
 
 
 def _experiment(args: argparse.Namespace) -> Any:
@@ -177,12 +186,10 @@ def _tell(result: dict[str, Any], folder: str | None) -> None:
     from qpenet_jax.evaluation.report import write_json
 
     text = benchmark_report(result)
+    if folder:
+        report, numbers, chart = (Path(folder) / name for name in FILES)
+        write_whole(report, text + "\n")
+        write_json(numbers, result)
+        if result["cases"]:
+            bar_chart(result, chart)
     print(text)
-    if not folder:
-        return
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "benchmark.md", text + "\n")
-    write_json(out / "benchmark.json", result)
-    if result["cases"]:
-        bar_chart(result, out / "benchmark.png")

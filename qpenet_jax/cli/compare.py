@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from qpenet_jax.cli.options import path
+from qpenet_jax.core.files import refuse_overwriting
+
 
 def add_parser(commands) -> None:
     """Add the command and its options."""
@@ -16,6 +19,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "results",
         nargs=2,
+        type=path,
         metavar="results.json",
         help="file that training or `qpenet evaluate` has written",
     )
@@ -25,17 +29,26 @@ def add_parser(commands) -> None:
         help="allow results of different protocols",
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="also write the comparison to this JSON file"
+        "--out",
+        type=path,
+        metavar="FILE",
+        help="also write the comparison to this JSON file",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the comparison."""
-    from qpenet_jax.evaluation.compare import compare_results, comparison_table
+    from qpenet_jax.evaluation.compare import (
+        compare_results,
+        comparison_table,
+        files_of,
+    )
     from qpenet_jax.evaluation.report import write_json
 
     a, b = map(Path, args.results)
     result = compare_results(a, b, different_protocols=args.different_protocols)
-    print(comparison_table(result))
     if args.out:
-        write_json(Path(args.out), result)
+        out = Path(args.out)
+        refuse_overwriting([out], [*files_of(a), *files_of(b)])
+        write_json(out, result)
+    print(comparison_table(result))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from qpenet_jax.cli.options import BACKBONES, add_overrides
+from qpenet_jax.cli.options import BACKBONES, add_overrides, path
 from qpenet_jax.core.errors import InputError
 
 
@@ -20,17 +20,20 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "weights",
         nargs="?",
+        type=path,
         help="a .pth or .safetensors file; without it the official file of the "
         "backbone is downloaded",
     )
     parser.add_argument("--backbone", choices=BACKBONES)
     parser.add_argument(
         "--out",
+        type=path,
         metavar="FOLDER",
         help="folder for the converted file; default: data/weights",
     )
     parser.add_argument(
         "--as-run",
+        type=path,
         metavar="FOLDER",
         help="folder of the run to be made of an authors' checkpoint",
     )

@@ -7,8 +7,10 @@ from qpenet_jax.cli.options import (
     WORKDIR,
     add_overrides,
     add_protocol,
+    path,
     protocol_changes,
 )
+from qpenet_jax.core.files import refuse_overwriting
 
 
 def add_parser(commands) -> None:
@@ -22,9 +24,10 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("action", choices=["export"])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--workdir", metavar="FOLDER", help=WORKDIR)
+    source.add_argument("--workdir", type=path, metavar="FOLDER", help=WORKDIR)
     source.add_argument(
         "--config",
+        type=path,
         metavar="FILE",
         help="a config instead of a run, such as configs/pascal_fold0.py",
     )
@@ -35,7 +38,9 @@ def add_parser(commands) -> None:
         metavar="K",
         help="number of support images; default: %(default)s",
     )
-    parser.add_argument("--out", required=True, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--out", required=True, type=path, metavar="FILE", help="file to write"
+    )
     add_protocol(parser)
     add_overrides(parser)
 
@@ -46,17 +51,20 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.evaluation.protocols import of_dataset
     from qpenet_jax.runs.config_files import load_config
     from qpenet_jax.runs.experiment import Experiment
-    from qpenet_jax.runs.folder import open_run
+    from qpenet_jax.runs.folder import CONFIG_FILE, open_run
 
+    out = Path(args.out)
     if args.config:
         experiment = Experiment(load_config(args.config, args.overrides))
     else:
         experiment = open_run(args.workdir, args.overrides).experiment
+    described = Path(args.config or Path(args.workdir) / CONFIG_FILE)
+    refuse_overwriting([out], [described, *experiment.inputs])
     val = experiment.dataset("val")
     changes = protocol_changes(args) | {"shots": args.shots}
     protocol = experiment.protocol(args.protocol, **changes)
     samplers = experiment.eval_samplers(val, protocol)
-    digest = export_episodes(Path(args.out), val, samplers, protocol.episodes)
+    digest = export_episodes(out, val, samplers, protocol.episodes)
     print(f"protocol: {of_dataset(protocol, val)}")
-    print(f"{len(samplers) * protocol.episodes} episodes in {args.out}")
+    print(f"{len(samplers) * protocol.episodes} episodes in {out}")
     print(f"sha256 {digest}")

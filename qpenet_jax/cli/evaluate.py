@@ -9,9 +9,11 @@ from qpenet_jax.cli.options import (
     add_overrides,
     add_protocol,
     numbers,
+    path,
     protocol_changes,
 )
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import refuse_overwriting
 
 
 def add_parser(commands) -> None:
@@ -22,7 +24,9 @@ def add_parser(commands) -> None:
         description="Score a trained run on its novel classes by any protocol.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--workdir", required=True, metavar="FOLDER", help=WORKDIR)
+    parser.add_argument(
+        "--workdir", required=True, type=path, metavar="FOLDER", help=WORKDIR
+    )
     parser.add_argument(
         "--shots",
         type=numbers,
@@ -31,6 +35,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--episode-list",
+        type=path,
         metavar="FILE",
         help="score exactly the episodes of this file, written by `qpenet episodes "
         "export`, instead of drawing them",
@@ -48,6 +53,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--out",
+        type=path,
         metavar="FOLDER",
         help="folder for the results; default: the folder evaluate/ of the run",
     )
@@ -78,6 +84,8 @@ def run(args: argparse.Namespace) -> None:
         evaluator = Evaluator(experiment, opened.weights, folder, val, protocol, frozen)
         if args.checkpoint:
             evaluator = evaluator.of_selection(args.checkpoint)
+        read = [*experiment.inputs, *filter(None, [frozen and Path(args.episode_list)])]
+        refuse_overwriting(evaluator.files, read)
         print(evaluator.describe())
         if args.references:
             evaluator.references()

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qpenet_jax.cli.options import WORKDIR, add_overrides, numbers
+from qpenet_jax.cli.options import WORKDIR, add_overrides, numbers, path
 
 
 def add_parser(commands) -> None:
@@ -19,6 +19,7 @@ def add_parser(commands) -> None:
         "--workdir",
         required=True,
         nargs="+",
+        type=path,
         metavar="FOLDER",
         help=f"{WORKDIR}; several runs are drawn side by side",
     )
@@ -49,7 +50,11 @@ def add_parser(commands) -> None:
         help="number of support images; default: %(default)s",
     )
     parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="folder for the figures"
+        "--out",
+        required=True,
+        type=path,
+        metavar="FOLDER",
+        help="folder for the figures",
     )
     add_overrides(parser)
 

@@ -1,7 +1,9 @@
 """The command `qpenet`; each of its commands has a file of its own beside this one."""
 
 import argparse
+import io
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -19,7 +21,7 @@ from qpenet_jax.cli import (
     train,
 )
 from qpenet_jax.cli.options import split_overrides
-from qpenet_jax.core.errors import exit_on_input_error
+from qpenet_jax.core.errors import InputWarning, exit_on_input_error
 
 COMMANDS = (
     train,
@@ -38,20 +40,26 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; bad input is one line on stderr and exit code 2."""
-    parser = _parser()
-    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(words)
-    if overrides and "overrides" not in args:
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    args.overrides = overrides
+    _set_up_terminal()
     try:
         with exit_on_input_error():
+            args = _parsed(sys.argv[1:] if argv is None else argv)
             _set_up_process(args)
             args.run(args)
     except KeyboardInterrupt as stop:
         again = "stopped; no half-written file is left: the command can be run again"
         print(f"\n{str(stop) or again}", file=sys.stderr)
         sys.exit(130)
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    words, overrides = split_overrides(argv)
+    args = parser.parse_args(words)
+    if overrides and "overrides" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    args.overrides = overrides
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,11 +73,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _set_up_terminal() -> None:
+    """Print what its encoding can't hold as "?", and our warnings as one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    warnings.formatwarning = _one_line
+
+
+def _one_line(message, category, *place, **line) -> str:
+    if issubclass(category, InputWarning):
+        return f"warning: {message}\n"
+    return _python_format(message, category, *place, **line)
+
+
+_python_format = warnings.formatwarning
+
+
 def _set_up_process(args: argparse.Namespace) -> None:
+    import jax
     from absl import logging
 
     from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
 
+    jax.config.update("jax_enable_x64", False)  # all that is computed is float32
     keep_freed_memory()
     if args.run is not train.run:  # where the config says whether to keep them
         keep_compilations()

@@ -10,6 +10,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import local_path
+
 BACKBONES = (
     "resnet50",
     "resnet101",
@@ -26,6 +29,14 @@ RESIZES = ("pad", "squash")
 WORKDIR = "folder of a trained run, as given to `qpenet train`"
 
 OVERRIDE = re.compile(r"--?(no)?config\.")
+
+
+def path(text: str) -> str:
+    """Return the path of a file or folder of this machine, `~` written out."""
+    try:
+        return str(local_path(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -1,12 +1,21 @@
 """`qpenet predict`."""
 
 import argparse
+import io
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from qpenet_jax.cli.options import WORKDIR, add_overrides
+from qpenet_jax.cli.options import WORKDIR, add_overrides, path
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import (
+    local_path,
+    refuse_overwriting,
+    visible_files,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +30,9 @@ def add_parser(commands) -> None:
         "examples. Writes one mask and one overlay for each image.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--workdir", required=True, metavar="FOLDER", help=WORKDIR)
+    parser.add_argument(
+        "--workdir", required=True, type=path, metavar="FOLDER", help=WORKDIR
+    )
     parser.add_argument(
         "--support",
         required=True,
@@ -35,13 +46,30 @@ def add_parser(commands) -> None:
         "--query",
         required=True,
         nargs="+",
+        type=path,
         metavar="PATH",
         help="images to segment, or folders of images",
     )
     parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="folder for masks and overlays"
+        "--recursive",
+        action="store_true",
+        help="also segment what lies in subfolders, into subfolders of --out",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=path,
+        metavar="FOLDER",
+        help="folder for masks and overlays",
     )
     add_overrides(parser)
+
+
+class Query(NamedTuple):
+    """An image to segment, and what its results are called: a path without ending."""
+
+    image: Path
+    name: Path
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,67 +81,109 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.segmenter import load
 
     segment = load(args.workdir, args.overrides)
-    supports, masks = zip(*map(_read_support, args.support), strict=True)
-    queries = _query_files(args.query)
-    for path in queries:
-        image_size(path)  # a file that is no image is told before anything is written
+    files = [_support_files(text) for text in args.support]
+    supports, masks = zip(*(_read_support(*pair) for pair in files), strict=True)
+    queries = _queries(args.query, args.recursive)
+    for query in queries:
+        image_size(query.image)  # what is no image is told before anything is written
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    read = [*(file for pair in files for file in pair), *(q.image for q in queries)]
+    _refuse_inputs(out, queries, read, args)
+    task = segment.learn(supports, masks)
     with tqdm(queries, desc="segmenting", unit="image") as bar:
-        for path in bar:
-            query = read_image(path)
-            mask = segment(query, supports, masks)
-            _save(255 * mask, out / f"{path.stem}.png")
-            _save(overlay(query, mask), out / f"{path.stem}_overlay.jpg")
+        for query in bar:
+            image = read_image(query.image)
+            mask = task(image)
+            _save(255 * mask, out / f"{query.name}.png")
+            _save(overlay(image, mask), out / f"{query.name}_overlay.jpg")
     print(f"{len(queries)} mask(s) and overlay(s) in {out}")
+
+
+def _refuse_inputs(
+    out: Path, queries: Sequence[Query], read: Sequence[Path], args: argparse.Namespace
+) -> None:
+    """Refuse results in the place of an image or a mask, or among the queries."""
+    results = [
+        out / f"{query.name}{ending}"
+        for query in queries
+        for ending in (".png", "_overlay.jpg")
+    ]
+    folders = [Path(given) for given in args.query if Path(given).is_dir()]
+    for folder in folders:
+        if out.exists() and out.samefile(folder):
+            raise InputError(
+                f"--out {out} is a folder of --query, whose images the results would "
+                "replace or join: choose another folder"
+            )
+    refuse_overwriting(results, [*read, *(folders if args.recursive else [])])
 
 
 def _save(pixels: "np.ndarray", path: Path) -> None:
     """Write an image whole or not at all."""
     from PIL import Image
 
-    part = path.with_name(f".part_{path.name}")
-    Image.fromarray(pixels).save(part)
-    part.replace(path)
+    content = io.BytesIO()
+    image = Image.fromarray(pixels)
+    image.save(content, Image.registered_extensions()[path.suffix])
+    write_whole(path, content.getvalue())
 
 
-def _read_support(text: str) -> tuple["np.ndarray", "np.ndarray"]:
-    from qpenet_jax.data.images import read_image, read_mask
-
+def _support_files(text: str) -> tuple[Path, Path]:
     image, colon, mask = text.rpartition(":")
     if not colon:
         raise InputError(f"--support {text}: give IMAGE:MASK, such as a.jpg:a.png")
+    return local_path(image), local_path(mask)
+
+
+def _read_support(image: Path, mask: Path) -> tuple["np.ndarray", "np.ndarray"]:
+    from qpenet_jax.data.images import (
+        check_same_size,
+        read_image,
+        read_mask,
+        warn_of_turn,
+    )
+
     pixels, marked = read_image(image), read_mask(mask)
-    if marked.shape != pixels.shape[:2]:
-        raise InputError(
-            f"{mask}: mask of {marked.shape[1]}x{marked.shape[0]} pixels for an image "
-            f"of {pixels.shape[1]}x{pixels.shape[0]}; make them equal"
-        )
+    check_same_size(marked, pixels.shape[:2], mask)
+    warn_of_turn(image, mask)
     return pixels, marked
 
 
-def _query_files(arguments: Sequence[str]) -> list[Path]:
-    files = [file for argument in arguments for file in _images_at(Path(argument))]
-    stems = [file.stem for file in files]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise InputError(
-                f"two query images are called {stem!r}: their masks would overwrite "
-                "each other; rename one"
-            )
-    return files
+def _queries(arguments: Sequence[str], recursive: bool) -> list[Query]:
+    """Return all images to segment; none of two would be called alike."""
+    found = [
+        query
+        for argument in arguments
+        for query in _queries_at(Path(argument), recursive)
+    ]
+    name, times = Counter(query.name for query in found).most_common(1)[0]
+    if times > 1:
+        raise InputError(
+            f"two query images are called {str(name)!r}: their masks would overwrite "
+            "each other; rename one"
+        )
+    return found
 
 
-def _images_at(path: Path) -> list[Path]:
-    """Return an image file, or the image files of a folder."""
+def _queries_at(path: Path, recursive: bool) -> list[Query]:
+    """Return an image file, or the image files of a folder; tell what is left out."""
     from qpenet_jax.data.images import IMAGE_SUFFIXES
 
     if not path.exists():
         raise InputError(f"{path}: no such image or folder")
     if not path.is_dir():
-        return [path]
-    found = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
-    if not found:
+        return [Query(path, Path(path.stem))]
+    files, folders = visible_files(path, recursive)
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    skipped = Counter(file.suffix.lower() or "without ending" for file in files)
+    for suffix in IMAGE_SUFFIXES:
+        skipped.pop(suffix, None)
+    told = [f"{count} x {suffix}" for suffix, count in sorted(skipped.items())]
+    told += [f"{len(folders)} folder(s): give --recursive"] if folders else []
+    hints = [f"left out: {', '.join(told)}"] if told else []
+    if not images:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"{path} holds no image ({known})")
-    return sorted(found)
+        raise InputError("; ".join([f"{path} holds no image ({known})", *hints]))
+    for hint in hints:
+        print(f"{path}: {hint}", file=sys.stderr)
+    return [Query(file, file.relative_to(path).with_suffix("")) for file in images]

@@ -1,10 +1,12 @@
 """`qpenet prepare pascal | coco | folder`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qpenet_jax.cli.options import path
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import refuse_overwriting
 
 
 def add_parser(commands) -> None:
@@ -24,16 +26,23 @@ def add_parser(commands) -> None:
 def _add_pascal(kinds) -> None:
     parser = _add_kind(kinds, "pascal", _pascal, "PASCAL-5i from VOC 2012 and SBD")
     parser.add_argument(
-        "--voc", metavar="PATH", help="VOCtrainval_11-May-2012.tar, or its folder"
+        "--voc",
+        type=path,
+        metavar="PATH",
+        help="VOCtrainval_11-May-2012.tar, or its folder",
     )
-    parser.add_argument("--sbd", metavar="PATH", help="benchmark.tgz, or its folder")
+    parser.add_argument(
+        "--sbd", type=path, metavar="PATH", help="benchmark.tgz, or its folder"
+    )
     parser.add_argument(
         "--masks",
+        type=path,
         metavar="PATH",
         help="SegmentationClassAug as a folder or an archive, instead of SBD's masks",
     )
     parser.add_argument(
         "--pool",
+        type=path,
         default="main",
         help="training images: main (5,953 images), trainaug (10,582 images), or a "
         "text file with one image name per line; default: %(default)s",
@@ -46,6 +55,7 @@ def _add_coco(kinds) -> None:
     parser.add_argument(
         "--images",
         nargs="+",
+        type=path,
         default=[],
         metavar="PATH",
         help="folders or zip archives with the images",
@@ -53,6 +63,7 @@ def _add_coco(kinds) -> None:
     parser.add_argument(
         "--annotations",
         nargs="+",
+        type=path,
         default=[],
         metavar="FILE",
         help="the files instances_train*.json and instances_val*.json",
@@ -69,7 +80,9 @@ def _add_coco(kinds) -> None:
 def _add_folder(kinds) -> None:
     text = "your own images, masks and class names"
     parser = _add_kind(kinds, "folder", _folder, text)
-    parser.add_argument("folder", help="it holds images/, masks/ and classes.txt")
+    parser.add_argument(
+        "folder", type=path, help="it holds images/, masks/ and classes.txt"
+    )
     parser.add_argument("--name", help="name of the data set; default: the folder's")
     parser.add_argument(
         "--val-share",
@@ -89,6 +102,7 @@ def _add_kind(
     parser.set_defaults(run=run)
     parser.add_argument(
         "--out",
+        type=path,
         default="data",
         metavar="FOLDER",
         help="folder below which the data set is written; default: %(default)s",
@@ -113,6 +127,7 @@ def _pascal(args: argparse.Namespace) -> None:
         voc, sbd = download_pascal(Path(args.out) / "archives")
     if not voc or not (sbd or args.masks):
         raise InputError("give --voc and --sbd (or --masks), or --download")
+    _refuse_inputs(args.out, [voc, sbd, args.masks, args.pool])
     folder = prepare_pascal(voc, sbd, Path(args.out), masks=args.masks, pool=args.pool)
     _print_prepared(folder)
 
@@ -127,6 +142,7 @@ def _coco(args: argparse.Namespace) -> None:
     images, annotations = list(images), list(annotations)
     if not images or not annotations:
         raise InputError("give --images and --annotations, or --download")
+    _refuse_inputs(args.out, [*images, *annotations])
     _print_prepared(prepare_coco(images, annotations, Path(args.out)))
 
 
@@ -134,9 +150,15 @@ def _folder(args: argparse.Namespace) -> None:
     from qpenet_jax.data.prepare.folder import prepare_folder
 
     folder, out = Path(args.folder), Path(args.out)
+    _refuse_inputs(out, [folder / "images", folder / "masks"])
     _print_prepared(
         prepare_folder(folder, out, name=args.name, val_share=args.val_share)
     )
+
+
+def _refuse_inputs(out: str | Path, inputs: Sequence[str | Path | None]) -> None:
+    """Refuse to write a data set among the files that it is made of."""
+    refuse_overwriting([Path(out)], [Path(given) for given in inputs if given])
 
 
 def _print_prepared(folder: Path) -> None:

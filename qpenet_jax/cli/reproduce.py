@@ -2,7 +2,7 @@
 
 import argparse
 
-from qpenet_jax.cli.options import add_overrides, names, numbers
+from qpenet_jax.cli.options import add_overrides, names, numbers, path
 
 
 def add_parser(commands) -> None:
@@ -16,10 +16,18 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("table", choices=[f"table{i}" for i in range(1, 6)])
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="config that all rows share"
+        "--config",
+        required=True,
+        type=path,
+        metavar="FILE",
+        help="config that all rows share",
     )
     parser.add_argument(
-        "--workdir", required=True, metavar="FOLDER", help="folder for all its runs"
+        "--workdir",
+        required=True,
+        type=path,
+        metavar="FOLDER",
+        help="folder for all its runs",
     )
     parser.add_argument(
         "--seeds",

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qpenet_jax.cli.options import add_overrides
+from qpenet_jax.cli.options import add_overrides, path
 
 
 def add_parser(commands) -> None:
@@ -19,11 +19,13 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--config",
         required=True,
+        type=path,
         metavar="FILE",
         help="Python file that describes the run, such as configs/quickstart.py",
     )
     parser.add_argument(
         "--workdir",
+        type=path,
         metavar="FOLDER",
         help="folder for checkpoints and results; default: runs/NAME-OF-THE-CONFIG",
     )

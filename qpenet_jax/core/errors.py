@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 
 class InputError(ValueError):
     """Bad input (a path, an image, a weight file, an option), told in one line."""
+
+
+class InputWarning(UserWarning):
+    """Input that may mean something else than it is taken for, told in one line."""
 
 
 def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:
@@ -23,18 +28,55 @@ def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:
         raise InputError(f"{what}{value!r}: choose {listed}")
 
 
+NO_DEVICE = "Unable to initialize backend"
+"""How JAX begins to say that JAX_PLATFORMS names what isn't there."""
+
+BROKEN_PIPE = 128 + 13
+"""The exit code of a program that SIGPIPE has ended, as the shell tells it."""
+
+
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an `InputError` or an error of the file system into one line, exit 2."""
+    """Turn an `InputError` or an error of the surroundings into one line, exit 2.
+
+    Surroundings are the file system and JAX's devices. Where nobody reads the output
+    any more (`| head`), the end is quiet.
+    """
     try:
         yield
+        _flush()
+        return
+    except SystemExit:
+        _finish_output()
+        raise
     except InputError as error:
         message = str(error)
+    except BrokenPipeError:
+        _finish_output()
+        sys.exit(BROKEN_PIPE)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
         message = f"{error.filename or 'while writing'}: {error.strerror}"
-    else:
-        return
+    except RuntimeError as error:
+        if not str(error).startswith(NO_DEVICE):
+            raise
+        reason = " ".join(str(error).split())
+        message = f"{reason}; set JAX_PLATFORMS=cpu, or install JAX for this device"
+    _finish_output()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _finish_output() -> None:
+    """Print what is left; give it up if it can't be: Python would try again at exit."""
+    try:
+        _flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,16 +1,99 @@
 """Files: written whole or not at all, locked, cached; room is looked for first."""
 
 import contextlib
+import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import filelock
 import platformdirs
 
 from qpenet_jax.core.errors import InputError
+
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")
+"""The start of gs://..., https://... and the like; a drive has one letter."""
+
+
+def local_path(path: str | Path) -> Path:
+    """Return a path of this machine, in which a leading `~` is the home folder.
+
+    Raises:
+        InputError: an empty path, an address such as gs://..., or no such home folder.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise InputError("a path is empty: give a file or a folder")
+    if ADDRESS.match(text):
+        raise InputError(
+            f"{text}: only files of this machine can be used; copy or mount it"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"{text}: no such home folder is known; write the whole path"
+        ) from None
+
+
+def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to write a file that is read, by whatever name or link it is called.
+
+    An input may be a folder: nothing may be written into it then.
+
+    Raises:
+        InputError: naming both.
+    """
+    read = {_identity(path): path for path in inputs if _identity(path)}
+    for output in outputs:
+        real = output.resolve()
+        for place in (real, *real.parents):
+            if source := read.get(_identity(place)):
+                raise InputError(
+                    f"{output} would be written over the input {source}: choose "
+                    "another place for the output"
+                    if place == real
+                    else f"{output} would be written into {source}, which is read: "
+                    "choose another place for the output"
+                )
+
+
+def visible_files(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
+    """Return the files of a folder, sorted, and the folders in it that were left out.
+
+    Hidden files and folders are in neither list. With `recursive` nothing else is left
+    out; links to folders are followed, but no folder is entered twice.
+    """
+    files: list[Path] = []
+    folders: list[Path] = []
+    entered = {_identity(folder)}
+
+    def enter(place: Path) -> None:
+        for path in sorted(place.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                files.append(path)
+            elif not recursive:
+                folders.append(path)
+            elif _identity(path) not in entered:
+                entered.add(_identity(path))
+                enter(path)
+
+    enter(folder)
+    return files, folders
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what all names of a file or folder share; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

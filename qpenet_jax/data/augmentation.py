@@ -4,11 +4,14 @@
 and their order are those of the system that the paper's authors released.
 """
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+
+from qpenet_jax.core.errors import InputError
 
 MEAN_COLOUR = (124, 116, 104)
 """ImageNet mean 255 * (0.485, 0.456, 0.406), rounded as images are uint8: what
@@ -33,6 +36,37 @@ class Augmentation:
     rotate: float = 10.0
     blur: bool = True
     flip: bool = True
+
+    def __post_init__(self):
+        """Refuse ranges that nothing can be drawn from, or something else."""
+        check_ranges(self.scale, self.rotate)
+
+
+HALF_TURN = 180
+
+
+def check_ranges(scale: Any, rotate: Any) -> None:
+    """Refuse a range of factors or an angle that `Augmentation` can't have.
+
+    Raises:
+        InputError: naming the field.
+    """
+    if not _is_range(scale):
+        raise InputError(
+            f"augmentation.scale={scale}: give two factors, the smaller one first, "
+            "such as 0.9,1.1"
+        )
+    if not 0 <= rotate <= HALF_TURN:
+        raise InputError(
+            f"augmentation.rotate={rotate}: give an angle of 0 to {HALF_TURN}"
+        )
+
+
+def _is_range(factors) -> bool:
+    if len(factors) != 2 or not all(isinstance(f, int | float) for f in factors):
+        return False
+    low, high = factors
+    return 0 < low <= high < math.inf
 
 
 class Draws(NamedTuple):

@@ -1,33 +1,60 @@
-"""Read one image, one label map or one support mask; every failure names the file."""
+"""Read one image, one label map or one support mask; every failure names the file.
+
+Whoever checks an image and whoever uses it reads it here, so that both see one picture.
+"""
 
 import contextlib
 import io
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import cv2
 import numpy as np
-from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Int, Integer, Shaped, UInt8
+from PIL import Image
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.core.types import IGNORE
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 """What counts as an image in a user's folder."""
 
-EXIF_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
+"""The EXIF tag, in an image's own metadata or in those of TIFF."""
+
+XMP_ORIENTATION = re.compile(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])\b")
+
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
+}
+"""What makes the stored pixels of each orientation upright."""
+
 SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that swap height and width."""
+"""Orientations that swap height and width."""
 
 FULL_SCALE = 255
 """Foreground of a 0/255 mask, as drawing programs write it; there it isn't IGNORE."""
 
+LISTED = 8
+"""Values that a message names."""
 
-def read_image(
-    path: str | Path | io.BufferedIOBase, name: str | None = None
-) -> UInt8[np.ndarray, "h w 3"]:
-    """Read an image as RGB in 0..255, upright as its EXIF orientation tells.
+JPEG_FORMATS = ("JPEG", "MPO")  # MPO: several JPEGs in one file, as phones write them
+
+File = str | Path | io.BufferedIOBase
+
+
+def read_image(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """Read an image as RGB in 0..255, upright as its EXIF or XMP orientation tells.
 
     Grey, palette, CMYK and 16-bit files are converted, an alpha channel is dropped.
     `name` stands for an open file in messages, here and below.
@@ -35,40 +62,132 @@ def read_image(
     Raises:
         InputError: the file is missing, truncated or no image.
     """
-    with _opened(path, name) as image:
-        return np.array(_rgb(ImageOps.exif_transpose(image), name or path))
+    with _opened(file, name) as image:
+        return _upright(image, lambda: np.array(rgb(image, name or file)))
 
 
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Return height and width of `read_image(path)` from the file's header.
+def reread_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
+    """Return the pixels of a file that `read_image` has read, faster where it's a JPEG.
+
+    OpenCV gives Pillow's pixels in half the time, but takes a truncated file as well.
+
+    Raises:
+        InputError: the bytes are no image.
+    """
+    with _opened(io.BytesIO(data), name) as image:
+        if image.format not in JPEG_FORMATS or image.mode not in ("L", "RGB"):
+            return read_image(io.BytesIO(data), name)
+        # What OpenCV itself takes for the orientation may be another.
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if pixels is None:
+            raise InputError(f"{name}: broken image; replace the file")
+        return np.ascontiguousarray(
+            TURNS[orientation(image)](cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+        )
+
+
+def image_size(file: File, name: str | None = None) -> tuple[int, int]:
+    """Return height and width of `read_image(file)` from the file's header.
 
     Raises:
         InputError: the file is missing or no image.
     """
-    with _opened(path) as image:
-        if image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS:
+    with _opened(file, name) as image:
+        # Of a TIFF that is stored sideways, Pillow tells the upright size.
+        stored = getattr(image, "tag_v2", {}).get(ORIENTATION) not in SIDEWAYS
+        if stored and orientation(image) in SIDEWAYS:
             return image.width, image.height
         return image.height, image.width
 
 
-def read_label(
-    path: str | Path | io.BufferedIOBase, name: str | None = None
-) -> UInt8[np.ndarray, "h w"]:
+def orientation(image: Image.Image) -> int:
+    """Return 1 to 8 as EXIF tells, in a tag of any type, or else XMP; 1 is upright."""
+    value: Any = image.getexif().get(ORIENTATION)
+    if value is None:
+        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+        found = XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
+        value = found[1].decode() if found else 1
+    return _number(value) if _number(value) in TURNS else 1
+
+
+def _number(value: Any) -> int:
+    """Return an EXIF value as a number: BYTE comes as bytes, several as a tuple."""
+    try:
+        return int(value[0]) if isinstance(value, bytes | tuple) else int(value)
+    except (TypeError, ValueError, LookupError, ArithmeticError):
+        return 0
+
+
+def warn_of_turn(file: File, mask: File | None = None, name: str | None = None) -> None:
+    """Warn where a mask's size can't tell whether it was drawn on the upright image.
+
+    Those who draw on the stored pixels of a photo that EXIF turns by 180 degrees, or
+    of a square one, get no other sign. A mask that tells an orientation of its own is
+    turned by it, and decides.
+    """
+    with _opened(file, name) as image:
+        found = orientation(image)
+        swaps = found in SIDEWAYS and image.width != image.height
+    if found == 1 or swaps:
+        return
+    if mask is not None:
+        with _opened(mask) as image:
+            if ORIENTATION in image.getexif():
+                return
+    path = name or file
+    warnings.warn(
+        f"{path}: its metadata turn this image (orientation {found}), so its mask must "
+        "be drawn on the turned image, as viewers show it; if it was drawn on the "
+        f"stored pixels, take the tag away: exiftool -n -Orientation=1 {path}",
+        InputWarning,
+        stacklevel=2,
+    )
+
+
+def _upright(
+    image: Image.Image, pixels: Callable[[], np.ndarray]
+) -> UInt8[np.ndarray, "h w *c"]:
+    """Return what `pixels` reads of an image, turned unless Pillow has done so."""
+    turn, told = TURNS[orientation(image)], ORIENTATION in image.getexif()
+    image.load()
+    turned = told and ORIENTATION not in image.getexif()  # of a TIFF, while loading
+    found = pixels()
+    return found if turned else np.ascontiguousarray(turn(found))
+
+
+def read_label(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w"]:
     """Read a label map: the indices of a palette file, the values of a grey one.
 
     The colours of a palette are never looked at: VOC's masks hold the class id in the
-    index, and a conversion to grey would turn it into a luminance.
+    index, and a conversion to grey would turn it into a luminance. A mask that tells an
+    orientation of its own is turned, as images are.
 
     Raises:
         InputError: the file is missing, broken or neither palette nor 8-bit grey.
     """
-    with _opened(path, name) as image:
+    with _opened(file, name) as image:
         if image.mode not in ("P", "L", "1"):
             raise InputError(
-                f"{name or path}: a mask must be a palette or 8-bit grey PNG whose "
+                f"{name or file}: a mask must be a palette or 8-bit grey PNG whose "
                 f"values are class ids, this one has mode {image.mode}; save it as such"
             )
-        return np.array(image, np.uint8)
+        return _upright(image, lambda: np.array(image, np.uint8))
+
+
+def check_same_size(
+    label: Shaped[np.ndarray, "h w"], size: tuple[int, int], name: str | Path
+) -> None:
+    """Refuse a mask that hasn't the height and width of its image.
+
+    Raises:
+        InputError: telling both.
+    """
+    if label.shape != tuple(size):
+        raise InputError(
+            f"{name}: mask of {label.shape[1]}x{label.shape[0]} pixels for an image"
+            f" of {size[1]}x{size[0]}; make them equal"
+        )
 
 
 def check_label(
@@ -79,11 +198,7 @@ def check_label(
     Raises:
         InputError: its size isn't the image's `size`, or a value is no class.
     """
-    if label.shape != size:
-        raise InputError(
-            f"{name}: mask of {label.shape[1]}x{label.shape[0]} pixels for an image"
-            f" of {size[1]}x{size[0]}; make them equal"
-        )
+    check_same_size(label, size, name)
     pixels = np.bincount(label.ravel(), minlength=IGNORE + 1)
     strange = np.flatnonzero(pixels[classes + 1 : IGNORE])
     if strange.size:
@@ -103,16 +218,31 @@ def read_mask(path: str | Path) -> UInt8[np.ndarray, "h w"]:
     Raises:
         InputError: as `read_label`; no foreground; several foreground values.
     """
-    label = read_label(path)
+    return support_mask(read_label(path), path)
+
+
+def support_mask(
+    label: Integer[np.ndarray, "h w"], name: str | Path
+) -> UInt8[np.ndarray, "h w"]:
+    """Return a support's mask from values of any integer type, as `read_mask` does.
+
+    Raises:
+        InputError: no foreground; several foreground values; a negative one.
+    """
     values = set(np.unique(label).tolist())
+    if min(values, default=0) < 0:
+        raise InputError(
+            f"{name}: the mask has the value {min(values)}; give 0 for background, 1 "
+            "for the object, 255 for what is to be ignored"
+        )
     foreground = (values - {0, IGNORE}) or (values & {FULL_SCALE})
     if not foreground:
         raise InputError(
-            f"{path}: the mask has no foreground; paint the object with 1 or 255"
+            f"{name}: the mask has no foreground; paint the object with 1 or 255"
         )
     if len(foreground) > 1:
         raise InputError(
-            f"{path}: the mask has several foreground values, {_listed(foreground)}; "
+            f"{name}: the mask has several foreground values, {_listed(foreground)}; "
             "keep one object class and set the rest to 0"
         )
     mask = np.where(label == IGNORE, np.uint8(IGNORE), np.uint8(0))
@@ -121,14 +251,21 @@ def read_mask(path: str | Path) -> UInt8[np.ndarray, "h w"]:
 
 
 @contextlib.contextmanager
-def _opened(
-    file: str | Path | io.BufferedIOBase, name: str | None = None
-) -> Iterator[Image.Image]:
-    """Open an image; whatever its decoder raises becomes an InputError."""
-    path = name or file
+def _opened(file: File, name: str | None = None) -> Iterator[Image.Image]:
+    with decoding(name or file), contextlib.ExitStack() as stack:
+        if isinstance(file, str | Path):
+            # Of a path, Pillow would map a TIFF to memory, and a turned one wrongly.
+            opened: Any = stack.enter_context(open(file, "rb"))
+        else:
+            opened = file
+        yield stack.enter_context(Image.open(opened))
+
+
+@contextlib.contextmanager
+def decoding(path: Any) -> Iterator[None]:
+    """Turn whatever Pillow raises while it reads `path` into an InputError."""
     try:
-        with Image.open(cast(Any, file)) as image:
-            yield image
+        yield
     except (InputError, MemoryError):
         raise
     except FileNotFoundError:
@@ -142,17 +279,25 @@ def _opened(
         raise InputError(f"{path}: broken image ({reason}); replace the file") from None
 
 
-def _rgb(image: Image.Image, path: str | Path | io.BufferedIOBase) -> Image.Image:
+def rgb(image: Image.Image, name: File) -> Image.Image:
+    """Return an image of any mode as RGB, of 8 bits; the pixels as they are stored.
+
+    Raises:
+        InputError: pixels of 32 bits.
+    """
     if image.mode.startswith("I;16"):
         # 65535 / 257 = 255; Pillow's own conversion would clip at 255.
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
         image = Image.fromarray(grey.astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise InputError(f"{path}: 32-bit pixels; save the image with 8 or 16 bits")
+        raise InputError(f"{name}: 32-bit pixels; save the image with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns about the direct conversion.
     return image.convert("RGB")
 
 
 def _listed(values: set[int]) -> str:
-    return ", ".join(map(str, sorted(values)))
+    shown = ", ".join(map(str, sorted(values)[:LISTED]))
+    return (
+        shown if len(values) <= LISTED else f"{shown} and {len(values) - LISTED} more"
+    )

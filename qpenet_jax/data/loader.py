@@ -22,6 +22,7 @@ from qpenet_jax.data.episodes import (
     generator,
 )
 from qpenet_jax.data.host_augmentation import augment
+from qpenet_jax.data.images import check_same_size
 from qpenet_jax.data.transforms import (
     UNSURE,
     Resize,
@@ -57,8 +58,9 @@ def load_episode(
     """
 
     def load(slot: int, item: int):
-        image = dataset.image(item)
-        mask = padding_apart(binary_mask(dataset.label(item), ids.class_id))
+        image, label = dataset.image(item), dataset.label(item)
+        check_same_size(label, image.shape[:2], dataset.names[item])
+        mask = padding_apart(binary_mask(label, ids.class_id))
         if augmentation is None:
             return fit(image, side, resize), fit_label(mask, side, resize)
         rng = generator(seed, AUGMENT_STREAM, ids.index, slot)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, UInt, UInt8
+from jaxtyping import Bool, Float, Integer, UInt8
 
 from qpenet_jax.core.types import FEATURE_STRIDE, IGNORE
 
@@ -101,8 +101,8 @@ def unpad(
 
 
 def nearest(
-    mask: UInt[np.ndarray, "h w"], width: int, height: int
-) -> UInt[np.ndarray, "h2 w2"]:
+    mask: Integer[np.ndarray, "h w"], width: int, height: int
+) -> Integer[np.ndarray, "h2 w2"]:
     """Resize a mask by taking the nearest pixel."""
     # INTER_NEAREST takes the top left of each source window: off by half a pixel of
     # the image's grid. EXACT shares its half-pixel centres.

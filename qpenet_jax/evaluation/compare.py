@@ -52,7 +52,7 @@ def compare_results(
         InputError: a file is missing or broken; the data sets differ; the protocols
             differ and `different_protocols` isn't set; no episode or class is common.
     """
-    a, b = (path / RESULTS if path.is_dir() else path for path in (a, b))
+    (a, _), (b, _) = files_of(a), files_of(b)
     first, second = _read(a), _read(b)
     differs = _differences(first["protocol"], second["protocol"])
     _refuse(differs, f"{a} and {b}", different_protocols)
@@ -136,9 +136,19 @@ def _read(path: Path) -> dict[str, Any]:
     return results
 
 
+def files_of(results: Path) -> tuple[Path, Path]:
+    """Return the results.json that a file or folder stands for, and its episodes.
+
+    Raises:
+        InputError: no results.json.
+    """
+    path = results / RESULTS if results.is_dir() else results
+    return path, path.parent / _read(path).get("episodes_file", EPISODES)
+
+
 def episode_scores(path: Path, results: Mapping[str, Any]) -> Scores:
     """Return the episodes of a results.json; raises InputError unless of its mIoU."""
-    episodes = path.parent / results.get("episodes_file", EPISODES)
+    _, episodes = files_of(path)
     scores = load_scores(episodes)
     miou = 100 * mean_iou(scores, results["class_ids"])
     if abs(miou - results["miou"]) > ROUNDING:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from PIL import Image
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import write_whole
+from qpenet_jax.core.files import local_path, refuse_overwriting, write_whole
 from qpenet_jax.core.types import Episode, SegmentationDataset
 from qpenet_jax.data.episodes import EpisodeIds
 from qpenet_jax.evaluation.pictures import RGB, load_batch_of_one, read_scene
@@ -30,6 +30,12 @@ MAX_ROWS = 200
 """A JPEG is at most 65,535 pixels high, a row of a sheet takes 232."""
 
 QUALITY = 92
+
+SHEETS = {
+    "predictions": predictions_sheet,
+    "evolution": evolution_sheet,
+    "background": background_sheet,
+}
 
 
 class ShownRun(NamedTuple):
@@ -65,36 +71,35 @@ def draw_figures(
         InputError: a folder without a run; runs of different images, classes or sizes;
             an episode beyond the protocol; `out` can't be written.
     """
+    out = local_path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is no folder: choose another for the figures")
     runs = _open_runs(workdirs, overrides)
     experiment = runs[0].experiment
+    files = {name: out / f"{name}.jpg" for name in SHEETS}
+    read = [path for run in runs for path in run.experiment.inputs]
+    refuse_overwriting(files.values(), read)
     protocol = experiment.protocol(shots=shots)
     indices = _choose_episodes(protocol, episodes, count, seed)
     _check_height(len(indices), len(runs))
     val = experiment.dataset("val")
     sampler = experiment.eval_samplers(val, protocol)[0]
     shown = _look_at(runs, val, [sampler(i) for i in indices], protocol)
-    return _write_sheets(shown, protocol, out)
+    return _write_sheets(shown, protocol, files)
 
 
 def _write_sheets(
-    shown: Sequence[ShownEpisode], protocol: Protocol, out: Path
+    shown: Sequence[ShownEpisode], protocol: Protocol, files: Mapping[str, Path]
 ) -> list[Path]:
     """Write all sheets, or none if one can't be drawn."""
-    draw = {
-        "predictions": predictions_sheet,
-        "evolution": evolution_sheet,
-        "background": background_sheet,
-    }
     notes = _notes(protocol)
-    files = {
-        out / f"{name}.jpg": _jpeg(draw_sheet(shown, notes, protocol.resize))
-        for name, draw_sheet in draw.items()
+    content = {
+        path: _jpeg(SHEETS[name](shown, notes, protocol.resize))
+        for name, path in files.items()
     }
-    for path, content in files.items():
-        write_whole(path, content)
-    return list(files)
+    for path, page in content.items():
+        write_whole(path, page)
+    return list(content)
 
 
 def _jpeg(page: RGB) -> bytes:

@@ -111,4 +111,4 @@ def training_facts(runs: Sequence[PlannedRun]) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qpenet_jax.core.files import write_whole
+from qpenet_jax.core.files import local_path, refuse_overwriting, write_whole
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.paper.cost import print_plan
 from qpenet_jax.paper.execute import execute, interruptible
@@ -38,7 +38,7 @@ def reproduce(
     plan = Plan(
         table,
         config_file,
-        Path(workdir),
+        local_path(workdir),
         tuple(seeds or ()),
         overrides,
         rows,
@@ -49,6 +49,9 @@ def reproduce(
     if dry_run:
         print_plan(runs)
         return
+    read = [path for run in runs for path in run.experiment.inputs]
+    written = [plan.file, plan.file.with_suffix(".json")]
+    refuse_overwriting(written, [local_path(config_file), *read])
     with interruptible():
         execute(runs)
     content = _content(plan, runs)

@@ -16,7 +16,7 @@ from qpenet_jax.backbones.convert import check_tensors, save_weights, to_flax
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.config import default_config, for_coco, for_released
 from qpenet_jax.core.errors import InputError, check_choice
-from qpenet_jax.core.files import write_whole
+from qpenet_jax.core.files import local_path, write_whole
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.runs.config_files import override
@@ -58,7 +58,7 @@ def adopt(
         InputError: no such checkpoint, or tensors that don't fit (all are named), or a
             workdir that exists.
     """
-    source, folder = Path(checkpoint), Path(workdir)
+    source, folder = local_path(checkpoint), local_path(workdir)
     check_choice("dataset ", dataset, DATASETS)
     if fold not in range(4):
         raise InputError(f"fold {fold}: choose 0, 1, 2 or 3")

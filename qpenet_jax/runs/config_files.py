@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 
 from qpenet_jax.config import fields_like, flat
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import local_path
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=\[]+)")
 
@@ -27,7 +28,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         InputError: no such file or field, an error inside the file (told with its
             line), or a value of another type.
     """
-    path = Path(file)
+    path = local_path(file)
     if not path.is_file():
         raise InputError(f"{file}: no such config file; configs/ holds examples")
     with _importable_from(path), _told_with_line(path):
@@ -59,7 +60,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             "config", config, lock_config=True, flag_values=values, sys_argv=argv
         )
         rest = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(_one_line(error)) from None
     if len(rest) > 1:
         raise InputError(

@@ -1,5 +1,6 @@
 """From the config's `dataset` section to classes, folds and images."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from qpenet_jax.core.errors import InputError
@@ -77,3 +78,14 @@ def open_split(
                 "'blocks', 'strided' or 'named'"
             )
     return dataset
+
+
+def files_read(data: Any) -> list[Path]:
+    """Return the files and folders that a data set consists of."""
+    if data.kind == "shapes":
+        return []
+    root = Path(data.root)
+    if data.kind == "prepared":
+        return [root]
+    lists = [Path(ids) for ids in (data.train_ids, data.val_ids) if ids]
+    return [root / data.images, root / data.masks, *lists]

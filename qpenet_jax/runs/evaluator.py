@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol, of_dataset
 from qpenet_jax.evaluation.report import (
     RESULTS,
+    SHEET,
     TABLE,
     summarize,
     table,
@@ -135,6 +137,13 @@ class Evaluator:
         other.selection, other.folder = name, self.folder / f"selected_on_{name}"
         return other
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that are written."""
+        names = [RESULTS, TABLE, SHEET, REFERENCES, FIGURE]
+        scored = [self._episodes(name) for name in ("qpenet", "untrained", "cosine")]
+        return [*(self.folder / name for name in names), *scored]
+
     def describe(self) -> str:
         """Return the protocol, and which classes have too few images for it."""
         lines = [f"protocol: {self.protocol}"]
@@ -163,11 +172,16 @@ class Evaluator:
         return table(found)
 
     def __call__(
-        self, params: PyTree[Array], **facts: Any
+        self,
+        params: PyTree[Array],
+        tell: Callable[[dict[str, Any], UInt8[Any, "h w 3"]], None] | None = None,
+        **facts: Any,
     ) -> tuple[dict[str, Any], UInt8[Any, "h w 3"]]:
         """Score the network; write and return the results and a figure.
 
         `facts` are added to the results, such as `step`, that of the checkpoint.
+        Others are told of results and figure by `tell`, before the file of the results
+        says that all is done.
         """
         predict = self.experiment.predictor(params, self.weights)
         results = self._score("qpenet", predict) | facts
@@ -180,6 +194,8 @@ class Evaluator:
             results["gain_over_cosine"] = self._gain("cosine")
         figure = self._figure(predict)
         Image.fromarray(figure).save(self.folder / FIGURE)
+        if tell is not None:
+            tell(results, figure)
         write_report(self.folder, results)  # last: it says that all is done
         return results, figure
 
@@ -200,7 +216,7 @@ class Evaluator:
 
     def report(self) -> str:
         """Return the last results as text: the table beside their references."""
-        return (self.folder / TABLE).read_text()
+        return (self.folder / TABLE).read_text(encoding="utf-8")
 
     def _figure(self, predict: Predictor) -> UInt8[Any, "h w 3"]:
         """Draw the first episodes with the baseline's and the network's prediction."""
@@ -254,4 +270,4 @@ class Evaluator:
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -16,7 +17,7 @@ from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
 from qpenet_jax.config import check, flat, selections
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import cache_folder
+from qpenet_jax.core.files import cache_folder, local_path
 from qpenet_jax.core.types import Episode, SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.data.device_augmentation import augment_episodes
@@ -38,7 +39,12 @@ from qpenet_jax.models.released.losses import released_loss
 from qpenet_jax.models.released.network import NAME as RELEASED
 from qpenet_jax.models.released.network import ReleasedQPENet, behaves
 from qpenet_jax.models.variants import VARIANTS
-from qpenet_jax.runs.datasets import chosen_fold, class_names, open_split
+from qpenet_jax.runs.datasets import (
+    chosen_fold,
+    class_names,
+    files_read,
+    open_split,
+)
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.recipes import resolved
 from qpenet_jax.training.sharding import shardings
@@ -57,6 +63,7 @@ PATHS = (
     "dataset.val_ids",
     "backbone.weights",
 )
+BELOW_ROOT = ("dataset.images", "dataset.masks")
 FREE = {"workers", "log_every", "save_every", "keep_compilations", *PATHS}
 
 
@@ -68,8 +75,13 @@ class Experiment:
 
     def __post_init__(self):
         """Fill in the recipe's values; refuse values that could only fail later."""
-        object.__setattr__(self, "config", resolved(self.config))
-        check(self.config)
+        config = resolved(self.config)
+        object.__setattr__(self, "config", config)
+        for name in set(PATHS) - set(BELOW_ROOT):
+            section, field = name.split(".")
+            if given := config[section][field]:
+                config[section][field] = str(local_path(given))
+        check(config)
         _ = self.backbone, self.model, self.optimizer
 
     @functools.cached_property
@@ -153,6 +165,13 @@ class Experiment:
             "novel": self.protocol(),
         }
         return {name: protocols[name] for name in self.selections if name in protocols}
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read: nothing may be written into them."""
+        weights = self.config.backbone.weights
+        own = [Path(weights)] if weights else []
+        return [*own, *files_read(self.config.dataset)]
 
     @property
     def identity(self) -> str:

@@ -182,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a file of a workdir; raises InputError if it is broken."""
     remedy = "restore it, or use another --workdir"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None
     if not isinstance(content, dict):

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 
 from qpenet_jax.core import markdown
-from qpenet_jax.core.files import locked
+from qpenet_jax.core.files import local_path, locked, refuse_overwriting
 from qpenet_jax.evaluation.report import RESULTS
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment
@@ -32,9 +32,12 @@ def train(config: Any, workdir: Path) -> None:
         InputError: bad input, another run in the workdir, or a loss that diverges.
         Interrupted: by Ctrl-C or SIGTERM; the same call goes on.
     """
+    workdir = local_path(workdir)
     with StopSignal() as stop:
-        trainer = Trainer(Experiment(config))
-        experiment, weights = trainer.experiment, trainer.weights
+        experiment = Experiment(config)
+        refuse_overwriting([workdir / LOCK_FILE], experiment.inputs)
+        trainer = Trainer(experiment)
+        weights = trainer.weights
         val = experiment.dataset("val")
         evaluator = Evaluator(experiment, weights, workdir, val)
         selectors = {
@@ -170,11 +173,14 @@ def _score_selected(
     params, selected = checkpoints.restore_params(workdir, state.params, selection)
     if evaluator.step() == selected:
         return
-    results, figure = evaluator(trainer.placed(params), step=selected)
-    with SummaryWriter(str(workdir)) as writer:
-        writer.add_scalar("eval/miou", results["miou"], selected)
-        writer.add_scalar("eval/fb_iou", results["fb_iou"], selected)
-        writer.add_image("episodes", figure, selected, dataformats="HWC")
+
+    def tell(results, figure):
+        with SummaryWriter(str(workdir)) as writer:
+            writer.add_scalar("eval/miou", results["miou"], selected)
+            writer.add_scalar("eval/fb_iou", results["fb_iou"], selected)
+            writer.add_image("episodes", figure, selected, dataformats="HWC")
+
+    evaluator(trainer.placed(params), tell, step=selected)
 
 
 def _score_others(trainer: Trainer, evaluator: Evaluator, state: TrainState) -> str:

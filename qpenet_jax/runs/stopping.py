@@ -29,10 +29,16 @@ class StopSignal:
         self._before = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Give the signals back to whoever had them."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give the signals back to whoever had them.
+
+        Raises:
+            Interrupted: one arrived that nothing has acted on, too late to stop work.
+        """
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.asked and kind is None:
+            raise Interrupted("stopped when all was done and saved")
 
     @contextlib.contextmanager
     def postponed(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import check_room, locked
-from qpenet_jax.data.images import check_label, read_image
+from qpenet_jax.data.images import check_label, read_image, warn_of_turn
 
 SHARD_BYTES = 256_000_000
 """About how many bytes of images go into a file; TFDS keeps as much in memory."""
@@ -150,6 +150,7 @@ def check_example(example: Example, classes: int) -> Int[np.ndarray, " classes"]
     """
     image_from = example.image_from or example.name
     height, width = read_image(BytesIO(example.image), name=image_from).shape[:2]
+    warn_of_turn(BytesIO(example.image), name=image_from)
     label_from = example.label_from or example.name
     return check_label(example.label, (height, width), classes, label_from)
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.images import read_image
-
-JPEG_START = b"\xff\xd8"
+from qpenet_jax.data.images import reread_image
 
 
 class Prepared:
@@ -66,11 +63,7 @@ class Prepared:
         Raises:
             InputError: the data set's files are damaged; `prepare` has decoded all.
         """
-        data = self._bytes(index, "image")
-        # OpenCV gives Pillow's pixels in half the time (+-2 for CMYK).
-        if data.startswith(JPEG_START):
-            return cv2.cvtColor(_decode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-        return read_image(BytesIO(data), self.names[index])
+        return reread_image(self._bytes(index, "image"), self.names[index])
 
     def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
         """Return the label map of image `index`.

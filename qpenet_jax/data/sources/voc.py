@@ -16,6 +16,7 @@ from qpenet_jax.data.images import (
     image_size,
     read_image,
     read_label,
+    warn_of_turn,
 )
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -88,8 +89,11 @@ class VOCLayout:
             else True,  # None: not a terminal.
         )
         with ThreadPoolExecutor(COUNT_THREADS) as pool:
-            rows = pool.map(lambda index: self._checked_label(index)[1], indices)
-            return np.stack(list(rows))
+            return np.stack(list(pool.map(self._counted, indices)))
+
+    def _counted(self, index: int) -> Int[np.ndarray, " classes"]:
+        warn_of_turn(self._images[index], self._masks[index])
+        return self._checked_label(index)[1]
 
     def _checked_label(
         self, index: int

@@ -1,0 +1,131 @@
+"""What a command finds around it: paths, home, devices, a terminal, a closed pipe."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import refused
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ELSEWHERE = ("gs://bucket/x", "s3://bucket/x", "https://example.org/x")
+
+PATHS = (
+    ("train", "--config", "{}"),
+    ("train", "--config", "c.py", "--workdir={}"),
+    ("evaluate", "--workdir={}"),
+    ("evaluate", "--workdir=w", "--episode-list", "{}"),
+    ("evaluate", "--workdir=w", "--out", "{}"),
+    ("episodes", "export", "--workdir={}", "--out=x"),
+    ("episodes", "export", "--config={}", "--out=x"),
+    ("episodes", "export", "--config=c.py", "--out={}"),
+    ("figures", "--workdir", "a", "{}", "--out=x"),
+    ("figures", "--workdir", "a", "--out={}"),
+    ("predict", "--workdir={}", "--support=a:b", "--query=c", "--out=x"),
+    ("predict", "--workdir=w", "--support=a:b", "--query", "c", "{}", "--out=x"),
+    ("predict", "--workdir=w", "--support=a:b", "--query=c", "--out={}"),
+    ("compare", "{}", "b"),
+    ("compare", "a", "b", "--out={}"),
+    ("convert", "{}", "--backbone=resnet50"),
+    ("convert", "a", "--backbone=resnet50", "--out={}"),
+    ("convert", "a", "--fold=0", "--as-run={}"),
+    ("reproduce", "table3", "--config={}", "--workdir=w"),
+    ("reproduce", "table3", "--config=c.py", "--workdir={}"),
+    ("benchmark", "--config={}"),
+    ("benchmark", "--weights={}"),
+    ("benchmark", "--out={}"),
+    ("prepare", "folder", "{}"),
+    ("prepare", "folder", "a", "--out={}"),
+    ("prepare", "pascal", "--voc={}"),
+    ("prepare", "pascal", "--sbd={}"),
+    ("prepare", "pascal", "--masks={}"),
+    ("prepare", "pascal", "--pool={}"),
+    ("prepare", "coco", "--images", "a", "{}"),
+    ("prepare", "coco", "--annotations", "a", "{}"),
+)
+
+
+@pytest.mark.parametrize("given", PATHS)
+def test_an_address_is_refused_wherever_a_path_is_asked_for(capsys, given):
+    for address in ELSEWHERE:
+        error = refused(capsys, *(word.format(address) for word in given))
+        assert f"{address}: only files of this machine" in error
+
+
+@pytest.mark.parametrize("field", ["dataset.root", "backbone.weights"])
+def test_paths_of_the_config_may_start_at_home(monkeypatch, tmp_path, capsys, field):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train = ["train", "--config", ROOT / "configs" / "pascal_fold0.py"]
+    root = [f"--config.dataset.root={tmp_path}"] if field != "dataset.root" else []
+    word = f"--config.{field}"
+    error = refused(capsys, *train, *root, "--workdir=~/r", word, "~/none")
+    assert f"{tmp_path}/none" in error or field != "dataset.root"
+    assert "only files of this" in refused(capsys, *train, f"{word}=gs://bucket/x")
+    assert not (tmp_path / "r").exists()
+    assert not Path("~").exists()
+
+
+def qpenet(*arguments, **environment):
+    """Run a command in a process of its own, without this one's surroundings."""
+    kept = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
+    environment = kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.run(
+        [sys.executable, "-m", "qpenet_jax.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def test_a_device_that_isnt_there_is_told_in_one_line():
+    done = qpenet("describe", "--side=33", JAX_PLATFORMS="nonsense")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: Unable to initialize backend 'nonsense'")
+    assert line.endswith("set JAX_PLATFORMS=cpu, or install JAX for this device")
+
+
+def test_neither_home_nor_64_bits_matter():
+    plain = qpenet("describe", "--side=33")
+    other = qpenet("describe", "--side=33", JAX_ENABLE_X64="1")
+    assert other.returncode == 0, other.stderr
+    assert "float32" in other.stdout
+    assert other.stdout == plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["describe", "--side=33"], 141), (["--help"], 0)]
+)
+def test_nobody_reading_the_output_is_no_error(arguments, code):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "qpenet_jax.cli", *arguments],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    os.close(write)
+    assert done.stderr == b""
+    assert done.returncode == code
+
+
+SAYS = """
+from qpenet_jax.cli import main, train
+train.run = lambda args: print("gaver\\u017e \\ud800 cat")
+main.main(["train", "--config=x"])
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_names_that_the_terminal_cant_show_are_replaced(encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "JAX_PLATFORMS": "cpu"}
+    run = [sys.executable, "-c", SAYS]
+    done = subprocess.run(run, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = "\u017e".encode(encoding, "replace")
+    assert done.stdout.strip() == b"gaver" + shown + b" ? cat"
