@@ -3,6 +3,7 @@ import functools
 import hashlib
 import http.server
 import json
+import math
 import shutil
 import threading
 import zipfile
@@ -157,15 +158,6 @@ def test_facts(root, tmp_path):
         prepare(root, tmp_path / "out")
 
 
-def test_annotations_may_share_an_id(root):
-    content = copy.deepcopy(CONTENT)
-    for item in content["annotations"]:
-        item["id"] = 1
-    instances = Instances(save(root, content))
-    for name, label in expected_labels().items():
-        np.testing.assert_array_equal(instances.label(name), label)
-
-
 def test_no_note_on_a_whole_release(root, tmp_path, monkeypatch):
     monkeypatch.setitem(coco.RELEASE_IMAGES, "2014", {"train": 5, "val": 3})
     assert "note" not in facts(prepare(root, tmp_path / "out"))
@@ -238,7 +230,15 @@ def changed(content: dict, path: str, value) -> dict:
         ("categories", None, r"no 'categories' in it"),
         ("images.0.file_name", None, r"no 'file_name' in it"),
         ("images.0.height", None, r"no 'height' in it"),
-        ("images.0.width", "wide", r"isn't an instances file .*'wide'"),
+        ("images.0.width", "wide", r"has height 40 and width 'wide'; correct them"),
+        ("images.0.width", 1e400, r"isn't an .*Infinity is no number"),
+        ("images.0.width", 10**9, r"height 40 and width 1000000000; correct"),
+        ("images.0.height", 40.5, r"height 40.5 and width 60; correct"),
+        ("images.0.height", 0, r"height 0 and width 60; correct"),
+        ("images.1.id", 42, r"two images have the id 42 \(C.*42\.jpg and .*07\.jpg\)"),
+        ("annotations.1.id", 1, r"two annotations have the id 1; give each its own"),
+        ("categories.1.id", 90, r"two .* the id 90 \(toothbrush and hair drier\)"),
+        ("annotations.0.iscrowd", "0", r"annotation 1: iscrowd is '0'; write 0 or 1"),
         ("annotations.0.image_id", None, r"no 'image_id' in it"),
         ("annotations.0.category_id", None, r"no 'category_id' in it"),
         ("annotations.0.iscrowd", None, r"no 'iscrowd' in it"),
@@ -253,6 +253,23 @@ def changed(content: dict, path: str, value) -> dict:
             r"annotation 1 of COCO_val.* can't be drawn",
         ),
         ("annotations.0.segmentation", [["a"] * 6], r"annotation 1 .* can't be drawn"),
+        ("annotations.0.segmentation.0.3", 1e9, r"\(1000000000.0 is no coordinate in"),
+        ("annotations.0.segmentation.0.3", -61, r"\(-61 is no coordinate in"),
+        ("annotations.0.segmentation.0.3", 10**30, r"\(10+ is no coordinate in"),
+        ("annotations.0.segmentation.0.3", math.nan, r"isn't an .*NaN is no number"),
+        ("annotations.0.segmentation.0.3", -math.inf, r"-Infinity is no number"),
+        ("annotations.0.segmentation.0.3", True, r"\(True is no coordinate in"),
+        ("annotations.0.segmentation", [box(1, 1, 5, 5)[:4]], r"three points or more"),
+        ("annotations.0.segmentation", [box(1, 1, 5, 5)[:7]], r"each x and y"),
+        ("annotations.0.segmentation", box(1, 1, 5, 5), r"needs three points"),
+        ("annotations.0.segmentation", "1,2", r"neither polygons nor run lengths"),
+        ("annotations.5.segmentation.counts", [80, -40, 2360], r"no whole number"),
+        ("annotations.5.segmentation.counts", [80, 40], r"cover 120 of 2400 pixels"),
+        ("annotations.5.segmentation.counts", [0, 10**12], r"cover 10+ of 2400"),
+        ("annotations.5.segmentation.counts", "PPYo1", r"run|cover|broken"),
+        ("annotations.5.segmentation.counts", "oooooooooooooo", r"broken run lengths"),
+        ("annotations.5.segmentation.counts", "o", r"run lengths are cut off"),
+        ("annotations.5.segmentation.counts", None, r"\(no 'counts' in it\)"),
         (
             "annotations.5.segmentation.size",
             [60, 40],
@@ -266,7 +283,7 @@ def changed(content: dict, path: str, value) -> dict:
         ("annotations.0.category_id", 12, r"no category has the id 12"),
         ("categories.0.name", "tooth brush", r"categories aren't COCO's 80"),
         ("categories.0", None, r"categories aren't COCO's 80"),
-        ("categories.0.id", 2.5, r"categories aren't COCO's 80"),
+        ("categories.0.id", 2.5, r"categories: id 2.5 is no whole number"),
         ("images.1.file_name", "COCO_val2014_000000000042.png", r"two images have one"),
         ("annotations", [], r"no image has an annotation but crowds"),
     ],
@@ -281,7 +298,17 @@ def test_what_can_be_wrong_in_the_file(root, tmp_path, path, value, message):
     assert not list((tmp_path / "out").glob("coco20i/2014/1.0.0"))
 
 
-@pytest.mark.parametrize("text", ['{"images": [', "", "[]", "\x00"])
+BROKEN = (
+    '{"images": [',
+    "",
+    "[]",
+    "\x00",
+    "[" * 100_000,
+    '{"images": [], "annotations": [], "categories": [], "images": []}',
+)
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_broken_json(root, tmp_path, text):
     (root / "instances_val2014.json").write_text(text)
     with pytest.raises(InputError, match=r"val2014\.json isn't an instances file of"):

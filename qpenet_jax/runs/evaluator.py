@@ -158,7 +158,8 @@ class Evaluator:
     ) -> tuple[dict[str, Any], UInt8[Any, "h w 3"]]:
         """Score the network; write and return the results and a figure.
 
-        `facts` are added to the results, such as `step`, that of the checkpoint.
+        `facts` are added to the results: `step`, that of the checkpoint, and `shared`,
+        what a warning says of images that were trained on and are scored.
         """
         predict = self.experiment.predictor(params, self.weights)
         results = self._score("qpenet", predict) | facts

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 
 from qpenet_jax.core.files import locked
+from qpenet_jax.data.versions import shared_photos
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.runs.folder import claim, inputs_of
+from qpenet_jax.runs.folder import SELECTED_ON, SHARED, claim, inputs_of
 from qpenet_jax.runs.progress import Progress
 from qpenet_jax.runs.stopping import Interrupted, StopSignal
 from qpenet_jax.runs.trainer import Trainer
@@ -41,14 +43,34 @@ def train(config: Any, workdir: Path) -> None:
             "choose another --workdir"
         )
         with locked(workdir / LOCK_FILE, busy):
-            claim(workdir, trainer.config, inputs_of(trainer.dataset, val, weights))
+            shared = _trained_on(trainer, SHARED, evaluator)
+            if selector:
+                shared |= _trained_on(trainer, SELECTED_ON, selector)
+            inputs = inputs_of(trainer.dataset, val, weights)
+            claim(workdir, trainer.config, inputs | shared)
             name, images = trainer.config.dataset.name, len(trainer.sampler)
             print(f"{name}: {images} training images, {trainer.steps} steps")
             print(evaluator.describe())
             state = _trained(trainer, workdir, evaluator, selector, stop)
-            _score_selected(trainer, workdir, evaluator, state)
+            _score_selected(trainer, workdir, evaluator, state, shared)
     print(evaluator.report())
     print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
+
+
+def _trained_on(trainer: Trainer, what: str, evaluator: Evaluator) -> dict[str, str]:
+    """Find the scored images that are trained on, too; warn of them.
+
+    Images of one list may serve both, as long as no episode of both shows one.
+    """
+    trained: Any = trainer.sampler
+    scored: Any = evaluator.samplers[0]
+    val = evaluator.val
+    found = shared_photos(trainer.dataset, val, trained.images, scored.images)
+    if not found:
+        return {}
+    text = f"{len(found)} of {len(scored)}, such as {' = '.join(found[0])}"
+    print(f"warning: {what}: {text}", file=sys.stderr)
+    return {what: text}
 
 
 def _trained(
@@ -155,13 +177,17 @@ class Loop:
 
 
 def _score_selected(
-    trainer: Trainer, workdir: Path, evaluator: Evaluator, state: TrainState
+    trainer: Trainer,
+    workdir: Path,
+    evaluator: Evaluator,
+    state: TrainState,
+    shared: dict[str, str],
 ) -> None:
     """Score the selected checkpoint on the novel classes, unless it was before."""
     params, selected = checkpoints.restore_params(workdir, state.params)
     if evaluator.step() == selected:
         return
-    results, figure = evaluator(trainer.placed(params), step=selected)
+    results, figure = evaluator(trainer.placed(params), step=selected, shared=shared)
     with SummaryWriter(str(workdir)) as writer:
         writer.add_scalar("eval/miou", results["miou"], selected)
         writer.add_scalar("eval/fb_iou", results["fb_iou"], selected)
