@@ -168,6 +168,17 @@ def test_whole_releases_divide_the_same_images():
     assert totals == {122_218}
 
 
+def test_polygons_that_enclose_nothing_are_left_out(root):
+    """Published annotation files hold some; pycocotools took four numbers for a box."""
+    content = copy.deepcopy(CONTENT)
+    polygons = content["annotations"][0]["segmentation"]
+    polygons.insert(0, [5.0, 5.0, 30.0, 30.0])
+    polygons.append([7.0, 7.0])
+    label = Instances(save(root, content)).label("COCO_val2014_000000000042")
+    expected = expected_labels()["COCO_val2014_000000000042"]
+    np.testing.assert_array_equal(label, expected)
+
+
 @calls_pycocotools
 def test_compressed_runs(root):
     content = copy.deepcopy(CONTENT)
@@ -261,7 +272,8 @@ def changed(content: dict, path: str, value) -> dict:
         ("annotations.0.segmentation.0.3", True, r"\(True is no coordinate in"),
         ("annotations.0.segmentation", [box(1, 1, 5, 5)[:4]], r"three points or more"),
         ("annotations.0.segmentation", [box(1, 1, 5, 5)[:7]], r"each x and y"),
-        ("annotations.0.segmentation", box(1, 1, 5, 5), r"needs three points"),
+        ("annotations.0.segmentation", box(1, 1, 5, 5), r"is a list of points"),
+        ("annotations.0.segmentation", [[], [1, 1]], r"three points or more"),
         ("annotations.0.segmentation", "1,2", r"neither polygons nor run lengths"),
         ("annotations.5.segmentation.counts", [80, -40, 2360], r"no whole number"),
         ("annotations.5.segmentation.counts", [80, 40], r"cover 120 of 2400 pixels"),

@@ -179,32 +179,38 @@ def draw(segmentation: Any, height: int, width: int) -> Bool[np.ndarray, "h w"]:
     Raises:
         ValueError, TypeError, KeyError: not such numbers, or of another image.
     """
-    if isinstance(segmentation, dict):
-        _check_runs(segmentation, height, width)
-    else:
-        _check_polygons(segmentation, height, width)
     with warnings.catch_warnings():
         # Of pycocotools' own arrays under NumPy 2; the user can do nothing about it.
         warnings.simplefilter("ignore", DeprecationWarning)
         encoded: Any = segmentation
         if not isinstance(segmentation, dict):
-            encoded = pycoco.merge(pycoco.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            runs: Any = segmentation
-            encoded = pycoco.frPyObjects(runs, height, width)
+            polygons: Any = _checked_polygons(segmentation, max(height, width))
+            encoded = pycoco.merge(pycoco.frPyObjects(polygons, height, width))
+        else:
+            _check_runs(segmentation, height, width)
+            if isinstance(encoded["counts"], list):
+                encoded = pycoco.frPyObjects(encoded, height, width)
         return pycoco.decode(encoded).view(bool)
 
 
-def _check_polygons(polygons: Any, height: int, width: int) -> None:
+def _checked_polygons(polygons: Any, side: int) -> list[list[float]]:
+    """Return the polygons of three points or more; `side` is the image's longer one.
+
+    Others enclose nothing; pycocotools takes four numbers for a box if they come first.
+    """
     if not isinstance(polygons, list) or not polygons:
         raise ValueError("neither polygons nor run lengths")
-    reach = max(height, width)  # Tools let outlines end somewhat outside of an image.
     for polygon in polygons:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError("a polygon needs three points or more, each x and y")
+        if not isinstance(polygon, list) or len(polygon) % 2:
+            raise ValueError("a polygon is a list of points, each x and y")
         for value in polygon:
-            if type(value) not in (int, float) or not -reach <= value <= 2 * reach:
+            # Tools let outlines end somewhat outside of an image.
+            if type(value) not in (int, float) or not -side <= value <= 2 * side:
                 raise ValueError(f"{value!r} is no coordinate in this image")
+    enclosing = [polygon for polygon in polygons if len(polygon) >= 6]
+    if not enclosing:
+        raise ValueError("a polygon needs three points or more")
+    return enclosing
 
 
 def _check_runs(encoded: dict[str, Any], height: int, width: int) -> None:
