@@ -165,7 +165,7 @@ class Listed:
     """What a trainer and an evaluator tell of their images."""
 
     dataset: VOCLayout
-    images: tuple[int, ...]
+    images: np.ndarray
 
     sampler = property(lambda self: self)
     samplers = property(lambda self: [self])
@@ -179,7 +179,9 @@ def test_scored_images_that_are_trained_on_are_told(tmp_path, write_voc, capsys)
     """One list may serve both, as long as each has images of its own."""
     root = write_voc(tmp_path, images=6, classes=3)
     data = VOCLayout(root, root / "ids.txt", ("one", "two", "three"))
-    trainer, apart, shared = (Listed(data, x) for x in ((0, 1, 3), (2, 4, 5), (3, 1)))
+    trainer, apart, shared = (
+        Listed(data, np.array(x)) for x in ((0, 1, 3), (2, 4, 5), (3, 1))
+    )
     assert loop._trained_on(trainer, "what", apart) == {}
     assert capsys.readouterr().err == ""
     found = loop._trained_on(trainer, "what", shared)

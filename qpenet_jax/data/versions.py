@@ -1,10 +1,10 @@
 """Which data a number was measured on: hashes of a split, and of its files."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from qpenet_jax.core.types import SegmentationDataset
 
@@ -52,8 +52,8 @@ class ContentHash:
 def shared_photos(
     train: SegmentationDataset,
     val: SegmentationDataset,
-    trained: Iterable[int] | None = None,
-    scored: Iterable[int] | None = None,
+    trained: Sequence[int] | Int[np.ndarray, " trained"] | None = None,
+    scored: Sequence[int] | Int[np.ndarray, " scored"] | None = None,
 ) -> list[tuple[str, str]]:
     """Return the names in both splits of images that are equal, byte for byte.
 
