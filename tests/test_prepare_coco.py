@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import math
+import os
 import shutil
 import threading
 import zipfile
@@ -21,6 +22,7 @@ from qpenet_jax.core.files import locked
 from qpenet_jax.data.episodes import EpisodeSampler, eligible_pairs
 from qpenet_jax.data.folds import COCO_CLASSES, coco_fold
 from qpenet_jax.data.prepare import coco, downloads
+from qpenet_jax.data.prepare.archives import fingerprint
 from qpenet_jax.data.prepare.coco import Instances, prepare_coco
 from qpenet_jax.data.prepare.downloads import download_coco
 from qpenet_jax.data.sources.prepared import Prepared
@@ -364,6 +366,39 @@ def test_no_folder_of_images(root, tmp_path):
         )
     with pytest.raises(InputError, match=r"in no folder \(3 of 3 are missing\)"):
         prepare_coco([], [root / "instances_val2014.json"], tmp_path / "out")
+
+
+def test_the_same_images_in_both_splits_are_refused(root, tmp_path):
+    save(root, CONTENT, "instances_train2014.json")
+    annotations = [root / f"instances_{split}2014.json" for split in ("train", "val")]
+    message = (
+        r"image COCO_val2014_0+42 is in train and in val: what is trained on can't"
+    )
+    with pytest.raises(InputError, match=message):
+        prepare_coco([root / "val2014"], annotations, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_replaced_under_its_name_is_noticed(root, tmp_path):
+    """In a folder, under the same size and time."""
+    prepare(root, tmp_path / "out")
+    path = root / "val2014" / "COCO_val2014_000000000007.jpg"
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    message = r"made of other files \(image COCO_val2014_0+7 differs\)"
+    with pytest.raises(InputError, match=message):
+        prepare(root, tmp_path / "out")
+
+
+def test_the_same_files_make_the_same_bytes(root, tmp_path):
+    one, other = (prepare(root, tmp_path / name) for name in ("one", "other"))
+    names = sorted(path.name for path in one.iterdir())
+    assert [(one / n).read_bytes() for n in names] == [
+        (other / n).read_bytes() for n in names
+    ]
+    assert fingerprint(one) == fingerprint(other)
 
 
 def test_two_images_of_one_name(root, tmp_path):

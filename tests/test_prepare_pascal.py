@@ -136,6 +136,14 @@ def test_main_pool(files, tmp_path):
 
 
 @pytest.mark.usefixtures("counts")
+def test_the_same_files_make_the_same_bytes(files, tmp_path):
+    tar, tgz = pack_both(tmp_path, files)
+    one, other = (prepare_pascal(tar, tgz, tmp_path / x) for x in ("one", "other"))
+    assert prepare_pascal(tar, tgz, tmp_path / "one") == one
+    assert fingerprint(one) == fingerprint(other)
+
+
+@pytest.mark.usefixtures("counts")
 def test_trainaug_pool_from_unpacked_archives(files, tmp_path):
     for name, data in (files[0] | files[1]).items():
         (tmp_path / "unpacked" / name).parent.mkdir(parents=True, exist_ok=True)

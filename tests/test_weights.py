@@ -114,6 +114,16 @@ def test_a_prefix_is_recognised(resnet, prefix):
         to_flax("resnet50", inside)
 
 
+def test_the_deep_stage_is_found_under_a_prefix(resnet, tmp_path):
+    """It is converted as well, so a part of it alone is missing the rest."""
+    deep = {**resnet, "layer4.0.conv1.weight": np.ones((512, 1024, 1, 1), np.float32)}
+    path = tmp_path / "x.safetensors"
+    tensors = {f"backbone.{name}": tensor for name, tensor in deep.items()}
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(InputError, match=r"missing: layer4\.0\..* more$"):
+        convert("resnet50", path, out_dir=tmp_path / "out")
+
+
 def test_two_networks_in_one_file_are_refused(resnet):
     both = {f"{x}.{n}": t for x in ("student", "teacher") for n, t in resnet.items()}
     message = r"the network 2 times, under 'student\.' and 'teacher\.': save one"

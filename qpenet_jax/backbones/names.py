@@ -36,12 +36,12 @@ def check_tensors(
             if name.endswith("running_var") and (tensors[name] < 0).any()
         ],
     }
-    found = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    found = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise InputError(f"{what}: {'; '.join(found)}")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     """Return the first names, each in one short line, and how many more there are."""
     first = (" ".join(name.split())[:NAME_CHARACTERS] for name in names[:NAMED])
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

@@ -52,7 +52,7 @@ def _refuse_other_formats(path: Path, lines: tuple[str, ...]) -> None:
     none = [x for x in lines if re.sub(r"[\W\d_]", "", x).lower() in NO_CLASS]
     if none:
         raise InputError(
-            f"{path}: {', '.join(map(repr, none))} names no class; line 1 names "
+            f"{path}: {', '.join(map(repr, none[:3]))} names no class; line 1 names "
             f"value 1 of the masks (0 is the background, {IGNORE} what is ignored): "
             "take out what is no class, and number the masks so"
         )
