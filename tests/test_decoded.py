@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import pickle
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.sources.decoded import PIXELS_FILE, SIZES_FILE, Decoded
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.data.versions import dataset_version
+from qpenet_jax.data.versions import dataset_content, dataset_version
 
 CLASSES = ("first", "second", "third")
 
@@ -62,7 +63,8 @@ def equal(decoded, dataset) -> bool:
 
 
 def folder_of(dataset, root):
-    return root / "cache" / dataset_version(dataset)
+    version = dataset_version(dataset)
+    return root / "cache" / f"{version}-{dataset_content(dataset)[:16]}"
 
 
 def test_it_is_the_data_set(dataset, tmp_path):
@@ -112,6 +114,26 @@ def test_other_pixels_of_the_same_names_and_counts_are_noticed(tmp_path):
     pixels = np.fromfile(folder / PIXELS_FILE, np.uint8)
     (255 - pixels).tofile(folder / PIXELS_FILE)
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
+
+
+def test_replaced_images_are_decoded(dataset, tmp_path, capfd):
+    """Also one that no sample holds, under the same name, of the same size and time."""
+    first = Decoded(dataset, tmp_path / "cache")
+    path = tmp_path / "voc/JPEGImages/im_003.jpg"
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[-40] ^= 8
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    replaced = VOCLayout(tmp_path / "voc", tmp_path / "voc/ids.txt", CLASSES)
+    decoded = Decoded(replaced, tmp_path / "cache")
+    assert equal(decoded, replaced)
+    assert not np.array_equal(decoded.image(3), first.image(3))
+    # A run that goes on with the older ones isn't disturbed.
+    worker = pickle.loads(pickle.dumps(first))
+    np.testing.assert_array_equal(worker.image(3), first.image(3))
+    assert "kept" not in capfd.readouterr().err
+    Decoded(replaced, tmp_path / "cache")
+    assert f"{decoded.folder}: decoded images are kept" in capfd.readouterr().err
 
 
 def test_an_interrupted_run_leaves_nothing_that_is_taken_for_whole(tmp_path):

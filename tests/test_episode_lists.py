@@ -103,6 +103,11 @@ def test_what_does_not_fit_is_named(listed, dataset):
     assert "twice" in error(seed, index, class_id, name, query, one, one)
     shows = error(seed, index, class_id, name, query, one, dataset.names[absent])
     assert "shows no" in shows
+    more, fewer = [seed, index, class_id, name, query, one, two, one], [seed, index]
+    for row in (more, fewer):
+        assert "episode 1: give a value for each of the 7 columns" in error(*row)
+    twice = header.replace("support_2", "support_1")
+    assert "has 2 columns 'support_1'" in error(*more[:7], top=twice)
     assert "column query" in error(seed, top=header.replace("query", "q"))
     listed.write_text(header)
     with pytest.raises(InputError, match="one at least"):

@@ -14,6 +14,7 @@ from qpenet_jax.core.files import (
     locked,
     refuse_overwriting,
     visible_files,
+    walk,
 )
 
 
@@ -159,3 +160,45 @@ def test_files_below_a_folder_are_all_found_once(tmp_path):
         "f.jpg",
     ]
     assert not folders
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_a_walk_follows_links_and_ends(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    touch(root / "b.png", root / "sub/a.png", root / "a/x.png", elsewhere / "c/d.png")
+    touch(root / "._b.png", root / ".hidden/e.png")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere)  # twice, by two names
+    (elsewhere / "c/back").symlink_to(root)  # a circle
+    (root / "sub/self").symlink_to(root / "sub")
+    (root / "one.png").symlink_to(elsewhere / "c/d.png")
+    found = walk(root)
+    assert list(found) == [
+        *("a/x.png", "again/c/d.png", "b.png", "linked/c/d.png", "one.png"),
+        "sub/a.png",
+    ]
+    assert all(path.is_file() for path in found.values())
+    (tmp_path / "link").symlink_to(root)
+    assert list(walk(tmp_path / "link")) == list(found)
+
+
+def test_a_walk_leaves_nothing_out_silently(tmp_path, monkeypatch):
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"gone\.png is a link to nothing"):
+        walk(tmp_path)
+    (tmp_path / "gone.png").unlink()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match="loop is a link to nothing"):
+        walk(tmp_path)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+    with pytest.raises(InputError, match=r"can't be read \(Permission denied\)"):
+        walk(tmp_path)

@@ -1,6 +1,7 @@
 """When training is stopped, and who may train in a workdir (see also test_train.py)."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from test_train import ROOT, SHRUNK, assert_refused, train
 from qpenet_jax.config import SELECTION
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import locked
+from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.runs import loop
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.evaluator import Evaluator
@@ -227,6 +229,35 @@ def test_the_signals_are_given_back():
     with StopSignal():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@dataclasses.dataclass
+class Listed:
+    """What a trainer and an evaluator tell of their images."""
+
+    dataset: VOCLayout
+    images: np.ndarray
+
+    sampler = property(lambda self: self)
+    samplers = property(lambda self: [self])
+    val = property(lambda self: self.dataset)
+
+    def __len__(self):
+        return len(self.images)
+
+
+def test_scored_images_that_are_trained_on_are_told(tmp_path, write_voc, capsys):
+    """One list may serve both, as long as each has images of its own."""
+    root = write_voc(tmp_path, images=6, classes=3)
+    data = VOCLayout(root, root / "ids.txt", ("one", "two", "three"))
+    trainer, apart, shared = (
+        Listed(data, np.array(x)) for x in ((0, 1, 3), (2, 4, 5), (3, 1))
+    )
+    assert loop._trained_on(trainer, "what", apart) == {}
+    assert capsys.readouterr().err == ""
+    found = loop._trained_on(trainer, "what", shared)
+    assert found == {"what": "2 of 2, such as im_003 = im_003"}
+    assert capsys.readouterr().err == "warning: what: 2 of 2, such as im_003 = im_003\n"
 
 
 def test_a_second_training_in_a_workdir_is_refused(tmp_path):

@@ -3,6 +3,8 @@ import functools
 import hashlib
 import http.server
 import json
+import math
+import os
 import shutil
 import threading
 import zipfile
@@ -20,6 +22,7 @@ from qpenet_jax.core.files import locked
 from qpenet_jax.data.episodes import EpisodeSampler, eligible_pairs
 from qpenet_jax.data.folds import COCO_CLASSES, coco_fold
 from qpenet_jax.data.prepare import coco, downloads
+from qpenet_jax.data.prepare.archives import fingerprint
 from qpenet_jax.data.prepare.coco import Instances, prepare_coco
 from qpenet_jax.data.prepare.downloads import download_coco
 from qpenet_jax.data.sources.prepared import Prepared
@@ -157,15 +160,6 @@ def test_facts(root, tmp_path):
         prepare(root, tmp_path / "out")
 
 
-def test_annotations_may_share_an_id(root):
-    content = copy.deepcopy(CONTENT)
-    for item in content["annotations"]:
-        item["id"] = 1
-    instances = Instances(save(root, content))
-    for name, label in expected_labels().items():
-        np.testing.assert_array_equal(instances.label(name), label)
-
-
 def test_no_note_on_a_whole_release(root, tmp_path, monkeypatch):
     monkeypatch.setitem(coco.RELEASE_IMAGES, "2014", {"train": 5, "val": 3})
     assert "note" not in facts(prepare(root, tmp_path / "out"))
@@ -174,6 +168,17 @@ def test_no_note_on_a_whole_release(root, tmp_path, monkeypatch):
 def test_whole_releases_divide_the_same_images():
     totals = {sum(counts.values()) for counts in coco.RELEASE_IMAGES.values()}
     assert totals == {122_218}
+
+
+def test_polygons_that_enclose_nothing_are_left_out(root):
+    """Published annotation files hold some; pycocotools took four numbers for a box."""
+    content = copy.deepcopy(CONTENT)
+    polygons = content["annotations"][0]["segmentation"]
+    polygons.insert(0, [5.0, 5.0, 30.0, 30.0])
+    polygons.append([7.0, 7.0])
+    label = Instances(save(root, content)).label("COCO_val2014_000000000042")
+    expected = expected_labels()["COCO_val2014_000000000042"]
+    np.testing.assert_array_equal(label, expected)
 
 
 @calls_pycocotools
@@ -238,7 +243,15 @@ def changed(content: dict, path: str, value) -> dict:
         ("categories", None, r"no 'categories' in it"),
         ("images.0.file_name", None, r"no 'file_name' in it"),
         ("images.0.height", None, r"no 'height' in it"),
-        ("images.0.width", "wide", r"isn't an instances file .*'wide'"),
+        ("images.0.width", "wide", r"has height 40 and width 'wide'; correct them"),
+        ("images.0.width", 1e400, r"isn't an .*Infinity is no number"),
+        ("images.0.width", 10**9, r"height 40 and width 1000000000; correct"),
+        ("images.0.height", 40.5, r"height 40.5 and width 60; correct"),
+        ("images.0.height", 0, r"height 0 and width 60; correct"),
+        ("images.1.id", 42, r"two images have the id 42 \(C.*42\.jpg and .*07\.jpg\)"),
+        ("annotations.1.id", 1, r"two annotations have the id 1; give each its own"),
+        ("categories.1.id", 90, r"two .* the id 90 \(toothbrush and hair drier\)"),
+        ("annotations.0.iscrowd", "0", r"annotation 1: iscrowd is '0'; write 0 or 1"),
         ("annotations.0.image_id", None, r"no 'image_id' in it"),
         ("annotations.0.category_id", None, r"no 'category_id' in it"),
         ("annotations.0.iscrowd", None, r"no 'iscrowd' in it"),
@@ -253,6 +266,24 @@ def changed(content: dict, path: str, value) -> dict:
             r"annotation 1 of COCO_val.* can't be drawn",
         ),
         ("annotations.0.segmentation", [["a"] * 6], r"annotation 1 .* can't be drawn"),
+        ("annotations.0.segmentation.0.3", 1e9, r"\(1000000000.0 is no coordinate in"),
+        ("annotations.0.segmentation.0.3", -61, r"\(-61 is no coordinate in"),
+        ("annotations.0.segmentation.0.3", 10**30, r"\(10+ is no coordinate in"),
+        ("annotations.0.segmentation.0.3", math.nan, r"isn't an .*NaN is no number"),
+        ("annotations.0.segmentation.0.3", -math.inf, r"-Infinity is no number"),
+        ("annotations.0.segmentation.0.3", True, r"\(True is no coordinate in"),
+        ("annotations.0.segmentation", [box(1, 1, 5, 5)[:4]], r"three points or more"),
+        ("annotations.0.segmentation", [box(1, 1, 5, 5)[:7]], r"each x and y"),
+        ("annotations.0.segmentation", box(1, 1, 5, 5), r"is a list of points"),
+        ("annotations.0.segmentation", [[], [1, 1]], r"three points or more"),
+        ("annotations.0.segmentation", "1,2", r"neither polygons nor run lengths"),
+        ("annotations.5.segmentation.counts", [80, -40, 2360], r"no whole number"),
+        ("annotations.5.segmentation.counts", [80, 40], r"cover 120 of 2400 pixels"),
+        ("annotations.5.segmentation.counts", [0, 10**12], r"cover 10+ of 2400"),
+        ("annotations.5.segmentation.counts", "PPYo1", r"run|cover|broken"),
+        ("annotations.5.segmentation.counts", "oooooooooooooo", r"broken run lengths"),
+        ("annotations.5.segmentation.counts", "o", r"run lengths are cut off"),
+        ("annotations.5.segmentation.counts", None, r"\(no 'counts' in it\)"),
         (
             "annotations.5.segmentation.size",
             [60, 40],
@@ -266,7 +297,7 @@ def changed(content: dict, path: str, value) -> dict:
         ("annotations.0.category_id", 12, r"no category has the id 12"),
         ("categories.0.name", "tooth brush", r"categories aren't COCO's 80"),
         ("categories.0", None, r"categories aren't COCO's 80"),
-        ("categories.0.id", 2.5, r"categories aren't COCO's 80"),
+        ("categories.0.id", 2.5, r"categories: id 2.5 is no whole number"),
         ("images.1.file_name", "COCO_val2014_000000000042.png", r"two images have one"),
         ("annotations", [], r"no image has an annotation but crowds"),
     ],
@@ -281,7 +312,17 @@ def test_what_can_be_wrong_in_the_file(root, tmp_path, path, value, message):
     assert not list((tmp_path / "out").glob("coco20i/2014/1.0.0"))
 
 
-@pytest.mark.parametrize("text", ['{"images": [', "", "[]", "\x00"])
+BROKEN = (
+    '{"images": [',
+    "",
+    "[]",
+    "\x00",
+    "[" * 100_000,
+    '{"images": [], "annotations": [], "categories": [], "images": []}',
+)
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_broken_json(root, tmp_path, text):
     (root / "instances_val2014.json").write_text(text)
     with pytest.raises(InputError, match=r"val2014\.json isn't an instances file of"):
@@ -325,6 +366,39 @@ def test_no_folder_of_images(root, tmp_path):
         )
     with pytest.raises(InputError, match=r"in no folder \(3 of 3 are missing\)"):
         prepare_coco([], [root / "instances_val2014.json"], tmp_path / "out")
+
+
+def test_the_same_images_in_both_splits_are_refused(root, tmp_path):
+    save(root, CONTENT, "instances_train2014.json")
+    annotations = [root / f"instances_{split}2014.json" for split in ("train", "val")]
+    message = (
+        r"image COCO_val2014_0+42 is in train and in val: what is trained on can't"
+    )
+    with pytest.raises(InputError, match=message):
+        prepare_coco([root / "val2014"], annotations, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_replaced_under_its_name_is_noticed(root, tmp_path):
+    """In a folder, under the same size and time."""
+    prepare(root, tmp_path / "out")
+    path = root / "val2014" / "COCO_val2014_000000000007.jpg"
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    message = r"made of other files \(image COCO_val2014_0+7 differs\)"
+    with pytest.raises(InputError, match=message):
+        prepare(root, tmp_path / "out")
+
+
+def test_the_same_files_make_the_same_bytes(root, tmp_path):
+    one, other = (prepare(root, tmp_path / name) for name in ("one", "other"))
+    names = sorted(path.name for path in one.iterdir())
+    assert [(one / n).read_bytes() for n in names] == [
+        (other / n).read_bytes() for n in names
+    ]
+    assert fingerprint(one) == fingerprint(other)
 
 
 def test_two_images_of_one_name(root, tmp_path):

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.images import read_mask
+from qpenet_jax.data.prepare.archives import fingerprint
+from qpenet_jax.data.prepare.class_lists import read_classes
 from qpenet_jax.data.prepare.folder import prepare_folder
 from qpenet_jax.data.sources.prepared import Prepared
 
@@ -124,22 +130,37 @@ def test_images_off_both_lists_are_left_out(root, tmp_path):
     assert facts(folder)["images"] == {"train": 2, "val": 1}
 
 
-@pytest.mark.parametrize("change", ["mask", "image", "classes", "list"])
-def test_preparing_again(root, tmp_path, change):
+@pytest.mark.parametrize("change", ["mask", "image", "replaced", "classes", "list"])
+def test_preparing_again(root, tmp_path, change, capfd):
     folder = prepare_folder(root, tmp_path / "out")
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert prepare_folder(root, tmp_path / "out") == folder
+    assert f"{folder} is kept" in capfd.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
     if change == "mask":
-        put(root, "c", ".bmp", value=3)
+        mask = root / "masks" / "c.png"
+        Image.fromarray(np.array(Image.open(mask)).T[::-1].T).save(mask)
     elif change == "image":
         with (root / "images" / "b.jpg").open("ab") as file:
             file.write(b"more")
+    elif change == "replaced":
+        path = root / "images" / "b.jpg"
+        before, content = path.stat(), bytearray(path.read_bytes())
+        content[-20] ^= 1  # as many bytes, of the same time
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     elif change == "classes":
         (root / "classes.txt").write_text("ant\nwasp\nbee\n")
     else:
         (root / "val.txt").write_text("a.1\nc\n")
-    with pytest.raises(InputError, match=r"made in another way.*(sha256|classes)"):
+    message = {
+        "mask": r"made of other files \(a mask differs\)",
+        "image": r"made of other files \(image b differs\)",
+        "replaced": r"made of other files \(image b differs\)",
+        "classes": r"made in another way \(classes differ\)",
+        "list": r"made of other files \(the list of val or a mask differs\)",
+    }
+    with pytest.raises(InputError, match=message[change]):
         prepare_folder(root, tmp_path / "out")
 
 
@@ -201,6 +222,198 @@ def test_hidden_files_and_others_are_no_images(root, tmp_path):
     assert facts(folder)["images"] == {"train": 2, "val": 2}
 
 
+def test_links_are_followed(root, tmp_path):
+    """Folders and files that lie elsewhere, some of them twice removed."""
+    plain = prepare_folder(root, tmp_path / "plain")
+    (tmp_path / "disk/photos").mkdir(parents=True)
+    for kind in ("images", "masks"):
+        (root / kind / "sub").rename(tmp_path / f"disk/{kind}-sub")
+        (root / kind / "sub").symlink_to(tmp_path / f"disk/{kind}-sub")
+        (root / kind).rename(tmp_path / f"disk/{kind}")
+        (root / kind).symlink_to(tmp_path / f"disk/{kind}")
+        (root / kind / "sub/up").symlink_to(root / kind)  # a circle
+    linked = prepare_folder(root, tmp_path / "linked")
+    assert fingerprint(linked) == fingerprint(plain)
+
+
+def test_what_is_left_out_is_said(root, tmp_path, capfd):
+    for name in ("x.gif", "sub/y.heic"):
+        (root / "images" / name).write_bytes(b"some photo")
+    prepare_folder(root, tmp_path / "out")
+    message = "images: 2 file(s) without the ending .bmp .jpeg .jpg .png .tif .tiff"
+    told = capfd.readouterr().err
+    assert message in told
+    assert "such as sub/y.heic" in told
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+from qpenet_jax.data.prepare.folder import prepare_folder
+prepare_folder(Path(sys.argv[1]), Path(sys.argv[2]), name="same")
+"""
+
+
+def test_the_same_files_make_the_same_bytes(root, tmp_path):
+    written = []
+    for number in ("1", "2"):
+        out = tmp_path / number / ("deep" * int(number))
+        # Orders of sets and maps differ between processes.
+        environment = os.environ | {"PYTHONHASHSEED": number}
+        command = [sys.executable, "-c", PREPARE, root, out]
+        subprocess.run(command, check=True, env=environment)
+        folder = out / "folder/same/1.0.0"
+        written.append({p.name: p.read_bytes() for p in folder.iterdir()})
+    assert written[0] == written[1]
+    assert len(written[0]) == 5
+
+
+def test_the_content_is_hashed_as_documented(root, tmp_path):
+    """A reader gets the same hash from what it reads, whatever wrote the files."""
+    folder = prepare_folder(root, tmp_path / "out")
+    data = Prepared(folder, "train")
+    total = hashlib.sha256()
+    for index, name in enumerate(data.names):
+        [path] = (root / "images").glob(f"{name}.[jJpb]*")
+        photo = hashlib.sha256(path.read_bytes()).hexdigest()
+        label = np.array(Image.open(root / "masks" / f"{name}.png"))
+        drawn = hashlib.sha256(label.tobytes()).hexdigest()
+        total.update(f"{name}\n{photo}\n{drawn} {label.shape}\n".encode())
+        assert data.photos[index] == photo[:16]
+    assert data.content == total.hexdigest()
+    # As an earlier version wrote it.
+    path = folder / "metadata.json"
+    metadata = json.loads(path.read_text())
+    for key in ("photos", "sha256"):
+        del metadata["index"]["train"][key]
+    path.write_text(json.dumps(metadata))
+    assert Prepared(folder, "train").content == data.content
+    assert Prepared(folder, "train").photos == data.photos
+
+
+def test_the_command_tells_what_is_in_it(root, tmp_path, capsys):
+    shutil.copy(root / "images/b.jpg", root / "images/copy.jpg")
+    shutil.copy(root / "masks/b.png", root / "masks/copy.png")
+    (root / "val.txt").write_text("c\na.1\ncopy\n")
+    (root / "classes.txt").write_text("ant\nfire ant\nbee\nwasp\n")
+    main(["prepare", "folder", str(root), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().out
+    table = """
+| class      | train images | train pixels | val images | val pixels |
+| ---------- | -----------: | -----------: | ---------: | ---------: |
+| 1 ant      |            0 |            0 |          2 |         40 |
+| 2 fire ant |            1 |           20 |          1 |         20 |
+| 3 bee      |            1 |           20 |          0 |          0 |
+| 4 wasp     |            0 |            0 |          0 |          0 |
+"""
+    assert table in told
+    assert "warning: no pixel of wasp\n" in told
+    message = "warning: 1 image(s) of val are in train as well, such as b = copy\n"
+    assert message in told
+    folder = tmp_path / "out/folder/my_photos/1.0.0"
+    assert f"sha256: {fingerprint(folder)['sha256']}\n" in told
+
+
+LABELME = ("__ignore__\n_background_\n", "_background_\n")
+
+
+@pytest.mark.parametrize("first", LABELME)
+def test_a_list_of_labelmes_is_taken_whole(root, tmp_path, first):
+    (root / "classes.txt").write_text(f"{first}ant\nfire ant\nbee\n")
+    data = Prepared(prepare_folder(root, tmp_path / "out"), "train")
+    assert data.classes == ("ant", "fire ant", "bee")
+    np.testing.assert_array_equal(data.counts, [[0, 0, 20], [0, 20, 0]])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("one", "2 euro"), ("10 cent", "5 cent"), ("backgammon", "ignorance")),
+        ("type 1", "type 2"),
+    ],
+)
+def test_names_that_only_look_like_a_convention(tmp_path, names):
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    assert read_classes(tmp_path / "classes.txt") == names
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("__ignore__\nant\nbee", "'__ignore__' names no class"),
+        ("_background_\n__ignore__\nant", "'__ignore__' names no class"),
+        ("__ignore__\nbackground\nant", "'__ignore__', 'background' names no class"),
+        ("background\nant\nbee", "'background' names no class"),
+        ("ant\nbee\nBackground", "'Background' names no class"),
+        ("BG\nant", "'BG' names no class"),
+        ("ant\nvoid", "'void' names no class"),
+        ("unlabeled\nant", "'unlabeled' names no class"),
+        ("0: background\n1: ant", "'0: background' names no class"),
+        ("__ignore__\n_background_", "names no class"),
+        ("_background_", "names no class"),
+        ("1: ant\n2: bee", "'2: bee' is more than a name"),
+        ("1 ant\n2 bee", "'2 bee' is more than a name"),
+        ("0,ant\n1,bee", "'1,bee' is more than a name"),
+        ("id,name\n1,ant\n2,bee", "'2,bee' is more than a name"),
+        ("# label:color_rgb:parts:actions\nant:128,0,0::", "'# label.* more than a"),
+        ("ant:128,0,0::\nbee:0,128,0::", "'ant:128,0,0::' is more than a name"),
+        ("names: [ant, bee]", "more than a name"),
+        ('["ant", "bee"]', "more than a name"),
+        ('{"1": "ant"}', "more than a name"),
+        ("names:\n  0: ant\n  1: bee", "'names:' is more than a name"),
+        ("Idx\tName\n1\tant", "more than a name"),
+    ],
+)
+def test_other_lists_of_classes_are_refused_whole(root, tmp_path, content, message):
+    (root / "classes.txt").write_text(content)
+    with pytest.raises(InputError, match=rf"classes\.txt: .*{message}") as error:
+        prepare_folder(root, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("values", [(0, 255), (255,)])
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_255_alone_is_asked_about(root, tmp_path, values, mode):
+    """`predict` takes such a file for one object, here 255 would be ignored."""
+    label = np.resize(np.array(values, np.uint8), SIZE)
+    mask = Image.frombytes(mode, SIZE[::-1], label.tobytes())
+    if mode == "P":
+        mask.putpalette([i // 3 for i in range(768)])
+    mask.save(root / "masks" / "c.png")
+    assert read_mask(root / "masks" / "c.png").any()
+    with pytest.raises(InputError, match=r"c\.png: 255 is its only value beside 0;"):
+        prepare_folder(root, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("folder/*/1.0.0"))
+
+
+@pytest.mark.parametrize("value", [1, 3])
+def test_a_mask_means_the_same_to_predict(root, tmp_path, value):
+    put(root, "c", ".bmp", value=value)
+    val = Prepared(prepare_folder(root, tmp_path / "out"), "val")
+    label = val.label(val.names.index("c"))
+    expected = np.where(label == value, 1, label)
+    np.testing.assert_array_equal(read_mask(root / "masks" / "c.png"), expected)
+    assert val.counts[0, value - 1] == 20
+
+
+def test_one_bit_masks_are_of_class_1(root, tmp_path):
+    mask = np.zeros(SIZE, bool)
+    mask[:3] = True
+    Image.fromarray(mask).save(root / "masks" / "c.png")
+    val = Prepared(prepare_folder(root, tmp_path / "out"), "val")
+    assert val.counts[0].tolist() == [3 * SIZE[1], 0, 0]
+    np.testing.assert_array_equal(read_mask(root / "masks" / "c.png"), mask)
+
+
+def test_masks_that_show_nothing(root, tmp_path):
+    for name in ("c", "a.1"):
+        blank = np.zeros(SIZE, np.uint8)
+        Image.fromarray(blank).save(root / "masks" / f"{name}.png")
+    with pytest.raises(InputError, match=r"no mask of val shows a class"):
+        prepare_folder(root, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("folder/*/1.0.0"))
+
+
 @pytest.mark.parametrize(
     ("name", "identifier"),
     [
@@ -253,7 +466,6 @@ def without(folder: str):
         (write("classes.txt", b"\xff\xfe\x00"), r"classes\.txt: no such text file"),
         (write("classes.txt", b"ant\n\nbee\n"), r"classes\.txt: line 2 is empty"),
         (write("classes.txt", b"ant\nbee\nant\n"), r"ant is listed 2 times; keep one"),
-        (write("classes.txt", b"_background_\nant\n"), r"take out .*'_background_'"),
         (
             write("classes.txt", "\n".join(map(str, range(255))).encode()),
             r"255 classes; at most 254 fit",

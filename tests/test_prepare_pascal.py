@@ -136,6 +136,14 @@ def test_main_pool(files, tmp_path):
 
 
 @pytest.mark.usefixtures("counts")
+def test_the_same_files_make_the_same_bytes(files, tmp_path):
+    tar, tgz = pack_both(tmp_path, files)
+    one, other = (prepare_pascal(tar, tgz, tmp_path / x) for x in ("one", "other"))
+    assert prepare_pascal(tar, tgz, tmp_path / "one") == one
+    assert fingerprint(one) == fingerprint(other)
+
+
+@pytest.mark.usefixtures("counts")
 def test_trainaug_pool_from_unpacked_archives(files, tmp_path):
     for name, data in (files[0] | files[1]).items():
         (tmp_path / "unpacked" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -330,6 +338,53 @@ def test_links_and_wild_paths_of_a_tar_touch_nothing(tmp_path):
             ("plain.png", "../../up.png", "/root.png"), b"x"
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "wild.tar"]
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "tgz"])
+def test_two_members_of_one_name_are_refused(form, tmp_path):
+    path, names = tmp_path / f"set.{form}", ("a/1.png", "b.txt", "a/1.png")
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/1.png", b"one")
+            with pytest.warns(UserWarning, match="Duplicate name"):
+                archive.writestr("a/1.png", b"two")
+            archive.writestr("b.txt", b"text")
+    else:
+        with tarfile.open(path, "w:gz" if form == "tgz" else "w") as tar:
+            for number, name in enumerate(names):
+                member = tarfile.TarInfo(name)
+                member.size = 1
+                tar.addfile(member, io.BytesIO(bytes([number])))
+    message = rf"set\.{form} has two members a/1\.png; take one of them out"
+    with pytest.raises(InputError, match=message):
+        read_all(path)
+    with open_archive(path, lambda name: name.endswith(".txt")) as archive:
+        assert list(archive) == ["b.txt"]
+
+
+@pytest.mark.parametrize("form", ["tar", "tgz"])
+def test_hard_links_of_a_tar_are_files(form, tmp_path):
+    """`tar` writes a file that it meets twice as a link to the first."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/1.png").write_bytes(b"one")
+    (tmp_path / "set/2.png").hardlink_to(tmp_path / "set/1.png")
+    path = tmp_path / f"x.{form}"
+    with tarfile.open(path, "w:gz" if form == "tgz" else "w") as tar:
+        tar.add(tmp_path / "set", ".")
+    with tarfile.open(path) as tar:
+        assert [member.islnk() for member in tar] == [False, False, True]
+    assert read_all(path) == {"1.png": b"one", "2.png": b"one"}
+
+
+def test_links_of_a_folder_are_followed(tmp_path):
+    folder = packed(tmp_path, "folder")
+    before = fingerprint(folder)
+    (folder / "a/b").rename(tmp_path / "elsewhere")
+    (folder / "a/b").symlink_to(tmp_path / "elsewhere")
+    (folder / "a/1.png").rename(tmp_path / "1.png")
+    (folder / "a/1.png").symlink_to(tmp_path / "1.png")
+    assert read_all(folder) == PACKED
+    assert fingerprint(folder) == before
 
 
 @pytest.mark.parametrize(

@@ -80,13 +80,18 @@ def label_of(name: str) -> np.ndarray:
     return label
 
 
+def val_names(images: dict[str, bytes]) -> list[str]:
+    """The first two images again, under other names."""
+    return [f"val {name}" for name in list(images)[:2]]
+
+
 def source(images: dict[str, bytes], **changes) -> Source:
     def example(split, name):
-        return Example(name, images[name], label_of(name))
+        return Example(name, images[name.removeprefix("val ")], label_of(name))
 
     given = {
         "classes": ("cat", "dog"),
-        "splits": {"train": list(images), "val": list(images)[:2]},
+        "splits": {"train": list(images), "val": val_names(images)},
         "example": example,
         "image_bytes": sum(map(len, images.values())),
         "facts": {"rule": "all", "archives": {"a": "1"}},
@@ -108,7 +113,7 @@ def check_whole(folder: Path, images: dict[str, bytes]) -> None:
         np.testing.assert_array_equal(data.image(index), image)
         pixels = [(label_of(name) == value).sum() for value in (1, 2)]
         assert data.counts[index].tolist() == pixels
-    assert Prepared(folder, "val").names == tuple(images)[:2]
+    assert Prepared(folder, "val").names == tuple(val_names(images))
 
 
 def test_read_as_written(tiny):
@@ -223,10 +228,10 @@ def test_interrupted_leaves_nothing(error, tmp_path):
     assert list((tmp_path / "tiny/main").iterdir()) == []
 
 
-def test_finished_one_is_kept_unless_made_in_another_way(tiny):
+def test_finished_one_is_kept_unless_made_in_another_way(tiny, capfd):
     out, before = tiny.parents[2], (tiny / "metadata.json").stat().st_mtime_ns
-    same = source(pictures(), example=lambda *_: pytest.fail("written again"))
-    assert prepare(Tiny, same, out, "main") == tiny
+    assert prepare(Tiny, source(pictures()), out, "main") == tiny
+    assert f"{tiny} is kept: it holds exactly these files" in capfd.readouterr().err
     facts = {"rule": "some", "archives": {"a": "1"}, "new": (1, 2)}
     with pytest.raises(InputError, match=r"main/1\.0\.0 was .* \(new, rule differ\)"):
         prepare(Tiny, source(pictures(), facts=facts), out, "main")
@@ -238,6 +243,8 @@ def test_finished_one_is_kept_unless_made_in_another_way(tiny):
     [
         ({"train": ["a", "b", "a"]}, "split 'train' lists image a 2 times; keep one"),
         ({"train": ["a"], "val": []}, "split 'val' has no image"),
+        ({"train": ["b", "a"], "val": ["a"]}, "image a is in train and in val"),
+        ({"train": ["a\udce9"]}, r"image 'a\\udce9': rename it"),
     ],
 )
 def test_bad_splits(splits, message, tmp_path):

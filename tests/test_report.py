@@ -168,3 +168,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"results.json: .*No space"):
         write_json(path, {"miou": 2.0})
     assert json.loads(path.read_bytes()) == {"miou": 1.0}
+
+
+def test_images_that_were_trained_on_are_told(scores, tmp_path):
+    results = summarize(scores, protocol(), IDS, 1.0)
+    write_report(tmp_path, results | {"shared": {}})
+    assert "Warning" not in (tmp_path / "results.md").read_text()
+    shared = {"scored images that were trained on": "2 of 9, such as a = b"}
+    write_report(tmp_path, results | {"shared": shared})
+    assert json.loads((tmp_path / "results.json").read_text())["shared"] == shared
+    line = "\nWarning: scored images that were trained on: 2 of 9, such as a = b\n"
+    assert line in (tmp_path / "results.md").read_text()

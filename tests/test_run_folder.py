@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from qpenet_jax import InputError, load
 from qpenet_jax.backbones.convert import convert
 from qpenet_jax.config import VERSION, default_config, flat, merged
+from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.evaluation.metrics import load_scores
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.folder import claim, inputs_of, open_run
@@ -63,6 +64,32 @@ def test_an_earlier_run_may_be_resumed_by_the_same_config(old):
     run = open_run(old)
     data = run.experiment.dataset("train"), run.experiment.dataset("val")
     claim(old, run.experiment.config, inputs_of(*data, run.weights))
+
+
+def test_other_images_under_the_same_names_are_refused(old, tmp_path, write_voc):
+    """Of a run that knows of them: an earlier version's has no hash of the files."""
+    run, root = open_run(old), write_voc(tmp_path / "voc", images=3, classes=2)
+
+    def inputs():
+        data = VOCLayout(root, root / "ids.txt", ("one", "two"))
+        return inputs_of(data, data, run.weights)
+
+    (old / "inputs.json").unlink()
+    claim(old, run.experiment.config, inputs())
+    claim(old, run.experiment.config, inputs())
+    image = root / "JPEGImages/im_001.jpg"
+    image.write_bytes(image.read_bytes() + b"more")
+    with pytest.raises(InputError) as refused:
+        claim(old, run.experiment.config, inputs())
+    assert "(training files, validation files differ" in str(refused.value)
+
+
+def test_what_is_shared_is_read_back(old):
+    assert open_run(old).shared == {}
+    path = old / "inputs.json"
+    found = {"scored images that were trained on": "1 of 9, such as a = b"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | found))
+    assert open_run(old).shared == found
 
 
 def test_an_unknown_field_is_one_clear_line(old):

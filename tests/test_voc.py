@@ -1,3 +1,5 @@
+import hashlib
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -9,7 +11,9 @@ from PIL import Image
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.episodes import EpisodeSampler, eligible_pairs
 from qpenet_jax.data.folds import PASCAL_CLASSES, pascal_fold
+from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.data.versions import shared_photos
 
 NAMES = ("circle", "square", "star")
 
@@ -132,6 +136,22 @@ def test_label_value_that_is_no_class(root, value):
         _ = dataset.counts
 
 
+def test_255_alone_is_refused_and_masks_that_show_nothing(root):
+    folder = root / "SegmentationClassAug"
+    for path in folder.iterdir():
+        label = np.array(Image.open(path))
+        Image.fromarray(np.where(label, 255, 0).astype(np.uint8)).save(path)
+    with pytest.raises(
+        InputError, match=r"im_000\.png: 255 is its only value beside 0"
+    ):
+        _ = opened(root).counts
+    for path in folder.iterdir():
+        Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
+    message = r"SegmentationClassAug: no listed mask shows a class; data/README"
+    with pytest.raises(InputError, match=message):
+        _ = opened(root).counts
+
+
 def test_label_of_another_size_than_its_image(root):
     dataset = opened(root)
     path = root / "SegmentationClassAug" / "im_003.png"
@@ -141,6 +161,51 @@ def test_label_of_another_size_than_its_image(root):
         dataset.label(3)
     with pytest.raises(InputError, match=message):
         _ = dataset.counts
+
+
+@pytest.mark.parametrize("name", ["./im_000", "a/../im_000", "../voc/im_000", "a//b"])
+def test_an_id_is_written_in_one_way(root, name):
+    """Else one image could be listed twice, or lie elsewhere."""
+    (root / "bad.txt").write_text(f"im_000\n{name}\n")
+    with pytest.raises(InputError, match=r"bad\.txt: '.*' isn't an image id; write it"):
+        opened(root, "bad.txt")
+
+
+def test_content_is_that_of_the_files(root):
+    dataset = opened(root)
+    files = [
+        [root / "JPEGImages" / f"{n}.jpg", root / "SegmentationClassAug" / f"{n}.png"]
+        for n in dataset.names
+    ]
+    hashes = [[hashlib.sha256(x.read_bytes()).hexdigest() for x in y] for y in files]
+    assert dataset.photos == tuple(photo[:16] for photo, _ in hashes)
+    image = files[4][0]
+    before, content = image.stat(), bytearray(image.read_bytes())
+    content[-20] ^= 1
+    image.write_bytes(content)  # under the same name, of the same size and time
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other = opened(root)
+    assert other.content != dataset.content
+    changed = [a != b for a, b in zip(other.photos, dataset.photos, strict=True)]
+    assert changed == [False] * 4 + [True, False]
+    assert opened(root).content == other.content
+
+
+def test_photos_that_two_splits_share(root):
+    """Found under other names; what isn't listed doesn't count."""
+    photo = (root / "JPEGImages/im_001.jpg").read_bytes()
+    (root / "JPEGImages/other.jpg").write_bytes(photo)
+    mask = (root / "SegmentationClassAug/im_001.png").read_bytes()
+    (root / "SegmentationClassAug/other.png").write_bytes(mask)
+    (root / "train.txt").write_text("im_000\nim_001\n")
+    (root / "val.txt").write_text("im_002\nother\n")
+    train, val = opened(root, "train.txt"), opened(root, "val.txt")
+    assert shared_photos(train, val) == [("im_001", "other")]
+    assert shared_photos(train, val, [1], [0, 1]) == [("im_001", "other")]
+    assert shared_photos(train, val, [0], [0, 1]) == []
+    assert shared_photos(train, val, [0, 1], [0]) == []
+    shapes = Shapes("train", 2, 40)
+    assert shared_photos(shapes, val) == shared_photos(train, shapes) == []
 
 
 # --- The real PASCAL-5i: what the paper's system counts, and the paper's pools ---

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import jax
 import numpy as np
@@ -80,6 +81,54 @@ def test_every_problem_is_listed_in_one_error(resnet):
         "not finite or not real: layer1.0.bn1.weight, layer1.0.bn2.weight; "
         "negative variance: layer1.0.bn2.running_var"
     )
+
+
+def test_thousands_of_names_are_counted(resnet):
+    bad = {f"blocks.{i}.{'x' * 5000}": resnet["bn1.bias"] for i in range(4000)}
+    with pytest.raises(InputError) as caught:
+        to_flax("resnet50", bad)
+    assert re.fullmatch(
+        r"the weights do not fit resnet50: missing: conv1.weight, bn1.weight, bn1.bias "
+        r"and 2\d\d more; not known: (blocks\.\d\.x+, ){2}blocks\.2\.x+ and 3997 more",
+        str(caught.value),
+    )
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "prefix", ["backbone.", "module.", "encoder.", "model.net.encoder_q.", "0."]
+)
+def test_a_prefix_is_recognised(resnet, prefix):
+    """What stands beside the network is no part of it."""
+    one = np.ones(1, np.float32)
+    inside = {f"{prefix}{name}": tensor for name, tensor in resnet.items()}
+    inside |= {"head.weight": one, "decoder.conv1.weight": one, f"{prefix}fc.bias": one}
+    same = jax.tree.map(
+        np.array_equal, to_flax("resnet50", inside), to_flax("resnet50", resnet)
+    )
+    assert all(jax.tree.leaves(same))
+    with pytest.raises(InputError, match=r"not known: extra$"):
+        to_flax("resnet50", {**inside, f"{prefix}extra": one})
+    del inside[f"{prefix}bn1.bias"]
+    with pytest.raises(InputError, match=r"resnet50: missing: bn1\.bias$"):
+        to_flax("resnet50", inside)
+
+
+def test_the_deep_stage_is_found_under_a_prefix(resnet, tmp_path):
+    """It is converted as well, so a part of it alone is missing the rest."""
+    deep = {**resnet, "layer4.0.conv1.weight": np.ones((512, 1024, 1, 1), np.float32)}
+    path = tmp_path / "x.safetensors"
+    tensors = {f"backbone.{name}": tensor for name, tensor in deep.items()}
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(InputError, match=r"missing: layer4\.0\..* more$"):
+        convert("resnet50", path, out_dir=tmp_path / "out")
+
+
+def test_two_networks_in_one_file_are_refused(resnet):
+    both = {f"{x}.{n}": t for x in ("student", "teacher") for n, t in resnet.items()}
+    message = r"the network 2 times, under 'student\.' and 'teacher\.': save one"
+    with pytest.raises(InputError, match=message):
+        to_flax("resnet50", both)
 
 
 def test_only_unbuilt_layers_and_counters_may_be_there_or_not(resnet):

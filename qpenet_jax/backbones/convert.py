@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree, UInt8
 
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
+from qpenet_jax.backbones.names import check_tensors, under_prefix
 from qpenet_jax.backbones.registry import DEEP, backbone
 from qpenet_jax.backbones.resnet import ResNet
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
@@ -76,10 +77,11 @@ def to_flax(
     """Turn a PyTorch state_dict into the parameters of backbone `name`, float32.
 
     With `deep` those of its deep stage are in it as well, under DEEP.
-    Batch norm is folded into the convolution before it. Missing, extra, misshapen and
-    impossible tensors (not finite, negative variance) are one InputError that lists all
-    of them; only layers which are not built (classifier head, last stage) and
-    num_batches_tracked may be there or not.
+    Batch norm is folded into the convolution before it. A prefix that all its names
+    have, such as "backbone.", is found (`under_prefix`). Missing, extra, misshapen and
+    impossible tensors (not finite, negative variance) are one InputError that names the
+    first of them and tells how many they are; only layers which are not built
+    (classifier head, last stage) and num_batches_tracked may be there or not.
     """
     original = ORIGINALS[type(backbone(name).module)]
     kernels = {
@@ -92,6 +94,7 @@ def to_flax(
         conv, norm = original.names(layer)
         expected[f"{conv}.weight"] = _torch_shape(shape)
         expected |= {f"{norm}.{field}": (shape[-1],) for field in NORM_FIELDS}
+    tensors = under_prefix(tensors, expected)
     unused = re.compile(rf"{original.not_built}|.*\.num_batches_tracked$")
     used = {k: v for k, v in tensors.items() if k in expected or not unused.match(k)}
     check_tensors(f"the weights do not fit {name}", expected, used)
@@ -137,38 +140,6 @@ def _norm(tensors: Tensors, norm: str, epsilon: float) -> tuple[np.ndarray, np.n
     weight, bias, mean, variance = values
     scale = weight / np.sqrt(variance + epsilon)
     return scale, bias - mean * scale
-
-
-def check_tensors(
-    what: str, expected: dict[str, tuple[int, ...]], tensors: Tensors
-) -> None:
-    """Raise one InputError with the full lists of what is wrong."""
-    common = [name for name in expected if name in tensors]
-    shapes = {name: tuple(tensors[name].shape) for name in common}
-    problems = {
-        "missing": [name for name in expected if name not in tensors],
-        "not known": [name for name in tensors if name not in expected],
-        "wrong shape": [
-            f"{name} {shapes[name]} instead of {expected[name]}"
-            for name in common
-            if shapes[name] != expected[name]
-        ],
-        "not finite or not real": [n for n in common if not _is_finite(tensors[n])],
-        # 0 happens (a dead channel's variance underflows); epsilon takes care of it
-        "negative variance": [
-            name
-            for name in common
-            if name.endswith("running_var") and (tensors[name] < 0).any()
-        ],
-    }
-    found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise InputError(f"{what}: {'; '.join(found)}")
-
-
-def _is_finite(array: np.ndarray) -> bool:
-    is_real = jnp.issubdtype(array.dtype, jnp.floating)
-    return bool(is_real and np.isfinite(array.astype(np.float32)).all())
 
 
 # --- Converted files ---------------------------------------------------------------
@@ -269,7 +240,7 @@ def _from_original(name: str, source: Path, deep: bool | None):
     """Read the parameters; `deep` None: the deep stage's too if they are there."""
     tensors = read_tensors(source)
     if deep is None:
-        deep = any(tensor.startswith(f"{DEEP}.") for tensor in tensors)
+        deep = any(f".{DEEP}." in f".{tensor}" for tensor in tensors)
     try:
         return to_flax(name, tensors, deep=deep)
     except InputError as error:

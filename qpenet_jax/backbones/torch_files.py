@@ -27,7 +27,7 @@ def read_tensors(path: str | Path) -> Tensors:
     """Read the state_dict of a .safetensors, .pth or .pt file without PyTorch.
 
     A PyTorch file is a pickle, which can run any code: here it can only name tensors.
-    A {"state_dict": ...} wrapper and a common "module." prefix are taken off. Raises
+    One of the WRAPPERS and a common "module." prefix are taken off. Raises
     InputError for a file that is missing, broken or asks for anything but tensors.
     """
     path = Path(path)
@@ -91,6 +91,8 @@ def _from_zip(data: bytes) -> Tensors:
         if sum(m.file_size for m in members) > len(data):
             raise ValueError("overlapping members")
         names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise ValueError("two members of one name")
         root = next(n for n in names if n.endswith("/data.pkl"))[: -len("data.pkl")]
         if root + "byteorder" in names and archive.read(root + "byteorder") == b"big":
             raise ValueError("big-endian")
@@ -216,9 +218,13 @@ def _unpickle(stream: io.BytesIO) -> tuple:
     return unpickler.load(), unpickler.storages
 
 
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Where training codes keep the tensors beside their optimiser's state and the like."""
+
+
 def _arrays(tree, content: dict[str, bytes]) -> Tensors:
-    if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
-        tree = tree["state_dict"]
+    inside = [tree[key] for key in WRAPPERS if isinstance(tree.get(key), dict)]
+    tree = inside[0] if inside else tree
     strange = [k for k, v in tree.items() if (type(k), type(v)) != (str, _Tensor)]
     if strange:
         raise ValueError(f"entries which are no tensors: {strange}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from qpenet_jax.backbones.names import listed
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE, Array, Episode
 
@@ -550,7 +551,7 @@ def _get(shapes, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check(what: str, expected: dict, found: dict) -> None:
-    """Raise one InputError with the full lists of what does not fit."""
+    """Raise one InputError with what does not fit: first names, and how many more."""
     problems = {
         "missing": [k for k in expected if k not in found],
         "not known": [k for k in found if k not in expected],
@@ -560,6 +561,6 @@ def _check(what: str, expected: dict, found: dict) -> None:
             if found.get(k, shape) != shape
         ],
     }
-    lists = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    lists = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
     if lists:
         raise InputError(f"these weights do not fit {what}: {'; '.join(lists)}")

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         print(evaluator.describe())
         if args.references:
             evaluator.references()
-        evaluator(opened.params, step=opened.step)
+        evaluator(opened.params, step=opened.step, shared=opened.shared)
         print(evaluator.report())
         print(f"written to {folder}")
 

@@ -1,12 +1,14 @@
 """`qpenet prepare pascal | coco | folder`."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qpenet_jax.cli.options import path
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
+from qpenet_jax.core.markdown import table
 
 
 def add_parser(commands) -> None:
@@ -162,12 +164,41 @@ def _refuse_inputs(out: str | Path, inputs: Sequence[str | Path | None]) -> None
 
 
 def _print_prepared(folder: Path) -> None:
-    from qpenet_jax.data.sources.prepared import read_metadata
+    """Print what is in a data set, what is odd about it, and its hash."""
+    from qpenet_jax.data.prepare.archives import fingerprint
+    from qpenet_jax.data.sources.prepared import Prepared, read_metadata
+    from qpenet_jax.data.versions import shared_photos
 
     metadata = read_metadata(folder)
-    for split, index in metadata["index"].items():
-        print(f"{split}: {len(index['names']):,} images")
+    # pyright takes a cached_property for no match of a protocol's property.
+    splits: dict[str, Any] = {s: Prepared(folder, s) for s in metadata["index"]}
+    for split, data in splits.items():
+        print(f"{split}: {len(data):,} images")
     for name, value in metadata["facts"].items():
-        if name != "images":  # their numbers stand above
+        if name not in ("images", "classes"):  # they stand above and below
             print(f"{name}: {value}")
+    print(_class_table(metadata["classes"], splits))
+    pixels: Any = sum(data.counts.sum(axis=0) for data in splits.values())
+    counted = zip(metadata["classes"], pixels, strict=True)
+    absent = [name for name, count in counted if not count]
+    if absent:
+        print(f"warning: no pixel of {', '.join(absent)}")
+    train, val = splits.get("train"), splits.get("val")
+    if train and val and (shared := shared_photos(train, val)):
+        print(
+            f"warning: {len(shared)} image(s) of val are in train as well, such as "
+            f"{' = '.join(shared[0])}"
+        )
+    print(f"sha256: {fingerprint(folder)['sha256']}")
     print(f"prepared; use it with --config.dataset.root={folder}")
+
+
+def _class_table(classes: Sequence[str], splits: Mapping[str, Any]) -> str:
+    """Return a table: a row a class, images that show it and pixels in each split."""
+    head = ["class", *(f"{s} {what}" for s in splits for what in ("images", "pixels"))]
+    columns: list[Any] = []
+    for data in splits.values():
+        columns += [(data.counts > 0).sum(axis=0), data.counts.sum(axis=0)]
+    rows = zip(enumerate(classes, 1), *columns, strict=True)
+    cells = [[f"{i} {name}", *(f"{n:,}" for n in row)] for (i, name), *row in rows]
+    return table(head, cells, numbers=True)

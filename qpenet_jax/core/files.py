@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locked, cached; room is looked for first."""
+"""Files: found, written whole or not at all, locked, cached; room is looked for."""
 
 import contextlib
 import os
@@ -110,6 +110,41 @@ def write_whole(path: Path, content: str | bytes) -> None:
         part.replace(path)
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror})") from None
+
+
+def walk(folder: Path) -> dict[str, Path]:
+    """Return all files below a folder by their path in it ("sub/a.jpg"), in order.
+
+    Links are followed, to folders too; a folder that holds a link to itself is entered
+    once. What is hidden is left out (macOS adds "._x.png" beside "x.png").
+
+    Raises:
+        InputError: a folder that can't be read, or a link to nothing.
+    """
+    return dict(_below(folder, "", (os.path.realpath(folder),)))
+
+
+def _below(
+    folder: Path, prefix: str, above: tuple[str, ...]
+) -> Iterator[tuple[str, Path]]:
+    """Yield names and paths; `above` are the real paths of the folders on the way."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"{folder}: can't be read ({error.strerror}); make it readable"
+        ) from None
+    for path in entries:
+        name = f"{prefix}{path.name}"
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if (real := os.path.realpath(path)) not in above:
+                yield from _below(path, f"{name}/", (*above, real))
+        elif path.is_file():
+            yield name, path
+        elif not path.exists():
+            raise InputError(f"{path} is a link to nothing; restore its file")
 
 
 def check_room(folder: Path, needed: int, remedy: str) -> None:

@@ -7,6 +7,7 @@ images by name. The first line holds the SHA-256 of all that follows.
 import csv
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,14 +125,24 @@ def _rows(path: Path, content: bytes) -> list[dict[str, str]]:
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig")))
         rows = list(reader)
+        columns = list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error):
         raise InputError(f"{path} is no CSV file") from None
-    missing = {*FIRST_COLUMNS, "support_1"} - set(reader.fieldnames or ())
+    missing = {*FIRST_COLUMNS, "support_1"} - set(columns)
     if missing:
         raise InputError(
             f"{path} is no episode list: column {', '.join(sorted(missing))} is missing"
             " (the format is described in data/README.md)"
         )
+    column, times = Counter(columns).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path} has {times} columns {column!r}; keep one")
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise InputError(
+                f"{path}, episode {number}: give a value for each of the "
+                f"{len(columns)} columns, and no more"
+            )
     return rows
 
 

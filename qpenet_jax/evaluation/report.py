@@ -108,6 +108,8 @@ def _page(results: Results) -> str:
         _seeds(results),
         BRACKETS,
     ]
+    for what, which in results.get("shared", {}).items():
+        parts.append(f"Warning: {what}: {which}")
     if "selection" in results:
         parts.append(f"Checkpoint: {results['selection']}")
     return "\n\n".join(parts) + "\n"

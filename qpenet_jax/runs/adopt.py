@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qpenet_jax.backbones.convert import check_tensors, save_weights, to_flax
+from qpenet_jax.backbones.convert import save_weights, to_flax
+from qpenet_jax.backbones.names import check_tensors, under_prefix
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.config import default_config, for_coco, for_released
 from qpenet_jax.core.errors import InputError, check_choice
@@ -65,7 +66,7 @@ def adopt(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and isn't empty: choose another folder")
     tensors = read_tensors(source)
-    backbone, head = _split(tensors)
+    backbone, head = _split(under_prefix(tensors, state_dict.names().keys()))
     name = "resnet101" if "layer3.22.conv1.weight" in backbone else "resnet50"
     experiment = Experiment(override(_config(name, fold, dataset), overrides))
     initial = experiment.init(optax.identity())
@@ -107,6 +108,8 @@ def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
             _, place, field = [*name.split(".", 2), "", ""][:3]
             name = f"{STEM.get(place, f'layer0.{place}')}.{field}"
         part = backbone if name.startswith(("layer", *STEM.values())) else head
+        if name in part:
+            raise InputError(f"the checkpoint holds {name} twice, also in layer0")
         part[name] = tensor
     return backbone, head
 

@@ -179,9 +179,10 @@ class Evaluator:
     ) -> tuple[dict[str, Any], UInt8[Any, "h w 3"]]:
         """Score the network; write and return the results and a figure.
 
-        `facts` are added to the results, such as `step`, that of the checkpoint.
-        Others are told of results and figure by `tell`, before the file of the results
-        says that all is done.
+        `facts` are added to the results: `step`, that of the checkpoint, and `shared`,
+        what a warning says of images that were trained on and are scored. Others are
+        told of results and figure by `tell`, before the file of the results says that
+        all is done.
         """
         predict = self.experiment.predictor(params, self.weights)
         results = self._score("qpenet", predict) | facts

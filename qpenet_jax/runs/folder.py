@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from qpenet_jax.config import flat, merged
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data.versions import dataset_version
+from qpenet_jax.data.versions import dataset_content, dataset_version
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.runs.config_files import OVERRIDE, override
 from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
@@ -25,6 +25,10 @@ from qpenet_jax.training.recipes import resolved
 CONFIG_FILE = "config.json"
 
 INPUTS_FILE = "inputs.json"
+
+SHARED = "scored images that were trained on"
+SELECTED_ON = "images for the selection that were trained on"
+"""Entries of INPUTS_FILE, if there are any: how many, and which."""
 
 WEIGHTS = "backbone weights"
 """Entry of INPUTS_FILE: the hash that `weights_hash` returns."""
@@ -51,7 +55,9 @@ def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
         write_json(path, json.loads(config.to_json()))
     path = workdir / INPUTS_FILE
     theirs = read_json(path) if path.exists() else inputs
-    changed = sorted(name for name in inputs if inputs[name] != theirs.get(name))
+    # A run of an earlier version has no hash of the images themselves.
+    common = inputs.keys() & theirs.keys()
+    changed = sorted(name for name in common if inputs[name] != theirs[name])
     if changed:
         raise InputError(
             f"{workdir} holds a run on other inputs ({', '.join(changed)} differ from "
@@ -75,10 +81,12 @@ def _refuse_changes(workdir, ours, theirs) -> None:
 def inputs_of(
     train: SegmentationDataset, val: SegmentationDataset, weights: PyTree[Array]
 ) -> dict[str, str]:
-    """Return hashes of the images' names and pixel counts, and of the weights."""
+    """Return hashes of names and pixel counts, of the files, and of the weights."""
     return {
         "training images": dataset_version(train),
         "validation images": dataset_version(val),
+        "training files": dataset_content(train),
+        "validation files": dataset_content(val),
         WEIGHTS: weights_hash(weights),
     }
 
@@ -99,6 +107,13 @@ class TrainedRun:
     experiment: Experiment
     params: PyTree[Array]
     step: int
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """The entries SHARED and SELECTED_ON of INPUTS_FILE, which results repeat."""
+        path = self.folder / INPUTS_FILE
+        inputs = read_json(path) if path.exists() else {}
+        return {k: v for k, v in inputs.items() if k in (SHARED, SELECTED_ON)}
 
     @functools.cached_property
     def weights(self) -> PyTree[Array]:

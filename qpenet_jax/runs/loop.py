@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from tensorboardX import SummaryWriter
 
 from qpenet_jax.core import markdown
 from qpenet_jax.core.files import local_path, locked, refuse_overwriting
+from qpenet_jax.data.versions import shared_photos
 from qpenet_jax.evaluation.report import RESULTS
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.runs.folder import claim, inputs_of, read_json
+from qpenet_jax.runs.folder import SELECTED_ON, SHARED, claim, inputs_of, read_json
 from qpenet_jax.runs.progress import Progress
 from qpenet_jax.runs.stopping import Interrupted, StopSignal
 from qpenet_jax.runs.trainer import Trainer
@@ -49,17 +51,37 @@ def train(config: Any, workdir: Path) -> None:
             "choose another --workdir"
         )
         with locked(workdir / LOCK_FILE, busy):
-            claim(workdir, trainer.config, inputs_of(trainer.dataset, val, weights))
+            shared = _trained_on(trainer, SHARED, evaluator)
+            for selector in selectors.values():
+                shared |= _trained_on(trainer, SELECTED_ON, selector)
+            inputs = inputs_of(trainer.dataset, val, weights)
+            claim(workdir, trainer.config, inputs | shared)
             name, images = trainer.config.dataset.name, len(trainer.sampler)
             print(f"{name}: {images} training images, {trainer.steps} steps")
             print(evaluator.describe())
             state = _trained(trainer, workdir, evaluator, selectors, stop)
-            _score_selected(trainer, workdir, evaluator, state)
-            others = _score_others(trainer, evaluator, state)
+            _score_selected(trainer, workdir, evaluator, state, shared)
+            others = _score_others(trainer, evaluator, state, shared)
     print(evaluator.report())
     if others:
         print(others)
     print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
+
+
+def _trained_on(trainer: Trainer, what: str, evaluator: Evaluator) -> dict[str, str]:
+    """Find the scored images that are trained on, too; warn of them.
+
+    Images of one list may serve both, as long as no episode of both shows one.
+    """
+    trained: Any = trainer.sampler
+    scored: Any = evaluator.samplers[0]
+    val = evaluator.val
+    found = shared_photos(trainer.dataset, val, trained.images, scored.images)
+    if not found:
+        return {}
+    text = f"{len(found)} of {len(scored)}, such as {' = '.join(found[0])}"
+    print(f"warning: {what}: {text}", file=sys.stderr)
+    return {what: text}
 
 
 def _trained(
@@ -166,7 +188,11 @@ class Loop:
 
 
 def _score_selected(
-    trainer: Trainer, workdir: Path, evaluator: Evaluator, state: TrainState
+    trainer: Trainer,
+    workdir: Path,
+    evaluator: Evaluator,
+    state: TrainState,
+    shared: dict[str, str],
 ) -> None:
     """Score the selected checkpoint on the novel classes, unless it was before."""
     selection = trainer.experiment.selections[0]
@@ -180,10 +206,12 @@ def _score_selected(
             writer.add_scalar("eval/fb_iou", results["fb_iou"], selected)
             writer.add_image("episodes", figure, selected, dataformats="HWC")
 
-    evaluator(trainer.placed(params), tell, step=selected)
+    evaluator(trainer.placed(params), tell, step=selected, shared=shared)
 
 
-def _score_others(trainer: Trainer, evaluator: Evaluator, state: TrainState) -> str:
+def _score_others(
+    trainer: Trainer, evaluator: Evaluator, state: TrainState, shared: dict[str, str]
+) -> str:
     """Score what the other selections take; return all as a table, if there are any.
 
     Each in a folder of its own, as `evaluate` writes it, unless its checkpoint is one
@@ -197,7 +225,7 @@ def _score_others(trainer: Trainer, evaluator: Evaluator, state: TrainState) -> 
         if step not in found:
             beside = evaluator.of_selection(name)
             if beside.step() != step:
-                beside(trainer.placed(params), step=step)
+                beside(trainer.placed(params), step=step, shared=shared)
             found[step] = read_json(beside.folder / RESULTS)
         scores = (f"{found[step][key]:.1f}" for key in ("miou", "fb_iou"))
         rows.append([name, str(step), *scores])

@@ -11,18 +11,21 @@ import hashlib
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from tqdm import tqdm
 
 from qpenet_jax.core.download import sha256
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import walk
 
 GZIP_START, ZIP_START = b"\x1f\x8b", b"PK"
 """How such files begin; the name isn't asked, browsers unpack .tgz and keep it."""
+
+T = TypeVar("T")
 
 CHUNK = 1 << 20
 DAMAGE_ERRORS = (
@@ -32,6 +35,7 @@ DAMAGE_ERRORS = (
     gzip.BadGzipFile,
     EOFError,
     RuntimeError,  # zipfile's, for passwords and unknown compressions
+    KeyError,  # tarfile's, for a link to what isn't there
 )
 """What the standard library raises on archives that are cut off or damaged."""
 
@@ -110,7 +114,7 @@ def fingerprint(path: str | Path) -> dict[str, str]:
     if path.is_file():
         return {"name": path.name, "sha256": sha256(path)}
     total = hashlib.sha256()
-    for name, file in _files(path).items():
+    for name, file in walk(path).items():
         total.update(f"{name}\0{sha256(file)}\n".encode())
     return {"name": path.name, "sha256": total.hexdigest()}
 
@@ -128,7 +132,7 @@ def _readers(
 ) -> dict[str, Callable[[], bytes]]:
     """Return a reader for every wanted member; `stack` closes what they read from."""
     if path.is_dir():
-        files = _files(path)
+        files = walk(path)
         return {name: file.read_bytes for name, file in files.items() if wanted(name)}
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder; check the path")
@@ -140,13 +144,13 @@ def _readers(
         return {name: BytesIO(data).getvalue for name, data in members.items()}
     if start == ZIP_START:
         pack = stack.enter_context(zipfile.ZipFile(path))
-        infos = (info for info in pack.infolist() if not info.is_dir())
-        read, found = pack.read, {info.filename: info for info in infos}
+        infos = ((i.filename, i) for i in pack.infolist() if not i.is_dir())
+        read, members = pack.read, _chosen(path, infos, wanted)
     else:
         tar = stack.enter_context(tarfile.TarFile(path))
-        found = {_plain(member.name): member for member in tar if member.isfile()}
         read = functools.partial(_read_member, tar)
-    return {n: functools.partial(read, m) for n, m in found.items() if wanted(n)}
+        members = _chosen(path, _files(tar), wanted)
+    return {name: functools.partial(read, member) for name, member in members}
 
 
 def _read_compressed_tar(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
@@ -155,32 +159,44 @@ def _read_compressed_tar(path: Path, wanted: Callable[[str], bool]) -> dict[str,
     with path.open("rb") as file, bar, gzip.open(file) as plain:
         with tarfile.open(fileobj=plain, mode="r|") as tar:
             kept = {}
-            for member in tar:
+            for name, member in _chosen(path, _files(tar), wanted):
                 bar.update(file.tell() - bar.n)
-                if member.isfile() and wanted(_plain(member.name)):
-                    kept[_plain(member.name)] = _read_member(tar, member)
+                target = member.linkname.removeprefix("./")
+                same = kept.get(target) if member.islnk() else None
+                kept[name] = same or _read_member(tar, member)
         while plain.read(CHUNK):  # gzip's CRC and length stand at the very end.
             pass
         bar.update(size - bar.n)
     return kept
 
 
+def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Yield name and member of all files; a hard link is one by another name."""
+    for member in tar:
+        if member.isfile() or member.islnk():
+            yield member.name.removeprefix("./"), member
+
+
+def _chosen(
+    path: Path, members: Iterable[tuple[str, T]], wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, T]]:
+    """Yield the wanted members; a second one of a name would hide the first."""
+    seen = set()
+    for name, member in members:
+        if not wanted(name):
+            continue
+        if name in seen:
+            raise InputError(f"{path} has two members {name}; take one of them out")
+        seen.add(name)
+        yield name, member
+
+
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file: IO[bytes] | None = tar.extractfile(member)
     data = file.read() if file else b""
-    if len(data) != member.size:
+    if member.isfile() and len(data) != member.size:
         raise EOFError(f"{len(data)} of {member.size} bytes")
     return data
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("./")
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    named = {file.relative_to(folder).as_posix(): file for file in files}
-    return {name: file for name, file in named.items() if not _is_hidden(name)}
 
 
 @contextlib.contextmanager

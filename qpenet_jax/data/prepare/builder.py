@@ -1,6 +1,7 @@
 """The TFDS builder of every prepared data set: what an example keeps, how written.
 
-TFDS and ArrayRecord work without TensorFlow as long as images are given as bytes. A
+TFDS and ArrayRecord work without TensorFlow as long as images are given as bytes. The
+same files make the same bytes, so that the hash of a data set can be published. A
 data set appears under its name only when it is complete. One process at a time writes
 it; what an interrupted one left is removed by the next, which starts again.
 """
@@ -11,9 +12,10 @@ import itertools
 import json
 import math
 import shutil
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -25,11 +27,16 @@ import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Int, UInt8
 from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
+from tensorflow_datasets.core.writer import ExampleWriter
+from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import check_room, locked
 from qpenet_jax.data.images import check_label, read_image, warn_of_turn
+from qpenet_jax.data.labels import check_numbered
+from qpenet_jax.data.sources.prepared import Prepared, read_metadata
+from qpenet_jax.data.versions import ContentHash
 
 SHARD_BYTES = 256_000_000
 """About how many bytes of images go into a file; TFDS keeps as much in memory."""
@@ -79,7 +86,7 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
 
     def __init__(self, source: Source, **arguments: Any):
         self.source = source
-        self.index: dict[str, dict[str, list]] = {}  # filled as examples are written
+        self.index: dict[str, dict[str, Any]] = {}  # filled as examples are written
         super().__init__(file_format="array_record", **arguments)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -121,15 +128,22 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
         return [functools.partial(itertools.islice, examples, size)] * shards
 
     def _examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        names = self.source.splits[split]
         index = self.index[split] = {"names": [], "counts": []}
-        bar = tqdm(names, desc=f"writing {split}", unit="image")
-        for position, name in enumerate(bar):
+        content = ContentHash()
+        names = tqdm(self.source.splits[split], desc=f"writing {split}", unit="image")
+        for position, name in enumerate(names):
             example = self.source.example(split, name)
             counts = check_example(example, len(self.source.classes))
-            index["names"].append(example.name)
+            content.add(example.name, example.image, example.label)
             shown = np.flatnonzero(counts)
+            index["names"].append(example.name)
             index["counts"].append([[int(c) + 1, int(counts[c])] for c in shown])
+            index |= {"photos": content.photos, "sha256": content.hexdigest()}
+            if position == len(names) - 1 and not any(index["counts"]):
+                raise InputError(
+                    f"no mask of {split} shows a class; data/README.md says what the "
+                    "values of a mask mean"
+                )
             yield (
                 position,
                 {
@@ -140,18 +154,37 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
                 },
             )
 
+    def _example_writer(self) -> ExampleWriter:
+        return _SameBytes(tfds.core.FileFormat.ARRAY_RECORD)
+
+
+class _SameBytes(ExampleWriter):
+    """Writes the features of an example in a fixed order; protobuf's has none."""
+
+    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        """Write a shard."""
+        ordered = ((key, _in_order(example)) for key, example in examples)
+        return super().write(path, ordered)
+
+
+def _in_order(example: bytes) -> bytes:
+    kinds: Any = tf_example_pb2  # made when it is imported, so pyright knows none
+    message = kinds.Example.FromString(example)
+    return message.SerializeToString(deterministic=True)
+
 
 def check_example(example: Example, classes: int) -> Int[np.ndarray, " classes"]:
     """Decode the image once and return the pixels of each class in its label.
 
     Raises:
         InputError: the image is broken, has another size than the label, or the label
-            holds a value that is no class.
+            holds a value that is no class, or 255 alone.
     """
     image_from = example.image_from or example.name
     height, width = read_image(BytesIO(example.image), name=image_from).shape[:2]
     warn_of_turn(BytesIO(example.image), name=image_from)
     label_from = example.label_from or example.name
+    check_numbered(example.label, label_from)
     return check_label(example.label, (height, width), classes, label_from)
 
 
@@ -165,12 +198,16 @@ def encode_mask(label: UInt8[np.ndarray, "h w"]) -> bytes:
 def prepare(
     builder: type[SegmentationBuilder], source: Source, out: Path, config: str
 ) -> Path:
-    """Write the data set below `out` and return its folder; a finished one is kept.
+    """Write the data set below `out` and return its folder.
+
+    A finished one is kept, and that is printed to the standard error, if its facts and
+    all it holds are those of the source.
 
     Raises:
-        InputError: a finished one was made in another way; another process is writing
-            it; a split without images or with a name twice; too little free disk; an
-            example that can't be used.
+        InputError: a finished one was made in another way or of other files; another
+            process is writing it; a split without images; a name twice, in one split or
+            in two; no class in a split; too little free disk; an example that can't be
+            used.
     """
     _check_names(source)
     with _quiet_tfds():
@@ -180,7 +217,10 @@ def prepare(
             config=tfds.core.BuilderConfig(name=config, version=builder.VERSION),
         )
     folder = Path(made.data_dir)
-    if not folder.is_dir():
+    if folder.is_dir():
+        _check_same(folder, source)
+        print(f"{folder} is kept: it holds exactly these files", file=sys.stderr)
+    else:
         needed = int(DISK_SPARE * source.image_bytes)
         check_room(out, needed, "make room or choose another --out")
         busy = (
@@ -189,14 +229,14 @@ def prepare(
         )
         # Beside the folder of the versions, which holds data sets alone.
         with locked(folder.parent.with_name(f".{config}.lock"), busy):
-            _write(made, folder)
-    _check_same(folder, source)
+            _write(made, folder, source)
     return folder
 
 
-def _write(made: SegmentationBuilder, folder: Path) -> None:
+def _write(made: SegmentationBuilder, folder: Path, source: Source) -> None:
     """Write a data set whose lock this process holds."""
     if folder.is_dir():  # Another process has finished it in the meantime.
+        _check_same(folder, source)
         return
     # The lock was free: whoever began these is gone. The name is TFDS's own.
     for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
@@ -219,6 +259,7 @@ def _quiet_tfds() -> Iterator[None]:
 
 
 def _check_names(source: Source) -> None:
+    split_of: dict[str, str] = {}
     for split, names in source.splits.items():
         if not names:
             raise InputError(f"split {split!r} has no image; check the lists of images")
@@ -227,14 +268,46 @@ def _check_names(source: Source) -> None:
             raise InputError(
                 f"split {split!r} lists image {name} {times} times; keep one"
             )
+        for name in names:
+            if name in split_of:
+                raise InputError(
+                    f"image {name} is in {split_of[name]} and in {split}: what is "
+                    "trained on can't be scored; take it out of one of them"
+                )
+            if not name.isascii() and name != name.encode(errors="ignore").decode():
+                raise InputError(f"image {name!r}: rename it, its name isn't Unicode")
+        split_of |= dict.fromkeys(names, split)
 
 
 def _check_same(folder: Path, source: Source) -> None:
-    facts = json.loads((folder / "metadata.json").read_text())["facts"]
-    ours = json.loads(json.dumps(source.facts))
+    made = read_metadata(folder)
+    facts, ours = made["facts"], json.loads(json.dumps(source.facts))
     changed = sorted(k for k in facts | ours if facts.get(k) != ours.get(k))
+    if made["index"].keys() != source.splits.keys():
+        changed.append("splits")
     if changed:
         raise InputError(
             f"{folder} was made in another way ({', '.join(changed)} differ): remove "
             "it, or choose another --out"
         )
+    for split, names in source.splits.items():
+        _check_content(Prepared(folder, split), split, names, source.example)
+
+
+def _check_content(
+    made: Prepared, split: str, names: Sequence[str], example: Callable
+) -> None:
+    """Compare all images and labels with those of a finished data set."""
+    content = ContentHash()
+    for name in tqdm(names, desc=f"comparing {split}", unit="image"):
+        content.add(*example(split, name)[:3])
+    if content.hexdigest() == made.content:
+        return
+    what = f"the list of {split} or a mask"
+    if tuple(names) == tuple(made.names):
+        pairs = zip(names, content.photos, made.photos, strict=True)
+        what = next((f"image {n}" for n, ours, old in pairs if ours != old), "a mask")
+    raise InputError(
+        f"{made.root} was made of other files ({what} differs): remove it, or choose "
+        "another --out"
+    )

@@ -6,14 +6,9 @@ numbers. The choices made here are `LABEL_RULES`, and are kept with the data set
 
 import contextlib
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
-
-import numpy as np
-from jaxtyping import Bool, UInt8
-from pycocotools.coco import COCO
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import COCO_CLASSES
@@ -24,6 +19,7 @@ from qpenet_jax.data.prepare.builder import (
     Source,
     prepare,
 )
+from qpenet_jax.data.prepare.instances import Instances
 
 LABEL_RULES = (
     "all polygons as pycocotools draws them; crowds skipped, and images that show "
@@ -46,59 +42,6 @@ class Coco20i(SegmentationBuilder, skip_registration=True):
     """COCO images with the 80 classes of their instance annotations as label maps."""
 
     name = "coco20i"
-
-
-class Instances:
-    """One annotation file: which images show something, and their label maps."""
-
-    def __init__(self, path: Path):
-        """Read and check the file; nothing is drawn yet.
-
-        Raises:
-            InputError: no such file, broken JSON, missing keys, other categories than
-                COCO's 80, an annotation of an unknown image or category.
-        """
-        self.path = path
-        with _format_errors(path):
-            self._coco = _read(path)
-            self._ranks = _ranks(path, self._coco)
-            self.files = self._shown_files()
-
-    def label(self, name: str) -> UInt8[np.ndarray, "h w"]:
-        """Draw the label map of an image: 0 background, 1..80.
-
-        Raises:
-            InputError: an annotation that pycocotools can't draw.
-        """
-        # pycocotools' masks are in column order as well; assigning is then faster.
-        label = np.zeros(self._sizes[name], np.uint8, order="F")
-        for annotation in self._coco.imgToAnns[self._ids[name]]:
-            if annotation["iscrowd"]:
-                continue
-            try:
-                mask = _draw(self._coco, annotation)
-                label[mask] = self._ranks[annotation["category_id"]]
-            except Exception as error:  # pycocotools raises many types, even bare ones.
-                raise InputError(
-                    f"{self.path}: annotation {annotation['id']} of {name} can't be "
-                    f"drawn ({_reason(error)}); correct it or take it out"
-                ) from None
-        return np.ascontiguousarray(label)
-
-    def _shown_files(self) -> dict[str, str]:
-        """Return the file names of images with more than crowds, by their names."""
-        coco = self._coco
-        shown = {a["image_id"] for a in coco.dataset["annotations"] if not a["iscrowd"]}
-        images = [image for image in coco.imgs.values() if image["id"] in shown]
-        if not images:
-            raise InputError(f"{self.path}: no image has an annotation but crowds")
-        self._ids = {PurePosixPath(i["file_name"]).stem: i["id"] for i in images}
-        if len(self._ids) < len(images):
-            raise InputError(f"{self.path}: two images have one name; rename one")
-        sizes = ((int(i["height"]), int(i["width"])) for i in images)
-        self._sizes = dict(zip(self._ids, sizes, strict=True))
-        files = (_last(i["file_name"]) for i in images)
-        return dict(zip(self._ids, files, strict=True))
 
 
 def prepare_coco(
@@ -161,63 +104,6 @@ def _release(annotations: Sequence[Path]) -> tuple[str, dict[str, Path]]:
         given = ", ".join(map(str, paths.values())) or "none given"
         raise InputError(f"annotation files of one release are needed: {given}")
     return releases.pop(), dict(sorted(paths.items()))
-
-
-def _read(path: Path) -> COCO:
-    with contextlib.redirect_stdout(None):  # pycocotools tells how long it takes.
-        coco = COCO(str(path))
-    for key in ("images", "annotations", "categories"):
-        _ = coco.dataset[key]
-    unknown = coco.imgToAnns.keys() - coco.imgs.keys()
-    if unknown:
-        annotation = coco.imgToAnns[min(unknown)][0]
-        raise InputError(
-            f"{path}: annotation {annotation['id']} is of image {min(unknown)}, which "
-            "isn't in the file; fetch it again"
-        )
-    return coco
-
-
-def _ranks(path: Path, coco: COCO) -> dict[int, int]:
-    """Return the rank 1..80 of every category id; COCO's own ids run to 90."""
-    ids = sorted(coco.cats)
-    if tuple(coco.cats[i]["name"] for i in ids) != COCO_CLASSES:
-        raise InputError(
-            f"{path}: its categories aren't COCO's 80 in their order; label maps of "
-            "other classes can be prepared as a folder"
-        )
-    unknown = {a["category_id"] for a in coco.dataset["annotations"]} - coco.cats.keys()
-    if unknown:
-        raise InputError(f"{path}: no category has the id {min(unknown)}; correct it")
-    return {category: rank for rank, category in enumerate(ids, 1)}
-
-
-def _draw(coco: COCO, annotation: Any) -> Bool[np.ndarray, "h w"]:
-    with warnings.catch_warnings():
-        # Of pycocotools' own arrays under NumPy 2; the user can do nothing about it.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return coco.annToMask(annotation).view(bool)
-
-
-@contextlib.contextmanager
-def _format_errors(path: Path) -> Iterator[None]:
-    """Turn what reading a file of another format raises into one InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise InputError(
-            f"{path} isn't an instances file of COCO ({_reason(error)}); fetch it again"
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"no {error} in it"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _find(

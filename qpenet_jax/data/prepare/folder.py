@@ -10,13 +10,13 @@ ROOT/train.txt      val.txt         optional: names such as sub/b, one a line
 
 import hashlib
 import re
-from collections import Counter
+import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import IGNORE
+from qpenet_jax.core.files import walk
 from qpenet_jax.data.images import IMAGE_SUFFIXES, read_label
 from qpenet_jax.data.prepare.builder import (
     Example,
@@ -24,6 +24,7 @@ from qpenet_jax.data.prepare.builder import (
     Source,
     prepare,
 )
+from qpenet_jax.data.prepare.class_lists import read_classes, read_lines
 
 HASH_RANGE = 2**64
 """The split looks at 8 bytes of a name's SHA-256: the same on every machine."""
@@ -62,7 +63,7 @@ def prepare_folder(
             one name, a bad list or class file, a mask value that is no class.
     """
     root = Path(root)
-    classes = _read_classes(root / "classes.txt")
+    classes = read_classes(root / "classes.txt")
     pairs = _pairs(root)
     splits, rule = _split(root, pairs, val_share)
     splits = {split: names for split, names in splits.items() if names}
@@ -78,44 +79,10 @@ def prepare_folder(
         "classes": list(classes),
         "rules": rule,
         "images": {split: len(names) for split, names in splits.items()},
-        "sha256": _digest(splits, pairs),
     }
     image_bytes = sum(pair.image.stat().st_size for pair in pairs.values())
     source = Source(classes, splits, example, image_bytes, facts)
     return prepare(Folder, source, Path(out), _identifier(name or root.resolve().name))
-
-
-def _read_classes(path: Path) -> tuple[str, ...]:
-    classes = _read_lines(path)
-    if "" in classes:
-        raise InputError(
-            f"{path}: line {classes.index('') + 1} is empty; line i names value i"
-        )
-    # Other tools list the background as well, which would shift all names by one.
-    background = [c for c in classes if c.strip("_").lower() == "background"]
-    if background:
-        raise InputError(
-            f"{path}: take out the line {background[0]!r}; the background is value 0 "
-            "and line 1 names value 1"
-        )
-    if len(classes) >= IGNORE:
-        raise InputError(f"{path}: {len(classes)} classes; at most {IGNORE - 1} fit")
-    return classes
-
-
-def _read_lines(path: Path) -> tuple[str, ...]:
-    """Return the stripped lines up to the last that isn't empty, all different."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"{path}: no such text file; write one name a line") from None
-    lines = tuple(line.strip() for line in text.rstrip().splitlines())
-    if not lines:
-        raise InputError(f"{path} is empty; write one name a line")
-    line, times = Counter(filter(None, lines)).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"{path}: {line} is listed {times} times; keep one")
-    return lines
 
 
 def _pairs(root: Path) -> dict[str, Pair]:
@@ -139,14 +106,22 @@ def _files(folder: Path, suffixes: set[str]) -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(f"folder {folder} doesn't exist; see data/README.md")
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        # macOS leaves a hidden "._a.jpg" beside "a.jpg", which is no image.
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+    others: list[str] = []
+    for found, path in walk(folder).items():
+        if path.suffix.lower() not in suffixes:
+            others.append(found)
             continue
-        name = path.relative_to(folder).with_suffix("").as_posix()
+        name = PurePosixPath(found).with_suffix("").as_posix()
         if name in files:
             raise InputError(f"{files[name]} and {path} share a name; keep one")
         files[name] = path
+    if others:
+        known = " ".join(sorted(suffixes))
+        print(
+            f"{folder}: {len(others)} file(s) without the ending {known} are left out, "
+            f"such as {others[0]}",
+            file=sys.stderr,
+        )
     return files
 
 
@@ -171,7 +146,7 @@ def _split(root: Path, pairs: Iterable[str], val_share: float) -> tuple[Splits, 
 
 
 def _read_ids(path: Path, names: set[str]) -> list[str]:
-    ids = [line for line in _read_lines(path) if line]
+    ids = [line for line in read_lines(path) if line]
     unknown = [name for name in ids if name not in names]
     if unknown:
         raise InputError(
@@ -198,21 +173,6 @@ def _split_by_hash(
                 f"{split}.txt, or choose another val_share than {val_share}"
             )
     return {**splits}, f"a hash of the name gives {val_share:g} of the images to val"
-
-
-def _digest(splits: Splits, pairs: dict[str, Pair]) -> str:
-    """Return the SHA-256 of names, masks and the images' sizes.
-
-    Preparing again after any of them has changed is then told, not ignored. The
-    images' own bytes would take too long to read twice.
-    """
-    digest = hashlib.sha256()
-    for split, names in splits.items():
-        for name in names:
-            image, mask = pairs[name]
-            digest.update(f"{split} {name} {image.stat().st_size} ".encode())
-            digest.update(hashlib.sha256(mask.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def _identifier(name: str) -> str:

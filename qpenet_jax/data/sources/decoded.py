@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import check_room, locked, write_whole
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data.versions import dataset_version
+from qpenet_jax.data.versions import dataset_content, dataset_version
 
 PIXELS_FILE, SIZES_FILE = "pixels.bin", "sizes.npy"
 """Image and label of every item in turn, and their heights and widths, written last."""
@@ -45,8 +46,10 @@ class Decoded:
     ):
         """Open the data set's file below `folder`; make it where it is missing.
 
-        It is made anew when it is incomplete or holds other pixels; where another
-        process is about it, that one is waited for. `limit` is in bytes.
+        Files are told apart by what they were made of (`dataset_content`), so images
+        that were replaced are decoded. An incomplete file, or one with other pixels, is
+        made anew; where another process is about it, that one is waited for. `limit` is
+        in bytes.
 
         Raises:
             InputError: it would be larger than `limit`, the disk is too full, the
@@ -56,8 +59,11 @@ class Decoded:
         self.names = dataset.names
         self.counts = np.asarray(dataset.counts)
         self.version = getattr(dataset, "version", "")
-        self.folder = Path(folder) / dataset_version(dataset)
-        if not self._up_to_date(dataset):
+        self.content = dataset_content(dataset)
+        self.folder = Path(folder) / f"{dataset_version(dataset)}-{self.content[:16]}"
+        if self._up_to_date(dataset):
+            print(f"{self.folder}: decoded images are kept, unchanged", file=sys.stderr)
+        else:
             self._make(dataset, limit)
         _ = self.sizes  # Pickled with the rest, if another run remakes the file.
 

@@ -11,6 +11,7 @@ from jaxtyping import Int, UInt8
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import reread_image
+from qpenet_jax.data.versions import ContentHash
 
 
 class Prepared:
@@ -34,11 +35,11 @@ class Prepared:
             raise InputError(f"{root} has no split {split!r}, only {', '.join(index)}")
         builder = tfds.builder_from_directory(str(root))
         encoded = tfds.decode.SkipDecoding()
-        self._root = root
+        self.root = root
         self.classes = tuple(metadata["classes"])
         self.names = tuple(index[split]["names"])
         self.version = builder.info.full_name
-        self._counts = index[split]["counts"]
+        self._index = index[split]
         self._records = builder.as_data_source(  # its decorator hides the arguments
             split,  # pyright: ignore[reportCallIssue]
             decoders={"image": encoded, "mask": encoded},
@@ -52,10 +53,30 @@ class Prepared:
     def counts(self) -> Int[np.ndarray, "images classes"]:
         """Pixels of each class in each label."""
         counts = np.zeros((len(self), len(self.classes)), np.int64)
-        for row, shown in zip(counts, self._counts, strict=True):
+        for row, shown in zip(counts, self._index["counts"], strict=True):
             for class_id, pixels in shown:
                 row[class_id - 1] = pixels
         return counts
+
+    @property
+    def photos(self) -> tuple[str, ...]:
+        """A hash of every image's file."""
+        return self._hashes[0]
+
+    @property
+    def content(self) -> str:
+        """The hash of names, images and labels (`ContentHash`)."""
+        return self._hashes[1]
+
+    @functools.cached_property
+    def _hashes(self) -> tuple[tuple[str, ...], str]:
+        """Return `photos` and `content`; an earlier version of `prepare` wrote none."""
+        if "photos" in self._index:
+            return tuple(self._index["photos"]), self._index["sha256"]
+        hashed = ContentHash()
+        for index, name in enumerate(self.names):
+            hashed.add(name, self._bytes(index, "image"), self.label(index))
+        return tuple(hashed.photos), hashed.hexdigest()
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         """Return image `index`, RGB.
@@ -81,7 +102,7 @@ class Prepared:
             data, reason = None, str(error).splitlines()[0]
         if data is None:
             raise InputError(
-                f"{self._root}: image {self.names[index]} can't be read ({reason}); "
+                f"{self.root}: image {self.names[index]} can't be read ({reason}); "
                 "remove the folder and prepare it again"
             )
         return data

@@ -1,15 +1,19 @@
 """Images, label PNGs and an id list, laid out as PASCAL VOC: PASCAL and COCO alike."""
 
 import functools
+import hashlib
+import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
+from qpenet_jax.core.download import sha256
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import (
     check_label,
@@ -18,6 +22,8 @@ from qpenet_jax.data.images import (
     read_label,
     warn_of_turn,
 )
+from qpenet_jax.data.labels import check_numbered
+from qpenet_jax.data.versions import DIGITS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 COUNT_THREADS = 2
@@ -69,8 +75,8 @@ class VOCLayout:
         """Return the label map of image `index`.
 
         Raises:
-            InputError: a broken file, a value that is no class id, or a size that
-                differs from the image's.
+            InputError: a broken file, a value that is no class id, 255 alone, or a size
+                that differs from the image's.
         """
         return self._checked_label(index)[0]
 
@@ -81,15 +87,43 @@ class VOCLayout:
         Raises:
             InputError: as `label`, for the first bad file.
         """
-        indices = tqdm(
-            range(len(self)),
-            desc="reading masks",
-            disable=None
-            if len(self) > BAR_FROM_MASKS
-            else True,  # None: not a terminal.
+        rows = self._of_all("reading masks", self._counted)
+        counts = np.stack(rows)
+        if not counts.any():
+            raise InputError(
+                f"{Path(self._masks[0]).parent}: no listed mask shows a class; "
+                "data/README.md says what the values of a mask mean"
+            )
+        return counts
+
+    @property
+    def photos(self) -> tuple[str, ...]:
+        """A hash of every image's file."""
+        return self._hashes[0]
+
+    @property
+    def content(self) -> str:
+        """A hash of all names and files."""
+        return self._hashes[1]
+
+    @functools.cached_property
+    def _hashes(self) -> tuple[tuple[str, ...], str]:
+        """Return `photos` and `content`, read once from all files."""
+        files = self._of_all(
+            "hashing images",
+            lambda i: (sha256(Path(self._images[i])), sha256(Path(self._masks[i]))),
         )
+        rows = (f"{n} {p} {m}\n" for n, (p, m) in zip(self.names, files, strict=True))
+        content = hashlib.sha256("".join(rows).encode()).hexdigest()
+        return tuple(photo[:DIGITS] for photo, _ in files), content
+
+    def _of_all(self, what: str, of_one: Callable[[int], Any]) -> list[Any]:
+        """Return what is found of every image, with a progress bar for many."""
+        # None: not where there is no terminal.
+        hidden = None if len(self) > BAR_FROM_MASKS else True
+        indices = tqdm(range(len(self)), desc=what, disable=hidden)
         with ThreadPoolExecutor(COUNT_THREADS) as pool:
-            return np.stack(list(pool.map(self._counted, indices)))
+            return list(pool.map(of_one, indices))
 
     def _counted(self, index: int) -> Int[np.ndarray, " classes"]:
         warn_of_turn(self._images[index], self._masks[index])
@@ -101,6 +135,7 @@ class VOCLayout:
         """Return a label map and how many pixels each class has."""
         path = self._masks[index]
         label = read_label(path)
+        check_numbered(label, path)
         size = image_size(self._images[index])
         return label, check_label(label, size, len(self.classes), path)
 
@@ -123,6 +158,11 @@ def read_ids(path: Path) -> tuple[str, ...]:
             raise InputError(
                 f"{path}: '{name}' isn't an image id; write one id per line, "
                 "without paths or file endings"
+            )
+        if name != posixpath.normpath(name) or name.startswith(("/", "..")):
+            raise InputError(
+                f"{path}: '{name}' isn't an image id; write it below the folder of "
+                "images, without '.', '..' and double slashes"
             )
     name, times = Counter(ids).most_common(1)[0]
     if times > 1:

@@ -1,0 +1,273 @@
+"""One annotation file of COCO's: read, checked, drawn.
+
+Nothing of the file reaches pycocotools' C code unchecked: numbers that aren't finite or
+lie far outside of the image would crash it. Of two with one id, one would be lost.
+"""
+
+import contextlib
+import json
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from pycocotools import mask as pycoco
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.folds import COCO_CLASSES
+
+MAX_SIDE = 65_500
+"""Largest height or width of an image: JPEG can't hold more."""
+
+MAX_PIXELS = 178_956_970
+"""Pixels of the largest image that Pillow opens."""
+
+
+FORMAT_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a file of another format raises."""
+
+
+class Instances:
+    """One annotation file: which images show something, and their label maps."""
+
+    def __init__(self, path: Path):
+        """Read and check the file; nothing is drawn yet.
+
+        Raises:
+            InputError: no such file, broken JSON, missing keys, an id or a name twice,
+                other categories than COCO's 80, an annotation of an unknown image or
+                category.
+        """
+        self.path = path
+        with _format_errors(path):
+            content = _read(path)
+            images = _by_id(path, "images", content["images"])
+            annotations = _by_id(path, "annotations", content["annotations"])
+            self._ranks = _ranks(path, content["categories"])
+            self._of_image = self._grouped(images, annotations.values())
+            self.files = self._shown_files(images)
+
+    def label(self, name: str) -> UInt8[np.ndarray, "h w"]:
+        """Draw the label map of an image: 0 background, 1..80.
+
+        Raises:
+            InputError: an annotation that can't be drawn.
+        """
+        size = self._sizes[name]
+        # pycocotools' masks are in column order as well; assigning is then faster.
+        label = np.zeros(size, np.uint8, order="F")
+        for annotation in self._of_image[self._ids[name]]:
+            try:
+                mask = draw(annotation["segmentation"], *size)
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{self.path}: annotation {annotation['id']} of {name} can't be "
+                    f"drawn ({_reason(error)}); correct it or take it out"
+                ) from None
+            label[mask] = self._ranks[annotation["category_id"]]
+        return np.ascontiguousarray(label)
+
+    def _grouped(self, images: dict, annotations: Iterable) -> dict[Any, list[dict]]:
+        """Return the annotations of each image that are no crowds, in their order."""
+        of_image = defaultdict(list)
+        for annotation in annotations:
+            image, where = annotation["image_id"], f"annotation {annotation['id']}"
+            if image not in images:
+                raise InputError(
+                    f"{self.path}: {where} is of image {image}, which isn't in the "
+                    "file; fetch it again"
+                )
+            if annotation["category_id"] not in self._ranks:
+                raise InputError(
+                    f"{self.path}: {where}: no category has the id "
+                    f"{annotation['category_id']}; correct it"
+                )
+            if annotation["iscrowd"] not in (0, 1):
+                raise InputError(
+                    f"{self.path}: {where}: iscrowd is {annotation['iscrowd']!r}; "
+                    "write 0 or 1"
+                )
+            if not annotation["iscrowd"]:
+                of_image[image].append(annotation)
+        return of_image
+
+    def _shown_files(self, images: dict) -> dict[str, str]:
+        """Return the file names of images with more than crowds, by their names."""
+        shown = [image for image in images.values() if image["id"] in self._of_image]
+        if not shown:
+            raise InputError(f"{self.path}: no image has an annotation but crowds")
+        names = [PurePosixPath(image["file_name"]).stem for image in shown]
+        self._ids = dict(zip(names, (image["id"] for image in shown), strict=True))
+        if len(self._ids) < len(shown):
+            raise InputError(f"{self.path}: two images have one name; rename one")
+        self._sizes = {
+            name: _size(self.path, image)
+            for name, image in zip(names, shown, strict=True)
+        }
+        files = (image["file_name"].rpartition("/")[2] for image in shown)
+        return dict(zip(names, files, strict=True))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"an object has two values of {twice!r}")
+        return content
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number")
+
+    text = path.read_text(encoding="utf-8-sig")
+    return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+
+
+def _by_id(path: Path, key: str, items: Sequence[dict[str, Any]]) -> dict[Any, dict]:
+    """Return the items by their ids, sure that each id is there once."""
+    by_id = {}
+    for item in items:
+        if type(item["id"]) not in (int, str):
+            raise ValueError(f"{key}: id {item['id']!r} is no whole number")
+        if item["id"] in by_id:
+            both = by_id[item["id"]], item
+            names = [x.get("file_name") or x.get("name") for x in both]
+            named = f" ({names[0]} and {names[1]})" if all(names) else ""
+            raise InputError(
+                f"{path}: two {key} have the id {item['id']}{named}; give each its own"
+            )
+        by_id[item["id"]] = item
+    return by_id
+
+
+def _ranks(path: Path, categories: Sequence[dict[str, Any]]) -> dict[Any, int]:
+    """Return the rank 1..80 of every category id; COCO's own ids run to 90."""
+    by_id = _by_id(path, "categories", categories)
+    ids = sorted(by_id)
+    if tuple(by_id[i]["name"] for i in ids) != COCO_CLASSES:
+        raise InputError(
+            f"{path}: its categories aren't COCO's 80 in their order; label maps of "
+            "other classes can be prepared as a folder"
+        )
+    return {category: rank for rank, category in enumerate(ids, 1)}
+
+
+def _size(path: Path, image: dict[str, Any]) -> tuple[int, int]:
+    """Return height and width; too large ones would use up the memory."""
+    size = image["height"], image["width"]
+    if any(type(side) is not int or not 1 <= side <= MAX_SIDE for side in size) or (
+        math.prod(size) > MAX_PIXELS
+    ):
+        raise InputError(
+            f"{path}: image {image['file_name']} has height {size[0]!r} and width "
+            f"{size[1]!r}; correct them"
+        )
+    return size
+
+
+def draw(segmentation: Any, height: int, width: int) -> Bool[np.ndarray, "h w"]:
+    """Return the mask of a segmentation as pycocotools draws it, checked before.
+
+    A segmentation is a list of polygons [x0, y0, x1, y1, ...] in pixels, all of which
+    are drawn, or a dict of run lengths.
+
+    Raises:
+        ValueError, TypeError, KeyError: not such numbers, or of another image.
+    """
+    with warnings.catch_warnings():
+        # Of pycocotools' own arrays under NumPy 2; the user can do nothing about it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        encoded: Any = segmentation
+        if not isinstance(segmentation, dict):
+            polygons: Any = _checked_polygons(segmentation, max(height, width))
+            encoded = pycoco.merge(pycoco.frPyObjects(polygons, height, width))
+        else:
+            _check_runs(segmentation, height, width)
+            if isinstance(encoded["counts"], list):
+                encoded = pycoco.frPyObjects(encoded, height, width)
+        return pycoco.decode(encoded).view(bool)
+
+
+def _checked_polygons(polygons: Any, side: int) -> list[list[float]]:
+    """Return the polygons of three points or more; `side` is the image's longer one.
+
+    Others enclose nothing; pycocotools takes four numbers for a box if they come first.
+    """
+    if not isinstance(polygons, list) or not polygons:
+        raise ValueError("neither polygons nor run lengths")
+    for polygon in polygons:
+        if not isinstance(polygon, list) or len(polygon) % 2:
+            raise ValueError("a polygon is a list of points, each x and y")
+        for value in polygon:
+            # Tools let outlines end somewhat outside of an image.
+            if type(value) not in (int, float) or not -side <= value <= 2 * side:
+                raise ValueError(f"{value!r} is no coordinate in this image")
+    enclosing = [polygon for polygon in polygons if len(polygon) >= 6]
+    if not enclosing:
+        raise ValueError("a polygon needs three points or more")
+    return enclosing
+
+
+def _check_runs(encoded: dict[str, Any], height: int, width: int) -> None:
+    if list(encoded["size"]) != [height, width]:
+        raise ValueError(f"size {encoded['size']!r} isn't the image's")
+    counts = encoded["counts"]
+    runs = _decoded(counts) if isinstance(counts, str) else counts
+    if any(type(run) is not int or run < 0 for run in runs):
+        raise ValueError("a run length is no whole number from 0 on")
+    if sum(runs) != height * width:
+        raise ValueError(f"the runs cover {sum(runs)} of {height * width} pixels")
+
+
+def _decoded(text: str) -> list[int]:
+    """Return the run lengths of a compressed string.
+
+    COCO writes numbers as groups of 5 bits, the lowest first, in characters from "0"
+    on; bit 5 tells that another follows. From the fourth number on they are differences
+    to the number before the last.
+
+    Source: pycocotools, maskApi.c, rleFrString.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for byte in text.encode("ascii"):
+        bits = byte - ord("0")
+        if not 0 <= bits < 64 or shift > 30:
+            raise ValueError("broken run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("run lengths are cut off")
+    return runs
+
+
+@contextlib.contextmanager
+def _format_errors(path: Path) -> Iterator[None]:
+    """Turn what reading a file of another format raises into one InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except FORMAT_ERRORS as error:
+        raise InputError(
+            f"{path} isn't an instances file of COCO ({_reason(error)}); fetch it again"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"no {error} in it"
+    return " ".join(str(error).split())[:200] or type(error).__name__
