@@ -177,7 +177,7 @@ def test_a_signal_is_noted_while_postponed_and_raised_after_it(capsys):
             os.kill(os.getpid(), signal.SIGINT)  # another kind is no second one
             reached.append("the save")
 
-    with StopSignal() as signals, pytest.raises(Interrupted):
+    with pytest.raises(Interrupted), StopSignal() as signals:
         step()
     assert reached == ["the rest of the step", "the save"]
     assert "after this step" in capsys.readouterr().err
@@ -190,7 +190,7 @@ def test_a_second_signal_stops_in_the_middle():
             stop()
             raise AssertionError("went on after the second signal")
 
-    with StopSignal() as signals, pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), StopSignal() as signals:
         step()
 
 
