@@ -196,6 +196,11 @@ def test_a_walk_leaves_nothing_out_silently(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="loop is a link to nothing"):
         walk(tmp_path)
 
+    (tmp_path / "loop").unlink()
+    touch(tmp_path / os.fsdecode(b"\xff.png"))
+    with pytest.raises(InputError, match=r"'\\udcff\.png' in .*: rename it"):
+        walk(tmp_path)
+
     def refuse(folder):
         raise PermissionError(13, "Permission denied")
 

@@ -119,7 +119,8 @@ def walk(folder: Path) -> dict[str, Path]:
     once. What is hidden is left out (macOS adds "._x.png" beside "x.png").
 
     Raises:
-        InputError: a folder that can't be read, or a link to nothing.
+        InputError: a folder that can't be read, a link to nothing, or a name that isn't
+            Unicode.
     """
     return dict(_below(folder, "", (os.path.realpath(folder),)))
 
@@ -142,6 +143,8 @@ def _below(
             if (real := os.path.realpath(path)) not in above:
                 yield from _below(path, f"{name}/", (*above, real))
         elif path.is_file():
+            if name != name.encode(errors="ignore").decode():
+                raise InputError(f"{name!r} in {folder}: rename it, this isn't Unicode")
             yield name, path
         elif not path.exists():
             raise InputError(f"{path} is a link to nothing; restore its file")

@@ -274,7 +274,7 @@ def _check_names(source: Source) -> None:
                     f"image {name} is in {split_of[name]} and in {split}: what is "
                     "trained on can't be scored; take it out of one of them"
                 )
-            if not name.isascii() and name != name.encode(errors="ignore").decode():
+            if name != name.encode(errors="ignore").decode():
                 raise InputError(f"image {name!r}: rename it, its name isn't Unicode")
         split_of |= dict.fromkeys(names, split)
 
