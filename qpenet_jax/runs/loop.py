@@ -50,8 +50,8 @@ def train(config: Any, workdir: Path) -> None:
             print(evaluator.describe())
             state = _trained(trainer, workdir, evaluator, selector, stop)
             _score_selected(trainer, workdir, evaluator, state)
-    print(evaluator.report())
-    print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
+        print(evaluator.report())
+        print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
 
 
 def _trained(
