@@ -14,7 +14,7 @@ qpenet_jax/runs/loop.py.
 
 import sys
 
-from qpenet_jax.cli.main import main
+from qpenet_jax.cli.main import program
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    program(["train", *sys.argv[1:]])

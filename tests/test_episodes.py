@@ -1,9 +1,11 @@
 import contextlib
 import functools
 import itertools
+import os
 import pickle
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -363,3 +365,61 @@ def test_a_broken_image_is_one_clear_error(tmp_path, write_voc, workers):
     assert "truncated" in message
     assert "\n" not in message
     assert not getattr(error.value, "__notes__", [])
+
+
+def test_image_and_label_of_other_sizes_are_told_when_they_are_loaded(root):
+    class Turned:
+        def __init__(self, dataset):
+            self.names, self.label = dataset.names, dataset.label
+            self.image = lambda index: np.rot90(dataset.image(index)).copy()
+
+    dataset = opened(root)
+    with pytest.raises(InputError, match=rf"{dataset.names[0]}: mask of .*make them"):
+        load_episode(Turned(dataset), EpisodeIds(0, 0, 1, (3,)), SIDE)
+
+
+LOADS = """
+import contextlib, os, sys, time
+import numpy as np
+from qpenet_jax.data.loader import ahead
+
+def load(i):
+    return os.getpid(), np.full((300, 300), i), np.full(3, i)
+
+if __name__ == "__main__":
+    with contextlib.closing(ahead(load, range(1000), 2)) as stream:
+        kept = [next(stream) for _ in range(5)]
+        print(*{pid for pid, *_ in kept}, flush=True)
+        time.sleep(int(sys.argv[1]))
+    for i, (_, large, small) in enumerate(kept):
+        assert large.max() == small.min() == i
+"""
+
+
+def loading(folder, seconds):
+    script = folder / "loads.py"
+    script.write_text(LOADS)
+    words = [sys.executable, "-W", "always::UserWarning", script, str(seconds)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdout=pipe, stderr=pipe, env=environment)
+
+
+def test_processes_that_load_leave_nothing_behind(tmp_path):
+    """Neither shared memory, of which Python would warn, nor a word of their end."""
+    process = loading(tmp_path, 0)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert errors == b""
+
+
+def test_processes_that_load_end_with_one_that_is_killed(tmp_path):
+    with loading(tmp_path, 600) as process:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 100
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,11 +1,13 @@
 """The command `qpenet`; each of its commands has a file of its own beside this one."""
 
 import argparse
+import gc
 import io
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qpenet_jax.cli import (
     benchmark,
@@ -50,6 +52,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         again = "stopped; no half-written file is left: the command can be run again"
         print(f"\n{str(stop) or again}", file=sys.stderr)
         sys.exit(130)
+
+
+def program(argv: Sequence[str] | None = None) -> None:
+    """Run one command as all that this process does; see `main`."""
+    sys.unraisablehook = _told_of_lost_stop
+    try:
+        main(argv)
+    finally:
+        # All is done or told. A Ctrl-C while Python ends would print a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        gc.collect()  # what a stop cut off in the middle, such as shared memory
+
+
+def _told_of_lost_stop(unraisable: Any) -> None:
+    """Tell in one line of a Ctrl-C that came where Python can't act on it."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        lost = "Ctrl-C came while Python was cleaning up: press it again to stop"
+        print(f"\n{lost}", file=sys.stderr)
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -121,4 +143,4 @@ class _Version(argparse.Action):
 
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -1,10 +1,12 @@
 """Load episodes: read, transform, stack to batches, in worker processes if wanted."""
 
-import ctypes
 import functools
+import gc
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
@@ -34,8 +36,6 @@ from qpenet_jax.data.transforms import (
 
 BATCHES_AHEAD = 2
 """Batches that each worker keeps ready."""
-
-PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 T = TypeVar("T")
 
@@ -117,14 +117,11 @@ def ahead(
     """
     import grain  # Here: it takes a good part of a second.
 
-    loaded = grain.MapDataset.range(indices.start, indices.stop).map(load)
-    stream = loaded.to_iter_dataset(
+    items = grain.MapDataset.range(indices.start, indices.stop).map(load)
+    stream = items.to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=BATCHES_AHEAD)
     )
     if workers:
-        # Batches that are on their way when the workers end are freed by Python's
-        # tracker of shared memory, which would warn of it in the user's terminal.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
         _mark_flags_as_parsed()
         options = grain.MultiprocessingOptions(
             workers, per_worker_buffer_size=BATCHES_AHEAD
@@ -132,11 +129,21 @@ def ahead(
         stream = stream.mp_prefetch(options, worker_init_fn=_quiet_worker)
     iterator = iter(stream)
     try:
-        yield from iterator
+        # A worker's arrays lie in memory that it shares, and Python warns of what still
+        # does when the process ends: JAX may keep what it is given as long as that.
+        yield from map(_copied, iterator) if workers else iterator
     except InputError as error:  # Grain adds notes of its own to what workers raise.
         raise InputError(str(error)) from None
     finally:
         iterator.close()
+        gc.collect()  # Grain's last arrays are in cycles, with the end of its iterators
+
+
+def _copied(loaded: T) -> T:
+    """Return a tree of arrays with memory of their own."""
+    return jax.tree.map(
+        lambda leaf: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf, loaded
+    )
 
 
 # At module level, as what goes to a worker process is pickled.
@@ -167,6 +174,16 @@ def _quiet_worker(worker: int, workers: int) -> None:
     """
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform.startswith("linux"):
-        # A parent that is killed outright can't end its workers: let the kernel do it.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is gone: one killed outright can't do it.
+
+    Linux's own signal for that (prctl) comes when the *thread* ends that has started a
+    worker. Grain's does so while it closes, and batches in shared memory were lost.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

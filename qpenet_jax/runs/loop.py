@@ -62,10 +62,10 @@ def train(config: Any, workdir: Path) -> None:
             state = _trained(trainer, workdir, evaluator, selectors, stop)
             _score_selected(trainer, workdir, evaluator, state, shared)
             others = _score_others(trainer, evaluator, state, shared)
-    print(evaluator.report())
-    if others:
-        print(others)
-    print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
+        print(evaluator.report())
+        if others:
+            print(others)
+        print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
 
 
 def _trained_on(trainer: Trainer, what: str, evaluator: Evaluator) -> dict[str, str]:
