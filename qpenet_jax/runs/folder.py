@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from qpenet_jax.config import flat, merged
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data.versions import dataset_content, dataset_version
+from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.runs.config_files import OVERRIDE, override
 from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
@@ -81,14 +81,13 @@ def _refuse_changes(workdir, ours, theirs) -> None:
 def inputs_of(
     train: SegmentationDataset, val: SegmentationDataset, weights: PyTree[Array]
 ) -> dict[str, str]:
-    """Return hashes of names and pixel counts, of the files, and of the weights."""
-    return {
-        "training images": dataset_version(train),
-        "validation images": dataset_version(val),
-        "training files": dataset_content(train),
-        "validation files": dataset_content(val),
-        WEIGHTS: weights_hash(weights),
-    }
+    """Return hashes of names and pixel counts, of files if any, and of the weights."""
+    inputs = {WEIGHTS: weights_hash(weights)}
+    for split, dataset in (("training", train), ("validation", val)):
+        inputs[f"{split} images"] = dataset_version(dataset)
+        if content := getattr(dataset, "content", None):  # none where all is drawn
+            inputs[f"{split} files"] = content
+    return inputs
 
 
 def weights_hash(weights: PyTree[Array]) -> str:
