@@ -1,12 +1,22 @@
 """What a command finds around it: paths, home, devices, a terminal, a closed pipe."""
 
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 from test_cli import refused
+
+from qpenet_jax import InputError, load_backbone
+from qpenet_jax.cli.main import main
+from qpenet_jax.config import default_config
+from qpenet_jax.data.sources.prepared import Prepared
+from qpenet_jax.runs.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,11 +90,13 @@ def qpenet(*arguments, **environment):
     )
 
 
-def test_a_device_that_isnt_there_is_told_in_one_line():
-    done = qpenet("describe", "--side=33", JAX_PLATFORMS="nonsense")
+@pytest.mark.parametrize("platform", ["nonsense", "nonsense,cpu"])
+@pytest.mark.parametrize("command", [["describe", "--side=33"], ["compare", "a", "b"]])
+def test_a_device_that_isnt_there_is_told_in_one_line(platform, command):
+    done = qpenet(*command, JAX_PLATFORMS=platform)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: Unable to initialize backend 'nonsense'")
+    assert line.startswith(f"error: JAX_PLATFORMS={platform} can't be used: ")
     assert line.endswith("set JAX_PLATFORMS=cpu, or install JAX for this device")
 
 
@@ -129,3 +141,78 @@ def test_names_that_the_terminal_cant_show_are_replaced(encoding):
     assert done.returncode == 0, done.stderr
     shown = "\u017e".encode(encoding, "replace")
     assert done.stdout.strip() == b"gaver" + shown + b" ? cat"
+
+
+def test_a_user_without_a_name_can_prepare_and_read(monkeypatch, tmp_path, capsys):
+    """As in a container that is started as some number: no HOME, no such user."""
+    for part in ("images", "masks"):
+        (tmp_path / "own" / part).mkdir(parents=True)
+    for i in range(8):
+        label = np.full((20, 20), i % 2 + 1, np.uint8)
+        Image.fromarray(label).save(tmp_path / "own" / "masks" / f"{i}.png")
+        Image.fromarray(9 * label).save(tmp_path / "own" / "images" / f"{i}.png")
+    (tmp_path / "own" / "classes.txt").write_text("a\nb\n")
+
+    def unknown(number):
+        raise KeyError(f"uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("grp.getgrgid", unknown)
+    monkeypatch.delenv("HOME", raising=False)
+    words = [
+        "prepare",
+        "folder",
+        str(tmp_path / "own"),
+        "--val-share=0",
+        "--out",
+        str(tmp_path / "data"),
+    ]
+    main(words)
+    assert "prepared; use it with" in capsys.readouterr().out
+    main(words)  # kept
+    found = Prepared(tmp_path / "data" / "folder" / "own" / "1.0.0", "train")
+    assert found.label(0).max() == int(found.names[0]) % 2 + 1
+    assert pwd.getpwuid is unknown
+
+
+def test_a_program_that_set_64_bits_is_told_in_one_line():
+    """Commands switch it off; a program may need it elsewhere."""
+    before = jax.config.values["jax_enable_x64"]
+    jax.config.update("jax_enable_x64", True)
+    try:
+        for start in (
+            lambda: Experiment(default_config()),
+            lambda: load_backbone("resnet50", "none.pth"),
+        ):
+            with pytest.raises(InputError, match="set to 64 bits"):
+                start()
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+STOPPED = """
+import os, signal, weakref
+from qpenet_jax.cli import main, train
+
+class Thing: pass
+
+def run(args):
+    thing = Thing()
+    watch = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del thing
+    print("done")
+
+train.run = run
+main.program(["train", "--config=x"])
+"""
+
+
+def test_a_stop_that_python_cant_act_on_is_one_line():
+    """Ctrl-C inside of a destructor has nobody to raise to."""
+    run = [sys.executable, "-c", STOPPED]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(run, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0
+    assert done.stdout == "done\n"
+    assert "press it again to stop" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -30,6 +30,7 @@ from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.core.download import download, sha256
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
+from qpenet_jax.core.runtime import refuse_64_bits
 from qpenet_jax.core.types import Array
 
 # --- PyTorch names to Flax parameters ---------------------------------------------
@@ -299,6 +300,7 @@ def load_backbone(
     EfficientNet-Lite0, all with h = ceil(height / 8), w = ceil(width / 8). Compiles
     once a shape. Raises InputError as `load_weights` does, and for other images.
     """
+    refuse_64_bits()
     weights = load_weights(name, path)
     network = backbone(name)
 

@@ -115,10 +115,15 @@ def _set_up_process(args: argparse.Namespace) -> None:
     import jax
     from absl import logging
 
-    from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
+    from qpenet_jax.core.runtime import (
+        check_platform,
+        keep_compilations,
+        keep_freed_memory,
+    )
 
     jax.config.update("jax_enable_x64", False)  # all that is computed is float32
     keep_freed_memory()
+    check_platform()
     if args.run is not train.run:  # where the config says whether to keep them
         keep_compilations()
     logging.set_verbosity(logging.ERROR)  # Orbax reports every step of a save

@@ -28,19 +28,15 @@ def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:
         raise InputError(f"{what}{value!r}: choose {listed}")
 
 
-NO_DEVICE = "Unable to initialize backend"
-"""How JAX begins to say that JAX_PLATFORMS names what isn't there."""
-
 BROKEN_PIPE = 128 + 13
 """The exit code of a program that SIGPIPE has ended, as the shell tells it."""
 
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an `InputError` or an error of the surroundings into one line, exit 2.
+    """Turn an `InputError` or an error of the file system into one line, exit 2.
 
-    Surroundings are the file system and JAX's devices. Where nobody reads the output
-    any more (`| head`), the end is quiet.
+    Where nobody reads the output any more (`| head`), the end is quiet.
     """
     try:
         yield
@@ -58,11 +54,6 @@ def exit_on_input_error() -> Iterator[None]:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
         message = f"{error.filename or 'while writing'}: {error.strerror}"
-    except RuntimeError as error:
-        if not str(error).startswith(NO_DEVICE):
-            raise
-        reason = " ".join(str(error).split())
-        message = f"{reason}; set JAX_PLATFORMS=cpu, or install JAX for this device"
     _finish_output()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

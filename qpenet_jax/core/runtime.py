@@ -4,10 +4,14 @@ import contextlib
 import ctypes
 import platform
 import sys
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import cache_folder
 
 # Parameters of glibc's mallopt(3).
@@ -21,6 +25,38 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(": ")[1]
     return platform.machine()
+
+
+def refuse_64_bits() -> None:
+    """Refuse to compute where JAX makes numbers of 64 bits, which networks here mix up.
+
+    Raises:
+        InputError: jax_enable_x64 is set; commands switch it off.
+    """
+    if jax.config.values["jax_enable_x64"]:
+        raise InputError(
+            "JAX is set to 64 bits, and qpenet_jax computes in 32: unset "
+            'JAX_ENABLE_X64, or call jax.config.update("jax_enable_x64", False) first'
+        )
+
+
+def check_platform() -> None:
+    """Refuse a choice of platforms (JAX_PLATFORMS) that JAX can't use here.
+
+    Raises:
+        InputError: with JAX's reason.
+    """
+    chosen = jax.config.values["jax_platforms"]
+    if chosen in (None, "", "cpu"):  # there is always a CPU
+        return
+    try:
+        jax.devices()
+    except Exception as error:  # of several types, without words where no plugin is
+        reason = " ".join(str(error).split()) or "JAX is installed without it"
+        raise InputError(
+            f"JAX_PLATFORMS={chosen} can't be used: {reason}; set JAX_PLATFORMS=cpu, "
+            "or install JAX for this device"
+        ) from None
 
 
 def keep_compilations() -> None:
@@ -52,6 +88,38 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**28)
         mallopt(M_ARENA_MAX, 1)
+
+
+@contextlib.contextmanager
+def nameless_users() -> Iterator[None]:
+    """Give files of users and groups without a name, as in containers, their number.
+
+    TFDS's library of paths (etils) asks for the owner's name with every size of a file,
+    and can't do without one.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import grp
+    import pwd
+
+    before = pwd.getpwuid, grp.getgrgid
+    pwd.getpwuid = _or_number(pwd.getpwuid, "pw_name")
+    grp.getgrgid = _or_number(grp.getgrgid, "gr_name")
+    try:
+        yield
+    finally:
+        pwd.getpwuid, grp.getgrgid = before
+
+
+def _or_number(find: Callable[[int], Any], name: str) -> Callable[[int], Any]:
+    def found(number):
+        try:
+            return find(number)
+        except KeyError:
+            return types.SimpleNamespace(**{name: str(number)})
+
+    return found
 
 
 def peak_memory() -> int:

@@ -18,6 +18,7 @@ from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
 from qpenet_jax.config import check, flat, selections
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import cache_folder, local_path
+from qpenet_jax.core.runtime import refuse_64_bits
 from qpenet_jax.core.types import Episode, SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.data.device_augmentation import augment_episodes
@@ -75,6 +76,7 @@ class Experiment:
 
     def __post_init__(self):
         """Fill in the recipe's values; refuse values that could only fail later."""
+        refuse_64_bits()
         config = resolved(self.config)
         object.__setattr__(self, "config", config)
         for name in set(PATHS) - set(BELOW_ROOT):

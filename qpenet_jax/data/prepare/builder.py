@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import check_room, locked
+from qpenet_jax.core.runtime import nameless_users
 from qpenet_jax.data.images import check_label, read_image, warn_of_turn
 from qpenet_jax.data.labels import check_numbered
 from qpenet_jax.data.sources.prepared import Prepared, read_metadata
@@ -248,11 +249,14 @@ def _write(made: SegmentationBuilder, folder: Path, source: Source) -> None:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Keep TFDS from printing, and from warning that a configuration isn't its own."""
+    """Keep TFDS from printing, and from warning that a configuration isn't its own.
+
+    Users without a name may write as well.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(None), nameless_users():
             yield
     finally:
         logging.set_verbosity(verbosity)
