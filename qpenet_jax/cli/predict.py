@@ -13,7 +13,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import (
     local_path,
     refuse_overwriting,
-    visible_files,
+    walk,
     write_whole,
 )
 
@@ -173,13 +173,15 @@ def _queries_at(path: Path, recursive: bool) -> list[Query]:
         raise InputError(f"{path}: no such image or folder")
     if not path.is_dir():
         return [Query(path, Path(path.stem))]
-    files, folders = visible_files(path, recursive)
+    files = list(walk(path, recursive).values())
+    folders = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     skipped = Counter(file.suffix.lower() or "without ending" for file in files)
     for suffix in IMAGE_SUFFIXES:
         skipped.pop(suffix, None)
     told = [f"{count} x {suffix}" for suffix, count in sorted(skipped.items())]
-    told += [f"{len(folders)} folder(s): give --recursive"] if folders else []
+    if folders and not recursive:
+        told.append(f"{len(folders)} folder(s): give --recursive")
     hints = [f"left out: {', '.join(told)}"] if told else []
     if not images:
         known = ", ".join(sorted(IMAGE_SUFFIXES))

@@ -61,32 +61,6 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
                 )
 
 
-def visible_files(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
-    """Return the files of a folder, sorted, and the folders in it that were left out.
-
-    Hidden files and folders are in neither list. With `recursive` nothing else is left
-    out; links to folders are followed, but no folder is entered twice.
-    """
-    files: list[Path] = []
-    folders: list[Path] = []
-    entered = {_identity(folder)}
-
-    def enter(place: Path) -> None:
-        for path in sorted(place.iterdir()):
-            if path.name.startswith("."):
-                continue
-            if not path.is_dir():
-                files.append(path)
-            elif not recursive:
-                folders.append(path)
-            elif _identity(path) not in entered:
-                entered.add(_identity(path))
-                enter(path)
-
-    enter(folder)
-    return files, folders
-
-
 def _identity(path: Path) -> tuple[int, int] | None:
     """Return what all names of a file or folder share; None if there is none."""
     try:
@@ -112,8 +86,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise InputError(f"{path}: can't be written ({error.strerror})") from None
 
 
-def walk(folder: Path) -> dict[str, Path]:
+def walk(folder: Path, recursive: bool = True) -> dict[str, Path]:
     """Return all files below a folder by their path in it ("sub/a.jpg"), in order.
+
+    Those of other folders in it as well, if it is `recursive`.
 
     Links are followed, to folders too; a folder that holds a link to itself is entered
     once. What is hidden is left out (macOS adds "._x.png" beside "x.png").
@@ -122,11 +98,11 @@ def walk(folder: Path) -> dict[str, Path]:
         InputError: a folder that can't be read, a link to nothing, or a name that isn't
             Unicode.
     """
-    return dict(_below(folder, "", (os.path.realpath(folder),)))
+    return dict(_below(folder, "", (os.path.realpath(folder),), recursive))
 
 
 def _below(
-    folder: Path, prefix: str, above: tuple[str, ...]
+    folder: Path, prefix: str, above: tuple[str, ...], recursive: bool
 ) -> Iterator[tuple[str, Path]]:
     """Yield names and paths; `above` are the real paths of the folders on the way."""
     try:
@@ -140,8 +116,8 @@ def _below(
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            if (real := os.path.realpath(path)) not in above:
-                yield from _below(path, f"{name}/", (*above, real))
+            if recursive and (real := os.path.realpath(path)) not in above:
+                yield from _below(path, f"{name}/", (*above, real), recursive)
         elif path.is_file():
             if name != name.encode(errors="ignore").decode():
                 raise InputError(f"{name!r} in {folder}: rename it, this isn't Unicode")
