@@ -404,9 +404,8 @@ def test_nothing_is_written_if_a_sheet_fails(runs, tmp_path, monkeypatch):
         return np.zeros((8, 8, 3), np.uint8)
 
     monkeypatch.setattr(figures, "_look_at", lambda *_: [])
-    monkeypatch.setattr(figures, "predictions_sheet", quick)
-    monkeypatch.setattr(figures, "evolution_sheet", quick)
-    monkeypatch.setattr(figures, "background_sheet", fail)
+    sheets = {"predictions": quick, "evolution": quick, "background": fail}
+    monkeypatch.setattr(figures, "SHEETS", sheets)
     with pytest.raises(RuntimeError):
         figures.draw_figures(runs[:1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
