@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qpenet_jax.backbones.convert import check_tensors, save_weights, to_flax
+from qpenet_jax.backbones.checks import check_tensors
+from qpenet_jax.backbones.convert import save_weights, to_flax
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.config import default_config, for_coco, for_released
 from qpenet_jax.core.errors import InputError, check_choice

@@ -134,7 +134,7 @@ def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
     if (folder / OWN_BACKBONE).exists():
         config.backbone.weights = str(folder / OWN_BACKBONE)
     experiment = Experiment(_moved(config, overrides))
-    params, step = restore_params(folder, experiment.untrained())
+    params, step = restore_params(folder, experiment.learned_like())
     return TrainedRun(folder, experiment, params, step)
 
 

@@ -149,7 +149,7 @@ class Loop:
     def _score(self, state: TrainState, progress: Progress) -> float | None:
         if self.selector is None:
             return None
-        miou, name = self.selector.miou(state.params), self.trainer.config.select_on
+        miou, name = self.selector.miou(state.learned), self.trainer.config.select_on
         progress.scalars("eval", {f"{name}_miou": miou}, int(state.step))
         return miou
 
@@ -158,7 +158,7 @@ def _score_selected(
     trainer: Trainer, workdir: Path, evaluator: Evaluator, state: TrainState
 ) -> None:
     """Score the selected checkpoint on the novel classes, unless it was before."""
-    params, selected = checkpoints.restore_params(workdir, state.params)
+    params, selected = checkpoints.restore_params(workdir, state.learned)
     if evaluator.step() == selected:
         return
     results, figure = evaluator(trainer.placed(params), step=selected)

@@ -10,7 +10,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
-from qpenet_jax.core.types import Array
+from qpenet_jax.core.types import BATCH_STATISTICS, Array
 from qpenet_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -48,7 +48,7 @@ def save(
         return
     metrics = None if miou is None else {"miou": miou}
     args = ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
+        params=ocp.args.StandardSave(state.learned),
         optimizer=ocp.args.StandardSave(
             {"step": state.step, "opt_state": state.opt_state}
         ),
@@ -75,8 +75,10 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     if step is None:
         return state
     rest = {"step": state.step, "opt_state": state.opt_state}
-    saved = _restore(manager, step, params=state.params, optimizer=rest)
-    return TrainState(params=saved["params"], **saved["optimizer"])
+    saved = _restore(manager, step, params=state.learned, optimizer=rest)
+    params = dict(saved["params"])
+    statistics = params.pop(BATCH_STATISTICS, {})
+    return TrainState(params=params, statistics=statistics, **saved["optimizer"])
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
