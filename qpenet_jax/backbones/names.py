@@ -33,7 +33,7 @@ def check_tensors(
         "negative variance": [
             name
             for name in common
-            if name.endswith("running_var") and (tensors[name] < 0).any()
+            if name.endswith(("running_var", "/var")) and (tensors[name] < 0).any()
         ],
     }
     found = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]

@@ -10,6 +10,10 @@ from jaxtyping import Bool, Int, UInt8
 Array = jax.Array | np.ndarray
 """What functions of JAX take, in annotations; what they return is JAX's."""
 
+BATCH_STATISTICS = "batch_stats"
+"""Flax's name for what batch norm moves. A backbone's norm is in training mode where a
+caller lets this collection change; nobody does but `training/drift.py`."""
+
 FEATURE_STRIDE = 8
 """Pixels between neighbouring feature cells of every backbone here."""
 

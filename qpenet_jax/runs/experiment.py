@@ -12,7 +12,8 @@ import jax
 import optax
 from jaxtyping import Array, PyTree
 
-from qpenet_jax.backbones.convert import load_weights
+from qpenet_jax.backbones.batch_norm import settled
+from qpenet_jax.backbones.convert import load_weights, no_statistics
 from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
 from qpenet_jax.config import check, flat, selections
@@ -39,13 +40,14 @@ from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.losses import released_loss
 from qpenet_jax.models.released.network import NAME as RELEASED
 from qpenet_jax.models.released.network import ReleasedQPENet, behaves
-from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.runs.datasets import (
     chosen_fold,
     class_names,
     files_read,
     open_split,
 )
+from qpenet_jax.runs.networks import network
+from qpenet_jax.training.drift import drifts
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.recipes import resolved
 from qpenet_jax.training.sharding import shardings
@@ -233,10 +235,12 @@ class Experiment:
     def backbone_weights(self) -> PyTree[Array]:
         """Read the frozen weights onto the device."""
         spec = self.config.backbone
-        weights = load_weights(
-            spec.name, spec.weights or None, deep=self.is_released_network
+        return load_weights(
+            spec.name,
+            spec.weights or None,
+            deep=self.is_released_network,
+            norms=spec.drift,
         )
-        return jax.tree.map(jax.numpy.asarray, weights)
 
     @property
     def is_released_network(self) -> bool:
@@ -249,43 +253,13 @@ class Experiment:
 
         QPENet proper, a variant of it, or the released network.
         """
-        if self.is_released_network:
-            return self._released_network()
-        fields = {f.name: f.default for f in dataclasses.fields(QPENet)}
-        given: dict[str, Any] = dict(self.config.model)
-        settled = VARIANTS[self.config.variant].fields
-        for name, value in settled.items():
-            if given[name] not in (value, fields[name]):
-                raise InputError(
-                    f"config.model.{name}={given[name]!r} is {value!r} in "
-                    f"config.variant={self.config.variant!r}: leave one of them out"
-                )
-        return QPENet(**{**given, **settled})
+        return network(self.config, self.backbone)
 
     def network_name(self, shots: int) -> str:
         """Return what tables call the network, with as many supports."""
         if not self.is_released_network:
             return "QPENet"
         return f"{behaves(self.config.behaviour, shots)} QPENet"
-
-    def _released_network(self) -> ReleasedQPENet:
-        known = {f.name for f in dataclasses.fields(ReleasedQPENet)}
-        default = {f.name: f.default for f in dataclasses.fields(QPENet)}
-        given: dict[str, Any] = dict(self.config.model)
-        for name, value in given.items():
-            if name not in known and value != default[name]:
-                raise InputError(
-                    f"config.model.{name}={value!r}: config.variant={RELEASED!r} has "
-                    "no such field: leave it out"
-                )
-        net = self.backbone
-        if net.deep is not None and net.stages[0] != "layer3":
-            raise InputError(
-                f"config.backbone.stages={net.stages!r}: for config.variant="
-                f"{RELEASED!r} the first must be layer3, which layer4 starts from"
-            )
-        fields = {name: value for name, value in given.items() if name in known}
-        return ReleasedQPENet(net.deep, self.config.behaviour, **fields)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -346,16 +320,28 @@ class Experiment:
         """Return the parameters that training starts from."""
         return self.init(optax.identity()).params
 
-    def train_step(self, tx: optax.GradientTransformation):
-        """Return the jitted train step, for a batch shared as `shardings` says."""
+    def learned_like(self) -> PyTree[Array]:
+        """Return a tree as checkpoints hold it: `untrained`, with statistics if any."""
+        state, spec = self.init(optax.identity()), self.config.backbone
+        statistics = no_statistics(spec.name) if spec.drift else {}
+        return dataclasses.replace(state, statistics=statistics).learned
+
+    def train_step(self, tx: optax.GradientTransformation, epoch: int = 1):
+        """Return the jitted train step, for a batch shared as `shardings` says.
+
+        Batch norm drifts by the length of an `epoch` in steps, if the config says so.
+        """
         computing = in_dtype(self.model, self.backbone, self.config.dtype)
         _, split = shardings(self.config.batch_size)
         weights = LossWeights(**self.config.loss)
         loss = released_loss if self.is_released_network else total_loss
-        return make_train_step(*computing, tx, weights, split.mesh, loss)
+        drift = self.config.backbone.drift
+        when = functools.partial(drifts, epoch=max(epoch, 1)) if drift else None
+        return make_train_step(*computing, tx, weights, split.mesh, loss, when)
 
-    def predictor(self, params: PyTree[Array], weights: PyTree[Array]) -> Predictor:
-        """Return QPENet with trained parameters over the frozen weights."""
+    def predictor(self, learned: PyTree[Array], weights: PyTree[Array]) -> Predictor:
+        """Return QPENet as it was trained over the frozen weights."""
+        params, weights = settled(learned, weights)
         return qpenet_predictor(
             self.model, self.backbone, params, weights, self.config.dtype
         )

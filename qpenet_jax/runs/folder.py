@@ -155,7 +155,7 @@ def open_run(
     kept = dict.fromkeys([*experiment.selections, LAST])
     chosen = selection or experiment.selections[0]
     check_choice(f"{folder} kept no checkpoint by ", chosen, kept)
-    params, step = restore_params(folder, experiment.untrained(), chosen)
+    params, step = restore_params(folder, experiment.learned_like(), chosen)
     return TrainedRun(folder, experiment, params, step)
 
 

@@ -179,7 +179,7 @@ class Loop:
 
     def _score(self, state: TrainState, progress: Progress) -> dict[str, float]:
         scores = {
-            name: selector.miou(state.params)
+            name: selector.miou(state.learned)
             for name, selector in self.selectors.items()
         }
         mious = {f"{name}_miou": miou for name, miou in scores.items()}
@@ -196,7 +196,7 @@ def _score_selected(
 ) -> None:
     """Score the selected checkpoint on the novel classes, unless it was before."""
     selection = trainer.experiment.selections[0]
-    params, selected = checkpoints.restore_params(workdir, state.params, selection)
+    params, selected = checkpoints.restore_params(workdir, state.learned, selection)
     if evaluator.step() == selected:
         return
 
@@ -221,7 +221,7 @@ def _score_others(
     found = {evaluator.step(): read_json(workdir / RESULTS)}
     rows = []
     for name in names:
-        params, step = checkpoints.restore_params(workdir, state.params, name)
+        params, step = checkpoints.restore_params(workdir, state.learned, name)
         if step not in found:
             beside = evaluator.of_selection(name)
             if beside.step() != step:

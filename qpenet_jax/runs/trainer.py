@@ -1,10 +1,12 @@
 """What training needs, made once from an experiment: data, networks, the step."""
 
+import dataclasses
 from collections.abc import Generator
 from typing import Any
 
 import jax
 
+from qpenet_jax.backbones.batch_norm import statistics_of
 from qpenet_jax.data.loader import training_batches
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.training.sharding import global_batch, shardings
@@ -29,12 +31,17 @@ class Trainer:
         self.weights = jax.device_put(experiment.backbone_weights(), self.replicated)
         self.learning_rate = experiment.optimizer.schedule(self.steps)
         self._optimizer = experiment.optimizer.build(self.steps)
-        self._train_step = experiment.train_step(self._optimizer)
+        epoch = len(self.sampler) // config.batch_size
+        self._train_step = experiment.train_step(self._optimizer, epoch)
         self._key = jax.random.key(config.seed + 1)
 
     def initial_state(self) -> TrainState:
         """Return the state at step 0."""
-        return self.placed(self.experiment.init(self._optimizer))
+        state = self.experiment.init(self._optimizer)
+        if self.config.backbone.drift:
+            theirs = jax.tree.map(jax.numpy.copy, statistics_of(self.weights))
+            state = dataclasses.replace(state, statistics=theirs)
+        return self.placed(state)
 
     def placed(self, tree: Any) -> Any:
         """Return a tree of arrays with a copy on every device."""

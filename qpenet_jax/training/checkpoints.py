@@ -12,7 +12,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
-from qpenet_jax.core.types import Array
+from qpenet_jax.core.types import BATCH_STATISTICS, Array
 from qpenet_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -69,7 +69,7 @@ def save(
     if step in manager.all_steps():
         return
     args = ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
+        params=ocp.args.StandardSave(state.learned),
         optimizer=ocp.args.StandardSave(
             {"step": state.step, "opt_state": state.opt_state}
         ),
@@ -98,8 +98,10 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     if step is None:
         return state
     rest = {"step": state.step, "opt_state": state.opt_state}
-    saved = _restore(manager, step, params=state.params, optimizer=rest)
-    return TrainState(params=saved["params"], **saved["optimizer"])
+    saved = _restore(manager, step, params=state.learned, optimizer=rest)
+    params = dict(saved["params"])
+    statistics = params.pop(BATCH_STATISTICS, {})
+    return TrainState(params=params, statistics=statistics, **saved["optimizer"])
 
 
 def step_of(manager: ocp.CheckpointManager, selection: str) -> int | None:

@@ -9,25 +9,44 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float, PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 
+from qpenet_jax.backbones.batch_norm import refolded
 from qpenet_jax.backbones.precision import InDtype
-from qpenet_jax.backbones.registry import DEEP, Backbone, features, with_deep
-from qpenet_jax.core.types import IGNORE, Array, Episode
+from qpenet_jax.backbones.registry import (
+    DEEP,
+    Backbone,
+    deep_part,
+    features,
+    with_deep,
+)
+from qpenet_jax.core.types import BATCH_STATISTICS, IGNORE, Array, Episode
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.network import ReleasedQPENet
 from qpenet_jax.training import health
+from qpenet_jax.training.drift import drifting_features
 
 
 @struct.dataclass
 class TrainState:
-    """What training changes; the frozen backbone is not part of it."""
+    """What training changes; the frozen backbone is not part of it.
+
+    But the statistics of its batch norm are, in runs where that drifts.
+    """
 
     step: Any  # Int[Array, ""], or what stands for it in a tree of shapes
     params: PyTree
     opt_state: PyTree
+    statistics: PyTree = struct.field(default_factory=dict)
+
+    @property
+    def learned(self) -> PyTree:
+        """The parameters, and the statistics beside them: what predicting needs."""
+        if not self.statistics:
+            return self.params
+        return {**self.params, BATCH_STATISTICS: self.statistics}
 
 
 def episode_features(
@@ -71,27 +90,45 @@ def make_train_step(
     loss_weights: LossWeights,
     mesh: Mesh | AbstractMesh | None = None,
     loss: Callable[..., Any] = total_loss,
+    drifts: Callable[[Int[Array, ""]], Bool[Array, ""]] | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Return `train_step(state, weights, batch, key) -> (state, metrics)`, jitted.
 
     Pure: dropout of step t comes from `fold_in(key, t)`. The state is donated. `mesh`
     holds the devices that share the batch (`sharding.shardings`), if there are several;
-    `loss` is called as `total_loss` is.
+    `loss` is called as `total_loss` is. `drifts` says in which steps batch norm of the
+    backbone drifts; by default it never does.
     """
 
     apply: Any = model.apply
 
     def train_step(state, weights, batch, key):
         with on_mesh():
-            return one_step(state, weights, batch, key)
+            if drifts is None:
+                return one_step(state, weights, batch, key)
+            inputs = state, weights, batch, key
+            return jax.lax.cond(
+                drifts(state.step), drifting_step, settled_step, *inputs
+            )
+
+    def settled_step(state, weights, batch, key):
+        return one_step(state, refolded(weights, state.statistics), batch, key)
+
+    def drifting_step(*inputs):
+        return one_step(*inputs, moving=[BATCH_STATISTICS])
 
     def on_mesh():
         if mesh is None:
             return contextlib.nullcontext()
         return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
-    def one_step(state, weights, batch, key):
-        support_maps, query_maps = episode_features(backbone, weights, batch)
+    def one_step(state, weights, batch, key, moving=()):
+        statistics = state.statistics
+        if moving:
+            maps, statistics = drifting_features(backbone, weights, statistics, batch)
+        else:
+            maps = episode_features(backbone, weights, batch)
+        support_maps, query_maps = maps
         masks = batch.support_masks.astype(jnp.int32)
         truth = batch.query_mask.astype(jnp.int32)
 
@@ -100,17 +137,18 @@ def make_train_step(
             inputs += batch.support_padding, batch.query_padding
 
         def loss_fn(params):
-            logits, out = apply(
-                with_deep(params, weights),
+            (logits, out), moved = apply(
+                {**with_deep(params, weights), BATCH_STATISTICS: deep_part(statistics)},
                 *inputs,
                 train=True,
                 rngs={"dropout": jax.random.fold_in(key, state.step)},
+                mutable=moving,
             )
             total, terms = loss(out, truth, masks, loss_weights)
-            return total, (terms, logits, out)
+            return total, (terms, logits, out, moved)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (total, (terms, logits, out)), grads = grad_fn(state.params)
+        (total, (terms, logits, out, moved)), grads = grad_fn(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -120,7 +158,8 @@ def make_train_step(
             "norm_P_global": jnp.linalg.norm(state.params["gbc"]["P_global"]),
             **_health(logits, out, truth),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        statistics = {**statistics, **moved.get(BATCH_STATISTICS, {})}
+        return TrainState(state.step + 1, params, opt_state, statistics), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
 from qpenet_jax.core.errors import check_choice
-from qpenet_jax.core.types import Array
+from qpenet_jax.core.types import BATCH_STATISTICS, Array
 from qpenet_jax.models.fem import prior_mask
 from qpenet_jax.models.layers import (
     Conv1x1,
@@ -277,6 +277,9 @@ class ReleasedQPENet(nn.Module):
         b, k = shallow.shape[:2]
         foreground = shallow * M_s[..., None].astype(shallow.dtype)
         folded = foreground.reshape(b * k, *foreground.shape[2:])
+        if self.is_mutable_collection(BATCH_STATISTICS):
+            # Upstream's pass of the whole support: unused, but seen by batch norm.
+            self._deep(shallow.reshape(folded.shape))
         support = self._deep(folded)
         support = support.reshape(b, k, *support.shape[1:])
         return jax.lax.stop_gradient(prior_mask(support, M_s, deep))
