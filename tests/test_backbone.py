@@ -18,7 +18,7 @@ from make_backbone_goldens import (
     torch_stages,
 )
 
-from qpenet_jax.backbones.convert import load_weights, to_flax
+from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.registry import (
     BACKBONES,
@@ -29,6 +29,7 @@ from qpenet_jax.backbones.registry import (
     normalize,
 )
 from qpenet_jax.backbones.resnet import ResNet, _max_pool
+from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.models import ops
 

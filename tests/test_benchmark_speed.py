@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from configs import quickstart
-from qpenet_jax.backbones import convert as weights_module
+from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.benchmark import clocks, ours, photos, protocol, speed
 from qpenet_jax.benchmark.chart import bar_chart
 from qpenet_jax.benchmark.contenders import (
@@ -537,7 +537,7 @@ def test_backbone_weights_go_both_ways(opponent, name):
     assert state.keys() <= net.state_dict().keys()
     net.load_state_dict({**net.state_dict(), **state})
     tensors = {k: v.numpy() for k, v in net.state_dict().items()}
-    returned = weights_module.to_flax(name, tensors)
+    returned = to_flax(name, tensors)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6), returned, drawn)
 
 

@@ -17,12 +17,13 @@ from flax.traverse_util import flatten_dict
 from make_backbone_goldens import _deepen, random_tensor
 from test_train import ROOT
 
-from qpenet_jax.backbones import convert, registry
+from qpenet_jax.backbones import convert, registry, torch_layout
 from qpenet_jax.backbones.batch_norm import Norm, refolded, statistics_of
-from qpenet_jax.backbones.convert import load_weights, no_statistics, to_flax
+from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.convolutions import Conv
 from qpenet_jax.backbones.registry import DEEP, Backbone
 from qpenet_jax.backbones.resnet import Layer4, ResNet
+from qpenet_jax.backbones.torch_layout import no_statistics, to_flax
 from qpenet_jax.config import merged
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import BATCH_STATISTICS, Episode
@@ -63,11 +64,11 @@ def tiny():
 def tensors(tiny):
     """A state_dict of NET, by PyTorch's names."""
     names, found = convert.ORIGINALS[ResNet].names, {}
-    for path, shape in convert._shapes("tiny", True).items():
+    for path, shape in torch_layout.shapes_of("tiny", True).items():
         layer, _, leaf = path.rpartition("/")
         if leaf == "kernel":
             conv, norm = names(layer)
-            found[f"{conv}.weight"] = convert._torch_shape(shape)
+            found[f"{conv}.weight"] = torch_layout.torch_shape(shape)
             found |= {f"{norm}.{f}": shape[-1:] for f in convert.NORM_FIELDS}
     return {name: random_tensor(name, shape) for name, shape in found.items()}
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from qpenet_jax.backbones.convert import to_flax
 from qpenet_jax.backbones.registry import DEEP, backbone
+from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.models.released.background import Background

@@ -12,9 +12,10 @@ import safetensors.numpy
 from make_backbone_goldens import GOLDENS, random_tensor
 
 from qpenet_jax.backbones import convert as weights
-from qpenet_jax.backbones.convert import convert, load_backbone, load_weights, to_flax
+from qpenet_jax.backbones.convert import convert, load_backbone, load_weights
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.torch_files import read_tensors
+from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.core.errors import InputError
 
 # --- PyTorch names to Flax parameters ---------------------------------------------

@@ -1,7 +1,7 @@
 """The convolutions that backbones are made of, with bias.
 
-Batch norm in eval mode is a fixed scale and shift per channel. `convert.py` folds it
-into the convolution before it, so every layer here is a plain convolution with bias.
+Batch norm in eval mode is a fixed scale and shift per channel, which `torch_layout.py`
+folds into the convolution before it: every layer here is a plain one with bias.
 Only where batch norm drifts (`training/drift.py`) it comes out again.
 """
 

@@ -15,8 +15,8 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 from torch import Tensor, nn
 
-from qpenet_jax.backbones.convert import ORIGINALS
 from qpenet_jax.backbones.registry import backbone
+from qpenet_jax.backbones.torch_layout import ORIGINALS
 from qpenet_jax.benchmark import twin
 from qpenet_jax.benchmark.clocks import matmul_rate
 from qpenet_jax.benchmark.contenders import Contender, made_up_episodes

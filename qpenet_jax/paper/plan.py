@@ -111,7 +111,7 @@ class Plan:
         ]
 
     def _backbones_and_folds(self) -> list[PlannedRun]:
-        config, split = self._experiment([]).config, SPLITS[self.table]
+        config, split = self._experiment(self.overrides).config, SPLITS[self.table]
         if not config.dataset.split.startswith(split):
             raise InputError(
                 f"{self.table} is of {split} classes, but the config has "

@@ -13,9 +13,10 @@ import optax
 from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.batch_norm import settled
-from qpenet_jax.backbones.convert import load_weights, no_statistics
+from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
+from qpenet_jax.backbones.torch_layout import no_statistics
 from qpenet_jax.config import check, flat, selections
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import cache_folder, local_path

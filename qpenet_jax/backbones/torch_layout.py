@@ -1,0 +1,137 @@
+"""PyTorch's tensors of a backbone to Flax parameters: names, shapes, batch norm.
+
+Batch norm is folded into the convolution before it.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float, PyTree
+
+from qpenet_jax.backbones.batch_norm import Norm, fold, statistics_of
+from qpenet_jax.backbones.efficientnet import EfficientNetLite0
+from qpenet_jax.backbones.names import check_tensors, under_prefix
+from qpenet_jax.backbones.registry import DEEP, backbone
+from qpenet_jax.backbones.resnet import ResNet
+from qpenet_jax.backbones.torch_files import Tensors
+
+
+def _resnet_names(layer: str) -> tuple[str, str]:
+    """Name convolution and norm: "layer1_0/conv2" -> layer1.0.conv2, layer1.0.bn2."""
+    block, _, conv = layer.removeprefix(f"{DEEP}/").rpartition("/")
+    prefix = block.replace("_", ".") + "." if block else ""
+    if conv == "downsample":
+        return f"{prefix}downsample.0", f"{prefix}downsample.1"
+    return prefix + conv, prefix + conv.replace("conv", "bn")
+
+
+def _lite0_names(layer: str) -> tuple[str, str]:
+    """Name convolution and norm: "block1/project" -> _blocks.1._project_conv, _bn2."""
+    block, _, conv = layer.rpartition("/")
+    if conv == "stem":
+        return "_conv_stem", "_bn0"
+    norm = {"expand": "_bn0", "depthwise": "_bn1", "project": "_bn2"}[conv]
+    prefix = block.replace("block", "_blocks.")
+    return f"{prefix}._{conv}_conv", f"{prefix}.{norm}"
+
+
+class _Original(NamedTuple):
+    """How the PyTorch edition of a network names, normalises and goes beyond ours."""
+
+    names: Callable[[str], tuple[str, str]]
+    epsilon: float
+    not_built: str  # regular expression of what follows the last stage we build
+
+
+ORIGINALS: dict[type[nn.Module], _Original] = {
+    ResNet: _Original(_resnet_names, 1e-5, r"(layer4|fc)\."),
+    EfficientNetLite0: _Original(
+        _lite0_names, 1e-3, r"(_blocks\.15|_conv_head|_bn1|_fc)\."
+    ),
+}
+NORM_FIELDS = ("weight", "bias", "running_mean", "running_var")
+
+
+def to_flax(
+    name: str, tensors: Tensors, *, deep: bool = False, norms: bool = False
+) -> PyTree[Float[np.ndarray, "..."]]:
+    """Turn a PyTorch state_dict into the parameters of backbone `name`, float32.
+
+    With `deep` those of its deep stage are in it as well, under DEEP. Batch norm is
+    folded into the convolution before it; with `norms` its vectors are beside that,
+    named as in `Norm`. A prefix that all its names have, such as "backbone.", is found
+    (`under_prefix`). Missing, extra, misshapen and impossible tensors (not finite,
+    negative variance) are one InputError that names the first of them and tells how
+    many they are; only layers which are not built (classifier head, last stage) and
+    num_batches_tracked may be there or not.
+    """
+    original = ORIGINALS[type(backbone(name).module)]
+    kernels = {
+        path.removesuffix("/kernel"): shape
+        for path, shape in shapes_of(name, deep).items()
+        if path.endswith("/kernel")
+    }
+    expected = {}
+    for layer, shape in kernels.items():
+        conv, norm = original.names(layer)
+        expected[f"{conv}.weight"] = torch_shape(shape)
+        expected |= {f"{norm}.{field}": (shape[-1],) for field in NORM_FIELDS}
+    tensors = under_prefix(tensors, expected)
+    unused = re.compile(rf"{original.not_built}|.*\.num_batches_tracked$")
+    used = {k: v for k, v in tensors.items() if k in expected or not unused.match(k)}
+    check_tensors(f"the weights do not fit {name}", expected, used)
+    folded = {}
+    for layer, shape in kernels.items():
+        conv, norm = original.names(layer)
+        norm = Norm(*(used[f"{norm}.{f}"].astype(np.float64) for f in NORM_FIELDS))
+        scale, shift = fold(norm, original.epsilon)
+        kernel = _flax_kernel(used[f"{conv}.weight"], shape).astype(np.float64)
+        folded[f"{layer}/kernel"] = (kernel * scale).astype(np.float32)
+        folded[f"{layer}/bias"] = shift.astype(np.float32)
+        for field, vector in norm._asdict().items() if norms else ():
+            folded[f"{layer}/{field}"] = vector.astype(np.float32)
+    return unflatten_dict(folded, sep="/")
+
+
+@functools.cache
+def shapes_of(name: str, deep: bool, norms: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by its path, without computing anything."""
+    net = backbone(name)
+    image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+    init = jax.eval_shape(net.module.init_with_output, jax.random.key(0), image)
+    stages: Any = init[0]
+    params: dict[str, Any] = dict(init[1]["params"])
+    if deep and net.deep is not None:
+        last = stages[net.stages[0]]
+        params[DEEP] = jax.eval_shape(net.deep.init, jax.random.key(0), last)["params"]
+    flat: dict = flatten_dict(params, sep="/")
+    shapes = {path: leaf.shape for path, leaf in flat.items()}
+    for path in [path for path in shapes if norms and path.endswith("/bias")]:
+        layer = path.removesuffix("bias")
+        shapes |= {f"{layer}{field}": shapes[path] for field in Norm._fields}
+    return shapes
+
+
+def no_statistics(name: str) -> PyTree[Float[np.ndarray, "..."]]:
+    """Return zeros in place of the statistics of backbone `name`, all stages'."""
+    shapes = shapes_of(name, True, True)
+    zeros = {k: np.zeros(s, np.float32) for k, s in shapes.items() if len(s) == 1}
+    return statistics_of(unflatten_dict(zeros, sep="/"))
+
+
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Map a kernel's shape ([c, o], [kh, kw, c, o] or depthwise [kh, kw, c])."""
+    if len(shape) == 3:
+        return shape[2], 1, *shape[:2]
+    return (*shape[:-3:-1], *(shape[:-2] or (1, 1)))
+
+
+def _flax_kernel(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return weight.transpose(2, 3, 1, 0).reshape(shape)
