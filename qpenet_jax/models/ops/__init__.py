@@ -2,7 +2,7 @@
 
 Each has one meaning everywhere; where XLA's CPU backend runs the plain formulation
 slowly, `jax.lax.platform_dependent` picks an equal one for the CPU and the model files
-never see which path runs. GPU and TPU take the plain XLA ops.
+never see which path runs. GPU and TPU take the plain XLA ops, attention in blocks.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ops import winograd
 from qpenet_jax.models.ops.blocked_attention import attend_in_blocks, true_keys_first
-from qpenet_jax.models.ops.devices import on_each_device
+from qpenet_jax.models.ops.devices import on_each_device, rows_at_once
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -155,7 +155,28 @@ def _attention_plain(query, key, value, mask):
         return attend(
             query, key, value, key_value_seq_lengths=count, implementation="cudnn"
         )
-    return attend(query, key, value, mask=mask[:, None, None])
+    return _in_query_blocks(
+        lambda rows: attend(rows, key, value, mask=mask[:, None, None]),
+        query,
+        scores=query.shape[0] * query.shape[2] * key.shape[1],
+    )
+
+
+def _in_query_blocks(attend, query, scores):
+    """Attend with so many queries at once that their scores fit; each has `scores`.
+
+    Queries are independent, so that the values are those of all at once. The scores of
+    a block are made again for its gradient.
+    """
+    b, count, *head = query.shape
+    rows = rows_at_once(count, scores)
+    if rows == count:
+        return attend(query)
+    query = jnp.pad(query, ((0, 0), (0, -count % rows), (0, 0), (0, 0)))
+    blocks = query.reshape(b, -1, rows, *head).swapaxes(0, 1)
+    again = jax.checkpoint(attend, prevent_cse=False)  # nothing leaves a loop's round
+    found = jax.lax.map(again, blocks).swapaxes(0, 1)
+    return found.reshape(b, -1, *head)[:, :count]
 
 
 def _has_flash_attention() -> bool:

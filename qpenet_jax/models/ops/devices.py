@@ -1,4 +1,4 @@
-"""Loops over a batch that several devices share: each device goes through its part."""
+"""Loops over batches: each of several devices its part, as many rows at once as fit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,3 +37,17 @@ def row_by_row(f: Callable[..., Any], *batches: Any, at_once: int = 1) -> Any:
         return jax.lax.map(lambda row: f(*row), ours, batch_size=size)
 
     return on_each_device(our_part, *batches)
+
+
+AT_ONCE = 2**26
+"""Numbers that an array of a loop's round may hold off the CPU: 256 MiB of float32, of
+which a round has several."""
+
+
+def rows_at_once(count: int, row_size: int) -> int:
+    """Return how many of `count` rows make a round, so that the rounds are even.
+
+    An array with `row_size` numbers a row then holds AT_ONCE at most, or one row.
+    """
+    rounds = min(-(-count * row_size // AT_ONCE), count)
+    return -(-count // rounds)
