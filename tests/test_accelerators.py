@@ -72,7 +72,7 @@ def test_steps_export_and_leave_the_cpus_paths_out(what, platform):
 
 @pytest.mark.standard_promotion
 def test_bfloat16_attends_through_cudnn(monkeypatch):
-    monkeypatch.setattr(ops, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(ops, "from_ampere_on", lambda: True)
     version = types.SimpleNamespace(cudnn_get_version=lambda: 91200)
     monkeypatch.setattr(cudnn, "cuda_versions", version)
     text = exported("train", "cuda", "bfloat16")
@@ -82,7 +82,7 @@ def test_bfloat16_attends_through_cudnn(monkeypatch):
 
 
 def test_a_cpu_has_no_flash_attention():
-    assert not ops._has_flash_attention()
+    assert not ops.from_ampere_on()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_cpu_has_no_flash_attention():
 def test_flash_attention_needs_ampere(capability, expected, monkeypatch):
     device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert ops._has_flash_attention() == expected
+    assert ops.from_ampere_on() == expected
 
 
 @pytest.mark.standard_promotion
@@ -112,7 +112,7 @@ def test_cudnns_arguments_mean_the_same_as_the_mask(monkeypatch):
     mask = jnp.array([[0, 1, 0, 0, 1, 1, 0], [1] * 7], bool)
     expected = ops._attention_plain(query, key, value, mask)
     monkeypatch.setattr(jax.nn, "dot_product_attention", answered)
-    monkeypatch.setattr(ops, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(ops, "from_ampere_on", lambda: True)
     result = ops._attention_plain(query, key, value, mask)
     assert found == ["cudnn"]
     np.testing.assert_allclose(

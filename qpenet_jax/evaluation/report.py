@@ -110,6 +110,8 @@ def _page(results: Results) -> str:
     ]
     if "selection" in results:
         parts.append(f"Checkpoint: {results['selection']}")
+    if "dtype" in results:
+        parts.append(f"Computed in {results['dtype']} on {results['device']}")
     return "\n\n".join(parts) + "\n"
 
 

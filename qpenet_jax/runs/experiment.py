@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.convert import load_weights
-from qpenet_jax.backbones.precision import in_dtype
+from qpenet_jax.backbones.precision import in_dtype, meant
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
 from qpenet_jax.config import check, flat, selections
 from qpenet_jax.core.errors import InputError
@@ -153,6 +153,11 @@ class Experiment:
             "novel": self.protocol(),
         }
         return {name: protocols[name] for name in self.selections if name in protocols}
+
+    @property
+    def dtype(self) -> str:
+        """What the networks compute in on the device that is here, one of DTYPES."""
+        return meant(self.config.dtype)
 
     @property
     def identity(self) -> str:

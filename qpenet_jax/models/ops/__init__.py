@@ -7,7 +7,6 @@ never see which path runs. GPU and TPU take the plain XLA ops, attention in bloc
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,11 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ops import winograd
 from qpenet_jax.models.ops.blocked_attention import attend_in_blocks, true_keys_first
-from qpenet_jax.models.ops.devices import on_each_device, rows_at_once
+from qpenet_jax.models.ops.devices import (
+    from_ampere_on,
+    on_each_device,
+    rows_at_once,
+)
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -147,7 +150,7 @@ def _attention_in_blocks(*inputs):
 
 def _attention_plain(query, key, value, mask):
     attend = jax.nn.dot_product_attention
-    if query.dtype == jnp.bfloat16 and _has_flash_attention():
+    if query.dtype == jnp.bfloat16 and from_ampere_on():
         # Where the true keys end is all that cuDNN needs to know; a mask it would want
         # for every pair of query and key.
         key, value, count = true_keys_first(key, value, mask)
@@ -177,10 +180,3 @@ def _in_query_blocks(attend, query, scores):
     again = jax.checkpoint(attend, prevent_cse=False)  # nothing leaves a loop's round
     found = jax.lax.map(again, blocks).swapaxes(0, 1)
     return found.reshape(b, -1, *head)[:, :count]
-
-
-def _has_flash_attention() -> bool:
-    """Whether cuDNN's is there: for 16 bits, on NVIDIA's GPUs from Ampere (8.0) on."""
-    device = jax.devices()[0]
-    version = re.fullmatch(r"(\d+)\.\d", getattr(device, "compute_capability", ""))
-    return device.platform == "gpu" and version is not None and int(version[1]) >= 8

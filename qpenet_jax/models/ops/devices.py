@@ -1,5 +1,9 @@
-"""Loops over batches: each of several devices its part, as many rows at once as fit."""
+"""What the device can; loops over batches that several devices share.
 
+Each of them goes through its part, as many rows at once as fit.
+"""
+
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -51,3 +55,13 @@ def rows_at_once(count: int, row_size: int) -> int:
     """
     rounds = min(-(-count * row_size // AT_ONCE), count)
     return -(-count // rounds)
+
+
+def from_ampere_on() -> bool:
+    """Whether the device is NVIDIA's of capability 8.0 or later.
+
+    Those have TF32, and cuDNN's flash attention for 16 bits.
+    """
+    device = jax.devices()[0]
+    version = re.fullmatch(r"(\d+)\.\d", getattr(device, "compute_capability", ""))
+    return device.platform == "gpu" and version is not None and int(version[1]) >= 8
