@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import optax
 from jaxtyping import Array, PyTree
+from tqdm import tqdm
 
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import in_dtype, meant
@@ -290,8 +292,9 @@ class Experiment:
     def loader(self, dataset: SegmentationDataset) -> Callable[[EpisodeIds], Any]:
         """Return what loads a training episode; `augmented` takes a batch of them.
 
-        For the device the images are decoded once into a file in DECODED. Raises
-        InputError where that can't be.
+        For the device the images are decoded once into a file in DECODED, and those
+        that the host augments all the same are told. Raises InputError where that
+        can't be.
         """
         options: dict[str, Any] = {
             "side": self.config.side,
@@ -301,7 +304,14 @@ class Experiment:
         if not self.augments_on_device:
             return functools.partial(load_episode, dataset, **options)
         decoded = Decoded(dataset, DECODED)
-        canvas = canvas_side(decoded.sizes)
+        canvas = canvas_side(decoded.sizes, self.config.side)
+        larger = int((decoded.sizes.max(axis=1) > canvas).sum())
+        if larger:
+            tqdm.write(
+                f"{larger} of {len(decoded)} images are larger than {canvas} pixels: "
+                "the host augments them",
+                file=sys.stderr,
+            )
         return functools.partial(load_raw_episode, decoded, canvas=canvas, **options)
 
     def augmented(self, batch: Any) -> Episode:
