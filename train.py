@@ -6,10 +6,10 @@
         --workdir runs/my_run
 
 `--check` trains for 200 steps, writes nothing and says whether a long run may start:
-finite, all heads alive, loading keeps up, memory, hours to go. Run the same command
-again to resume. The workdir holds config.json, checkpoints, TensorBoard events,
-results.json, the scored episodes and a figure of some of them. The loop itself is in
-qpenet_jax/runs/loop.py.
+finite, all heads alive, loading keeps up, memory, hours to go. `--profile 20` traces 20
+steps for TensorBoard or xprof. Run the same command again to resume. The workdir holds
+config.json, checkpoints, TensorBoard events, results.json, the scored episodes and a
+figure of some of them. The loop itself is in qpenet_jax/runs/loop.py.
 """
 
 import sys

@@ -24,7 +24,7 @@ from typing import Any, get_args
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from qpenet_jax.backbones.precision import DTYPES
+from qpenet_jax.backbones.precision import AUTO, DTYPES
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.data.augmentation import Augmentation, check_ranges
 from qpenet_jax.data.episodes import Order, Targets
@@ -40,7 +40,7 @@ VERSION = 3
 """Of the fields, as config.json holds it; runs before it had one are of version 1."""
 
 MEANT: Mapping[int, Mapping[str, Any]] = {
-    1: {"recipe": "paper"},
+    1: {"recipe": "paper", "dtype": "float32"},
     2: {"optimizer.first": 0},
 }
 """What a version without a field meant, where that isn't the default of today."""
@@ -139,8 +139,9 @@ def default_config() -> Any:
     # decoded once into the user's cache folder; "auto": the device if that is no CPU.
     config.augment_on = "auto"
     # In what networks compute; parameters, losses and the optimiser stay float32.
-    # "float32"; faster on NVIDIA's GPUs "tf32", on GPU and TPU "bfloat16".
-    config.dtype = "float32"
+    # "float32"; faster on NVIDIA's GPUs "tf32", on GPU and TPU "bfloat16"; "auto": TF32
+    # on NVIDIA's from Ampere on, else float32.
+    config.dtype = "auto"
     config.side = 473
     config.shots = 1
     config.batch_size = 4
@@ -252,7 +253,7 @@ def check(config: Any) -> None:
     for name, value, choices in (
         *(("select_on", name, SELECTION) for name in selections(config)),
         ("augment_on", config.augment_on, AUGMENT_ON),
-        ("dtype", config.dtype, DTYPES),
+        ("dtype", config.dtype, (AUTO, *DTYPES)),
         ("variant", config.variant, (*VARIANTS, released.NAME)),
         ("behaviour", config.behaviour, released.CHOICES),
         ("dataset.kind", data.kind, KINDS),

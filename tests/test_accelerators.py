@@ -62,7 +62,9 @@ def test_steps_export_and_leave_the_cpus_paths_out(what, platform):
     # each the gradients of input and kernel.
     count = {"eval": 2 * 14 + 14, "train": 14 + 3 * 18}[what]
     assert text.count("stablehlo.convolution") == count
-    assert "stablehlo.while" not in text, "blocked attention, or images one by one"
+    # Two layers of attention in blocks of queries, and nothing that the CPU's paths
+    # would bring: images one by one, blocks of keys.
+    assert text.count("stablehlo.while") == {"eval": 2, "train": 4}[what]
     on_cpu = exported(what, "cpu")
     assert "stablehlo.while" in on_cpu
     assert on_cpu.count("stablehlo.convolution") < 10
@@ -70,7 +72,7 @@ def test_steps_export_and_leave_the_cpus_paths_out(what, platform):
 
 @pytest.mark.standard_promotion
 def test_bfloat16_attends_through_cudnn(monkeypatch):
-    monkeypatch.setattr(ops, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(ops, "from_ampere_on", lambda: True)
     version = types.SimpleNamespace(cudnn_get_version=lambda: 91200)
     monkeypatch.setattr(cudnn, "cuda_versions", version)
     text = exported("train", "cuda", "bfloat16")
@@ -80,7 +82,7 @@ def test_bfloat16_attends_through_cudnn(monkeypatch):
 
 
 def test_a_cpu_has_no_flash_attention():
-    assert not ops._has_flash_attention()
+    assert not ops.from_ampere_on()
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_a_cpu_has_no_flash_attention():
 def test_flash_attention_needs_ampere(capability, expected, monkeypatch):
     device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert ops._has_flash_attention() == expected
+    assert ops.from_ampere_on() == expected
 
 
 @pytest.mark.standard_promotion
@@ -110,7 +112,7 @@ def test_cudnns_arguments_mean_the_same_as_the_mask(monkeypatch):
     mask = jnp.array([[0, 1, 0, 0, 1, 1, 0], [1] * 7], bool)
     expected = ops._attention_plain(query, key, value, mask)
     monkeypatch.setattr(jax.nn, "dot_product_attention", answered)
-    monkeypatch.setattr(ops, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(ops, "from_ampere_on", lambda: True)
     result = ops._attention_plain(query, key, value, mask)
     assert found == ["cudnn"]
     np.testing.assert_allclose(

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from configs import quickstart
+from qpenet_jax.backbones import precision
 from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.benchmark import clocks, ours, photos, protocol, speed
 from qpenet_jax.benchmark.chart import bar_chart
@@ -422,8 +423,9 @@ def computes_in_bfloat16(workload):
     return "bf16" in str(jax.make_jaxpr(workload.predictor)(episode))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
 def test_protocol_in_the_dtype_of_the_experiment(dtype, monkeypatch):
+    monkeypatch.setattr(precision, "from_ampere_on", lambda: True)
     config = quickstart.get_config()
     config.dtype, config.side, config.dataset.val_images = dtype, 33, 60
     config.dataset.on_few = "drop"
@@ -436,7 +438,7 @@ def test_protocol_in_the_dtype_of_the_experiment(dtype, monkeypatch):
     for shots, workload in enumerate(
         protocol.protocol_runs(settings, experiment), start=1
     ):
-        assert workload.dtype == dtype
+        assert workload.dtype == ("tf32" if dtype == "auto" else dtype)
         assert workload.protocol.shots == shots
         assert workload.protocol.episodes == 3
         assert computes_in_bfloat16(workload) == (dtype == "bfloat16")

@@ -5,20 +5,23 @@ import dataclasses
 import json
 import os
 import signal
+import types
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from test_train import ROOT, SHRUNK, assert_refused, train
+from test_train import ROOT, SHRUNK, assert_refused, qpenet, train
 
 from qpenet_jax.config import SELECTION
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import locked
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.runs import loop
+from qpenet_jax.runs import loop, progress
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.folder import open_run
+from qpenet_jax.runs.profiling import Profile
 from qpenet_jax.runs.stopping import Interrupted, StopSignal
 from qpenet_jax.training import checkpoints
 
@@ -246,3 +249,105 @@ def test_a_second_training_in_a_workdir_is_refused(tmp_path):
         refused = train(workdir, eval__references=False)
         assert_refused(refused, str(workdir), "in use", "--workdir")
         assert [path.name for path in workdir.iterdir()] == [loop.LOCK_FILE]
+
+
+# --- What is told of the speed ---
+
+
+class Time:
+    """Stands for the module `time`: it passes as it is told."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Written(dict):
+    """Stands for the writer of TensorBoard's events."""
+
+    def __call__(self, folder, **options):
+        return self
+
+    def add_scalar(self, name, value, step):
+        self[name, step] = value
+
+    def close(self):
+        pass
+
+
+def test_speed_and_waiting_are_of_the_steps_since_the_last_time(tmp_path, monkeypatch):
+    clock, written = Time(), Written()
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress, "SummaryWriter", written)
+    settings = types.SimpleNamespace(batch_size=3, shots=2)
+    trainer: Any = types.SimpleNamespace(
+        config=settings, steps=9, learning_rate=lambda t: 0.5**t
+    )
+
+    def steps(told, waited, passed):
+        for _ in range(4):
+            with told.waiting():
+                clock.now += waited
+            clock.now += passed
+            told.add({"loss": 1.0, "iou": 0.5, "grad_norm": 1.0})
+
+    with progress.Progress(trainer, tmp_path, start=0) as told:
+        steps(told, waited=0.0, passed=0.5)
+        told.tell(4, saved=None)
+        clock.now += 99  # an evaluation
+        told.restart_clock()
+        steps(told, waited=1.5, passed=0.5)
+        told.tell(8, saved=None)
+    names = ("learning_rate", "images_per_second", "step_seconds", "waiting_for_data")
+    found = {step: [written[f"train/{n}", step] for n in names] for step in (4, 8)}
+    assert found == {4: [1 / 8, 18, 0.5, 0], 8: [1 / 128, 4.5, 2, 0.75]}
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "total", "expected"),
+    [
+        (5, 0, 100, range(11, 16)),
+        (5, 40, 100, range(51, 56)),
+        (5, 0, 12, range(8, 13)),
+        (5, 0, 3, range(1, 4)),
+        (0, 0, 100, range(11, 11)),
+    ],
+)
+def test_which_steps_are_traced(steps, start, total, expected, tmp_path):
+    assert Profile(tmp_path, steps, start, total).steps == expected
+
+
+def traces(workdir):
+    return list(workdir.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_trace_has_the_steps_that_were_asked_for(scored, tmp_path):
+    loop.train(config(), tmp_path, profile=2)
+    (trace,) = traces(tmp_path)
+    data = jax.profiler.ProfileData.from_file(str(trace))
+    events = [e for plane in data.planes for line in plane.lines for e in line.events]
+    named = [dict(event.stats) for event in events if event.name == "train"]
+    assert sorted(stats["step_num"] for stats in named) == [2, 3]
+    assert (tmp_path / "results.json").exists()
+
+
+def test_a_stop_ends_a_trace(scored, tmp_path, monkeypatch):
+    add = progress.Progress.add
+
+    def killed(self, measured):
+        stop()
+        add(self, measured)
+
+    monkeypatch.setattr(progress.Progress, "add", killed)
+    with pytest.raises(Interrupted, match="step 1 is saved"):
+        loop.train(config(), tmp_path, profile=3)
+    assert len(traces(tmp_path)) == 1
+    jax.profiler.start_trace(tmp_path / "another")  # else it would be refused
+    jax.profiler.stop_trace()
+
+
+@pytest.mark.parametrize("extra", [["--profile", "-1"], ["--profile", "2", "--check"]])
+def test_a_trace_of_nothing_is_refused(extra):
+    refused = qpenet("train", "--config", "configs/quickstart.py", *extra)
+    assert_refused(refused, "--profile", "1 or more")

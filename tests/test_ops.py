@@ -12,7 +12,7 @@ import pytest
 
 from qpenet_jax.models import ops
 from qpenet_jax.models.ops import blocked_attention as attention
-from qpenet_jax.models.ops import winograd
+from qpenet_jax.models.ops import devices, winograd
 
 
 def normal(*shape, seed=0):
@@ -254,6 +254,41 @@ def test_attention_at_every_number_of_true_keys(attentions, name):
         np.testing.assert_allclose(result, reference, atol=3e-6)
 
 
+@pytest.mark.parametrize(("rows", "at_once"), [(2, 2 * 2 * 2 * KEYS), (1, 1)])
+def test_attention_off_the_cpu_is_the_same_in_blocks(rows, at_once, monkeypatch):
+    """Five queries in blocks of `rows`, with a remainder; the plain one at once."""
+
+    def with_gradients(query, key, value, mask, cotangent):
+        attend = functools.partial(ops._attention_plain, mask=mask)
+        output, pull_back = jax.vjp(attend, query, key, value)
+        return output, *pull_back(cotangent)
+
+    def loops():
+        traced = jax.make_jaxpr(lambda *args: with_gradients(*args))(*args)
+        return str(traced).count("scan[")
+
+    query, cotangent = normal(2, 5, 2, 4), normal(2, 5, 2, 4, seed=3)
+    key, value = normal(2, KEYS, 2, 4, seed=1), normal(2, KEYS, 2, 4, seed=2)
+    mask = np.array([MASKS["seven"], MASKS["one key"]], bool)
+    args = query, key, value, mask, cotangent
+    plain = with_gradients(*args)
+    assert loops() == 0
+    monkeypatch.setattr(devices, "AT_ONCE", at_once)
+    assert devices.rows_at_once(5, 2 * 2 * KEYS) == rows
+    assert loops() == 2, "one there, one back"
+    for result, reference in zip(with_gradients(*args), plain, strict=True):
+        np.testing.assert_allclose(result, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "row_size", "rows"),
+    [(3600, 1, 3600), (3600, 4 * 8 * 3600, 515), (8, 3600 * 3000, 4), (5, 2**27, 1)],
+)
+def test_rounds_are_even_and_as_large_as_may_be(count, row_size, rows):
+    """The last but one: 6 rows would fit, and leave 2 for another round."""
+    assert devices.rows_at_once(count, row_size) == rows
+
+
 def test_attention_to_one_key_returns_its_value_and_masked_keys_get_nothing(attentions):
     query, cotangent = normal(2, 5, 2, 4), normal(2, 5, 2, 4, seed=3)
     key, value = normal(2, KEYS, 2, 4, seed=1), normal(2, KEYS, 2, 4, seed=2)
@@ -263,3 +298,10 @@ def test_attention_to_one_key_returns_its_value_and_masked_keys_get_nothing(atte
     np.testing.assert_allclose(output, np.repeat(value[:, 4:5], 5, axis=1), rtol=1e-6)
     np.testing.assert_allclose(d_value[:, 4], cotangent.sum(axis=1), rtol=1e-5)
     assert not np.delete(np.asarray(d_value), 4, axis=1).any()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4, 8])
+def test_rows_at_once_are_the_same_rows(at_once):
+    x = normal(8, 5)
+    found = devices.row_by_row(lambda row: row @ row * row, x, at_once=at_once)
+    np.testing.assert_allclose(found, (x * x).sum(1, keepdims=True) * x, rtol=1e-5)

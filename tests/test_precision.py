@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from qpenet_jax.backbones import precision
 from qpenet_jax.backbones.precision import InDtype
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.loader import load_episode
@@ -93,8 +94,24 @@ def test_bfloat16_trains_and_predicts_nearly_the_same(trained):
     np.testing.assert_allclose(about, margin, atol=0.1 * np.abs(margin).max())
 
 
+@pytest.mark.parametrize(("ampere", "expected"), [(True, "tf32"), (False, "float32")])
+def test_auto_is_tf32_where_the_device_has_it(ampere, expected, monkeypatch):
+    monkeypatch.setattr(precision, "from_ampere_on", lambda: ampere)
+    config = quickstart.get_config()
+    assert config.dtype == "auto", "the default"
+    experiment = Experiment(config)
+    assert experiment.dtype == expected
+    both = precision.in_dtype(experiment.model, experiment.backbone, config.dtype)
+    assert [both[0].dtype, both[1].module.dtype] == [expected] * 2
+    predict = experiment.predictor({}, {})
+    assert predict.decode.args[0].dtype == expected, "as evaluate, predict and figures"
+    assert experiment.cosine_predictor({}).encode.args[0].module.dtype == expected
+    for dtype in precision.DTYPES:
+        assert precision.meant(dtype) == dtype
+
+
 def test_an_unknown_dtype_is_refused():
     config = quickstart.get_config()
     config.dtype = "float16"
-    with pytest.raises(InputError, match="choose float32, tf32, bfloat16"):
+    with pytest.raises(InputError, match="choose auto, float32, tf32, bfloat16"):
         Experiment(config)

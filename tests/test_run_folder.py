@@ -10,12 +10,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from qpenet_jax import InputError, load
+from qpenet_jax.backbones import precision
 from qpenet_jax.backbones.convert import convert
 from qpenet_jax.config import VERSION, default_config, flat, merged
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.evaluation.metrics import load_scores
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.folder import claim, inputs_of, open_run
+from qpenet_jax.training.recipes import resolved
 
 OLD = Path(__file__).parent / "goldens" / "run_dbf7d53"
 """The quick start of commit dbf7d53, before configs had a version: 3 steps of a network
@@ -51,6 +53,8 @@ def test_a_run_of_an_earlier_version_evaluates_to_the_same_scores(old, tmp_path)
     assert json.loads(results_file.read_text())["miou"] == results["miou"]
     before = json.loads((OLD / "results.json").read_text())
     assert results["protocol"] == before["protocol"]
+    assert (results["dtype"], results["device"]) == ("float32", "cpu")
+    assert "Computed in float32 on cpu" in (tmp_path / "out/results.md").read_text()
     assert results["miou"] == pytest.approx(before["miou"], abs=0.05)
     ours = load_scores(tmp_path / "out" / "episodes_qpenet.csv").rows
     theirs = load_scores(OLD / "episodes_qpenet.csv").rows
@@ -63,6 +67,7 @@ def test_later_fields_have_the_value_that_the_run_was_made_with(old):
     config = open_run(old).experiment.config
     assert config.version == VERSION
     assert config.recipe == "paper"
+    assert config.dtype == "float32"
     assert not config.model.normalize
     assert config.model.background_scale == 1
     assert config.loss.pre == 1
@@ -99,6 +104,42 @@ def test_what_is_shared_is_read_back(old):
     found = {"scored images that were trained on": "1 of 9, such as a = b"}
     path.write_text(json.dumps(json.loads(path.read_text()) | found))
     assert open_run(old).shared == found
+
+
+def test_a_run_goes_on_only_where_auto_means_the_same(tmp_path, monkeypatch):
+    def on(ampere):
+        monkeypatch.setattr(precision, "from_ampere_on", lambda: ampere)
+
+    def go_on(folder, dtype):
+        config = default_config()
+        config.dtype = dtype
+        claim(folder, resolved(config), {"weights": "0"})
+
+    new, early = tmp_path / "new", tmp_path / "early"
+    on(True)
+    go_on(new, "auto")
+    assert json.loads((new / "inputs.json").read_text())["dtype"] == "tf32"
+    go_on(new, "tf32")
+    with pytest.raises(InputError, match=r"another config \(dtype differ\)"):
+        go_on(new, "float32")
+    on(False)
+    with pytest.raises(InputError, match=r"other inputs \(dtype differ .*same dtype"):
+        go_on(new, "auto")
+    # Begun before there was "auto", and before inputs.json told the dtype.
+    go_on(early, "float32")
+    (early / "inputs.json").write_text('{"weights": "0"}')
+    go_on(early, "auto")
+    on(True)
+    with pytest.raises(InputError, match=r"another config \(dtype differ\)"):
+        go_on(early, "auto")
+
+
+def test_a_run_without_a_dtype_was_made_in_float32(old):
+    path = old / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    assert merged(config, "a file").dtype == "float32"
+    assert merged({"version": VERSION}, "a file").dtype == "auto"
 
 
 def test_an_unknown_field_is_one_clear_line(old):

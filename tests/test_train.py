@@ -146,6 +146,8 @@ def test_a_run_leaves_results_figure_events_and_checkpoints(finished):
         "norm_P_global",
         "learning_rate",
         "images_per_second",
+        "step_seconds",
+        "waiting_for_data",
     )
     shown += tuple(f"empty_{head}" for head in ("pre", "rev", "bg", "aux", "final"))
     told = {"train/loss", "eval/miou", *(f"train/{name}" for name in shown)}

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from qpenet_jax.backbones.registry import Backbone
+from qpenet_jax.models.ops.devices import from_ampere_on
+
+AUTO = "auto"
+"""TF32 where the device has it, as PyTorch's convolutions; else float32."""
 
 DTYPES = ("float32", "tf32", "bfloat16")
 """float32; on NVIDIA's GPUs from Ampere on, float32 whose products round their factors
@@ -43,17 +47,24 @@ class InDtype:
 
 
 def in_dtype(model: nn.Module, net: Backbone, dtype: str) -> tuple[Any, Any]:
-    """Return a network and its backbone as they compute in `dtype`.
+    """Return a network and its backbone as they compute in `dtype`, AUTO or of DTYPES.
 
     Features pass from one to the other in it; what the network returns is float32.
     """
-    return InDtype(model, dtype), backbone_in_dtype(net, dtype)
+    return InDtype(model, meant(dtype)), backbone_in_dtype(net, dtype)
 
 
 def backbone_in_dtype(net: Backbone, dtype: str) -> Backbone:
     """Return a backbone as it computes in `dtype`, and returns its features."""
-    module: Any = InDtype(net.module, dtype, returned=jnp.bfloat16)
+    module: Any = InDtype(net.module, meant(dtype), returned=jnp.bfloat16)
     return net._replace(module=module)
+
+
+def meant(dtype: str) -> str:
+    """Return which of DTYPES AUTO means on this device, or the dtype that is given."""
+    if dtype != AUTO:
+        return dtype
+    return "tf32" if from_ampere_on() else "float32"
 
 
 def products(dtype: str) -> contextlib.AbstractContextManager[Any]:

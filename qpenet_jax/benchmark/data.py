@@ -77,7 +77,7 @@ def benchmark_data(
     keep_freed_memory()
     with _one_thread(), tempfile.TemporaryDirectory() as folder:
         decoded = Decoded(dataset, folder)
-        canvas = canvas_side(decoded.sizes)
+        canvas = canvas_side(decoded.sizes, side)
         raw = functools.partial(load_raw_episode, decoded, canvas=canvas, **options)
         augmenting = {"host": ours, "device": raw}
         return {

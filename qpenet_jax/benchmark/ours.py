@@ -1,6 +1,7 @@
 """JAX's steps in the speed benchmarks; as a program, one case in a new process."""
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -113,32 +114,46 @@ def _model(case: Case) -> QPENet | ReleasedQPENet:
 def prepare(
     case: Case, weights: Weights, episodes: Episode
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Return the jitted step of a case, and its arguments."""
+    """Return the step of a case, and its arguments."""
+    return step_of(case), inputs_of(case, weights, episodes)
+
+
+def step_of(case: Case) -> Callable[..., Any]:
+    """Return the step of a case, compiled when called; it closes over no arrays."""
+    network, bare = _model(case), backbone(case.backbone)
+    model, net = in_dtype(network, bare, case.dtype)
+    if case.what == "backbone":
+        return jax.jit(functools.partial(features, net))
+    if case.what == "eval":
+        # The step that evaluate and predict run.
+        return lambda params, frozen, batch: qpenet_predictor(
+            network, bare, params, frozen, case.dtype
+        )(batch)
+    optimizer = _optimizer()
+    loss = released_loss if case.released else total_loss
+    return make_train_step(model, net, optimizer, LossWeights(), loss=loss)
+
+
+def inputs_of(case: Case, weights: Weights, episodes: Episode) -> tuple[Any, ...]:
+    """Return what the step of a case is called with."""
     frozen, params = weights
     batch = jax.tree.map(jnp.asarray, episodes)
-    model, net = in_dtype(_model(case), backbone(case.backbone), case.dtype)
     if case.dtype == "bfloat16":
         frozen = cast(frozen, jnp.bfloat16)
         if case.what != "train":
             params = cast(params, jnp.bfloat16)
     if case.what == "backbone":
         supports = jnp.concatenate(batch.support_images)
-        images = jnp.concatenate([supports, batch.query_image])
-        return _features(net), (frozen, images)
+        return frozen, jnp.concatenate([supports, batch.query_image])
     if case.what == "eval":
-        # The step that evaluate and predict run.
-        network, bare = _model(case), backbone(case.backbone)
-        return qpenet_predictor(network, bare, params, frozen, case.dtype), (batch,)
-    optimizer = Optimizer(lr=RATE, lr_factor=1.0).build(STEPS)
+        return params, frozen, batch
     params = jax.tree.map(jnp.copy, params)  # the step takes the state's memory
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    loss = released_loss if case.released else total_loss
-    step = make_train_step(model, net, optimizer, LossWeights(), loss=loss)
-    return step, (state, frozen, batch, jax.random.key(case.seed))
+    state = TrainState(jnp.zeros((), jnp.int32), params, _optimizer().init(params))
+    return state, frozen, batch, jax.random.key(case.seed)
 
 
-def _features(net: Backbone) -> Callable[..., Array]:
-    return jax.jit(lambda weights, images: features(net, weights, images))
+def _optimizer() -> optax.GradientTransformation:
+    return Optimizer(lr=RATE, lr_factor=1.0).build(STEPS)
 
 
 def contender(case: Case, weights: Weights, episodes: Episode) -> Contender:

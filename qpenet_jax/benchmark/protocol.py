@@ -103,7 +103,7 @@ def of_experiment(
     weights = experiment.backbone_weights()
     return Workload(
         f"{net.name}, weights {net.weights or 'of its package'}",
-        experiment.config.dtype,
+        experiment.dtype,
         experiment.predictor(experiment.untrained(), weights),
         dataset,
         protocol,

@@ -14,7 +14,7 @@ from qpenet_jax.core.errors import InputError, check_choice
 STEPS = ("eval", "train", "backbone")
 """What `cases` times: an evaluation step, a train step, the backbone alone."""
 
-WHAT = (*STEPS, "protocol", "data")
+WHAT = (*STEPS, "protocol", "data", "memory")
 
 TWIN_VARIANTS = {
     "eager": "eager, NCHW",
@@ -66,7 +66,8 @@ class Settings:
     """
 
     what: Sequence[str] = ("eval", "train")
-    """Any of WHAT: single steps, a whole evaluation ("protocol"), loading ("data")."""
+    """Any of WHAT: single steps, a whole evaluation ("protocol"), loading ("data"), or
+    what evaluation and training will need ("memory")."""
 
     shots: Sequence[int] = (1,)
     """Numbers of support images; each is measured."""
@@ -120,11 +121,12 @@ class Settings:
         self._check_numbers()
         self._check_network()
 
-    def cases(self) -> Iterator[Case]:
-        """Yield the single steps, in the order of STEPS."""
+    def cases(self, steps: Sequence[str] | None = None) -> Iterator[Case]:
+        """Yield the single steps, those of `what` by default, in the order of STEPS."""
+        chosen = self.what if steps is None else steps
         sizes = itertools.product(STEPS, self.dtype, self.shots, self.batch)
         for what, dtype, shots, batch in sizes:
-            if what in self.what:
+            if what in chosen:
                 yield self.case(what, shots, batch, dtype)
 
     def case(self, what: str, shots: int, batch: int, dtype: str) -> Case:

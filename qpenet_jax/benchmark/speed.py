@@ -27,6 +27,7 @@ from qpenet_jax.benchmark.contenders import (
     made_up_episodes,
 )
 from qpenet_jax.benchmark.data import benchmark_data
+from qpenet_jax.benchmark.memory import memory_plans
 from qpenet_jax.benchmark.processes import run_child
 from qpenet_jax.benchmark.protocol import protocol_runs
 from qpenet_jax.benchmark.settings import Case, Settings
@@ -70,6 +71,8 @@ def benchmark(
         },
         "cases": [_case(case, opponent, settings) for case in cases],
     }
+    if "memory" in settings.what:
+        result["memory"] = list(memory_plans(settings))
     if "protocol" in settings.what:
         result["protocol"] = list(protocol_runs(settings, experiment))
     if "data" in settings.what:

@@ -6,6 +6,7 @@ from typing import Any
 from qpenet_jax.benchmark.data import BATCH, ROUND
 from qpenet_jax.benchmark.settings import TWIN_VARIANTS
 from qpenet_jax.core.markdown import table
+from qpenet_jax.evaluation.scoring import CACHE_BYTES
 
 NONE = "-"
 """In a cell of what wasn't measured."""
@@ -14,12 +15,16 @@ NONE = "-"
 def benchmark_report(result: dict[str, Any]) -> str:
     """Return what `benchmark` measured as Markdown: what, where, and the tables."""
     cases = result["cases"]
-    parts = [_network(result["facts"])] if cases else []  # the others name theirs
+    plans = result.get("memory", [])
+    # The others name their network.
+    parts = [_network(result["facts"], cases)] if cases or plans else []
     parts.append(_machine(result["facts"]))
     if cases:
         parts += _speed(result)
     if any("processes" in case for case in cases):
         parts += _processes(cases)
+    if plans:
+        parts += _memory_plans(plans)
     if "protocol" in result:
         parts += _protocol(result["protocol"])
     if "data" in result:
@@ -27,10 +32,11 @@ def benchmark_report(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _network(facts: dict[str, Any]) -> str:
+def _network(facts: dict[str, Any], cases: Sequence[dict[str, Any]]) -> str:
+    dropout = f", dropout {facts['dropout']}" if cases else ""
     return (
         f"{facts['backbone']}, {facts['size']} x {facts['size']} pixels, weights: "
-        f"{facts['weights']}, seed {facts['seed']}, dropout {facts['dropout']}."
+        f"{facts['weights']}, seed {facts['seed']}{dropout}."
     )
 
 
@@ -143,6 +149,40 @@ def _memory(child: dict[str, float] | None) -> str:
         return NONE
     peak, imports = (child[k] / 2**20 for k in ("peak_bytes", "import_bytes"))
     return f"{peak:,.0f} MiB ({imports:,.0f})"
+
+
+# --- memory, before anything is run ---------------------------------------------
+
+
+PLATFORMS = {"cpu": "CPU", "cuda": "NVIDIA GPU", "rocm": "AMD GPU", "tpu": "TPU"}
+
+
+def _memory_plans(plans: Sequence[dict[str, Any]]) -> list[str]:
+    platforms = list(plans[0]["plans"])
+    names = [PLATFORMS.get(name, name) for name in platforms]
+    caption = (
+        "Memory of one step in GiB, as XLA plans it, with dropout; nothing was run. "
+        "Temporaries, and with them the weights, the optimiser's state and the batch. "
+        f"An evaluation keeps encoded images as well, up to {CACHE_BYTES / 2**30:g} "
+        "GiB."
+    )
+    if len(platforms) > 1:
+        caption += (
+            f" The plan for {names[1]} is an estimate: it is XLA's CPU compiler's, of "
+            "the formulations that GPUs and TPUs take. A GPU's compiler merges more of "
+            "them; CUDA itself, and the workspace of cuDNN's convolutions, come on top."
+        )
+    header = ["step"]
+    for name in names:
+        header += [f"{name}: temporaries", "in all"]
+    rows = []
+    for plan in plans:
+        row = [plan["name"]]
+        for found in plan["plans"].values():
+            each = found["temporaries"], found["temporaries"] + found["inputs"]
+            row += [f"{size / 2**30:.2f}" for size in each]
+        rows.append(row)
+    return [caption, table(header, rows, numbers=True)]
 
 
 # --- a whole evaluation -----------------------------------------------------------

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from qpenet_jax.cli.options import add_overrides, path
+from qpenet_jax.core.errors import InputError
 
 
 def add_parser(commands) -> None:
@@ -35,6 +36,14 @@ def add_parser(commands) -> None:
         help="only train for 200 steps, write nothing, and say whether a long run may "
         "start: exit code 0 for yes, 1 for no",
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="also write a trace of so many steps into the workdir, which TensorBoard "
+        "(its profile plugin) or xprof opens",
+    )
     add_overrides(parser)
 
 
@@ -42,6 +51,11 @@ def run(args: argparse.Namespace) -> None:
     """Train, or check the first steps."""
     from qpenet_jax.runs.config_files import load_config
 
+    if args.profile < 0 or (args.profile and args.check):
+        raise InputError(
+            f"--profile {args.profile}: give the number of steps to trace, 1 or more, "
+            "and no --check, which writes nothing"
+        )
     config = load_config(args.config, args.overrides)  # before seconds of imports
     from qpenet_jax.core.runtime import keep_compilations
     from qpenet_jax.runs import loop, preflight
@@ -51,4 +65,5 @@ def run(args: argparse.Namespace) -> None:
         keep_compilations()
     if args.check:
         sys.exit(0 if preflight.check(Experiment(config)) else 1)
-    loop.train(config, Path(args.workdir or f"runs/{Path(args.config).stem}"))
+    workdir = Path(args.workdir or f"runs/{Path(args.config).stem}")
+    loop.train(config, workdir, args.profile)

@@ -106,3 +106,9 @@ def draw(
     places = [max(n - side, 0) + 1 for n in (height, width)]
     corners = rng.integers(0, places, (1 + REDRAWS, 2))
     return Draws((height, width), angle, blur, flip, corners)
+
+
+def no_change(side: int) -> Draws:
+    """Return the draws that leave an image of `side` x `side` as it is."""
+    corners = np.zeros((1 + REDRAWS, 2), np.int64)
+    return Draws((side, side), 0.0, blur=False, flip=False, corners=corners)

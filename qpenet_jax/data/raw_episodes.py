@@ -1,7 +1,7 @@
 """Training episodes before augmentation, which the device then does.
 
 The host makes the draws and copies decoded images to one canvas; `device_augmentation`
-does the rest.
+does the rest. Images that are larger than the canvas the host augments by itself.
 """
 
 from typing import NamedTuple
@@ -10,11 +10,14 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
-from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Array, SegmentationDataset
-from qpenet_jax.data.augmentation import Augmentation, Draws, draw
+from qpenet_jax.data.augmentation import Augmentation, Draws, draw, no_change
 from qpenet_jax.data.episodes import AUGMENT_STREAM, EpisodeIds, generator
+from qpenet_jax.data.host_augmentation import augment
 from qpenet_jax.data.transforms import binary_mask, nearest, padding_apart
+
+LARGEST_CANVAS = 1024
+"""Side beyond which images don't enlarge the canvas: a batch of eight takes 34 MB."""
 
 CANVAS_MULTIPLE = 32
 """Canvases are rounded up to it, so that similar data sets share a compilation."""
@@ -49,9 +52,13 @@ class RawEpisode(NamedTuple):
     draws: DeviceDraws
 
 
-def canvas_side(sizes: Int[np.ndarray, "images 2"]) -> int:
-    """Return the side of the canvas that holds every image, a multiple of 32."""
-    return -(-int(sizes.max()) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
+def canvas_side(sizes: Int[np.ndarray, "images 2"], side: int) -> int:
+    """Return the side of the canvas that holds every image, a multiple of 32.
+
+    At most LARGEST_CANVAS, or what holds a crop of `side`.
+    """
+    longest = min(int(sizes.max()), max(LARGEST_CANVAS, side))
+    return -(-longest // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
 
 
 def scaled_side(canvas: int, augmentation: Augmentation) -> int:
@@ -69,29 +76,28 @@ def load_raw_episode(
 ) -> RawEpisode:
     """Read the images of an episode and make the draws that `load_episode` makes.
 
-    `canvas` is the side of the canvas (`canvas_side`), `side` that of the crop.
+    `canvas` is the side of the canvas (`canvas_side`), `side` that of the crop. What is
+    larger than the canvas is augmented here, and the draws then change nothing.
 
     Raises:
-        InputError: an image can't be used or is larger than the canvas.
+        InputError: an image can't be used.
     """
     items = (ids.query, *ids.supports)
     images = np.zeros((len(items), canvas, canvas, 3), np.uint8)
     masks = np.zeros((len(items), canvas, canvas), np.uint8)
-    room = scaled_side(canvas, augmentation)
+    room = max(scaled_side(canvas, augmentation), side)
     draws = []
     for slot, item in enumerate(items):
         image = dataset.image(item)
-        height, width = image.shape[:2]
-        if max(height, width) > canvas:
-            raise InputError(
-                f"{dataset.names[item]}: an image of {width}x{height} pixels for a "
-                f"canvas of side {canvas}; make the decoded images anew"
-            )
-        images[slot, :height, :width] = image
         mask = padding_apart(binary_mask(dataset.label(item), ids.class_id))
-        masks[slot, :height, :width] = mask
         rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
-        drawn = draw(rng, augmentation, (height, width), side)
+        drawn = draw(rng, augmentation, mask.shape, side)
+        if max(mask.shape) > canvas:
+            image, mask = augment(image, mask, side, drawn)
+            drawn = no_change(side)
+        height, width = mask.shape
+        images[slot, :height, :width] = image
+        masks[slot, :height, :width] = mask
         draws.append(device_draws(drawn, (height, width), room))
     stacked = DeviceDraws(*map(np.stack, zip(*draws, strict=True)))
     return RawEpisode(images, masks, stacked)

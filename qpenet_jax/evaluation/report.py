@@ -112,6 +112,8 @@ def _page(results: Results) -> str:
         parts.append(f"Warning: {what}: {which}")
     if "selection" in results:
         parts.append(f"Checkpoint: {results['selection']}")
+    if "dtype" in results:
+        parts.append(f"Computed in {results['dtype']} on {results['device']}")
     return "\n\n".join(parts) + "\n"
 
 

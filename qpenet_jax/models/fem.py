@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.layers import Conv1x1, Head, MergePrototype, Residual
 from qpenet_jax.models.ops import resize_align_corners
-from qpenet_jax.models.ops.devices import row_by_row
+from qpenet_jax.models.ops.devices import row_by_row, rows_at_once
 
 LEVELS = 4
 """Grids of the pyramid, each half as fine as the one before: 60, 30, 15 and 8."""
@@ -103,18 +103,16 @@ def prior_mask(
         M_s.reshape(b * k, -1),
         jnp.repeat(query_features.reshape(b, -1, query_features.shape[-1]), k, axis=0),
     )
+    at_once = rows_at_once(b * k, each[0].shape[1] * each[2].shape[1])
     best = jax.lax.platform_dependent(
         *each,
         cpu=functools.partial(row_by_row, _best_cosine_in_blocks),
-        default=functools.partial(row_by_row, _best_cosine, at_once=SUPPORTS_AT_ONCE),
+        default=functools.partial(row_by_row, _best_cosine, at_once=at_once),
     )
     low, high = (f(best, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
     stretched = (best - low) / (high - low + PRIOR_EPSILON)
     return stretched.reshape(b, k, *query_features.shape[1:3]).mean(axis=1)
 
-
-SUPPORTS_AT_ONCE = 8
-"""Off the CPU: their cosines take 415 MB at 473 pixels."""
 
 PRIOR_BLOCK = 450
 """Support cells that a CPU compares at once; those without foreground never are."""

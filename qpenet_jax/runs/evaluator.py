@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, PyTree, UInt8
 from PIL import Image
 
@@ -187,6 +188,8 @@ class Evaluator:
         predict = self.experiment.predictor(params, self.weights)
         results = self._score("qpenet", predict) | facts
         results["network"] = self.experiment.network_name(self.protocol.shots)
+        results["dtype"] = self.experiment.dtype
+        results["device"] = jax.devices()[0].device_kind
         results["config_hash"] = self.experiment.identity[:12]
         results["class_ids"] = list(self.class_ids)
         results["selection"] = SELECTION[self.selection]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,11 @@ from typing import Any, Literal
 import jax
 import optax
 from jaxtyping import Array, PyTree
+from tqdm import tqdm
 
 from qpenet_jax.backbones.batch_norm import settled
 from qpenet_jax.backbones.convert import load_weights
-from qpenet_jax.backbones.precision import in_dtype
+from qpenet_jax.backbones.precision import in_dtype, meant
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
 from qpenet_jax.backbones.torch_layout import no_statistics
 from qpenet_jax.config import check, flat, selections
@@ -179,6 +181,11 @@ class Experiment:
         return [*own, *files_read(self.config.dataset)]
 
     @property
+    def dtype(self) -> str:
+        """What the networks compute in on the device that is here, one of DTYPES."""
+        return meant(self.config.dtype)
+
+    @property
     def identity(self) -> str:
         """A hash of all that this experiment's results depend on."""
         fields = flat(json.loads(self.config.to_json()))
@@ -281,8 +288,9 @@ class Experiment:
     def loader(self, dataset: SegmentationDataset) -> Callable[[EpisodeIds], Any]:
         """Return what loads a training episode; `augmented` takes a batch of them.
 
-        For the device the images are decoded once into a file in DECODED. Raises
-        InputError where that can't be.
+        For the device the images are decoded once into a file in DECODED, and those
+        that the host augments all the same are told. Raises InputError where that
+        can't be.
         """
         options: dict[str, Any] = {
             "side": self.config.side,
@@ -292,7 +300,14 @@ class Experiment:
         if not self.augments_on_device:
             return functools.partial(load_episode, dataset, **options)
         decoded = Decoded(dataset, DECODED)
-        canvas = canvas_side(decoded.sizes)
+        canvas = canvas_side(decoded.sizes, self.config.side)
+        larger = int((decoded.sizes.max(axis=1) > canvas).sum())
+        if larger:
+            tqdm.write(
+                f"{larger} of {len(decoded)} images are larger than {canvas} pixels: "
+                "the host augments them",
+                file=sys.stderr,
+            )
         return functools.partial(load_raw_episode, decoded, canvas=canvas, **options)
 
     def augmented(self, batch: Any) -> Episode:

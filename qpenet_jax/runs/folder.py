@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from qpenet_jax.backbones.precision import meant
 from qpenet_jax.config import flat, merged
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import SegmentationDataset
@@ -34,6 +35,9 @@ WEIGHTS = "backbone weights"
 """Entry of INPUTS_FILE: the hash that `weights_hash` returns."""
 
 
+DTYPE = "dtype"
+"""Field of a config; entry of INPUTS_FILE: what the field means on the run's device."""
+
 OWN_BACKBONE = "backbone.safetensors"
 """Of a run that was made of a checkpoint which has a backbone of its own."""
 
@@ -44,27 +48,35 @@ NO_TRAINING = ("workers", "behaviour", *PATHS)
 def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
     """Write the config into a new workdir, or check that it's that of an old one.
 
-    `inputs` are hashes of what the config names by path. Raises InputError naming what
-    differs.
+    `inputs` are hashes of what the config names by path. Beside them stands what its
+    dtype means on this device, where a run may go on only if it means the same. Raises
+    InputError naming what differs.
     """
+    inputs = inputs | {DTYPE: meant(config.dtype)}
+    kept: dict[str, Any] = {}
     path = workdir / CONFIG_FILE
     if path.exists():
         before = resolved(read_config(workdir))
-        _refuse_changes(workdir, flat(config.to_dict()), flat(before.to_dict()))
+        _refuse_changes(workdir, _here(config), _here(before))
+        kept = {DTYPE: meant(before.dtype)}  # of runs that don't tell it
     else:
         write_json(path, json.loads(config.to_json()))
     path = workdir / INPUTS_FILE
-    theirs = read_json(path) if path.exists() else inputs
+    theirs = kept | read_json(path) if path.exists() else inputs
     # A run of an earlier version has no hash of the images themselves.
     common = inputs.keys() & theirs.keys()
     changed = sorted(name for name in common if inputs[name] != theirs[name])
     if changed:
         raise InputError(
             f"{workdir} holds a run on other inputs ({', '.join(changed)} differ from "
-            "what it started with): give the same data and weights, or choose another "
-            "--workdir"
+            "what it started with): give the same data and weights, on a device that "
+            "computes in the same dtype, or choose another --workdir"
         )
     write_json(path, inputs)
+
+
+def _here(config) -> dict[str, Any]:
+    return flat(config.to_dict()) | {DTYPE: meant(config.dtype)}
 
 
 def _refuse_changes(workdir, ours, theirs) -> None:

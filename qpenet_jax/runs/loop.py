@@ -17,6 +17,7 @@ from qpenet_jax.evaluation.report import RESULTS
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import SELECTED_ON, SHARED, claim, inputs_of, read_json
+from qpenet_jax.runs.profiling import Profile
 from qpenet_jax.runs.progress import Progress
 from qpenet_jax.runs.stopping import Interrupted, StopSignal
 from qpenet_jax.runs.trainer import Trainer
@@ -27,8 +28,10 @@ LOCK_FILE = "lock"
 """Held by the one process that trains in a workdir."""
 
 
-def train(config: Any, workdir: Path) -> None:
+def train(config: Any, workdir: Path, profile: int = 0) -> None:
     """Train and evaluate one experiment, or go on with it if it was stopped.
+
+    `profile` is the number of steps to be traced, for TensorBoard or xprof.
 
     Raises:
         InputError: bad input, another run in the workdir, or a loss that diverges.
@@ -59,7 +62,7 @@ def train(config: Any, workdir: Path) -> None:
             name, images = trainer.config.dataset.name, len(trainer.sampler)
             print(f"{name}: {images} training images, {trainer.steps} steps")
             print(evaluator.describe())
-            state = _trained(trainer, workdir, evaluator, selectors, stop)
+            state = _trained(trainer, workdir, evaluator, selectors, stop, profile)
             _score_selected(trainer, workdir, evaluator, state, shared)
             others = _score_others(trainer, evaluator, state, shared)
         print(evaluator.report())
@@ -90,11 +93,12 @@ def _trained(
     evaluator: Evaluator,
     selectors: Mapping[str, Evaluator],
     stop: StopSignal,
+    profile: int,
 ) -> TrainState:
     """Take the steps that are left and return the last state, saved as all due ones."""
     with checkpoints.open_checkpoints(workdir, list(selectors)) as manager:
         state = _started(trainer, manager, evaluator)
-        return Loop(trainer, workdir, manager, selectors, stop).run(state)
+        return Loop(trainer, workdir, manager, selectors, stop, profile).run(state)
 
 
 def _started(
@@ -119,19 +123,25 @@ class Loop:
     manager: ocp.CheckpointManager
     selectors: Mapping[str, Evaluator]
     stop: StopSignal
+    profile: int = 0  # steps to be traced
 
     def run(self, state: TrainState) -> TrainState:
         """Take all steps that are left and return the last state."""
         trainer, start = self.trainer, int(state.step)
         with (
             Progress(trainer, self.workdir, start) as progress,
+            Profile(self.workdir, self.profile, start, trainer.steps) as profile,
             contextlib.closing(trainer.batches(start)) as batches,
         ):
             self._score_restored(state, progress)
             with self.stop.postponed():
                 for step in range(start + 1, trainer.steps + 1):
-                    state, measured = trainer.step(state, next(batches))
-                    progress.add(measured)
+                    with profile.step(step):
+                        with progress.waiting():
+                            batch = next(batches)
+                        state, measured = trainer.step(state, batch)
+                        progress.add(measured)
+                    profile.finished(step, measured)
                     self._after(step, state, progress)
         return state
 

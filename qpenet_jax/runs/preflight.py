@@ -176,7 +176,10 @@ def check(experiment: Experiment, steps: int = STEPS) -> bool:
     total = trainer.steps
     steps = min(steps, total)
     recipe = experiment.config.recipe
-    print(f"check: the first {steps} of {total:,} steps, recipe {recipe}")
+    print(
+        f"check: the first {steps} of {total:,} steps, recipe {recipe}, computed in "
+        f"{experiment.dtype}"
+    )
     taken: list[Step] = []
     with (
         contextlib.closing(first_steps(trainer)) as stream,

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,21 @@ class Progress(contextlib.AbstractContextManager):
         self._bar.close()
         self._writer.close()
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the `with` as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
     def add(self, measured: Any) -> None:
-        """Take a step's metrics; they stay on the device."""
+        """Take a step's metrics; they stay on the device.
+
+        We run ahead of it by this step alone. So batches don't pile up in its memory,
+        and we wait for data only when it soon will.
+        """
+        if self._recent:
+            jax.block_until_ready(self._recent[-1])
         self._recent.append(measured)
         self._bar.update()
 
@@ -57,9 +70,11 @@ class Progress(contextlib.AbstractContextManager):
             self._bar.write(warning, file=sys.stderr)
         self._bar.set_postfix({k: f"{values[k]:.2f}" for k in ("loss", "iou")})
         seconds = time.perf_counter() - self._start
-        images = len(self._recent) * self._images
+        steps = len(self._recent)
         values["learning_rate"] = float(np.asarray(self._rate(step - 1)))
-        values["images_per_second"] = images / seconds
+        values["images_per_second"] = steps * self._images / seconds
+        values["step_seconds"] = seconds / steps
+        values["waiting_for_data"] = self._waited / seconds
         self.scalars("train", values, step)
         self._recent = []
 
@@ -70,7 +85,7 @@ class Progress(contextlib.AbstractContextManager):
 
     def restart_clock(self) -> None:
         """Count the speed from now on: evaluating and saving don't belong to it."""
-        self._start = time.perf_counter()
+        self._start, self._waited = time.perf_counter(), 0.0
 
 
 def fetched(metrics: Any) -> list[dict[str, float]]:

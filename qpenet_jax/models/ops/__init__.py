@@ -2,12 +2,11 @@
 
 Each has one meaning everywhere; where XLA's CPU backend runs the plain formulation
 slowly, `jax.lax.platform_dependent` picks an equal one for the CPU and the model files
-never see which path runs. GPU and TPU take the plain XLA ops.
+never see which path runs. GPU and TPU take the plain XLA ops, attention in blocks.
 """
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,11 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ops import winograd
 from qpenet_jax.models.ops.blocked_attention import attend_in_blocks, true_keys_first
-from qpenet_jax.models.ops.devices import on_each_device
+from qpenet_jax.models.ops.devices import (
+    from_ampere_on,
+    on_each_device,
+    rows_at_once,
+)
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -147,7 +150,7 @@ def _attention_in_blocks(*inputs):
 
 def _attention_plain(query, key, value, mask):
     attend = jax.nn.dot_product_attention
-    if query.dtype == jnp.bfloat16 and _has_flash_attention():
+    if query.dtype == jnp.bfloat16 and from_ampere_on():
         # Where the true keys end is all that cuDNN needs to know; a mask it would want
         # for every pair of query and key.
         key, value, count = true_keys_first(key, value, mask)
@@ -155,11 +158,25 @@ def _attention_plain(query, key, value, mask):
         return attend(
             query, key, value, key_value_seq_lengths=count, implementation="cudnn"
         )
-    return attend(query, key, value, mask=mask[:, None, None])
+    return _in_query_blocks(
+        lambda rows: attend(rows, key, value, mask=mask[:, None, None]),
+        query,
+        scores=query.shape[0] * query.shape[2] * key.shape[1],
+    )
 
 
-def _has_flash_attention() -> bool:
-    """Whether cuDNN's is there: for 16 bits, on NVIDIA's GPUs from Ampere (8.0) on."""
-    device = jax.devices()[0]
-    version = re.fullmatch(r"(\d+)\.\d", getattr(device, "compute_capability", ""))
-    return device.platform == "gpu" and version is not None and int(version[1]) >= 8
+def _in_query_blocks(attend, query, scores):
+    """Attend with so many queries at once that their scores fit; each has `scores`.
+
+    Queries are independent, so that the values are those of all at once. The scores of
+    a block are made again for its gradient.
+    """
+    b, count, *head = query.shape
+    rows = rows_at_once(count, scores)
+    if rows == count:
+        return attend(query)
+    query = jnp.pad(query, ((0, 0), (0, -count % rows), (0, 0), (0, 0)))
+    blocks = query.reshape(b, -1, rows, *head).swapaxes(0, 1)
+    again = jax.checkpoint(attend, prevent_cse=False)  # nothing leaves a loop's round
+    found = jax.lax.map(again, blocks).swapaxes(0, 1)
+    return found.reshape(b, -1, *head)[:, :count]

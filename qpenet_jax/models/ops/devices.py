@@ -1,5 +1,9 @@
-"""Loops over a batch that several devices share: each device goes through its part."""
+"""What the device can; loops over batches that several devices share.
 
+Each of them goes through its part, as many rows at once as fit.
+"""
+
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,3 +41,27 @@ def row_by_row(f: Callable[..., Any], *batches: Any, at_once: int = 1) -> Any:
         return jax.lax.map(lambda row: f(*row), ours, batch_size=size)
 
     return on_each_device(our_part, *batches)
+
+
+AT_ONCE = 2**26
+"""Numbers that an array of a loop's round may hold off the CPU: 256 MiB of float32, of
+which a round has several."""
+
+
+def rows_at_once(count: int, row_size: int) -> int:
+    """Return how many of `count` rows make a round, so that the rounds are even.
+
+    An array with `row_size` numbers a row then holds AT_ONCE at most, or one row.
+    """
+    rounds = min(-(-count * row_size // AT_ONCE), count)
+    return -(-count // rounds)
+
+
+def from_ampere_on() -> bool:
+    """Whether the device is NVIDIA's of capability 8.0 or later.
+
+    Those have TF32, and cuDNN's flash attention for 16 bits.
+    """
+    device = jax.devices()[0]
+    version = re.fullmatch(r"(\d+)\.\d", getattr(device, "compute_capability", ""))
+    return device.platform == "gpu" and version is not None and int(version[1]) >= 8

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ffa import LAYER_NORM_EPSILON
 from qpenet_jax.models.layers import kernel_init
-from qpenet_jax.models.ops.devices import row_by_row
+from qpenet_jax.models.ops.devices import row_by_row, rows_at_once
 from qpenet_jax.models.released.sampling import sample
 from qpenet_jax.models.released.tokens import (
     Behaviour,
@@ -238,14 +238,15 @@ class CycleAttention(nn.Module):
             _attend, behaviour=self.behaviour, dropout=self.dropout
         )
 
-        # One head of one image at a time, or the heads of one image: scores take 35 MB
-        # in training, or 280, not 4 GB, and are made again for the gradient.
+        # One head of one image at a time, or as many of its heads as fit: scores take
+        # 35 MB in training, or 138, not 4 GB, and are made again for the gradient.
         policy = jax.checkpoint_policies.save_only_these_names(INCONSISTENT)
         attend = jax.checkpoint(attend, policy=policy)
+        at_once = rows_at_once(self.heads, q.shape[2] * rows.shape[1])
         found = jax.lax.platform_dependent(
             head,
             cpu=functools.partial(row_by_row, attend),
-            default=functools.partial(row_by_row, attend, at_once=self.heads),
+            default=functools.partial(row_by_row, attend, at_once=at_once),
         )
         found = found.reshape(q.shape).swapaxes(1, 2).reshape(x.shape)
         found = _linear(c, "out")(found)
