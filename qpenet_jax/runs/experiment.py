@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
-from qpenet_jax.config import check, flat, selections
+from qpenet_jax.config import check, check_fields, flat, selections
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import cache_folder, local_path
 from qpenet_jax.core.types import Episode, SegmentationDataset
@@ -75,6 +75,7 @@ class Experiment:
 
     def __post_init__(self):
         """Fill in the recipe's values; refuse values that could only fail later."""
+        check_fields(self.config)
         config = resolved(self.config)
         object.__setattr__(self, "config", config)
         for name in set(PATHS) - set(BELOW_ROOT):
