@@ -18,6 +18,7 @@ What was shown about them is in docs/training.md. Nobody has trained a full run 
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -233,6 +234,32 @@ def released_epochs(data: Any, backbone: str, fold: int) -> int | None:
 def selections(config: Any) -> tuple[str, ...]:
     """Return the selections of checkpoints, each once; the first is the result's."""
     return tuple(dict.fromkeys(config.select_on.split(",")))
+
+
+def check_fields(config: Any) -> None:
+    """Refuse fields that don't exist, are missing or hold nothing, and odd numbers.
+
+    Fields that the recipe settles may hold nothing before it does.
+
+    Raises:
+        InputError: naming the field.
+    """
+    given, known = flat(config.to_dict()), flat(default_config().to_dict())
+    for name in given.keys() - known.keys():
+        meant = " or ".join(fields_like(name, default_config()))
+        raise InputError(
+            f"no such config field: {name}; {f'is it {meant}?' if meant else ''} "
+            "qpenet_jax/config.py lists all fields"
+        )
+    for name, default in known.items():
+        if name not in given or (given[name] is None and default is not None):
+            raise InputError(
+                f"config.{name} has no value; start from "
+                "qpenet_jax.config.default_config()"
+            )
+        numbers = given[name] if isinstance(given[name], tuple) else [given[name]]
+        if not all(math.isfinite(n) for n in numbers if isinstance(n, float)):
+            raise InputError(f"config.{name}={given[name]}: give finite numbers")
 
 
 def check(config: Any) -> None:

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import tomllib
+import warnings
 import zipfile
 from pathlib import Path
 from typing import get_args
@@ -16,7 +17,8 @@ import qpenet_jax
 from qpenet_jax.backbones.registry import BACKBONES
 from qpenet_jax.benchmark.settings import TWIN_VARIANTS
 from qpenet_jax.cli import benchmark, options
-from qpenet_jax.cli.main import COMMANDS, main
+from qpenet_jax.cli.main import COMMANDS, _one_line, main
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.episodes import Order, Targets
 from qpenet_jax.data.transforms import Resize
 from qpenet_jax.evaluation.protocols import PRESETS, Scoring
@@ -222,3 +224,21 @@ def test_an_episode_list_never_replaces_its_config_or_an_image(
     error = refused(capsys, "train", "--config", config, "--workdir", workdir)
     assert f"into {workdir.parent}, which is read" in error
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_message_is_one_line_of_a_length_that_can_be_read():
+    """A file's own values may be in it."""
+    assert str(InputError("a\nb: it is wrong")) == "a b: it is wrong"
+    text = str(InputError(f"a.json: the field {'x' * 9999} is unknown; mend it"))
+    assert len(text) < 700
+    assert text.startswith("a.json: the field xxx")
+    assert text.endswith("xxx is unknown; mend it")
+
+
+def test_pillows_warnings_are_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", _one_line)
+    place = Image.__file__, 10
+    told = warnings.formatwarning("Corrupt EXIF data", UserWarning, *place)
+    assert told == "warning: an image: Corrupt EXIF data\n"
+    other = warnings.formatwarning("Odd", UserWarning, "/a/b.py", 10, "x")
+    assert other.startswith("/a/b.py:10: UserWarning: Odd")

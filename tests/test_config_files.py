@@ -6,6 +6,7 @@ import pytest
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.runs.config_files import load_config
+from qpenet_jax.runs.experiment import Experiment
 
 GOOD = """
 from ml_collections import ConfigDict
@@ -105,3 +106,32 @@ def test_a_config_elsewhere_finds_the_configs_of_the_current_folder(
     file = written(tmp_path / "elsewhere" / "deep", text)
     monkeypatch.chdir(here)
     assert load_config(os.path.relpath(file)).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("config.model.channles = 8", "model.channles; is it model.channels"),
+        ("config.sead = 3", "no such config field: sead; is it seed"),
+        ("config.model.head_dropout = None", "config.model.head_dropout has no value"),
+        ("del config.epochs", "config.epochs has no value; start from"),
+        ("config.loss.alpha = float('nan')", "config.loss.alpha=nan: give finite"),
+        ("config.augmentation.scale = (1.0, 1e999)", "augmentation.scale=.*finite"),
+    ],
+)
+def test_fields_that_no_run_could_use_are_refused(tmp_path, line, words):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from qpenet_jax.config import default_config\n"
+        f"def get_config():\n    config = default_config()\n    {line}\n"
+        "    return config\n"
+    )
+    with pytest.raises(InputError, match=words):
+        Experiment(load_config(path))
+
+
+def test_a_text_that_python_does_not_begin_to_read_is_named(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_bytes(b"a = 1\0")
+    with pytest.raises(InputError, match=r"mine\.py, line 1: SyntaxError.*null"):
+        load_config(path)

@@ -233,3 +233,43 @@ def test_no_module_imports_torch_or_tensorflow():
                     "qpenet_jax.benchmark.twin",
                     "qpenet_jax.benchmark.opponent",
                 )
+
+
+def members(**changed):
+    """Contents of a zip of torch's, some of them changed."""
+    with zipfile.ZipFile(GOLDENS / "tiny_zip.pth") as archive:
+        found = {
+            name.partition("/")[2]: archive.read(name) for name in archive.namelist()
+        }
+    return found | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"byteorder": b"bug"}, "no little-endian"),
+        ({"data/0": b"more" + members()["data/0"]}, "storage 0 has"),
+    ],
+)
+def test_what_torch_refuses_in_a_zip_is_refused(tmp_path, changed, reason):
+    """Bytes before a storage's own would move all of its numbers."""
+    path = tmp_path / "x.pth"
+    for content, refusal in ((members(), None), (members(**changed), reason)):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in content.items():
+                archive.writestr(f"archive/{name}", data)
+        if refusal is None:
+            assert list(read_tensors(path)) == list(TINY)
+        else:
+            with pytest.raises(InputError, match=rf"x\.pth: .*{refusal}"):
+                read_tensors(path)
+
+
+def test_another_version_of_the_old_format_is_refused(tmp_path):
+    data = (GOLDENS / "tiny_legacy.pth").read_bytes()
+    version = pickle.dumps(1001, 2)
+    assert data.count(version) == 1
+    path = tmp_path / "x.pth"
+    path.write_bytes(data.replace(version, pickle.dumps(1002, 2)))
+    with pytest.raises(InputError, match="no little-endian PyTorch file"):
+        read_tensors(path)

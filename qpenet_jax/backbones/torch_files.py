@@ -94,21 +94,23 @@ def _from_zip(data: bytes) -> Tensors:
         if len(set(names)) < len(names):
             raise ValueError("two members of one name")
         root = next(n for n in names if n.endswith("/data.pkl"))[: -len("data.pkl")]
-        if root + "byteorder" in names and archive.read(root + "byteorder") == b"big":
-            raise ValueError("big-endian")
+        order = root + "byteorder"
+        if order in names and archive.read(order) != b"little":
+            raise ValueError("no little-endian PyTorch file")
         tree, storages = _unpickle(io.BytesIO(archive.read(root + "data.pkl")))
         content = {key: archive.read(f"{root}data/{key}") for key in storages}
     return _arrays(tree, content)
 
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_START = (0x1950A86A20F9469CFC6C, 1001)
+"""The magic number and the version of the format; there was only one."""
 
 
 def _from_legacy(data: bytes) -> Tensors:
     """Read torch.save's format before 1.6: five pickles, then the storages in a row."""
     stream = io.BytesIO(data)
-    magic, _, system = (_unpickle(stream)[0] for _ in range(3))
-    if magic != LEGACY_MAGIC or not system["little_endian"]:
+    magic, version, system = (_unpickle(stream)[0] for _ in range(3))
+    if (magic, version) != LEGACY_START or not system["little_endian"]:
         raise ValueError("no little-endian PyTorch file")
     tree, storages = _unpickle(stream)
     keys, _ = _unpickle(stream)
@@ -237,6 +239,8 @@ def _array(tensor: _Tensor, content: bytes) -> Shaped[np.ndarray, "..."]:
     dtype = np.dtype(storage.dtype)
     if min(storage.numel, offset, *size, *stride) < 0:
         raise ValueError("negative sizes")
+    if len(content) != storage.numel * dtype.itemsize:
+        raise ValueError(f"storage {storage.key} has {len(content)} bytes")
     if 0 in size:
         return np.zeros(size, dtype)
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qpenet_jax.cli import (
@@ -105,6 +106,8 @@ def _set_up_terminal() -> None:
 def _one_line(message, category, *place, **line) -> str:
     if issubclass(category, InputWarning):
         return f"warning: {message}\n"
+    if "PIL" in Path(place[0]).parts:  # of an image whose metadata are damaged
+        return f"warning: an image: {message}\n"
     return _python_format(message, category, *place, **line)
 
 

@@ -7,9 +7,23 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+LONGEST_MESSAGE = 600
+"""Characters that fit into a few lines of a terminal; a file's values may be longer."""
+
 
 class InputError(ValueError):
-    """Bad input (a path, an image, a weight file, an option), told in one line."""
+    """Bad input (a path, an image, a weight file, an option), told in one line.
+
+    Line breaks become spaces, and the middle of what is too long is left out: the start
+    names the file, the end the remedy.
+    """
+
+    def __init__(self, message: str):
+        text = " ".join(message.splitlines())
+        if len(text) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2
+            text = f"{text[:half]} [...] {text[-half:]}"
+        super().__init__(text)
 
 
 class InputWarning(UserWarning):

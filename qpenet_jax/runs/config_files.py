@@ -109,7 +109,8 @@ def _told_with_line(path: Path) -> Iterator[None]:
     try:
         yield
     except SyntaxError as error:
-        place = f"{error.filename}, line {error.lineno}"
+        # Of a text that it doesn't begin to read, Python tells neither.
+        place = f"{error.filename or path}, line {error.lineno or 1}"
         raise InputError(f"{place}: {type(error).__name__}: {error.msg}") from error
     except Exception as error:
         place = _place(path, error)

@@ -19,7 +19,7 @@ from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import in_dtype, meant
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
 from qpenet_jax.backbones.torch_layout import no_statistics
-from qpenet_jax.config import check, flat, selections
+from qpenet_jax.config import check, check_fields, flat, selections
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import cache_folder, local_path
 from qpenet_jax.core.runtime import refuse_64_bits
@@ -82,6 +82,7 @@ class Experiment:
     def __post_init__(self):
         """Fill in the recipe's values; refuse values that could only fail later."""
         refuse_64_bits()
+        check_fields(self.config)
         config = resolved(self.config)
         object.__setattr__(self, "config", config)
         for name in set(PATHS) - set(BELOW_ROOT):

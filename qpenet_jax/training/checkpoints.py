@@ -1,11 +1,19 @@
 """Checkpoints of a run by Orbax: the latest, and the best of every selection."""
 
+import contextlib
 import functools
+import hashlib
+import inspect
+import io
 import json
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
@@ -20,6 +28,9 @@ FOLDER = "checkpoints"
 METRICS = "metrics"
 """What Orbax calls the folder of a step's scores, and the file in it."""
 
+
+HASHES = "sha256"
+"""The entry of a step's metadata with the hash of each item, by its name."""
 
 LAST = "last"
 """The selection that takes the latest checkpoint; the others take their best."""
@@ -63,18 +74,30 @@ def save(
 ) -> None:
     """Save the state under its step, unless that step is saved already.
 
-    `scores` are mIoUs by the names of selections.
+    `scores` are mIoUs by the names of selections. Hashes of the values go with them:
+    Orbax's files have no checksums, and a flipped bit would be another number.
     """
     step = int(state.step)
     if step in manager.all_steps():
         return
-    args = ocp.args.Composite(
-        params=ocp.args.StandardSave(state.learned),
-        optimizer=ocp.args.StandardSave(
-            {"step": state.step, "opt_state": state.opt_state}
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    items = {"params": state.learned, "optimizer": rest}
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         ),
+        metrics=dict(scores) if scores else None,
+        custom_metadata={HASHES: {name: _hash(tree) for name, tree in items.items()}},
     )
-    manager.save(step, args=args, metrics=dict(scores) if scores else None)
+
+
+def _hash(tree: PyTree[Array]) -> str:
+    """Return the SHA-256 of the values of a tree, in its order."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:
@@ -118,7 +141,10 @@ def restore_params(
 ) -> tuple[PyTree[Array], int]:
     """Return the parameters of `step_of` and that step.
 
-    `like` gives shapes and devices. Raises InputError if there is no checkpoint.
+    `like` gives shapes and devices.
+
+    Raises:
+        InputError: there is no checkpoint, or it is damaged.
     """
     missing = InputError(f"{workdir} has no checkpoint yet: train until one is saved")
     if not (workdir / FOLDER).is_dir():
@@ -133,13 +159,49 @@ def restore_params(
 def _restore(manager: ocp.CheckpointManager, step: int, **like: PyTree):
     items = {name: ocp.args.StandardRestore(_abstract(t)) for name, t in like.items()}
     try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
+        restored = _read(manager, step, ocp.args.Composite(**items))
+        # An earlier version wrote no hashes.
+        told = (manager.metadata(step).custom_metadata or {}).get(HASHES, {})
+        for name in items.keys() & told.keys():
+            if _hash(restored[name]) != told[name]:
+                raise ValueError(f"its {name} aren't what was saved")
+        return restored
     except Exception as error:  # whatever Orbax and TensorStore find wrong with it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"checkpoint {manager.directory}/{step} can't be read ({reason}); "
+            f"checkpoint {manager.directory}/{step} can't be read ({reason[:200]}); "
             "delete that folder to go on from an older one"
         ) from error
+
+
+def _read(manager: ocp.CheckpointManager, step: int, items: ocp.args.Composite):
+    """Return what Orbax restores; where that fails, without pages of tracebacks.
+
+    It reads all arrays at once, and where one is damaged it doesn't wait for the
+    others: they fail later, at the latest when the process ends.
+    """
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return manager.restore(step, args=items)
+        except Exception:
+            _silence_reads()
+            raise
+
+
+def _silence_reads() -> None:
+    """Tell Python not to print how the reads end that a failed one left behind."""
+    unraisable, uncaught = sys.unraisablehook, sys.excepthook
+
+    def on_unraisable(found: Any) -> None:
+        if not inspect.iscoroutine(found.object):
+            unraisable(found)
+
+    def on_uncaught(kind, error, trace) -> None:
+        if str(error) != "Event loop is closed":
+            uncaught(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = on_unraisable, on_uncaught
+    logging.getLogger("asyncio").addFilter(lambda record: "never" not in record.msg)
 
 
 def _abstract(tree):

