@@ -19,6 +19,7 @@ from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import binary_mask
 from qpenet_jax.evaluation.cosine import nearest_prototype
+from qpenet_jax.evaluation.metrics import mean_iou
 from qpenet_jax.evaluation.plan import grouped, plan
 from qpenet_jax.evaluation.predictor import (
     Predictor,
@@ -345,3 +346,44 @@ def test_frozen_episodes_and_workers_change_nothing():
     np.testing.assert_array_equal(again, drawn)
     padded, _ = setting(shots=2, scoring="input")
     assert (score_episodes(predict, data(), padded, samplers).rows != drawn).any()
+
+
+@pytest.mark.parametrize("at_once", [3, 5])
+@pytest.mark.parametrize("shots", [1, 3])
+def test_episodes_at_once_score_the_same(shots, at_once):
+    """With room for all images, for some and for none; 14 episodes leave a rest."""
+    model = QPENet(**SMALL)
+    predict = qpenet_predictor(model, BACKBONE, draw_params(model), weights())
+    protocol, samplers = setting(shots)
+    alone = Spy(predict)
+    expected = score_episodes(alone.predict, data(), protocol, samplers, at_once=1)
+    size = bytes_of(predict)
+    running = at_once * (shots + 1)
+    for limit in (100 * size, (running + 2) * size, 0):
+        spy = Spy(predict)
+        scores = score_episodes(
+            spy.predict,
+            data(),
+            protocol,
+            samplers,
+            cache_bytes=limit,
+            at_once=at_once,
+        )
+        rest = 14 % at_once
+        assert [len(m) for m in spy.margins] == [at_once] * (14 // at_once) + [rest]
+        together = np.concatenate(spy.margins)
+        np.testing.assert_allclose(together, np.concatenate(alone.margins), atol=1e-5)
+        np.testing.assert_array_equal(scores.rows[:, :4], expected.rows[:, :4])
+        ours, theirs = (100 * mean_iou(s, CLASSES) for s in (scores, expected))
+        assert abs(ours - theirs) <= 1e-4
+        if limit == 100 * size:
+            assert spy.encoded < alone.encoded, "several images at once"
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("cpu", 1), ("gpu", 4), ("tpu", 4)])
+def test_accelerators_predict_some_episodes_at_once(backend, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    spy = Spy(cosine_predictor(BACKBONE, weights()))
+    protocol, samplers = setting(shots=1)
+    score_episodes(spy.predict, data(), protocol, samplers)
+    assert max(len(margins) for margins in spy.margins) == expected

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import export
+from tqdm import tqdm
 
 from qpenet_jax.benchmark import ours
 from qpenet_jax.benchmark.settings import Case, Settings
@@ -25,7 +26,8 @@ def memory_plans(settings: Settings) -> Iterator[dict[str, Any]]:
     """
     here = export.default_export_platform()
     platforms = (here, "cuda") if here == "cpu" else (here,)
-    for case in settings.cases(("eval", "train")):
+    cases = list(settings.cases(("eval", "train")))
+    for case in tqdm(cases, desc="planning", unit="step"):
         plans = {platform: plan(case, platform) for platform in platforms}
         yield dataclasses.asdict(case) | {"name": str(case), "plans": plans}
 

@@ -2,17 +2,19 @@
 
 import contextlib
 import functools
-from collections.abc import Generator, Iterable, Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, PyTree, UInt8
 from tqdm import tqdm
 
-from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.core.types import Array, SegmentationDataset
 from qpenet_jax.data.episode_lists import FrozenEpisodes
-from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
+from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.loader import ahead
 from qpenet_jax.data.transforms import (
     Resize,
@@ -45,12 +47,15 @@ def score_episodes(
     workers: int = 0,
     label: str = "evaluating",
     cache_bytes: int = CACHE_BYTES,
+    at_once: int | None = None,
 ) -> Scores:
     """Score `predict` on the protocol's episodes, one sampler a seed.
 
     An image is encoded once for all episodes as far as `cache_bytes` allow, which
     changes no bit of a result: 0 encodes the same images one by one, again and again.
     Episodes run grouped by class and query; the rows are in the protocol's order.
+    `at_once` of them are predicted together, by default one on a CPU, else AT_ONCE.
+    Together they may round otherwise, so that a pixel changes where both classes tie.
 
     Raises:
         InputError: an image or label can't be used.
@@ -58,13 +63,17 @@ def score_episodes(
     drawn = [(s.seed, s(i)) for s in samplers for i in range(protocol.episodes)]
     order = grouped([ids for _, ids in drawn])
     episodes = [drawn[n][1] for n in order]
-    turns = plan(episodes, _capacity(predict, protocol, episodes[0], cache_bytes))
+    if at_once is None:
+        at_once = 1 if jax.default_backend() == "cpu" else AT_ONCE
+    room = cache_bytes // _image_bytes(predict, protocol)
+    running = at_once * (len(episodes[0].supports) + 1)
+    turns = plan(episodes, max(room - running, 0))
     rows = np.zeros((len(drawn), len(metrics.SCORE_COLUMNS)), np.int64)
     stream = _loaded(dataset, turns, protocol, workers)
     bar = tqdm(total=len(drawn), desc=label, unit="episode")
     with contextlib.closing(stream), bar:
         for n, (margin, inputs) in zip(
-            order, _margins(predict, turns, stream), strict=True
+            order, _margins(predict, turns, stream, at_once), strict=True
         ):
             counts = score(margin, inputs.fitted_mask, inputs.mask, protocol)
             seed, ids = drawn[n]
@@ -73,15 +82,16 @@ def score_episodes(
     return Scores(rows)
 
 
-def _capacity(
-    predict: Predictor, protocol: Protocol, ids: EpisodeIds, cache_bytes: int
-) -> int:
-    """Return how many images fit beside those of the episode that is running."""
+AT_ONCE = 4
+"""Episodes that a GPU or TPU predicts together; its gain hasn't been measured."""
+
+
+def _image_bytes(predict: Predictor, protocol: Protocol) -> int:
+    """Return how much memory an encoded image takes."""
     shape = (1, protocol.side, protocol.side, 3)
     image = jax.ShapeDtypeStruct(shape, np.uint8)
     leaves = jax.tree.leaves(jax.eval_shape(predict.encode, image))
-    image_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return max(cache_bytes // image_bytes - len(ids.supports) - 1, 0)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 class Inputs(NamedTuple):
@@ -99,20 +109,81 @@ class Inputs(NamedTuple):
 
 
 def _margins(
-    predict: Predictor, turns: Sequence[Turn], stream: Iterable[Inputs]
+    predict: Predictor, turns: Sequence[Turn], stream: Iterable[Inputs], at_once: int
 ) -> Generator[tuple[Float[np.ndarray, "s s"], Inputs], None, None]:
     """Yield the foreground's lead in every turn's episode; keep encoded images."""
     kept = {}
-    for (ids, load, drop), inputs in zip(turns, stream, strict=True):
-        for image, pixels, padded in zip(
-            load, inputs.images, inputs.padding, strict=True
-        ):
-            kept[image] = predict.encode(pixels[None], padding=padded[None])
-        supports = tuple(kept[image] for image in ids.supports)
-        margin = predict.decode(supports, inputs.support_masks[None], kept[ids.query])
-        for image in drop:
+    pairs = zip(turns, stream, strict=True)
+    while group := list(itertools.islice(pairs, at_once)):
+        new = _unseen(group, kept)
+        for start in range(0, len(new), at_once):
+            some = dict(itertools.islice(new.items(), start, start + at_once))
+            kept |= _encoded(predict, some, at_once)
+        ids = [turn.ids for turn, _ in group]
+        supports = tuple(
+            _joined([kept[image] for image in images])
+            for images in zip(*(episode.supports for episode in ids), strict=True)
+        )
+        masks = np.stack([inputs.support_masks for _, inputs in group])
+        query = _joined([kept[episode.query] for episode in ids])
+        margins = np.asarray(predict.decode(supports, masks, query))
+        for image in _forgotten([turn for turn, _ in group]):
             del kept[image]
-        yield np.asarray(margin)[0], inputs
+        yield from zip(margins, [inputs for _, inputs in group], strict=True)
+
+
+def _unseen(
+    group: Iterable[tuple[Turn, Inputs]], kept: Container[int]
+) -> dict[int, tuple[Any, Any]]:
+    """Return image and padding of what the turns load and isn't kept, each once."""
+    return {
+        image: (pixels, padded)
+        for turn, inputs in group
+        for image, pixels, padded in zip(
+            turn.load, inputs.images, inputs.padding, strict=True
+        )
+        if image not in kept
+    }
+
+
+def _forgotten(turns: Iterable[Turn]) -> set[int]:
+    """Return what is dropped in some turns and not loaded again in later ones."""
+    dropped: set[int] = set()
+    for turn in turns:
+        dropped = dropped.difference(turn.load).union(turn.drop)
+    return dropped
+
+
+def _encoded(
+    predict: Predictor, images: Mapping[int, tuple[Any, Any]], count: int
+) -> dict[int, PyTree[Array]]:
+    """Return images, encoded in one batch of `count`, whatever their own number.
+
+    Every other size would be compiled anew.
+    """
+    pairs = [*images.values()]
+    pairs += pairs[-1:] * (count - len(pairs))
+    pixels, padding = (np.stack(each) for each in zip(*pairs, strict=True))
+    encoded = predict.encode(pixels, padding=padding)
+    each = [encoded] if count == 1 else _apart(encoded, count)
+    return dict(zip(images, each, strict=False))  # without what filled the batch
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _apart(tree, count):
+    def one(i):
+        return jax.tree.map(lambda leaf: leaf[i : i + 1], tree)
+
+    return [one(i) for i in range(count)]
+
+
+def _joined(trees: Sequence[PyTree[Array]]) -> PyTree[Array]:
+    return trees[0] if len(trees) == 1 else _concatenated(*trees)
+
+
+@jax.jit
+def _concatenated(*trees):
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
 
 
 def _loaded(

@@ -28,7 +28,7 @@ class Profile(contextlib.AbstractContextManager):
         """Name a step in the trace, which the first begins."""
         if number in self.steps and not self._running:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # they would double it
+            options.python_tracer_level = 0  # Python's calls would double it
             jax.profiler.start_trace(self._workdir, profiler_options=options)
             self._running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
