@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import functools
 import itertools
 import os
@@ -368,14 +369,11 @@ def test_a_broken_image_is_one_clear_error(tmp_path, write_voc, workers):
 
 
 def test_image_and_label_of_other_sizes_are_told_when_they_are_loaded(root):
-    class Turned:
-        def __init__(self, dataset):
-            self.names, self.label = dataset.names, dataset.label
-            self.image = lambda index: np.rot90(dataset.image(index)).copy()
-
     dataset = opened(root)
+    turned = copy.copy(dataset)
+    turned.image = lambda index: np.rot90(dataset.image(index)).copy()
     with pytest.raises(InputError, match=rf"{dataset.names[0]}: mask of .*make them"):
-        load_episode(Turned(dataset), EpisodeIds(0, 0, 1, (3,)), SIDE)
+        load_episode(turned, EpisodeIds(0, 0, 1, (3,)), SIDE)
 
 
 LOADS = """

@@ -184,7 +184,8 @@ def test_a_run_goes_on_only_with_the_data_that_it_started_with(finished, tmp_pat
     copy = tmp_path / "run"
     shutil.copytree(finished[0], copy)
     inputs = json.loads((copy / "inputs.json").read_text())
-    assert set(inputs) == {"training images", "validation images", "backbone weights"}
+    hashes = {"training images", "validation images", "backbone weights"}
+    assert set(inputs) == {"dtype", *hashes}
     changed = inputs | {"training images": "000000000000"}
     (copy / "inputs.json").write_text(json.dumps(changed))
     assert_refused(train(copy), "training images", "choose another --workdir")

@@ -228,6 +228,8 @@ def _score_others(
     that has been scored.
     """
     workdir, names = evaluator.folder, trainer.experiment.selections
+    if len(names) == 1:
+        return ""
     found = {evaluator.step(): read_json(workdir / RESULTS)}
     rows = []
     for name in names:
@@ -240,4 +242,4 @@ def _score_others(
         scores = (f"{found[step][key]:.1f}" for key in ("miou", "fb_iou"))
         rows.append([name, str(step), *scores])
     titles = ("checkpoint by", "step", "mIoU", "FB-IoU")
-    return markdown.table(titles, rows) if len(names) > 1 else ""
+    return markdown.table(titles, rows)
