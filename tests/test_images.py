@@ -1,4 +1,5 @@
 import struct
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -262,6 +263,29 @@ def test_a_turn_that_the_masks_size_cant_tell_is_warned_of(
     for given in (mask, None):
         with pytest.warns(InputWarning, match=r"x\.jpg: .*exiftool -n -Orientation=1"):
             warn_of_turn(path, given)
+
+
+def grey_png(values, bits):
+    """Write a grey PNG of so many bits a pixel by hand: Pillow can't."""
+
+    def chunk(kind, data):
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    places = np.unpackbits(values[..., None], axis=-1)[..., 8 - bits :]
+    rows = [b"\0" + np.packbits(row).tobytes() for row in places]
+    height, width = values.shape
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows)))
+    return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_label_of_few_bits_holds_what_is_stored(bits):
+    """Pillow fills 0..255 with the values, and makes 1 of 4 bits a 17."""
+    values = np.random.default_rng(0).integers(0, 2**bits, (5, 7)).astype(np.uint8)
+    label = read_label(BytesIO(grey_png(values, bits)), name="a.png")
+    np.testing.assert_array_equal(label, values)
 
 
 def test_all_readers_agree_on_real_photographs(shared_voc):

@@ -172,7 +172,17 @@ def read_label(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w"]:
                 f"{name or file}: a mask must be a palette or 8-bit grey PNG whose "
                 f"values are class ids, this one has mode {image.mode}; save it as such"
             )
-        return _upright(image, lambda: np.array(image, np.uint8))
+        step = _scaled_by(image)
+        return _upright(image, lambda: np.array(image, np.uint8) // step)
+
+
+def _scaled_by(image: Image.Image) -> int:
+    """Return what Pillow multiplies grey values of 2 or 4 bits by, to fill 0..255.
+
+    The indices in such a PNG are class ids as well: 1, not 17.
+    """
+    rawmode = str(image.tile[0].args) if image.tile else ""
+    return {"L;2": 85, "L;4": 17}.get(rawmode[:3], 1)
 
 
 def check_same_size(
