@@ -181,7 +181,8 @@ def _scaled_by(image: Image.Image) -> int:
 
     The indices in such a PNG are class ids as well: 1, not 17.
     """
-    rawmode = str(image.tile[0].args) if image.tile else ""
+    tiles: Any = getattr(image, "tile", ())  # of a file that isn't decoded yet
+    rawmode = str(tiles[0].args) if tiles else ""
     return {"L;2": 85, "L;4": 17}.get(rawmode[:3], 1)
 
 
