@@ -93,6 +93,20 @@ def choose_stages(net: Backbone, stages: tuple[str, ...]) -> Backbone:
     return net._replace(stages=stages, channels=channels)
 
 
+def weight_shapes(net: Backbone, *, deep: bool) -> dict[str, PyTree]:
+    """Return the shapes of a backbone's weights; with `deep` its deep stage's, too.
+
+    Nothing is computed.
+    """
+    key, image = jax.random.key(0), jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+    made: Any = jax.eval_shape(net.module.init_with_output, key, image)
+    stages, params = made[0], dict(made[1]["params"])
+    if deep and net.deep is not None:
+        last = stages[net.stages[0]]
+        params[DEEP] = jax.eval_shape(net.deep.init, key, last)["params"]
+    return params
+
+
 def deep_part(weights: PyTree[Array]) -> dict[str, PyTree[Array]]:
     """Return the weights of the deep stage under its name, or nothing."""
     return {name: weights[name] for name in (DEEP,) if name in weights}

@@ -6,11 +6,9 @@ Batch norm is folded into the convolution before it.
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree
@@ -18,7 +16,7 @@ from jaxtyping import Float, PyTree
 from qpenet_jax.backbones.batch_norm import Norm, fold, statistics_of
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.names import check_tensors, under_prefix
-from qpenet_jax.backbones.registry import DEEP, backbone
+from qpenet_jax.backbones.registry import DEEP, backbone, weight_shapes
 from qpenet_jax.backbones.resnet import ResNet
 from qpenet_jax.backbones.torch_files import Tensors
 
@@ -103,14 +101,7 @@ def to_flax(
 @functools.cache
 def shapes_of(name: str, deep: bool, norms: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter by its path, without computing anything."""
-    net = backbone(name)
-    image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-    init = jax.eval_shape(net.module.init_with_output, jax.random.key(0), image)
-    stages: Any = init[0]
-    params: dict[str, Any] = dict(init[1]["params"])
-    if deep and net.deep is not None:
-        last = stages[net.stages[0]]
-        params[DEEP] = jax.eval_shape(net.deep.init, jax.random.key(0), last)["params"]
+    params = weight_shapes(backbone(name), deep=deep)
     flat: dict = flatten_dict(params, sep="/")
     shapes = {path: leaf.shape for path, leaf in flat.items()}
     for path in [path for path in shapes if norms and path.endswith("/bias")]:

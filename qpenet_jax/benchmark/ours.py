@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import cast, in_dtype
-from qpenet_jax.backbones.registry import DEEP, Backbone, backbone, features
+from qpenet_jax.backbones.registry import backbone, features, weight_shapes
 from qpenet_jax.benchmark.clocks import matmul_rate
 from qpenet_jax.benchmark.contenders import Contender, made_up_episodes
 from qpenet_jax.benchmark.flop import flop
@@ -60,19 +60,9 @@ def draw_weights(case: Case) -> Weights:
     if case.weights:
         frozen = load_weights(case.backbone, case.weights, deep=case.released)
     else:
-        frozen = _draw(_shapes(net, case.released), rng)
+        frozen = _draw(weight_shapes(net, deep=case.released), rng)
     shapes = jax.eval_shape(lambda: _initial(case))
     return Weights(frozen, _draw(shapes, rng))
-
-
-def _shapes(net: Backbone, deep: bool) -> dict[str, PyTree]:
-    """Return the shapes of a backbone's weights, of its deep stage on request."""
-    key, image = jax.random.key(0), jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-    stages, made = jax.eval_shape(net.module.init_with_output, key, image)
-    if not deep or net.deep is None:
-        return made["params"]
-    layer4 = jax.eval_shape(net.deep.init, key, stages[net.stages[0]])
-    return made["params"] | {DEEP: layer4["params"]}
 
 
 def _draw(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:

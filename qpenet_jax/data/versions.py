@@ -27,6 +27,22 @@ def dataset_content(dataset: SegmentationDataset) -> str:
     return getattr(dataset, "content", None) or dataset_version(dataset)
 
 
+class Hashed:
+    """A split of files, known by their hashes, which a subclass finds when asked."""
+
+    _hashes: tuple[tuple[str, ...], str]
+
+    @property
+    def photos(self) -> tuple[str, ...]:
+        """A hash of every image's file."""
+        return self._hashes[0]
+
+    @property
+    def content(self) -> str:
+        """A hash of all that the split holds."""
+        return self._hashes[1]
+
+
 class ContentHash:
     """The SHA-256 of a split's names, images and labels, added one after the other.
 

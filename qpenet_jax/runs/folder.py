@@ -2,14 +2,11 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.precision import meant
@@ -20,7 +17,7 @@ from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.runs.config_files import OVERRIDE, override
 from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
-from qpenet_jax.training.checkpoints import LAST, restore_params
+from qpenet_jax.training.checkpoints import LAST, restore_params, values_hash
 from qpenet_jax.training.recipes import resolved
 
 CONFIG_FILE = "config.json"
@@ -104,10 +101,7 @@ def inputs_of(
 
 def weights_hash(weights: PyTree[Array]) -> str:
     """Return 12 hex digits of a hash over a backbone's weights."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(weights):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:12]
+    return values_hash(weights)[:12]
 
 
 @dataclasses.dataclass(frozen=True)

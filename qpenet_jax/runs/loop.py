@@ -230,16 +230,19 @@ def _score_others(
     workdir, names = evaluator.folder, trainer.experiment.selections
     if len(names) == 1:
         return ""
-    found = {evaluator.step(): read_json(workdir / RESULTS)}
-    rows = []
-    for name in names:
+    selected = evaluator.step()
+    found, steps = {selected: read_json(workdir / RESULTS)}, {names[0]: selected}
+    for name in names[1:]:
         params, step = checkpoints.restore_params(workdir, state.learned, name)
         if step not in found:
             beside = evaluator.of_selection(name)
             if beside.step() != step:
                 beside(trainer.placed(params), step=step, shared=shared)
             found[step] = read_json(beside.folder / RESULTS)
-        scores = (f"{found[step][key]:.1f}" for key in ("miou", "fb_iou"))
-        rows.append([name, str(step), *scores])
+        steps[name] = step
+    rows = [
+        [name, str(step), *(f"{found[step][key]:.1f}" for key in ("miou", "fb_iou"))]
+        for name, step in steps.items()
+    ]
     titles = ("checkpoint by", "step", "mIoU", "FB-IoU")
     return markdown.table(titles, rows)

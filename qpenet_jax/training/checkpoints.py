@@ -82,17 +82,18 @@ def save(
         return
     rest = {"step": state.step, "opt_state": state.opt_state}
     items = {"params": state.learned, "optimizer": rest}
+    hashes = {name: values_hash(tree) for name, tree in items.items()}
     manager.save(
         step,
         args=ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         ),
         metrics=dict(scores) if scores else None,
-        custom_metadata={HASHES: {name: _hash(tree) for name, tree in items.items()}},
+        custom_metadata={HASHES: hashes},
     )
 
 
-def _hash(tree: PyTree[Array]) -> str:
+def values_hash(tree: PyTree[Array]) -> str:
     """Return the SHA-256 of the values of a tree, in its order."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
@@ -163,7 +164,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, **like: PyTree):
         # An earlier version wrote no hashes.
         told = (manager.metadata(step).custom_metadata or {}).get(HASHES, {})
         for name in items.keys() & told.keys():
-            if _hash(restored[name]) != told[name]:
+            if values_hash(restored[name]) != told[name]:
                 raise ValueError(f"its {name} aren't what was saved")
         return restored
     except Exception as error:  # whatever Orbax and TensorStore find wrong with it

@@ -11,10 +11,10 @@ from jaxtyping import Int, UInt8
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import reread_image
-from qpenet_jax.data.versions import ContentHash
+from qpenet_jax.data.versions import ContentHash, Hashed
 
 
-class Prepared:
+class Prepared(Hashed):
     """A `SegmentationDataset` of one split of a prepared data set.
 
     Opening reads the index only: names and pixel counts, no record.
@@ -58,19 +58,9 @@ class Prepared:
                 row[class_id - 1] = pixels
         return counts
 
-    @property
-    def photos(self) -> tuple[str, ...]:
-        """A hash of every image's file."""
-        return self._hashes[0]
-
-    @property
-    def content(self) -> str:
-        """The hash of names, images and labels (`ContentHash`)."""
-        return self._hashes[1]
-
     @functools.cached_property
     def _hashes(self) -> tuple[tuple[str, ...], str]:
-        """Return `photos` and `content`; an earlier version of `prepare` wrote none."""
+        """Return `photos` and `content`; `prepare` wrote none in an earlier version."""
         if "photos" in self._index:
             return tuple(self._index["photos"]), self._index["sha256"]
         hashed = ContentHash()

@@ -23,7 +23,7 @@ from qpenet_jax.data.images import (
     warn_of_turn,
 )
 from qpenet_jax.data.labels import check_numbered
-from qpenet_jax.data.versions import DIGITS
+from qpenet_jax.data.versions import DIGITS, Hashed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 COUNT_THREADS = 2
@@ -31,7 +31,7 @@ BAR_FROM_MASKS = 500
 """Number of labels from which counting them, 1 ms each, shows a progress bar."""
 
 
-class VOCLayout:
+class VOCLayout(Hashed):
     """A `SegmentationDataset` of `images/ID.jpg`, `masks/ID.png` and a list of ids.
 
     Masks are palette or grey PNGs of class ids: 0 background, 1..C, 255 ignore.
@@ -96,19 +96,9 @@ class VOCLayout:
             )
         return counts
 
-    @property
-    def photos(self) -> tuple[str, ...]:
-        """A hash of every image's file."""
-        return self._hashes[0]
-
-    @property
-    def content(self) -> str:
-        """A hash of all names and files."""
-        return self._hashes[1]
-
     @functools.cached_property
     def _hashes(self) -> tuple[tuple[str, ...], str]:
-        """Return `photos` and `content`, read once from all files."""
+        """Return `photos` and `content`, by all names and files, read once."""
         files = self._of_all(
             "hashing images",
             lambda i: (sha256(Path(self._images[i])), sha256(Path(self._masks[i]))),
