@@ -193,12 +193,15 @@ def _silence_reads() -> None:
     """Tell Python not to print how the reads end that a failed one left behind."""
     unraisable, uncaught = sys.unraisablehook, sys.excepthook
 
+    def is_late(error) -> bool:
+        return str(error) == "Event loop is closed"
+
     def on_unraisable(found: Any) -> None:
-        if not inspect.iscoroutine(found.object):
+        if not inspect.iscoroutine(found.object) and not is_late(found.exc_value):
             unraisable(found)
 
     def on_uncaught(kind, error, trace) -> None:
-        if str(error) != "Event loop is closed":
+        if not is_late(error):
             uncaught(kind, error, trace)
 
     sys.unraisablehook, sys.excepthook = on_unraisable, on_uncaught
