@@ -322,6 +322,8 @@ def traces(workdir):
     return list(workdir.glob("plugins/profile/*/*.xplane.pb"))
 
 
+# ProfileData has types without a module; as an error, the warning ends the process.
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")
 def test_a_trace_has_the_steps_that_were_asked_for(scored, tmp_path):
     loop.train(config(), tmp_path, profile=2)
     (trace,) = traces(tmp_path)

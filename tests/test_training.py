@@ -35,6 +35,12 @@ MODEL = QPENet(channels=16, heads=2, ffn_features=24, channel_dropout=0.1)
 pytestmark = pytest.mark.usefixtures("unoptimised_code")
 
 
+@pytest.mark.parametrize("steps", [9, 41, 98])
+def test_the_last_rate_is_a_number_however_xla_divides(steps):
+    rate = jax.jit(Optimizer(first=1).schedule(steps))
+    assert 0 <= float(rate(jnp.int32(steps - 1))) < 1e-7
+
+
 def test_schedule_values():
     schedule = Optimizer().schedule(100)
     for t, expected in ((0, 0.025), (50, 0.025 * 0.5**0.9), (100, 0)):
