@@ -70,7 +70,7 @@ def adopt(
     backbone, head = _split(under_prefix(tensors, state_dict.names().keys()))
     name = "resnet101" if "layer3.22.conv1.weight" in backbone else "resnet50"
     experiment = Experiment(override(_config(name, fold, dataset), overrides))
-    initial = experiment.init(optax.identity())
+    initial = jax.eval_shape(lambda: experiment.init(optax.identity()))
     try:
         _check_head(head, initial.params)
         weights = to_flax(experiment.config.backbone.name, backbone, deep=True)
@@ -79,7 +79,7 @@ def adopt(
             f"{source} is no checkpoint of the released QPENet: {error}"
         ) from None
     params = jax.tree.map(jnp.asarray, state_dict.to_params(head))
-    state = TrainState(initial.step, params, initial.opt_state)
+    state = TrainState(jnp.zeros((), jnp.int32), params, initial.opt_state)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary) / "run"

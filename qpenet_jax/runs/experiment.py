@@ -337,11 +337,23 @@ class Experiment:
         """Return the parameters that training starts from."""
         return self.init(optax.identity()).params
 
-    def learned_like(self) -> PyTree[Array]:
-        """Return a tree as checkpoints hold it: `untrained`, with statistics if any."""
-        state, spec = self.init(optax.identity()), self.config.backbone
-        statistics = no_statistics(spec.name) if spec.drift else {}
-        return dataclasses.replace(state, statistics=statistics).learned
+    def learned_like(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Return shapes as checkpoints hold them: parameters, statistics if any.
+
+        Nothing is computed, and what is restored by them lies on one device.
+        """
+        spec = self.config.backbone
+
+        def learned():
+            statistics = no_statistics(spec.name) if spec.drift else {}
+            state = self.init(optax.identity())
+            return dataclasses.replace(state, statistics=statistics).learned
+
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            jax.eval_shape(learned),
+        )
 
     def train_step(self, tx: optax.GradientTransformation, epoch: int = 1):
         """Return the jitted train step, for a batch shared as `shardings` says.
