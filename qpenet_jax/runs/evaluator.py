@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,7 +156,7 @@ class Evaluator:
     def miou(self, params: PyTree[Array]) -> float:
         """Return the mIoU of parameters in percent; nothing is written."""
         predict = self.experiment.predictor(params, self.weights)
-        scores, _ = self._evaluate("selection", predict)
+        scores = self._evaluate("selection", predict)
         return 100 * mean_iou(scores, self.class_ids)
 
     def references(self) -> str:
@@ -236,9 +235,8 @@ class Evaluator:
             self.protocol.resize,
         )
 
-    def _evaluate(self, name: str, predict: Predictor) -> tuple[Scores, float]:
-        start = time.perf_counter()
-        scores = score_episodes(
+    def _evaluate(self, name: str, predict: Predictor) -> Scores:
+        return score_episodes(
             predict,
             self.val,
             self.protocol,
@@ -246,12 +244,11 @@ class Evaluator:
             workers=self.experiment.config.workers,
             label=f"evaluating {name}",
         )
-        return scores, time.perf_counter() - start
 
     def _score(self, name: str, predict: Predictor) -> dict[str, Any]:
-        scores, seconds = self._evaluate(name, predict)
+        scores = self._evaluate(name, predict)
         scores.save(self._episodes(name))
-        return summarize(scores, self.protocol, self.class_ids, seconds, self.focus)
+        return summarize(scores, self.protocol, self.class_ids, self.focus)
 
     def _gain(self, reference: str) -> dict[str, list[float]]:
         """Return paired mIoU differences with their intervals, in points."""
