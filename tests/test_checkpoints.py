@@ -1,5 +1,6 @@
 """Which checkpoints are kept, and which are loaded."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import no_file_above
 
 from qpenet_jax import InputError
 from qpenet_jax.training.checkpoints import (
@@ -246,3 +248,30 @@ def test_what_is_no_longer_kept_is_renamed_at_once(tmp_path):
         assert found == {"deleted", "2", "3"}
     found = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert found == {"2", "3"}
+
+
+def test_a_save_on_a_full_disk_is_one_line_and_the_one_before_is_whole(workdir):
+    """Orbax raises it with the next save, or in the end, from a thread of its own."""
+    like = {"kernel": jnp.zeros(50_000), "b": jnp.ones(3)}
+    large = TrainState(jnp.array(9, jnp.int32), like, {"trace": jnp.zeros(3)})
+    large = dataclasses.replace(large, params=noise_like(like))
+
+    def save_all(*states):
+        with no_file_above(20_000), open_checkpoints(workdir) as manager:
+            for each in states:
+                save(manager, each)
+
+    refused = r"checkpoints: a checkpoint can't be saved .*File too large.*make room"
+    for states in ([large], [large, state(10)]):
+        with pytest.raises(InputError, match=refused):
+            save_all(*states)
+    with open_checkpoints(workdir, ["base"]) as manager:
+        assert restore(manager, state(0)).step == 8
+        save(manager, state(9))
+    assert restore_params(workdir, state(0).params, "last")[1] == 9
+
+
+def noise_like(tree):
+    """Numbers that aren't compressed."""
+    rng = np.random.default_rng(0)
+    return {k: jnp.array(rng.random(v.shape, np.float32)) for k, v in tree.items()}

@@ -64,6 +64,7 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score the run once for each number of shots."""
     from qpenet_jax.data.episode_lists import read_episodes
+    from qpenet_jax.runs import retries
     from qpenet_jax.runs.evaluator import Evaluator, folder_name
     from qpenet_jax.runs.folder import open_run
 
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
         print(evaluator.describe())
         if args.references:
             evaluator.references()
-        evaluator(opened.params, step=opened.step, shared=opened.shared)
+        facts = {"step": opened.step, "shared": opened.shared}
+        evaluator(opened.params, **facts, **retries.told(opened.folder))
         print(evaluator.report())
         print(f"written to {folder}")
 

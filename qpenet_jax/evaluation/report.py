@@ -109,6 +109,11 @@ def _page(results: Results) -> str:
     ]
     for what, which in results.get("shared", {}).items():
         parts.append(f"Warning: {what}: {which}")
+    for retry in results.get("retries", []):
+        parts.append(
+            f"Warning: {retry['found']} at step {retry['at']} of the training, which "
+            f"went back to step {retry['to']} and on with other episodes"
+        )
     if "selection" in results:
         parts.append(f"Checkpoint: {results['selection']}")
     if "dtype" in results:

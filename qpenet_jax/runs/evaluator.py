@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, PyTree, UInt8
-from PIL import Image
 
 from qpenet_jax.config import SELECTION
 from qpenet_jax.core.types import SegmentationDataset
@@ -21,7 +20,7 @@ from qpenet_jax.evaluation.metrics import (
     mean_iou,
     paired_difference,
 )
-from qpenet_jax.evaluation.pictures import episode_figure
+from qpenet_jax.evaluation.pictures import episode_figure, save_image
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol, of_dataset
 from qpenet_jax.evaluation.report import (
@@ -196,7 +195,7 @@ class Evaluator:
         if "cosine" in results["references"]:
             results["gain_over_cosine"] = self._gain("cosine")
         figure = self._figure(predict)
-        Image.fromarray(figure).save(self.folder / FIGURE)
+        save_image(figure, self.folder / FIGURE)
         if tell is not None:
             tell(results, figure)
         write_report(self.folder, results)  # last: it says that all is done

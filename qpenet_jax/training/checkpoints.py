@@ -47,8 +47,7 @@ class DamagedCheckpoint(InputError):
     """A checkpoint can't be read; `what` is the message without the remedy."""
 
     def __init__(self, folder: str | Path, reason: object):
-        told = str(reason) or type(reason).__name__
-        self.what = f"checkpoint {folder} can't be read ({told.splitlines()[0][:200]})"
+        self.what = f"checkpoint {folder} can't be read ({_brief(reason)})"
         super().__init__(
             f"{self.what}; put back a copy of that folder, or delete that folder to go "
             "on from an older one"
@@ -89,6 +88,7 @@ def open_checkpoints(
         todelete_subdir=DELETED,
     )
     manager = ocp.CheckpointManager(folder, options=options)
+    _silence_late()
     try:
         yield manager
     finally:
@@ -104,11 +104,16 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of many types, from its threads
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{folder}: a checkpoint can't be saved ({reason[:200]}); the ones before "
+            f"{folder}: a checkpoint can't be saved ({_brief(error)}); the ones before "
             "are whole: make room, and the same command goes on from the latest"
         ) from error
+
+
+def _brief(reason: object) -> str:
+    """Return where and why, the start and the end of a message of TensorStore's."""
+    text = (str(reason) or type(reason).__name__).splitlines()[0]
+    return text if len(text) < 200 else f"{text[:80]} [...] {text[-80:]}"
 
 
 def _check_scores(folder: Path, mend: bool) -> None:
@@ -196,6 +201,7 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     Raises:
         InputError: all are damaged.
     """
+    manager.wait_until_finished()
     damaged: dict[int, DamagedCheckpoint] = {}
     for step in sorted(manager.all_steps(), reverse=True):
         try:
@@ -285,21 +291,17 @@ def _restore(manager: ocp.CheckpointManager, step: int, **like: PyTree):
 
 
 def _read(manager: ocp.CheckpointManager, step: int, items: ocp.args.Composite):
-    """Return what Orbax restores; where that fails, without pages of tracebacks.
-
-    It reads all arrays at once, and where one is damaged it doesn't wait for the
-    others: they fail later, at the latest when the process ends.
-    """
+    """Return what Orbax restores; where that fails, without pages of tracebacks."""
     with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            return manager.restore(step, args=items)
-        except Exception:
-            _silence_reads()
-            raise
+        return manager.restore(step, args=items)
 
 
-def _silence_reads() -> None:
-    """Tell Python not to print how the reads end that a failed one left behind."""
+@functools.cache
+def _silence_late() -> None:
+    """Tell Python not to print how reads and writes end that a failed one left behind.
+
+    Orbax does all of a checkpoint at once, and where one fails it waits for no other.
+    """
     unraisable, uncaught = sys.unraisablehook, sys.excepthook
 
     def is_late(error) -> bool:
