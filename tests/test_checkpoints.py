@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -275,3 +277,17 @@ def noise_like(tree):
     """Numbers that aren't compressed."""
     rng = np.random.default_rng(0)
     return {k: jnp.array(rng.random(v.shape, np.float32)) for k, v in tree.items()}
+
+
+def test_a_clock_that_was_turned_back_changes_nothing(workdir, monkeypatch):
+    future = time.time() + 1e7
+    for path in workdir.rglob("*"):
+        os.utime(path, (future, future))
+    monkeypatch.setattr(time, "time", lambda: future - 3e7)
+    with open_checkpoints(workdir, ["base"]) as manager:
+        assert restore(manager, state(0)).step == 8
+        save(manager, state(9))
+        save(manager, state(10))
+    with open_checkpoints(workdir, ["base"]) as manager:
+        assert sorted(manager.all_steps()) == [4, 9, 10]
+        assert restore(manager, state(0)).step == 10

@@ -272,6 +272,13 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     assert_refused(train(tmp_path / "run"), str(tmp_path / "run"))
 
 
+def test_a_folder_that_nobody_can_write_to_is_refused():
+    """Not even the superuser, who runs the tests in containers."""
+    if not Path("/proc").is_dir():
+        pytest.skip("no such folder here: /proc is Linux's")
+    assert_refused(train(Path("/proc/run")), "/proc/run")
+
+
 def test_a_corrupt_checkpoint_is_named(finished, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished[0], copy)
@@ -497,8 +504,11 @@ def test_predict_writes_masks_of_the_querys_size(finished, tmp_path):
     support = f"{tmp_path / '0.png'}:{tmp_path / 'mask.png'}"
     arguments = ("predict", "--workdir", workdir, "--support", support)
     out = tmp_path / "out"
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     result = qpenet(*arguments, "--query", queries, "--out", out)
     assert result.returncode == 0, result.stderr
+    after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    assert after == before, "a run may lie in a folder that can only be read"
     for i in (1, 2):
         mask = pixels_of(out / f"{i}.png")
         assert mask.shape == (70, 90 + i)
