@@ -74,10 +74,15 @@ def finish(command, **options):
 
 
 def trained(workdir, **changes):
-    """Train without a fault."""
+    """Train without a fault, or go on after it."""
     code, errors = finish(words(workdir, **changes))
     assert code == 0, errors
     return workdir
+
+
+def unbroken(folder):
+    """Return the run that broken ones are compared with, the same for several rows."""
+    return trained(folder.parent / "unbroken")
 
 
 # --- Many queries ---
@@ -156,9 +161,9 @@ RESULTS = ("results.json", "references.json", "episodes_qpenet.csv", "inputs.jso
 def kills(folder, count, seed):
     """Kill a training at random moments, go on, compare with the whole one."""
     rng = np.random.default_rng(seed)
-    trained(folder / "warm")  # compiles
+    whole = unbroken(folder)  # compiles, too
     begun = time.monotonic()
-    whole = trained(folder / "whole")
+    trained(folder / "timed")
     length = time.monotonic() - begun
     same, rows = 0, []
     for i in range(count or 20):
@@ -215,7 +220,7 @@ def damages(folder, count, seed):
     keep_freed_memory()
     keep_compilations()
     rng = np.random.default_rng(seed)
-    whole = trained(folder / "whole")
+    whole = unbroken(folder)
     settings = [str(word) for word in words(whole, workers=0)[6:]]
     config = load_config(ROOT / "configs" / "quickstart.py", settings)
     found = {"named": 0, "of no use to Orbax": 0, "the same": 0}
@@ -257,7 +262,7 @@ def _damage(checkpoint, how, rng):
 
 # --- What loads ---
 
-LONGER = {"steps": 80, "save_every": 10, "eval__every": 40, "log_every": 5}
+LONGER = {"steps": 40, "save_every": 10, "eval__every": 20, "log_every": 5}
 
 
 def workers(folder, count, seed):
@@ -354,7 +359,7 @@ FULL = {"save": 300, "results": 1028, "beginning": 1}
 
 def full(folder, count, seed):
     """Let no file grow above some size; then lift that and go on."""
-    whole = trained(folder / "whole")
+    whole = unbroken(folder)
     found = {}
     for what, size in FULL.items():
         workdir = folder / what
@@ -375,7 +380,7 @@ def _limit(size):
 
 def folders(folder, count, seed):
     """Train twice in one folder, in one that can't be written, with the clock back."""
-    whole = trained(folder / "whole")
+    whole = unbroken(folder)
     found = {}
     twice = folder / "twice"
     first = start(words(twice), **QUIET)
