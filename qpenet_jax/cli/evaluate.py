@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qpenet_jax.cli.options import (
     WORKDIR,
@@ -90,8 +91,8 @@ def run(args: argparse.Namespace) -> None:
         print(evaluator.describe())
         if args.references:
             evaluator.references()
-        facts = {"step": opened.step, "shared": opened.shared}
-        evaluator(opened.params, **facts, **retries.told(opened.folder))
+        facts: dict[str, Any] = {"step": opened.step, "shared": opened.shared}
+        evaluator(opened.params, **facts | retries.told(opened.folder))
         print(evaluator.report())
         print(f"written to {folder}")
 

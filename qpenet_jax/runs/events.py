@@ -17,6 +17,8 @@ from tensorboardX.record_writer import RecordWriter
 
 PREFIX = "events.out.tfevents."
 
+KINDS: Any = event_pb2  # whose classes are made when it is imported
+
 
 class Events(contextlib.AbstractContextManager):
     """Writes a new file of events into a folder; to be used in a `with`.
@@ -36,8 +38,7 @@ class Events(contextlib.AbstractContextManager):
         self._file = RecordWriter(str(path))
         self._write(file_version="brain.Event:2")
         if purge_step is not None:
-            started: Any = event_pb2.SessionLog  # made when it is imported
-            log = started(status=started.START)
+            log = KINDS.SessionLog(status=KINDS.SessionLog.START)
             self._write(session_log=log, step=purge_step)
 
     def __exit__(self, *_: object) -> None:
@@ -55,7 +56,6 @@ class Events(contextlib.AbstractContextManager):
         self._write(summary=shown, step=step)
 
     def _write(self, **fields: Any) -> None:
-        kinds: Any = event_pb2
-        event = kinds.Event(wall_time=time.time(), **fields)
+        event = KINDS.Event(wall_time=time.time(), **fields)
         self._file.write(event.SerializeToString())
         self._file.flush()
