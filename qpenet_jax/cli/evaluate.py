@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> None:
         if args.references:
             evaluator.references()
         facts: dict[str, Any] = {"step": opened.step, "shared": opened.shared}
-        evaluator(opened.params, **facts | retries.told(opened.folder))
+        facts |= retries.told(opened.folder)
+        evaluator(opened.params, **facts)
         print(evaluator.report())
         print(f"written to {folder}")
 
