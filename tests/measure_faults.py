@@ -159,25 +159,45 @@ def _resident(pid):
 RESULTS = ("results.json", "references.json", "episodes_qpenet.csv", "inputs.json")
 
 
+KILLED = {"steps": 40, "eval__every": 10}
+
+
 def kills(folder, count, seed):
-    """Kill a training at random moments, go on, compare with the whole one."""
+    """Kill trainings at random moments; go on each time, after the last to the end.
+
+    After each kill all checkpoints are compared with the whole run's at their steps; a
+    run that comes to its end is compared with all that the whole one left.
+    """
     rng = np.random.default_rng(seed)
-    whole = unbroken(folder)  # compiles, too
-    begun = time.monotonic()
-    assert _forked(folder / "timed", None) == 0
+    whole, begun, steps = folder / "whole", time.monotonic(), {}
+    process = start(words(whole, **KILLED), **QUIET)
+    while process.poll() is None:
+        with contextlib.suppress(OSError, ValueError):  # one that comes or goes
+            steps |= _hashes(whole)
+        time.sleep(0.01)
     length = time.monotonic() - begun
-    rows = []
-    for i in range(count or 20):
-        workdir = folder / f"killed_{i}"
+    rows, ended, runs = [], [], 0
+    while len(rows) < (count or 20):
+        workdir = folder / f"killed_{runs}"
         moment = float(rng.uniform(0.0, length))
-        row = {"second": round(moment, 1), "code": _forked(workdir, moment)}
-        row["left"] = sorted(p.name for p in workdir.glob("checkpoints/*"))
-        row["resumed"] = _forked(workdir, None)
-        row["same"] = differing(workdir, whole) == []
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    same = sum(row["same"] for row in rows)
-    return {"of": len(rows), "the same": same, "seconds of a run": round(length, 1)}
+        code = _forked(workdir, moment)
+        if code == 0:
+            ended.append(differing(workdir, whole) == [])
+            runs += 1
+            continue
+        saved = _hashes(workdir) if (workdir / "checkpoints").exists() else {}
+        same = all(steps.get(step) == found for step, found in saved.items())
+        rows.append({"second": round(moment, 1), "left": sorted(saved), "same": same})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    assert _forked(workdir, None) == 0
+    ended.append(differing(workdir, whole) == [])
+    return {
+        "kills": len(rows),
+        "checkpoints the same": sum(row["same"] for row in rows),
+        "ended": len(ended),
+        "results the same": sum(ended),
+        "seconds of a run": round(length),
+    }
 
 
 def _forked(workdir, seconds):
@@ -187,7 +207,7 @@ def _forked(workdir, seconds):
     """
     forked = multiprocessing.get_context("forkserver")
     forked.set_forkserver_preload(["qpenet_jax.runs.loop", "grain"])
-    command = [str(word) for word in words(workdir, workers=0)[1:]]
+    command = [str(word) for word in words(workdir, workers=0, **KILLED)[1:]]
     process = forked.Process(target=_train, args=(command,))
     process.start()
     process.join(seconds)
@@ -223,7 +243,9 @@ def _hashes(workdir):
     Checkpoints are compared with it wherever they are read, so the last two are.
     """
     found = {}
-    for step in (workdir / "checkpoints").iterdir():
+    for step in (workdir / "checkpoints").glob("[0-9]*"):
+        if not step.name.isdigit():
+            continue  # what an interrupted save left
         text = (step / "_CHECKPOINT_METADATA").read_text()
         found[step.name] = json.loads(text)["custom_metadata"]["sha256"]
     return found
@@ -484,6 +506,7 @@ def main():
     parser.add_argument("--count", type=int, help="how many; default: the table's")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
     for row in args.rows:
         folder = args.folder.resolve() / row
         folder.mkdir(parents=True, exist_ok=True)
