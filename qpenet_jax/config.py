@@ -155,6 +155,9 @@ def default_config() -> Any:
     # leaks them; "last". Several, as in "base,novel,last": the first is the result's,
     # the others are scored beside it.
     config.select_on = "base"
+    # How often training goes back to its latest checkpoint and on with other episodes
+    # when its loss isn't finite any more; 0 stops there. The results tell each time.
+    config.retries_on_nan = 0
     config.log_every = 50
     config.save_every = 1000
     # Let later processes find what XLA compiled, in the user's cache folder.
@@ -274,8 +277,9 @@ def check(config: Any) -> None:
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"config.{name}={value} must be 1 or more")
-    if config.seed < 0:
-        raise InputError(f"config.seed={config.seed} must be 0 or more")
+    for name in ("seed", "retries_on_nan"):
+        if config[name] < 0:
+            raise InputError(f"config.{name}={config[name]} must be 0 or more")
     data = config.dataset
     for name, value, choices in (
         *(("select_on", name, SELECTION) for name in selections(config)),

@@ -75,6 +75,19 @@ def _settings(**values):
         jax.config.update(name, value)
 
 
+@contextlib.contextmanager
+def no_file_above(size):
+    """Let writes beyond `size` bytes of a file fail, as all do on a full disk."""
+    import resource  # Unix only
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.fixture(scope="module")
 def unoptimised_code():
     """Compile with little effort: where that takes far longer than what is run."""

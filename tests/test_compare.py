@@ -37,7 +37,7 @@ def write_run(folder, *, gain=0, name="episodes_qpenet.csv", facts=None, **chang
     fields |= {"version": "1.0 abc", "episodes": 40, "seeds": (0, 1)}
     protocol = Protocol(**fields | changes)
     scores = scores_of(protocol.seeds, protocol.episodes, gain)
-    results = summarize(scores, protocol, IDS, 1.0) | {"class_ids": list(IDS)}
+    results = summarize(scores, protocol, IDS) | {"class_ids": list(IDS)}
     folder.mkdir()
     scores.save(folder / name)
     write_report(folder, results | (facts or {}))

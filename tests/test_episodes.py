@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, eligible_pairs
-from qpenet_jax.data.loader import load_episode, training_batches
+from qpenet_jax.data.loader import ahead, load_episode, training_batches
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.data.transforms import binary_mask, fit, fit_label
 
@@ -421,3 +422,16 @@ def test_processes_that_load_end_with_one_that_is_killed(tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def killed_at_3(i):
+    if i == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return np.full(3, i)
+
+
+def test_a_process_that_loads_and_is_killed_is_told():
+    with contextlib.closing(ahead(killed_at_3, range(9), 1)) as stream:
+        assert next(stream).tolist() == [0, 0, 0]
+        with pytest.raises(InputError, match=r"was killed .*code -9.*config.workers"):
+            list(stream)

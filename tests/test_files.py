@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import no_file_above
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import (
@@ -14,6 +15,7 @@ from qpenet_jax.core.files import (
     locked,
     refuse_overwriting,
     walk,
+    write_whole,
 )
 
 
@@ -175,3 +177,12 @@ def test_a_walk_leaves_nothing_out_silently(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
     with pytest.raises(InputError, match=r"can't be read \(Permission denied\)"):
         walk(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path):
+    path = tmp_path / "a.json"
+    write_whole(path, "old")
+    with no_file_above(10), pytest.raises(InputError, match=r"a.json.*make room"):
+        write_whole(path, "new and longer")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -20,6 +20,7 @@ from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.runs import loop, progress
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.evaluator import Evaluator
+from qpenet_jax.runs.experiment import FREE
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.profiling import Profile
 from qpenet_jax.runs.stopping import Interrupted, StopSignal
@@ -251,6 +252,75 @@ def test_a_second_training_in_a_workdir_is_refused(tmp_path):
         assert [path.name for path in workdir.iterdir()] == [loop.LOCK_FILE]
 
 
+# --- A loss that isn't finite ---
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The first batch of each start; the third step of all has no finite loss."""
+    starts, steps = [], []
+    batches, step = loop.Trainer.batches, loop.Trainer.step
+
+    def started(self, start_step=0):
+        starts.append(start_step)
+        return batches(self, start_step)
+
+    def diverging(self, state, batch):
+        steps.append(len(steps) + 1)
+        state, measured = step(self, state, batch)
+        if steps[-1] == 4:
+            stop()
+        return state, measured | ({"loss": np.nan} if steps[-1] == 3 else {})
+
+    monkeypatch.setattr(loop.Trainer, "batches", started)
+    monkeypatch.setattr(loop.Trainer, "step", diverging)
+    return starts
+
+
+def test_a_retry_takes_other_episodes_also_when_it_is_resumed(
+    scored, taken, tmp_path, capsys
+):
+    """Batch 2 (from 0) led to the NaN of step 3: it's left out from then on."""
+    asked = config(retries_on_nan=1, steps=4, **{"eval.every": 2})
+    with pytest.raises(Interrupted, match="step 3 is saved"):
+        loop.train(asked, tmp_path)
+    assert taken == [0, 3]
+    told = "warning: loss is nan at step 3: back to step 2, and on with other episodes"
+    assert told in capsys.readouterr().err
+    loop.train(asked, tmp_path)
+    assert taken == [0, 3, 4]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["retries"] == [{"at": 3, "found": "loss is nan", "to": 2}]
+    assert "went back to step 2" in (tmp_path / "results.md").read_text()
+
+
+def test_without_being_asked_it_stops_at_the_first_bad_step(taken, tmp_path):
+    """And may be asked then, in the same folder: the results tell its use."""
+    few = {"steps": 4, "log_every": 4, "save_every": 2, "select_on": "last"}
+    few["eval.every"] = 4
+    with pytest.raises(InputError, match=r"nan at step 3; .* step 2 is kept"):
+        loop.train(config(**few), tmp_path)
+    assert not (tmp_path / "retries.json").exists()
+    assert sorted(scores(tmp_path)) == [2]
+    assert "retries_on_nan" in FREE
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    step = loop.Trainer.step
+
+    def overflowing(self, state, batch):
+        state, measured = step(self, state, batch)
+        if int(state.step) == 2:
+            params = jax.tree.map(lambda leaf: leaf * np.inf, state.params)
+            state = dataclasses.replace(state, params=params)
+        return state, measured
+
+    monkeypatch.setattr(loop.Trainer, "step", overflowing)
+    with pytest.raises(InputError, match=r"parameter isn't finite at step 2; .*step 1"):
+        loop.train(config(select_on="last"), tmp_path)
+    assert sorted(scores(tmp_path)) == [1]
+
+
 # --- What is told of the speed ---
 
 
@@ -264,22 +334,22 @@ class Time:
 
 
 class Written(dict):
-    """Stands for the writer of TensorBoard's events."""
+    """Stands for the file of TensorBoard's events."""
 
     def __call__(self, folder, **options):
         return self
 
+    def __exit__(self, *error):
+        pass
+
     def add_scalar(self, name, value, step):
         self[name, step] = value
-
-    def close(self):
-        pass
 
 
 def test_speed_and_waiting_are_of_the_steps_since_the_last_time(tmp_path, monkeypatch):
     clock, written = Time(), Written()
     monkeypatch.setattr(progress, "time", clock)
-    monkeypatch.setattr(progress, "SummaryWriter", written)
+    monkeypatch.setattr(progress, "Events", written)
     settings = types.SimpleNamespace(batch_size=3, shots=2)
     trainer: Any = types.SimpleNamespace(
         config=settings, steps=9, learning_rate=lambda t: 0.5**t

@@ -1,5 +1,7 @@
 """`qpenet predict` around the network: what is read, written, left out and refused."""
 
+import weakref
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +10,7 @@ from test_segmenter import SEGMENT, picture
 
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputWarning
+from qpenet_jax.data import images
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +130,20 @@ def test_home_is_found_in_every_path(monkeypatch, tmp_path, support):
     queries(tmp_path / "photos", "a.png")
     main(words("~/support.png:~/mask.png", "~/photos/a.png", "~/out"))
     assert (tmp_path / "out" / "a.png").exists()
+
+
+def test_no_more_than_two_queries_are_in_memory(tmp_path, support, monkeypatch):
+    """However many there are; the second is the one that is being read."""
+    read, kept, most = images.read_image, [], []
+
+    def watched(*args, **options):
+        pixels = read(*args, **options)
+        kept.append(weakref.ref(pixels))
+        most.append(sum(image() is not None for image in kept[1:]))  # of the queries
+        return pixels
+
+    monkeypatch.setattr(images, "read_image", watched)
+    folder = queries(tmp_path / "photos", *(f"{i}.png" for i in range(9)))
+    main(words(support, folder, tmp_path / "out"))
+    assert len(kept) == 1 + 9
+    assert max(most) <= 2

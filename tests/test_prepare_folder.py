@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import no_file_above
 from PIL import Image
 
 from qpenet_jax.cli.main import main
@@ -511,3 +512,15 @@ def test_too_few_images_for_the_share(root, tmp_path):
         (root / f"{split}.txt").unlink()
     with pytest.raises(InputError, match=r"no image fell to val .*val\.txt.*1e-09"):
         prepare_folder(root, tmp_path / "out", val_share=1e-9)
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(root, tmp_path):
+    """ArrayRecord raises no OSError."""
+    out = tmp_path / "out"
+    with (
+        no_file_above(2000),
+        pytest.raises(InputError, match=r"array_record.* File too large\); make room"),
+    ):
+        prepare_folder(root, out)
+    assert [path.suffix for path in out.rglob("*") if path.is_file()] == [".lock"]
+    assert prepare_folder(root, out).is_dir()

@@ -51,7 +51,7 @@ def cells(text):
 
 def test_summary_in_percent(scores):
     p = protocol(shots=5)
-    result = summarize(scores, p, IDS, 12.345, focus=("two", "one"))
+    result = summarize(scores, p, IDS, focus=("two", "one"))
     assert result["miou"] == 25.0
     assert result["miou_interval"] == [25.0, 25.0]
     np.testing.assert_allclose(result["fb_iou"], 100 * (0.8 + 60 / 180) / 2, atol=0.01)
@@ -65,16 +65,16 @@ def test_summary_in_percent(scores):
     }
     assert result["per_seed"] == {"0": 25.0}
     assert result["seed_spread"] == {"std": None, "min": 25.0, "max": 25.0}
-    assert (result["episodes"], result["seeds"], result["seconds"]) == (6, [0], 12.3)
+    assert (result["episodes"], result["seeds"]) == (6, [0])
     assert result["protocol"] == p.to_dict()
     assert result["focus"]["classes"] == ["two", "one"]
     assert result["focus"]["miou"] == 37.5
     assert result["focus"]["miou_interval"] == [37.5, 37.5]
-    assert "focus" not in summarize(scores, p, IDS, 1.0)
+    assert "focus" not in summarize(scores, p, IDS)
 
 
 def test_summary_of_two_seeds(two_seeds):
-    result = summarize(two_seeds, protocol(seeds=(0, 7)), IDS, 1.0)
+    result = summarize(two_seeds, protocol(seeds=(0, 7)), IDS)
     second = round(110 / 3, 2)
     assert result["per_seed"] == {"0": 25.0, "7": second}
     assert result["miou"] == round((25 + 110 / 3) / 2, 2)
@@ -83,7 +83,7 @@ def test_summary_of_two_seeds(two_seeds):
 
 
 def test_table_is_markdown(scores):
-    result = summarize(scores, protocol(), IDS, 1.0, focus=("one",))
+    result = summarize(scores, protocol(), IDS, focus=("one",))
     text = table({"cosine": result, "ours": result})
     rows = cells(text)
     assert rows[0] == ["IoU %", "cosine", "ours"]
@@ -98,8 +98,8 @@ def test_table_is_markdown(scores):
 
 def test_report_is_three_files(two_seeds, scores, tmp_path):
     p = protocol(seeds=(0, 7))
-    results = summarize(two_seeds, p, IDS, 1.0, focus=("one",))
-    results["references"] = {"cosine": summarize(scores, p, IDS, 1.0, focus=("one",))}
+    results = summarize(two_seeds, p, IDS, focus=("one",))
+    results["references"] = {"cosine": summarize(scores, p, IDS, focus=("one",))}
     results["gain_over_cosine"] = {"mIoU": [5.83, -1.0, 12.0]}
     results["selection"] = "last step (the novel classes had no say)"
     for _ in range(2):  # the second time over the first
@@ -125,7 +125,7 @@ def test_report_is_three_files(two_seeds, scores, tmp_path):
 def test_sheet_has_a_row_a_class_and_the_means(two_seeds, tmp_path):
     names = ("dining, table", 'so "called"', "café")
     p = protocol(seeds=(0, 7), classes=names)
-    results = summarize(two_seeds, p, IDS, 1.0, focus=names[:2])
+    results = summarize(two_seeds, p, IDS, focus=names[:2])
     write_report(tmp_path, results)
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
@@ -145,7 +145,7 @@ def test_sheet_has_a_row_a_class_and_the_means(two_seeds, tmp_path):
 
 
 def test_page_without_the_optional_parts(scores, tmp_path):
-    write_report(tmp_path, summarize(scores, protocol(), IDS, 1.0))
+    write_report(tmp_path, summarize(scores, protocol(), IDS))
     page = (tmp_path / "results.md").read_text()
     assert cells(page)[0] == ["IoU %", "QPENet"]
     assert "Spread over seeds: unknown, there is one (seed 0)." in page
@@ -171,7 +171,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_images_that_were_trained_on_are_told(scores, tmp_path):
-    results = summarize(scores, protocol(), IDS, 1.0)
+    results = summarize(scores, protocol(), IDS)
     write_report(tmp_path, results | {"shared": {}})
     assert "Warning" not in (tmp_path / "results.md").read_text()
     shared = {"scored images that were trained on": "2 of 9, such as a = b"}

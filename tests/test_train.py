@@ -128,7 +128,6 @@ def test_a_run_leaves_results_figure_events_and_checkpoints(finished):
     results = json.loads((workdir / "results.json").read_text())
     for key in ("miou", "fb_iou", "per_class", "episodes", "seeds", "protocol"):
         assert key in results
-    assert results["seconds"] > 0
     assert results["step"] == 4
     assert set(results["references"]) == {"untrained", "cosine"}
     assert list(results["per_class"]) == ["disc", "frame", "star", "arrow", "crescent"]
@@ -170,14 +169,9 @@ def test_a_run_killed_while_writing_results_writes_them_again(finished, tmp_path
     (copy / "results.md").write_text("of an older evaluation")
     result = train(copy)
     assert result.returncode == 0, result.stderr
-    for name in ("results.md", "results.csv", "episodes.png", "episodes_qpenet.csv"):
+    names = [f"results.{kind}" for kind in ("md", "csv", "json")]
+    for name in (*names, "episodes.png", "episodes_qpenet.csv"):
         assert (copy / name).read_bytes() == (finished[0] / name).read_bytes()
-    ours, theirs = (
-        json.loads((run / "results.json").read_text()) for run in (copy, finished[0])
-    )
-    assert ours.pop("seconds") > 0
-    del theirs["seconds"]
-    assert ours == theirs
 
 
 def test_a_run_goes_on_only_with_the_data_that_it_started_with(finished, tmp_path):
@@ -224,8 +218,7 @@ def test_a_killed_run_resumes_to_the_same_parameters(finished, tmp_path, number)
     assert result.returncode == 0, result.stderr
     ours, theirs = open_run(workdir).params, open_run(whole).params
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    names = ("episodes_qpenet.csv", "episodes_cosine.csv")
-    for name in names:
+    for name in ("episodes_qpenet.csv", "episodes_cosine.csv", "results.json"):
         assert (workdir / name).read_text() == (whole / name).read_text()
 
 
@@ -277,6 +270,13 @@ def test_a_truncated_image_stops_training_with_its_name(tmp_path):
 def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").touch()
     assert_refused(train(tmp_path / "run"), str(tmp_path / "run"))
+
+
+def test_a_folder_that_nobody_can_write_to_is_refused():
+    """Not even the superuser, who runs the tests in containers."""
+    if not Path("/proc").is_dir():
+        pytest.skip("no such folder here: /proc is Linux's")
+    assert_refused(train(Path("/proc/run")), "/proc/run")
 
 
 def test_a_corrupt_checkpoint_is_named(finished, tmp_path):
@@ -504,8 +504,11 @@ def test_predict_writes_masks_of_the_querys_size(finished, tmp_path):
     support = f"{tmp_path / '0.png'}:{tmp_path / 'mask.png'}"
     arguments = ("predict", "--workdir", workdir, "--support", support)
     out = tmp_path / "out"
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     result = qpenet(*arguments, "--query", queries, "--out", out)
     assert result.returncode == 0, result.stderr
+    after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    assert after == before, "a run may lie in a folder that can only be read"
     for i in (1, 2):
         mask = pixels_of(out / f"{i}.png")
         assert mask.shape == (70, 90 + i)

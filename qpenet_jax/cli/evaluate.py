@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qpenet_jax.cli.options import (
     WORKDIR,
@@ -64,6 +65,7 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score the run once for each number of shots."""
     from qpenet_jax.data.episode_lists import read_episodes
+    from qpenet_jax.runs import retries
     from qpenet_jax.runs.evaluator import Evaluator, folder_name
     from qpenet_jax.runs.folder import open_run
 
@@ -89,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
         print(evaluator.describe())
         if args.references:
             evaluator.references()
-        evaluator(opened.params, step=opened.step, shared=opened.shared)
+        facts: dict[str, Any] = {"step": opened.step, "shared": opened.shared}
+        facts |= retries.told(opened.folder)
+        evaluator(opened.params, **facts)
         print(evaluator.report())
         print(f"written to {folder}")
 

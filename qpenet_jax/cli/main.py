@@ -129,7 +129,8 @@ def _set_up_process(args: argparse.Namespace) -> None:
     check_platform()
     if args.run is not train.run:  # where the config says whether to keep them
         keep_compilations()
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every step of a save
+    # Orbax reports every step of a save, and logs with its traceback what it raises.
+    logging.set_verbosity(logging.FATAL)
 
 
 class _Parser(argparse.ArgumentParser):

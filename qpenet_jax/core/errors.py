@@ -42,6 +42,9 @@ def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:
         raise InputError(f"{what}{value!r}: choose {listed}")
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write fails with where a disk, a quota or the largest file size is full."""
+
 BROKEN_PIPE = 128 + 13
 """The exit code of a program that SIGPIPE has ended, as the shell tells it."""
 
@@ -65,9 +68,11 @@ def exit_on_input_error() -> Iterator[None]:
         _finish_output()
         sys.exit(BROKEN_PIPE)
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+        if error.filename is None and error.errno not in NO_ROOM:
             raise
         message = f"{error.filename or 'while writing'}: {error.strerror}"
+        if error.errno in NO_ROOM:
+            message += "; make room, then run the same command again"
     _finish_output()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 import platformdirs
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import NO_ROOM, InputError
 
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")
 """The start of gs://..., https://... and the like; a drive has one letter."""
@@ -83,7 +83,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
         part.write_bytes(data)
         part.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: can't be written ({error.strerror})") from None
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        remedy = "; make room, then run the same command again"
+        raise InputError(
+            f"{path}: can't be written ({error.strerror})"
+            f"{remedy if error.errno in NO_ROOM else ''}"
+        ) from None
 
 
 def walk(folder: Path, recursive: bool = True) -> dict[str, Path]:

@@ -37,6 +37,9 @@ from qpenet_jax.data.transforms import (
 BATCHES_AHEAD = 2
 """Batches that each worker keeps ready."""
 
+WORKER_DIED = "process was terminated unexpectedly"
+"""What Grain tells, beside the exit code, of a worker that is gone."""
+
 T = TypeVar("T")
 
 
@@ -114,6 +117,9 @@ def ahead(
     """Yield `load(i)` in order, computed in worker processes, or a thread if 0.
 
     Close the generator, if it isn't exhausted, to end its workers.
+
+    Raises:
+        InputError: what `load` raises, or a worker was killed.
     """
     import grain  # Here: it takes a good part of a second.
 
@@ -134,6 +140,14 @@ def ahead(
         yield from map(_copied, iterator) if workers else iterator
     except InputError as error:  # Grain adds notes of its own to what workers raise.
         raise InputError(str(error)) from None
+    except RuntimeError as error:
+        if WORKER_DIED not in str(error):
+            raise
+        raise InputError(
+            f"a loading process was killed ({str(error).partition('. ')[0]}), perhaps "
+            "for want of memory: lower config.workers, or free some; the same command "
+            "goes on"
+        ) from None
     finally:
         iterator.close()
         gc.collect()  # Grain's last arrays are in cycles, with the end of its iterators

@@ -4,8 +4,10 @@ The colours are those of Okabe and Ito, told apart by colour-blind readers too; 
 colour means the same on every sheet.
 """
 
+import io
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -13,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.types import Array, Episode, SegmentationDataset
 from qpenet_jax.data.episodes import EpisodeIds
 from qpenet_jax.data.loader import load_episode
@@ -33,6 +36,13 @@ LEGEND = {"annotated support": SUPPORT, "truth": TRUTH, "prediction": PREDICTION
 
 Row = tuple[str, Sequence[Image.Image]]
 """A label, with line breaks, and a tile for every column."""
+
+
+def save_image(pixels: RGB, path: Path) -> None:
+    """Write a PNG whole or not at all; raises InputError where it can't be written."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    write_whole(path, content.getvalue())
 
 
 class Scene(NamedTuple):

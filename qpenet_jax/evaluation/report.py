@@ -30,13 +30,13 @@ def summarize(
     scores: Scores,
     protocol: Protocol,
     class_ids: Sequence[int],
-    seconds: float,
     focus: Sequence[str] = (),
 ) -> Results:
     """Return the contents of results.json; IoU in percent.
 
     `class_ids` are those of `protocol.classes`, in their order; `focus` names classes
-    whose own mean is given beside the mean over all.
+    whose own mean is given beside the mean over all. Nothing in it depends on the hour
+    or the speed: a run that was killed and went on has the same file.
     """
     found = metrics.estimate(scores, class_ids)
     per_class = dict(zip(protocol.classes, found.per_class, strict=True))
@@ -52,7 +52,6 @@ def summarize(
         "episodes": protocol.episodes,
         "seeds": list(protocol.seeds),
         "protocol": protocol.to_dict(),
-        "seconds": round(seconds, 1),
     }
     if focus:
         chosen = [class_ids[protocol.classes.index(name)] for name in focus]
@@ -110,6 +109,11 @@ def _page(results: Results) -> str:
     ]
     for what, which in results.get("shared", {}).items():
         parts.append(f"Warning: {what}: {which}")
+    for retry in results.get("retries", []):
+        parts.append(
+            f"Warning: {retry['found']} at step {retry['at']} of the training, which "
+            f"went back to step {retry['to']} and on with other episodes"
+        )
     if "selection" in results:
         parts.append(f"Checkpoint: {results['selection']}")
     if "dtype" in results:

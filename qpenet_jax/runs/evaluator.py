@@ -4,14 +4,12 @@ import copy
 import dataclasses
 import functools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, PyTree, UInt8
-from PIL import Image
 
 from qpenet_jax.config import SELECTION
 from qpenet_jax.core.types import SegmentationDataset
@@ -22,7 +20,7 @@ from qpenet_jax.evaluation.metrics import (
     mean_iou,
     paired_difference,
 )
-from qpenet_jax.evaluation.pictures import episode_figure
+from qpenet_jax.evaluation.pictures import episode_figure, save_image
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol, of_dataset
 from qpenet_jax.evaluation.report import (
@@ -157,7 +155,7 @@ class Evaluator:
     def miou(self, params: PyTree[Array]) -> float:
         """Return the mIoU of parameters in percent; nothing is written."""
         predict = self.experiment.predictor(params, self.weights)
-        scores, _ = self._evaluate("selection", predict)
+        scores = self._evaluate("selection", predict)
         return 100 * mean_iou(scores, self.class_ids)
 
     def references(self) -> str:
@@ -197,7 +195,7 @@ class Evaluator:
         if "cosine" in results["references"]:
             results["gain_over_cosine"] = self._gain("cosine")
         figure = self._figure(predict)
-        Image.fromarray(figure).save(self.folder / FIGURE)
+        save_image(figure, self.folder / FIGURE)
         if tell is not None:
             tell(results, figure)
         write_report(self.folder, results)  # last: it says that all is done
@@ -236,9 +234,8 @@ class Evaluator:
             self.protocol.resize,
         )
 
-    def _evaluate(self, name: str, predict: Predictor) -> tuple[Scores, float]:
-        start = time.perf_counter()
-        scores = score_episodes(
+    def _evaluate(self, name: str, predict: Predictor) -> Scores:
+        return score_episodes(
             predict,
             self.val,
             self.protocol,
@@ -246,12 +243,11 @@ class Evaluator:
             workers=self.experiment.config.workers,
             label=f"evaluating {name}",
         )
-        return scores, time.perf_counter() - start
 
     def _score(self, name: str, predict: Predictor) -> dict[str, Any]:
-        scores, seconds = self._evaluate(name, predict)
+        scores = self._evaluate(name, predict)
         scores.save(self._episodes(name))
-        return summarize(scores, self.protocol, self.class_ids, seconds, self.focus)
+        return summarize(scores, self.protocol, self.class_ids, self.focus)
 
     def _gain(self, reference: str) -> dict[str, list[float]]:
         """Return paired mIoU differences with their intervals, in points."""

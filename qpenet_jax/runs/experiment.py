@@ -70,7 +70,14 @@ PATHS = (
     "backbone.weights",
 )
 BELOW_ROOT = ("dataset.images", "dataset.masks")
-FREE = {"workers", "log_every", "save_every", "keep_compilations", *PATHS}
+FREE = {
+    "workers",
+    "log_every",
+    "save_every",
+    "keep_compilations",
+    "retries_on_nan",  # a run that has used one tells it in its results
+    *PATHS,
+}
 
 
 @dataclasses.dataclass(frozen=True)

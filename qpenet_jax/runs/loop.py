@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
-from tensorboardX import SummaryWriter
 
 from qpenet_jax.core import markdown
 from qpenet_jax.core.files import local_path, locked, refuse_overwriting
 from qpenet_jax.data.versions import shared_photos
 from qpenet_jax.evaluation.report import RESULTS
+from qpenet_jax.runs import retries
 from qpenet_jax.runs.evaluator import Evaluator
+from qpenet_jax.runs.events import Events
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import SELECTED_ON, SHARED, claim, inputs_of, read_json
 from qpenet_jax.runs.profiling import Profile
-from qpenet_jax.runs.progress import Progress
+from qpenet_jax.runs.progress import NotFinite, Progress
 from qpenet_jax.runs.stopping import Interrupted, StopSignal
 from qpenet_jax.runs.trainer import Trainer
 from qpenet_jax.training import checkpoints
+from qpenet_jax.training.health import is_finite
 from qpenet_jax.training.step import TrainState
 
 LOCK_FILE = "lock"
@@ -97,8 +99,14 @@ def _trained(
 ) -> TrainState:
     """Take the steps that are left and return the last state, saved as all due ones."""
     with checkpoints.open_checkpoints(workdir, list(selectors)) as manager:
-        state = _started(trainer, manager, evaluator)
-        return Loop(trainer, workdir, manager, selectors, stop, profile).run(state)
+        loop = Loop(trainer, workdir, manager, selectors, stop, profile)
+        while True:
+            state = _started(trainer, manager, evaluator)
+            try:
+                return loop.run(state)
+            except NotFinite as error:
+                to, limit = manager.latest_step() or 0, trainer.config.retries_on_nan
+                retries.go_back(workdir, error, to, limit)
 
 
 def _started(
@@ -131,7 +139,9 @@ class Loop:
         with (
             Progress(trainer, self.workdir, start) as progress,
             Profile(self.workdir, self.profile, start, trainer.steps) as profile,
-            contextlib.closing(trainer.batches(start)) as batches,
+            contextlib.closing(
+                trainer.batches(start + retries.skipped(self.workdir, start))
+            ) as batches,
         ):
             self._score_restored(state, progress)
             with self.stop.postponed():
@@ -154,6 +164,9 @@ class Loop:
             return
         progress.tell(step, saved=self.manager.latest_step())
         if saving:
+            if not is_finite(state.learned):
+                saved = self.manager.latest_step()
+                raise NotFinite("a parameter isn't finite", step, saved)
             scores = self._score_unless_stopped(state, progress) if due else None
             checkpoints.save(self.manager, state, scores)
         progress.restart_clock()
@@ -211,12 +224,13 @@ def _score_selected(
         return
 
     def tell(results, figure):
-        with SummaryWriter(str(workdir)) as writer:
-            writer.add_scalar("eval/miou", results["miou"], selected)
-            writer.add_scalar("eval/fb_iou", results["fb_iou"], selected)
-            writer.add_image("episodes", figure, selected, dataformats="HWC")
+        with Events(workdir) as events:
+            events.add_scalar("eval/miou", results["miou"], selected)
+            events.add_scalar("eval/fb_iou", results["fb_iou"], selected)
+            events.add_image("episodes", figure, selected)
 
-    evaluator(trainer.placed(params), tell, step=selected, shared=shared)
+    facts = {"step": selected, "shared": shared, **retries.told(workdir)}
+    evaluator(trainer.placed(params), tell, **facts)
 
 
 def _score_others(
@@ -237,7 +251,8 @@ def _score_others(
         if step not in found:
             beside = evaluator.of_selection(name)
             if beside.step() != step:
-                beside(trainer.placed(params), step=step, shared=shared)
+                facts = {"step": step, "shared": shared, **retries.told(workdir)}
+                beside(trainer.placed(params), **facts)
             found[step] = read_json(beside.folder / RESULTS)
         steps[name] = step
     rows = [

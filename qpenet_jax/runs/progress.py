@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.runs.events import Events
 from qpenet_jax.runs.trainer import Trainer
 from qpenet_jax.training import health
 
@@ -27,7 +27,7 @@ class Progress(contextlib.AbstractContextManager):
         self._images = config.batch_size * (config.shots + 1)
         self._watch = health.Watch()
         self._recent: list[Any] = []  # metrics of the steps since the last `tell`
-        self._writer = SummaryWriter(str(workdir), purge_step=start + 1)
+        self._writer = Events(workdir, purge_step=start + 1)
         self._bar = tqdm(
             total=trainer.steps, initial=start, desc="training", unit="step"
         )
@@ -36,7 +36,7 @@ class Progress(contextlib.AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         """Close the bar and the file of events."""
         self._bar.close()
-        self._writer.close()
+        self._writer.__exit__()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -60,12 +60,13 @@ class Progress(contextlib.AbstractContextManager):
         """Tell what the steps up to this one measured.
 
         Raises:
-            InputError: the loss isn't finite any more; it names the checkpoint `saved`.
+            NotFinite: the loss isn't finite any more; it names the checkpoint `saved`.
         """
         # All at once: a step's values would make the device wait for us.
         history = fetched(self._recent)
         values = history[-1]
-        stop_on_nan(values, step, saved)
+        for number, each in enumerate(history, step - len(history) + 1):
+            stop_on_nan(each, number, saved)
         for warning in self._watch(history):
             self._bar.write(warning, file=sys.stderr)
         self._bar.set_postfix({k: f"{values[k]:.2f}" for k in ("loss", "iou")})
@@ -94,13 +95,20 @@ def fetched(metrics: Any) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in m.items()} for m in steps]
 
 
+class NotFinite(InputError):
+    """Training diverged: `what` isn't finite any more since `step`."""
+
+    def __init__(self, what: str, step: int, saved: int | None):
+        self.what, self.step = what, step
+        kept = "none is saved yet" if saved is None else f"step {saved} is kept"
+        super().__init__(
+            f"{what} at step {step}; last good checkpoint: {kept}; start again in a "
+            "new --workdir with --config.recipe=stable or a lower config.optimizer.lr"
+        )
+
+
 def stop_on_nan(values: Mapping[str, float], step: int, saved: int | None) -> None:
-    """Raise InputError if the loss or the gradient is not finite any more."""
+    """Raise NotFinite if the loss or the gradient is not finite any more."""
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
-            kept = "none is saved yet" if saved is None else f"step {saved} is kept"
-            raise InputError(
-                f"{name} is {values[name]} at step {step}; last good checkpoint: {kept}"
-                "; start again in a new --workdir with --config.recipe=stable or a "
-                "lower config.optimizer.lr"
-            )
+            raise NotFinite(f"{name} is {values[name]}", step, saved)

@@ -7,8 +7,9 @@ import inspect
 import io
 import json
 import logging
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ from qpenet_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
 
+DAMAGED = "damaged"
+"""Folder of a workdir for checkpoints that training couldn't go on from."""
+
+DELETED = "deleted"
+"""Folder beside the checkpoints for those that are no longer kept: renamed at once, so
+that a kill leaves none in part, and deleted with the next save."""
+
 METRICS = "metrics"
 """What Orbax calls the folder of a step's scores, and the file in it."""
-
 
 HASHES = "sha256"
 """The entry of a step's metadata with the hash of each item, by its name."""
@@ -36,13 +43,32 @@ LAST = "last"
 """The selection that takes the latest checkpoint; the others take their best."""
 
 
+class DamagedCheckpoint(InputError):
+    """A checkpoint can't be read; `what` is the message without the remedy."""
+
+    def __init__(self, folder: str | Path, reason: object):
+        self.what = f"checkpoint {folder} can't be read ({_brief(reason)})"
+        super().__init__(
+            f"{self.what}; put back a copy of that folder, or delete that folder to go "
+            "on from an older one"
+        )
+
+
+@contextlib.contextmanager
 def open_checkpoints(
     workdir: Path, selections: Sequence[str] = (), read_only: bool = False
-) -> ocp.CheckpointManager:
-    """Return the manager of a run, to be used in a `with` (closing finishes saves).
+) -> Iterator[ocp.CheckpointManager]:
+    """Hold the manager of a run for as long as the `with` lasts; its end ends saves.
 
-    Of each of the `selections` the best checkpoint is kept; the latest always is.
+    Of each of the `selections` the best checkpoint is kept; the latest two always are.
+    What an interrupted save left is removed, unless it is opened `read_only`.
+
+    Raises:
+        InputError: scores that can't be read, but for the latest checkpoint's, which
+            are made again; at the end, a save that failed.
     """
+    folder = (workdir / FOLDER).resolve()
+    _check_scores(folder, mend=not read_only)
     best = [
         policies.BestN(
             get_metric_fn=functools.partial(_score, selection=name),
@@ -55,11 +81,55 @@ def open_checkpoints(
     options = ocp.CheckpointManagerOptions(
         best_fn=lambda scores: 0.0,  # Orbax saves no scores without; ours is `step_of`
         preservation_policy=policies.AnyPreservationPolicy(
-            [policies.LatestN(1), *best]
+            [policies.LatestN(2), *best]
         ),
         read_only=read_only,
+        cleanup_tmp_directories=not read_only,
+        todelete_subdir=DELETED,
     )
-    return ocp.CheckpointManager((workdir / FOLDER).resolve(), options=options)
+    manager = ocp.CheckpointManager(folder, options=options)
+    _silence_late()
+    try:
+        yield manager
+    finally:
+        with _told(folder):
+            manager.close()
+        if not read_only:
+            shutil.rmtree(folder / DELETED, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turn what Orbax raises of a save, perhaps of the one before, into one line."""
+    try:
+        yield
+    except Exception as error:  # of many types, from its threads
+        raise InputError(
+            f"{folder}: a checkpoint can't be saved ({_brief(error)}); the ones before "
+            "are whole: make room, and the same command goes on from the latest"
+        ) from error
+
+
+def _brief(reason: object) -> str:
+    """Return where and why, the start and the end of a message of TensorStore's."""
+    text = (str(reason) or type(reason).__name__).splitlines()[0]
+    return text if len(text) < 200 else f"{text[:80]} [...] {text[-80:]}"
+
+
+def _check_scores(folder: Path, mend: bool) -> None:
+    """Look whether Orbax can read all scores; forget the latest's, if they `mend`."""
+    steps = (int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    for place, step in enumerate(sorted(steps, reverse=True)):
+        file = folder / str(step) / METRICS / METRICS
+        try:
+            if file.exists():
+                json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            damaged = DamagedCheckpoint(file.parents[1], f"its scores: {error}")
+            if place or not mend:
+                raise damaged from None
+            file.unlink()
+            print(f"warning: {damaged.what}; it is scored again", file=sys.stderr)
 
 
 def _score(scores: Mapping[str, float], selection: str) -> float:
@@ -76,6 +146,9 @@ def save(
 
     `scores` are mIoUs by the names of selections. Hashes of the values go with them:
     Orbax's files have no checksums, and a flipped bit would be another number.
+
+    Raises:
+        InputError: this save or the one before failed, as on a full disk.
     """
     step = int(state.step)
     if step in manager.all_steps():
@@ -83,14 +156,18 @@ def save(
     rest = {"step": state.step, "opt_state": state.opt_state}
     items = {"params": state.learned, "optimizer": rest}
     hashes = {name: values_hash(tree) for name, tree in items.items()}
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        ),
-        metrics=dict(scores) if scores else None,
-        custom_metadata={HASHES: hashes},
-    )
+    folder = Path(manager.directory)
+    with _told(folder):
+        manager.wait_until_finished()  # as `save` does
+        shutil.rmtree(folder / DELETED, ignore_errors=True)
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+            ),
+            metrics=dict(scores) if scores else None,
+            custom_metadata={HASHES: hashes},
+        )
 
 
 def values_hash(tree: PyTree[Array]) -> str:
@@ -117,10 +194,41 @@ def add_scores(
 
 
 def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """Return the latest saved state, or `state` if there is none."""
-    step = manager.latest_step()
-    if step is None:
-        return state
+    """Return the latest saved state that can be read, or `state` if none is saved.
+
+    Damaged ones are told and put into the folder DAMAGED of the workdir.
+
+    Raises:
+        InputError: all are damaged.
+    """
+    manager.wait_until_finished()
+    damaged: dict[int, DamagedCheckpoint] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            found = _state(manager, step, state)
+        except DamagedCheckpoint as error:
+            damaged[step] = error
+            continue
+        for other, error in damaged.items():
+            aside = _put_aside(Path(manager.directory) / str(other))
+            told = f"{error.what}; it is now {aside}, going on from step {step}"
+            print(f"warning: {told}", file=sys.stderr)
+        manager.reload()
+        return found
+    if damaged:
+        raise next(iter(damaged.values()))
+    return state
+
+
+def _put_aside(checkpoint: Path) -> Path:
+    """Move a checkpoint out of Orbax's sight, in the place of an earlier one."""
+    aside = checkpoint.parents[1] / DAMAGED / checkpoint.name
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    return checkpoint.rename(aside)
+
+
+def _state(manager: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:
     rest = {"step": state.step, "opt_state": state.opt_state}
     saved = _restore(manager, step, params=state.learned, optimizer=rest)
     params = dict(saved["params"])
@@ -129,11 +237,19 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
 
 
 def step_of(manager: ocp.CheckpointManager, selection: str) -> int | None:
-    """Return the step that a selection takes; the latest if none is scored."""
+    """Return the step that a selection takes; the latest if none is scored.
+
+    Raises:
+        InputError: a checkpoint that was saved with scores has lost them.
+    """
     scores = {step: manager.metrics(step) for step in manager.all_steps()}
     scored = {step: of for step, of in scores.items() if of}
     if selection == LAST or not scored:
         return manager.latest_step()
+    for step in scores.keys() - scored.keys():
+        if METRICS in (manager.metadata(step).item_handlers or ()):
+            folder = Path(manager.directory) / str(step)
+            raise DamagedCheckpoint(folder, "its scores are missing")
     return max(scored, key=lambda step: (_score(scored[step], selection), step))
 
 
@@ -161,36 +277,31 @@ def _restore(manager: ocp.CheckpointManager, step: int, **like: PyTree):
     items = {name: ocp.args.StandardRestore(_abstract(t)) for name, t in like.items()}
     try:
         restored = _read(manager, step, ocp.args.Composite(**items))
+        metadata = manager.metadata(step)
+        if not metadata.init_timestamp_nsecs:
+            raise ValueError("its metadata are lost, and the hashes with them")
         # An earlier version wrote no hashes.
-        told = (manager.metadata(step).custom_metadata or {}).get(HASHES, {})
+        told = (metadata.custom_metadata or {}).get(HASHES, {})
         for name in items.keys() & told.keys():
             if values_hash(restored[name]) != told[name]:
                 raise ValueError(f"its {name} aren't what was saved")
         return restored
     except Exception as error:  # whatever Orbax and TensorStore find wrong with it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"checkpoint {manager.directory}/{step} can't be read ({reason[:200]}); "
-            "delete that folder to go on from an older one"
-        ) from error
+        raise DamagedCheckpoint(f"{manager.directory}/{step}", error) from error
 
 
 def _read(manager: ocp.CheckpointManager, step: int, items: ocp.args.Composite):
-    """Return what Orbax restores; where that fails, without pages of tracebacks.
-
-    It reads all arrays at once, and where one is damaged it doesn't wait for the
-    others: they fail later, at the latest when the process ends.
-    """
+    """Return what Orbax restores; where that fails, without pages of tracebacks."""
     with contextlib.redirect_stderr(io.StringIO()):
-        try:
-            return manager.restore(step, args=items)
-        except Exception:
-            _silence_reads()
-            raise
+        return manager.restore(step, args=items)
 
 
-def _silence_reads() -> None:
-    """Tell Python not to print how the reads end that a failed one left behind."""
+@functools.cache
+def _silence_late() -> None:
+    """Tell Python not to print how reads and writes end that a failed one left behind.
+
+    Orbax does all of a checkpoint at once, and where one fails it waits for no other.
+    """
     unraisable, uncaught = sys.unraisablehook, sys.excepthook
 
     def is_late(error) -> bool:

@@ -8,6 +8,12 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from qpenet_jax.core.types import Array
+
 HEADS = {
     "pre": "y_pre",
     "rev": "y_rev",
@@ -51,6 +57,11 @@ def dead_heads(steps: Iterable[Values]) -> dict[str, str]:
         elif not loss < CHANCE[head]:
             dead[y] = f"is no better than chance (loss {loss:.2f})"
     return dead
+
+
+def is_finite(tree: PyTree[Array]) -> bool:
+    """Return whether all values of a tree are finite numbers."""
+    return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
 
 
 class Watch:

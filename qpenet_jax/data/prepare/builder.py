@@ -163,9 +163,20 @@ class _SameBytes(ExampleWriter):
     """Writes the features of an example in a fixed order; protobuf's has none."""
 
     def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
-        """Write a shard."""
+        """Write a shard.
+
+        Raises:
+            InputError: the disk is full, which ArrayRecord tells as a RuntimeError.
+        """
         ordered = ((key, _in_order(example)) for key, example in examples)
-        return super().write(path, ordered)
+        try:
+            return super().write(path, ordered)
+        except RuntimeError as error:
+            reason = str(error).partition(";")[0]
+            raise InputError(
+                f"{path}: can't be written ({reason}); make room, then run the same "
+                "command again"
+            ) from error
 
 
 def _in_order(example: bytes) -> bytes:

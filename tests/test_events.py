@@ -1,0 +1,51 @@
+"""TensorBoard's events: a full disk is told, and clocks may be turned back."""
+
+import time
+
+import numpy as np
+import pytest
+from conftest import no_file_above
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from qpenet_jax.runs.events import Events
+
+
+def told(folder, name):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_a_resumed_run_replaces_the_steps_that_it_repeats(tmp_path, monkeypatch):
+    """Also in the same second, and where the clock was turned back by an hour."""
+    now = time.time()
+    for start, clock, value in ((0, now, 1.0), (2, now, 2.0), (4, now - 3600, 3.0)):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        with Events(tmp_path / "new", purge_step=start + 1) as events:
+            for step in range(start + 1, start + 6):
+                events.add_scalar("loss", value, step)
+    assert len(list((tmp_path / "new").iterdir())) == 3
+    values = dict(told(tmp_path / "new", "loss"))
+    assert values == {1: 1, 2: 1, 3: 2, 4: 2, **dict.fromkeys(range(5, 10), 3)}
+
+
+def test_an_image_is_shown(tmp_path):
+    with Events(tmp_path) as events:
+        events.add_image("episodes", np.zeros((5, 7, 3), np.uint8), 3)
+    shown = EventAccumulator(str(tmp_path))
+    shown.Reload()
+    (image,) = shown.Images("episodes")
+    assert (image.step, image.width, image.height) == (3, 7, 5)
+
+
+def test_a_full_disk_raises_and_what_was_written_stays(tmp_path):
+    """It is the size of a file that is limited here."""
+    with Events(tmp_path) as events:
+        events.add_scalar("loss", 1.0, 1)
+        (file,) = tmp_path.iterdir()
+        with (
+            no_file_above(file.stat().st_size),
+            pytest.raises(OSError, match="File too large"),
+        ):
+            events.add_scalar("loss", 2.0, 2)
+    assert told(tmp_path, "loss")[0] == (1, 1)
