@@ -42,6 +42,7 @@ from qpenet_jax.data.prepare.class_lists import read_classes
 from qpenet_jax.data.prepare.instances import Instances
 from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.masks.leads import compete
 from qpenet_jax.runs.config_files import load_config, override
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run, read_config
@@ -68,16 +69,21 @@ def images(rng: Rng, folder: Path) -> None:
         query, photo = photo, query
         fuzzing.Image.new("L", (5, 4), 255).save(mask)
     stand_in, out = mock.MagicMock(), folder / "out"
-    red = stand_in.learn.return_value
-    red.side_effect = lambda image: (image[..., 0] > 127).astype(np.uint8)
+    stand_in.learn_classes.return_value.find.side_effect = _red
     words = ["predict", "--workdir", "run", "--support", f"{photo}:{mask}"]
     with mock.patch("qpenet_jax.segmenter.load", return_value=stand_in):
         command(*words, "--query", query, "--out", out, leaves_nothing=out)
-    ((supports, masks),) = (call.args for call in stand_in.learn.call_args_list)
+    ((examples,),) = (call.args for call in stand_in.learn_classes.call_args_list)
+    ((supports, masks),) = examples.values()
     same(supports[0], oracles.image(photo.read_bytes()))
     same(masks[0], oracles.mask(mask.read_bytes()))
     expected = 255 * (oracles.image(query.read_bytes())[..., 0] > 127)
     same(oracles.image((out / f"{query.stem}.png").read_bytes())[..., 0], expected)
+
+
+def _red(image, tiles=None, *, probabilities=False):
+    """Find what is red, as a network would."""
+    return compete([image[..., 0] - np.float32(127.5)], probabilities=probabilities)
 
 
 def folders(rng: Rng, folder: Path) -> None:
