@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.masks.colours import class_overlay
 from qpenet_jax.masks.leads import Found
 
@@ -35,16 +36,23 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 def read_video(path: Path) -> Iterator[RGB]:
     """Yield a video's frames as RGB, upright; one at a time is in memory.
 
+    Warns if it ends before its header says.
+
     Raises:
         InputError: no frame can be read.
     """
     with _opened(path) as video:
+        told, count = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0
         read, frame = video.read()
         if not read:
             raise InputError(f"{path}: no frame can be read; convert it to mp4")
         while read:
+            count += 1
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             read, frame = video.read()
+    if count < told:
+        message = f"{path}: only {count} of {told} frames could be read"
+        warnings.warn(message, InputWarning, stacklevel=2)
 
 
 def frame_rate(path: Path) -> float:
