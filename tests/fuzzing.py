@@ -70,7 +70,7 @@ def changed(rng: Rng, tree: Any) -> Any:
         other, name = one_of(rng, places)
         match int(rng.integers(6)):
             case 0 | 1 | 2:
-                parent[key] = copy.copy(one_of(rng, ODD))  # another case may fill it
+                parent[key] = one_of(rng, ODD)
             case 3:
                 parent[key] = copy.deepcopy(other[name])
             case 4:
