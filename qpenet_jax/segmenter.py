@@ -12,11 +12,20 @@ from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 from qpenet_jax.config import default_config
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path
+from qpenet_jax.core.types import FEATURE_STRIDE
 from qpenet_jax.data.arrays import as_image, as_mask
 from qpenet_jax.data.supports import fit_support
 from qpenet_jax.data.transforms import fit, padding, unpad
 from qpenet_jax.evaluation.predictor import Predictor
-from qpenet_jax.masks.leads import Found, Tiles, compete, probability, tiled
+from qpenet_jax.masks.leads import (
+    Found,
+    Tiles,
+    compete,
+    lead_of,
+    probability,
+    tiled,
+)
+from qpenet_jax.masks.refine import Edges
 from qpenet_jax.runs.config_files import override
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run
@@ -123,16 +132,26 @@ class Tasks:
         return self.find(query).index
 
     def find(
-        self, query: Image, tiles: Tiles | None = None, *, probabilities: bool = False
+        self,
+        query: Image,
+        tiles: Tiles | None = None,
+        *,
+        refine: bool = False,
+        probabilities: bool = False,
     ) -> Found:
         """Return index mask and scores, and if asked for each class's probabilities.
 
-        With `tiles`, the network looks at parts of the query. Raises as a call.
+        With `tiles`, the network looks at parts of the query. With `refine`, masks
+        follow the photo's edges (`masks/refine.py`). Raises as a call.
         """
-        if tiles is None:
-            return compete(self.leads(query), probabilities=probabilities)
         pixels = as_image(query, "query image")
-        leads = tiled(self.leads, pixels, tiles)
+        leads = tiled(self.leads, pixels, tiles) if tiles else self.leads(pixels)
+        if refine:
+            longest = max(pixels.shape[:2])
+            seen = min(longest, tiles.side) if tiles else longest
+            side = next(iter(self.tasks.values())).side
+            edges = Edges(pixels, FEATURE_STRIDE * seen / side)
+            leads = (lead_of(edges(probability(lead))) for lead in leads)
         return compete(leads, probabilities=probabilities)
 
     def leads(self, query: Image) -> Iterator[Lead]:

@@ -82,7 +82,7 @@ def images(rng: Rng, folder: Path) -> None:
     same(oracles.image((out / f"{query.stem}.png").read_bytes())[..., 0], expected)
 
 
-def _red(image, tiles=None, *, probabilities=False):
+def _red(image, tiles=None, *, refine=False, probabilities=False):
     """Find what is red, as a network would."""
     return compete([image[..., 0] - np.float32(127.5)], probabilities=probabilities)
 

@@ -124,6 +124,11 @@ def _add_results(parser) -> None:
         "given: png,coco",
     )
     group.add_argument(
+        "--refine",
+        action="store_true",
+        help="draw masks to the edges of the image, by a guided filter on its colours",
+    )
+    group.add_argument(
         "--probability",
         action="store_true",
         help="also write how probable each class is at every pixel, as grey images of "
@@ -155,15 +160,15 @@ def run(args: argparse.Namespace) -> None:
     supports = [parse_support(text) for text in args.support]
     examples = read_supports(supports)
     queries = find_queries(args.query, args.recursive)
-    out, options = Path(args.out), {"probabilities": args.probability}
-    results = Results(out, tuple(examples), args.format, **options, about=_about(args))
+    out, kept = Path(args.out), {"probabilities": args.probability}
+    results = Results(out, tuple(examples), args.format, **kept, about=_about(args))
     files = [file for support in supports for file in support.files]
     files += [query.path for query in queries]
     results.refuse_clashes(queries, [*files, *_query_folders(out, args)])
     tasks = segment.learn_classes(examples)
 
     def find(pixels):
-        return tasks.find(pixels, tiles, **options)
+        return tasks.find(pixels, tiles, refine=args.refine, **kept)
 
     with tqdm(queries, desc="segmenting", unit="image") as bar:
         count = segment_files(find, bar, results)

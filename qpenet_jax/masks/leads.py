@@ -20,7 +20,7 @@ LARGEST = 80.0
 """Leads beyond it have probability 0 or 1 in float32, and exp of them may overflow."""
 
 UNSURE = 1e-6
-"""What a blended probability is away from 0 and 1 at the least, to have a lead."""
+"""What a probability is away from 0 and 1 at the least, to have a lead."""
 
 
 class Found(NamedTuple):
@@ -38,6 +38,12 @@ class Found(NamedTuple):
 def probability(lead: Lead) -> Lead:
     """Return how probable the foreground is, 0..1: the softmax of the two logits."""
     return 1 / (1 + np.exp(-np.clip(lead, -LARGEST, LARGEST)))
+
+
+def lead_of(probability: Lead) -> Lead:
+    """Return what `probability` would be the probability of, within `UNSURE`."""
+    inside = np.clip(probability, UNSURE, 1 - UNSURE)
+    return np.log(inside / (1 - inside))
 
 
 def compete(leads: Iterable[Lead], *, probabilities: bool = False) -> Found:
@@ -119,7 +125,7 @@ def tiled(
             if i == len(sums):
                 sums.append(np.zeros_like(total))
             sums[i][place] += window * probability(lead)
-    return [_lead(blended / total) for blended in sums]
+    return [lead_of(blended / total) for blended in sums]
 
 
 def _window(height: int, width: int) -> Lead:
@@ -128,8 +134,3 @@ def _window(height: int, width: int) -> Lead:
         np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in (height, width)
     )
     return np.outer(down, across).astype(np.float32)
-
-
-def _lead(blended: Lead) -> Lead:
-    inside = np.clip(blended, UNSURE, 1 - UNSURE)
-    return np.log(inside / (1 - inside))
