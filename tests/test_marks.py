@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as pycoco
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.masks.marks import parse_support, read_support, read_supports
 from qpenet_jax.masks.outlines import outlines
 
@@ -212,6 +212,21 @@ def test_cocos_annotations_are_marks(photo, tmp_path):
     assert "annotation 0 of a.png can't be drawn" in refusal(photo, coco(tmp_path, bad))
     unknown = dog | {"category_id": 7}
     assert "isn't a JSON file of" in refusal(photo, coco(tmp_path, unknown))
+
+
+def test_marks_that_may_be_of_the_stored_pixels_are_warned_of(tmp_path):
+    """labelme turns a photo as its metadata say; who writes COCO's files may not."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    photo = tmp_path / "a.png"
+    Image.new("RGB", (WIDTH, HEIGHT)).save(photo, exif=exif)
+    dog = {"category_id": 3, "segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]]}
+    images = [{"id": 5, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}]
+    file = coco(tmp_path, dog, images=images)
+    for marks in ("box=1,1,5,5", "polygon=1,1,5,5,1,5", file):
+        with pytest.warns(InputWarning, match="must be drawn on the turned image"):
+            assert read(photo, marks).mask.any()
+    assert read(photo, labelme(tmp_path, shape("dog", SQUARE))).mask.any()
 
 
 def test_supports_are_grouped_by_class(photo, tmp_path):

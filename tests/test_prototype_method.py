@@ -1,6 +1,7 @@
 """`--method prototype`: segments without training, over any backbone."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from qpenet_jax.data.transforms import fit, fit_label
 from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.segmenter import DEFAULT_BACKBONE, SHARPNESS
 
+GOLDENS = Path(__file__).parent / "goldens"
 SIDE = 65
 OVERRIDES = [f"--config.side={SIDE}"]
 
@@ -85,3 +87,12 @@ def test_the_weights_of_a_backbone_may_be_given(segmenter, tmp_path):
         load()
     with pytest.raises(InputError, match=r"no such config field: sidee"):
         load(method="prototype", overrides=["--config.sidee=65"])
+
+
+def test_it_takes_the_backbone_of_a_run(segmenter):
+    """The run has these weights and this side."""
+    run = load(GOLDENS / "run_dbf7d53", method="prototype")
+    assert run.side == SIDE
+    image, mask = picture(50, 64)
+    expected = segmenter(image, image, mask)
+    np.testing.assert_array_equal(run(image, image, mask), expected)

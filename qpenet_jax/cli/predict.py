@@ -178,8 +178,12 @@ def run(args: argparse.Namespace) -> None:
 def _about(args: argparse.Namespace) -> dict[str, str | None]:
     """Return what the summary tells of how it was made."""
     from qpenet_jax import __version__
+    from qpenet_jax.segmenter import DEFAULT_BACKBONE
 
-    return {"version": __version__, "method": args.method, "run": args.workdir}
+    about = {"version": __version__, "method": args.method, "run": args.workdir}
+    if args.workdir is None:
+        about["backbone"] = args.backbone or DEFAULT_BACKBONE
+    return about
 
 
 def _query_folders(out: Path, args: argparse.Namespace) -> list[Path]:

@@ -159,7 +159,8 @@ def labelme_file(
 
 def _relative(path: Path, folder: Path) -> str:
     """Return the way from a folder to a file; the whole path from another drive."""
+    whole = path.parent.resolve() / path.name
     try:
-        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+        return Path(os.path.relpath(whole, folder.resolve())).as_posix()
     except ValueError:
-        return path.resolve().as_posix()
+        return whole.as_posix()

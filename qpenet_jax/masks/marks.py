@@ -135,6 +135,8 @@ def read_support(support: Support) -> Marked:
     size, marks = pixels.shape[:2], support.marks
     said = f"{support.image}:{marks}"
     label = None
+    if marks.startswith((POLYGON, BOX)):
+        warn_of_turn(support.image)
     if marks.startswith(POLYGON):
         drawn = _polygon(said, _numbers(said, marks.removeprefix(POLYGON)), size)
     elif marks.startswith(BOX):
@@ -202,6 +204,7 @@ def _read_json(
             return draw_shapes(path, found[label], size), label
         found = coco_annotations(path, content, support.image, size)
         label = _choice(path, found, support.name)
+        warn_of_turn(support.image)  # labelme turns photos as we do; others may not
         return draw_annotations(path, found[label], support.image.name, size), label
 
 
