@@ -206,6 +206,9 @@ def test_cocos_annotations_are_marks(photo, tmp_path):
         {"id": i, "file_name": f"{i}/a.png", "height": 40, "width": 50} for i in "ab"
     ]
     assert "2 images called a.png" in refusal(photo, coco(tmp_path, images=twice))
+    twice[1] |= {"id": 5, "file_name": f"{tmp_path.name}/a.png"}
+    found = read(photo, coco(tmp_path, dog, images=twice))
+    assert found.mask.sum() == 100, "the one whose folders are the photo's"
     turned = [{"id": 5, "file_name": "a.png", "height": 50, "width": 40}]
     assert "40x50 pixels for" in refusal(photo, coco(tmp_path, dog, images=turned))
     bad = dog | {"segmentation": [[1, 2, 3, 4, 5, 1e99]]}

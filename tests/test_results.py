@@ -275,19 +275,30 @@ def test_results_in_each_others_place_are_refused(network, photos, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("form", "taken"), [("labelme", "a.json"), ("coco", "coco.json")]
+    ("options", "taken"),
+    [
+        ("--format=labelme", "a.json"),
+        ("--format=coco", "coco.json"),
+        ("--format=voc", "SegmentationClass/a.png"),
+        ("--probability", "a_probability.png"),
+    ],
 )
-def test_results_never_replace_marks(network, photos, tmp_path, capsys, form, taken):
-    shape = {"label": "red", "points": [[1, 1], [9, 1], [9, 9]]}
+def test_results_never_replace_marks(network, photos, tmp_path, capsys, options, taken):
     marks = tmp_path / taken
-    marks.write_text(json.dumps({"shapes": [shape]}))
-    (tmp_path / "a.png").write_bytes((tmp_path / "photos/a.png").read_bytes())
+    marks.parent.mkdir(exist_ok=True)
+    if marks.suffix == ".png":
+        Image.new("L", (64, 64), 1).save(marks)
+    else:
+        shape = {"label": "red", "points": [[1, 1], [9, 1], [9, 9]]}
+        marks.write_text(json.dumps({"shapes": [shape]}))
+    before = marks.read_bytes()
     support = f"{tmp_path / 'red.png'}:{marks}"
     error = refused(
         capsys, "predict", "--workdir=w", "--support", support, "--query",
-        tmp_path / "photos/a.png", "--out", tmp_path, "--format", form,
+        tmp_path / "photos/a.png", "--out", tmp_path, options,
     )  # fmt: skip
     assert f"over the input {marks}" in error
+    assert marks.read_bytes() == before
 
 
 def test_tiles_cover_every_pixel_with_the_overlap_that_is_asked_for():

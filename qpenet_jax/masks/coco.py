@@ -1,7 +1,7 @@
 """The JSON of COCO: annotations read as marks, masks written as run lengths."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +20,8 @@ def coco_annotations(
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the annotations of a photo, by the names of their categories.
 
-    The photo is found by its file name; crowds are left out. Nothing is drawn yet.
+    The photo is found by its file name, if two have it by its folders as well; crowds
+    are left out. Nothing is drawn yet.
 
     Raises:
         InputError: no or two images of that name, or another size than the photo's
@@ -28,11 +29,7 @@ def coco_annotations(
     """
     images = by_id(path, "images", content["images"])
     names = by_id(path, "categories", content["categories"])
-    found = [
-        image
-        for image in images.values()
-        if PurePosixPath(image["file_name"].replace("\\", "/")).name == photo.name
-    ]
+    found = _called(photo, images.values())
     if len(found) != 1:
         count = "no image" if not found else f"{len(found)} images"
         raise InputError(f"{path} has {count} called {photo.name}; it must have one")
@@ -43,6 +40,18 @@ def coco_annotations(
             name = names[annotation["category_id"]]["name"]
             by_name.setdefault(str(name), []).append(annotation)
     return by_name
+
+
+def _called(photo: Path, images: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the images of a photo's file name; of several, those in its folders."""
+    parts = (*photo.parent.resolve().parts, photo.name)
+    named = [
+        (image, PurePosixPath(image["file_name"].replace("\\", "/")).parts)
+        for image in images
+    ]
+    alike = [(image, theirs) for image, theirs in named if theirs[-1:] == parts[-1:]]
+    within = [image for image, theirs in alike if theirs == parts[-len(theirs) :]]
+    return within if len(within) == 1 else [image for image, _ in alike]
 
 
 def draw_annotations(
