@@ -301,6 +301,17 @@ def test_results_never_replace_marks(network, photos, tmp_path, capsys, options,
     assert marks.read_bytes() == before
 
 
+def test_a_file_that_isnt_written_isnt_touched(network, photos, tmp_path):
+    """COCO's file of an earlier call may be the marks of this one."""
+    out = run(tmp_path, photos, "--format=coco")
+    before = (out / "coco.json").read_bytes()
+    support = f"red={tmp_path / 'photos/a.png'}:{out / 'coco.json'}"
+    run(tmp_path, ["--support", support])
+    assert (out / "coco.json").read_bytes() == before
+    found = np.array(Image.open(out / "a.png"))
+    assert ((found == 255) == (scene()[1] == 1)).mean() > 0.95
+
+
 def test_tiles_cover_every_pixel_with_the_overlap_that_is_asked_for():
     for length, side, overlap in ((100, 40, 0.25), (101, 16, 0.5), (40, 40, 0.0)):
         seen = np.zeros((length, length), int)

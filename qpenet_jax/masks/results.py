@@ -89,7 +89,7 @@ class Results:
     def add(self, query: Query, frame: Frame, found: Found) -> None:
         """Write what was found in an image, or in a frame of a video."""
         if not self._images:
-            for name in (SUMMARY, COCO):
+            for name in self._about_all():
                 (self.out / name).unlink(missing_ok=True)
         files = self._files(frame.name, query.is_video)
         for what, path in files.items():
