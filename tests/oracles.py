@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pickletools
 import warnings
 import zipfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from pycocotools import mask as rle
 
 try:
@@ -147,17 +148,60 @@ def coco_labels(path: Path) -> dict[str, np.ndarray]:
             continue
         drawn = np.zeros(size, np.uint8)
         for one in shown:
-            parts = one["segmentation"]
-            if isinstance(parts, list):
-                parts = [part for part in parts if len(part) >= 6]
-                encoded = rle.merge(rle.frPyObjects(parts, *size))
-            elif isinstance(parts["counts"], list):
-                encoded = rle.frPyObjects(parts, *size)
-            else:
-                encoded = parts
-            drawn[rle.decode(encoded) > 0] = ranks[one["category_id"]] + 1
+            drawn[_drawn(one["segmentation"], size)] = ranks[one["category_id"]] + 1
         found[Path(photo["file_name"]).stem] = drawn
     return found
+
+
+def _drawn(parts: Any, size: tuple[int, int]) -> np.ndarray:
+    if isinstance(parts, list):
+        parts = [part for part in parts if len(part) >= 6]
+        encoded = rle.merge(rle.frPyObjects(parts, *size))
+    elif isinstance(parts["counts"], list):
+        encoded = rle.frPyObjects(parts, *size)
+    else:
+        encoded = parts
+    return rle.decode(encoded) > 0
+
+
+def coco_mask(path: Path, label: str) -> np.ndarray:
+    """What one category marks in the only photo of a file of COCO's."""
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    (photo,) = content["images"]
+    ids = [c["id"] for c in content["categories"] if str(c["name"]) == label]
+    return np.any(
+        [
+            _drawn(one["segmentation"], (photo["height"], photo["width"]))
+            for one in content["annotations"]
+            if one["category_id"] in ids and not one.get("iscrowd")
+            if one["image_id"] == photo["id"]
+        ],
+        axis=0,
+    )
+
+
+def labelme_mask(path: Path, label: str) -> np.ndarray:
+    """What one label marks in a photo of 50 x 40, as labelme's `shape_to_mask` does."""
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    canvas = Image.new("L", (50, 40))
+    pen = ImageDraw.Draw(canvas)
+    for shape in content["shapes"]:
+        if shape["label"] != label:
+            continue
+        points = [tuple(point) for point in shape["points"]]
+        kind = shape.get("shape_type") or "polygon"
+        if kind == "rectangle":
+            (a, b), (c, d) = points
+            pen.rectangle((min(a, c), min(b, d), max(a, c), max(b, d)), 1, 1)
+        elif kind == "circle":
+            (a, b), (c, d) = points
+            r = math.hypot(a - c, b - d)
+            pen.ellipse((a - r, b - r, a + r, b + r), 1, 1)
+        else:
+            drawn = Image.new("L", (50, 40))
+            ImageDraw.Draw(drawn).polygon(points, 1, 1)
+            canvas.paste(1, mask=drawn.point(lambda x: 255 * x))
+    return np.array(canvas)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -84,7 +84,7 @@ def test_a_run_that_is_none_is_refused(capsys, tmp_path):
 
 
 def test_predict_tells_bad_supports_and_queries(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("qpenet_jax.segmenter.load", lambda workdir, overrides: None)
+    monkeypatch.setattr("qpenet_jax.segmenter.load", lambda *_, **__: None)
     image, mask, empty, small = (tmp_path / f"{n}.png" for n in "imes")
     Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(image)
     Image.fromarray(np.ones((8, 9), np.uint8)).save(mask)

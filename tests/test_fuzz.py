@@ -42,6 +42,8 @@ from qpenet_jax.data.prepare.class_lists import read_classes
 from qpenet_jax.data.prepare.instances import Instances
 from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.masks.leads import compete
+from qpenet_jax.masks.marks import parse_support, read_support
 from qpenet_jax.runs.config_files import load_config, override
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run, read_config
@@ -68,16 +70,21 @@ def images(rng: Rng, folder: Path) -> None:
         query, photo = photo, query
         fuzzing.Image.new("L", (5, 4), 255).save(mask)
     stand_in, out = mock.MagicMock(), folder / "out"
-    red = stand_in.learn.return_value
-    red.side_effect = lambda image: (image[..., 0] > 127).astype(np.uint8)
+    stand_in.learn_classes.return_value.find.side_effect = _red
     words = ["predict", "--workdir", "run", "--support", f"{photo}:{mask}"]
     with mock.patch("qpenet_jax.segmenter.load", return_value=stand_in):
         command(*words, "--query", query, "--out", out, leaves_nothing=out)
-    ((supports, masks),) = (call.args for call in stand_in.learn.call_args_list)
+    ((examples,),) = (call.args for call in stand_in.learn_classes.call_args_list)
+    ((supports, masks),) = examples.values()
     same(supports[0], oracles.image(photo.read_bytes()))
     same(masks[0], oracles.mask(mask.read_bytes()))
     expected = 255 * (oracles.image(query.read_bytes())[..., 0] > 127)
     same(oracles.image((out / f"{query.stem}.png").read_bytes())[..., 0], expected)
+
+
+def _red(image, tiles=None, *, refine=False, probabilities=False):
+    """Find what is red, as a network would."""
+    return compete([image[..., 0] - np.float32(127.5)], probabilities=probabilities)
 
 
 def folders(rng: Rng, folder: Path) -> None:
@@ -311,9 +318,68 @@ def lists(rng: Rng, folder: Path) -> None:
             assert shown == [told["query"], told["support_1"]]
 
 
+SQUARE = [[3, 2], [11, 2], [11, 9], [3, 9]]
+LABELME = {
+    "version": "5.5.0",
+    "shapes": [
+        {"label": "dog", "points": SQUARE, "shape_type": "polygon", "group_id": None},
+        {"label": "dog", "points": [[20, 4], [30, 15]], "shape_type": "rectangle"},
+        {"label": "dog", "points": [[9, 20], [9, 25]], "shape_type": "circle"},
+        {"label": "cat", "points": [[1, 1]], "shape_type": "point", "mask": None},
+    ],
+    "imagePath": "a.png",
+    "imageData": None,
+    "imageHeight": 40,
+    "imageWidth": 50,
+}
+COCO = {
+    "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 50}],
+    "categories": [{"id": 7, "name": "dog"}, {"id": 9, "name": "cat"}],
+    "annotations": [
+        {
+            "id": 1,
+            "image_id": 1,
+            "category_id": 7,
+            "segmentation": [[3, 2, 12, 2, 12, 10, 3, 10]],
+            "iscrowd": 0,
+        },
+        {
+            "id": 2,
+            "image_id": 1,
+            "category_id": 7,
+            "segmentation": {"size": [40, 50], "counts": [100, 50, 1850]},
+        },
+    ],
+}
+
+
+def marks(rng: Rng, folder: Path) -> None:
+    """Marks of a support: files of labelme and COCO, polygons and boxes."""
+    fuzzing.Image.new("RGB", (50, 40)).save(folder / "a.png")
+    kind = one_of(rng, ("labelme", "coco", "polygon=", "box="))
+    given = folder / "a.json"
+    if kind in ("labelme", "coco"):
+        content = {"labelme": LABELME, "coco": COCO}[kind]
+        given.write_bytes(fuzzing.json_file(rng, content))
+    else:
+        count = 4 if chance(rng, 0.7) else int(rng.integers(9))
+        numbers: list[object] = [int(n) for n in rng.integers(0, 25, count)]
+        if chance(rng, 0.4) and count:
+            numbers[int(rng.integers(count))] = one_of(rng, fuzzing.ODD)
+        given = kind + ",".join(map(str, numbers))
+    name = one_of(rng, ("dog=", "dog=", "", "cow="))
+    marked = read_support(parse_support(f"{name}{folder / 'a.png'}:{given}"))
+    assert set(np.unique(marked.mask)) <= {0, 1}
+    assert marked.mask.any()
+    same(marked.pixels.shape, (40, 50, 3))
+    if kind in ("labelme", "coco"):
+        read = {"labelme": oracles.labelme_mask, "coco": oracles.coco_mask}[kind]
+        same(marked.mask, read(folder / "a.json", marked.label))
+
+
 KINDS: dict[str, Callable[[Rng, Path], None]] = {
     kind.__name__: kind
-    for kind in (images, folders, weights, runs, coco, configs, lists)
+    for kind in (images, folders, weights, runs, coco, configs, lists, marks)
 }
 
 
@@ -421,7 +487,7 @@ def outcome(kind: str, seed: int) -> str:
 
 
 FEW = {"images": 30, "folders": 12, "weights": 25, "runs": 8, "coco": 40}
-FEW |= {"configs": 40, "lists": 30}
+FEW |= {"configs": 40, "lists": 30, "marks": 60}
 """How many of each kind `pytest` tries: some seconds in all."""
 
 

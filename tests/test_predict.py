@@ -16,7 +16,7 @@ from qpenet_jax.data import images
 @pytest.fixture(autouse=True)
 def _red_is_foreground(monkeypatch):
     """A stand-in for the run: red pixels are foreground, whatever the support."""
-    monkeypatch.setattr("qpenet_jax.segmenter.load", lambda *_: SEGMENT)
+    monkeypatch.setattr("qpenet_jax.segmenter.load", lambda *_, **__: SEGMENT)
 
 
 @pytest.fixture
@@ -88,7 +88,8 @@ def test_what_a_folder_holds_beside_images_is_told(capsys, tmp_path, support):
     told = capsys.readouterr()
     assert "left out: 2 x .heic, 1 x .txt, 1 x without ending\n" in told.err
     written = {str(path.relative_to(out)) for path in contents(out)}
-    assert written == {"a.png", "a_overlay.jpg", "sub/b.png", "sub/b_overlay.jpg"}
+    masks = {"a.png", "a_overlay.jpg", "sub/b.png", "sub/b_overlay.jpg"}
+    assert written == masks | {"predictions.json"}
     _, truth = picture(30, 44)
     with Image.open(out / "sub/b.png") as found:
         assert ((np.asarray(found) == 255) == truth).mean() > 0.9

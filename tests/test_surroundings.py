@@ -36,6 +36,7 @@ PATHS = (
     ("predict", "--workdir={}", "--support=a:b", "--query=c", "--out=x"),
     ("predict", "--workdir=w", "--support=a:b", "--query", "c", "{}", "--out=x"),
     ("predict", "--workdir=w", "--support=a:b", "--query=c", "--out={}"),
+    ("predict", "--weights={}", "--support=a:b", "--query=c", "--out=x"),
     ("compare", "{}", "b"),
     ("compare", "a", "b", "--out={}"),
     ("convert", "{}", "--backbone=resnet50"),

@@ -1,24 +1,13 @@
 """`qpenet predict`."""
 
 import argparse
-import io
-import sys
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-from qpenet_jax.cli.options import WORKDIR, add_overrides, path
-from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import (
-    local_path,
-    refuse_overwriting,
-    walk,
-    write_whole,
-)
+from qpenet_jax.cli.options import BACKBONES, WORKDIR, add_overrides, names, path
+from qpenet_jax.core.errors import InputError, check_choice
 
-if TYPE_CHECKING:
-    import numpy as np
+FORMATS = ("png", "voc", "coco", "labelme")
+METHODS = ("qpenet", "prototype")
 
 
 def add_parser(commands) -> None:
@@ -26,88 +15,183 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "predict",
         help="segment images, given annotated examples",
-        description="Segment in images the object that is marked in annotated "
-        "examples. Writes one mask and one overlay for each image.",
+        description="Segment in images what is marked in annotated examples. Writes "
+        "a mask and an overlay for each image, and predictions.json, a summary with "
+        "a score for each mask.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--workdir", required=True, type=path, metavar="FOLDER", help=WORKDIR
+    _add_network(parser)
+    _add_examples(parser)
+    _add_images(parser)
+    _add_results(parser)
+    add_overrides(parser)
+
+
+def _add_network(parser) -> None:
+    group = parser.add_argument_group("what segments")
+    group.add_argument(
+        "--workdir", type=path, metavar="FOLDER", help=f"{WORKDIR}; needed by qpenet"
     )
-    parser.add_argument(
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="qpenet",
+        help="qpenet, the trained network of a run (the default); or prototype, which "
+        "needs no training: a pixel is of the object if its feature is closer to the "
+        "mean of the marked pixels than to the mean of the others",
+    )
+    group.add_argument(
+        "--backbone",
+        choices=BACKBONES,
+        help="with --method prototype and without --workdir: the network that the "
+        "features are of; default: efficientnet_lite0",
+    )
+    group.add_argument(
+        "--weights",
+        type=path,
+        metavar="FILE",
+        help="the weights of --backbone, as `qpenet convert` writes them; "
+        "efficientnet_lite0 has its own",
+    )
+
+
+def _add_examples(parser) -> None:
+    parser.add_argument_group("examples").add_argument(
         "--support",
         required=True,
         action="append",
-        metavar="IMAGE:MASK",
-        help="an example image and its mask; give the option again for more examples. "
-        "The mask is an 8-bit grey or palette image: 0 is background, one other value "
-        "is the object. If that value isn't 255, pixels of 255 are ignored",
+        metavar="[NAME=]IMAGE:MARKS",
+        help="an example image and what is marked in it; give the option again for "
+        "more examples, and with other names for several classes. MARKS is a mask "
+        "(8-bit grey or palette image: 0 is background, one other value the object; "
+        "if that value isn't 255, pixels of 255 are ignored); a JSON file of labelme "
+        "or COCO, of which the label NAME is taken, or the only one; "
+        "polygon=X,Y,X,Y,...; or box=X,Y,WIDTH,HEIGHT. Polygon and box are in pixels "
+        "from the top left corner of the image",
     )
-    parser.add_argument(
+
+
+def _add_images(parser) -> None:
+    group = parser.add_argument_group("images to segment")
+    group.add_argument(
         "--query",
         required=True,
         nargs="+",
         type=path,
         metavar="PATH",
-        help="images to segment, or folders of images",
+        help="images to segment, folders of images, or videos (mp4, avi, mov, mkv), "
+        "whose frames are segmented one by one",
     )
-    parser.add_argument(
+    group.add_argument(
         "--recursive",
         action="store_true",
         help="also segment what lies in subfolders, into subfolders of --out",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--tiles",
+        type=int,
+        metavar="PIXELS",
+        help="for large images with small objects: look at overlapping squares of so "
+        "many pixels of the image, instead of the whole image scaled down",
+    )
+    group.add_argument(
+        "--tile-overlap",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="how much of its side a tile shares with the next; default: 0.25",
+    )
+
+
+def _add_results(parser) -> None:
+    group = parser.add_argument_group("results")
+    group.add_argument(
         "--out",
         required=True,
         type=path,
         metavar="FOLDER",
         help="folder for masks and overlays",
     )
-    add_overrides(parser)
-
-
-class Query(NamedTuple):
-    """An image to segment, and what its results are called: a path without ending."""
-
-    image: Path
-    name: Path
+    group.add_argument(
+        "--format",
+        type=names,
+        default=("png",),
+        metavar="NAME,...",
+        help="png: NAME.png with 0 and 255, or of several classes a palette image, "
+        "class i in the order of --support (the default); voc: a palette image in "
+        "VOC's colours, in the folder SegmentationClass; coco: coco.json for all "
+        "images, with run lengths; labelme: NAME.json with polygons. Several may be "
+        "given: png,coco",
+    )
+    group.add_argument(
+        "--refine",
+        action="store_true",
+        help="draw masks to the edges of the image, by a guided filter on its colours",
+    )
+    group.add_argument(
+        "--probability",
+        action="store_true",
+        help="also write how probable each class is at every pixel, as grey images of "
+        "16 bits (65535 is 1)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Segment every query image."""
     from tqdm import tqdm
 
-    from qpenet_jax.data.images import image_size, read_image
-    from qpenet_jax.evaluation.pictures import overlay
+    from qpenet_jax.masks.files import segment_files
+    from qpenet_jax.masks.leads import Tiles
+    from qpenet_jax.masks.marks import parse_support, read_supports
+    from qpenet_jax.masks.queries import find_queries
+    from qpenet_jax.masks.results import Results
     from qpenet_jax.segmenter import load
 
-    segment = load(args.workdir, args.overrides)
-    files = [_support_files(text) for text in args.support]
-    supports, masks = zip(*(_read_support(*pair) for pair in files), strict=True)
-    queries = _queries(args.query, args.recursive)
-    for query in queries:
-        image_size(query.image)  # what is no image is told before anything is written
-    out = Path(args.out)
-    read = [*(file for pair in files for file in pair), *(q.image for q in queries)]
-    _refuse_inputs(out, queries, read, args)
-    task = segment.learn(supports, masks)
+    for name in args.format:
+        check_choice("--format ", name, FORMATS)
+    tiles = Tiles(args.tiles, args.tile_overlap) if args.tiles is not None else None
+    segment = load(
+        args.workdir,
+        args.overrides,
+        method=args.method,
+        backbone=args.backbone,
+        weights=args.weights,
+    )
+    supports = [parse_support(text) for text in args.support]
+    examples = read_supports(supports)
+    queries = find_queries(args.query, args.recursive)
+    out, kept = Path(args.out), {"probabilities": args.probability}
+    results = Results(out, tuple(examples), args.format, **kept, about=_about(args))
+    files = [file for support in supports for file in support.files]
+    files += [query.path for query in queries]
+    results.refuse_clashes(queries, [*files, *_query_folders(out, args)])
+    tasks = segment.learn_classes(examples)
+
+    def find(pixels):
+        return tasks.find(pixels, tiles, refine=args.refine, **kept)
+
     with tqdm(queries, desc="segmenting", unit="image") as bar:
-        for query in bar:
-            image = read_image(query.image)
-            mask = task(image)
-            _save(255 * mask, out / f"{query.name}.png")
-            _save(overlay(image, mask), out / f"{query.name}_overlay.jpg")
-    print(f"{len(queries)} mask(s) and overlay(s) in {out}")
+        count = segment_files(find, bar, results)
+    print(f"{count} mask(s) and overlay(s) in {out}")
 
 
-def _refuse_inputs(
-    out: Path, queries: Sequence[Query], read: Sequence[Path], args: argparse.Namespace
-) -> None:
-    """Refuse results in the place of an image or a mask, or among the queries."""
-    results = [
-        out / f"{query.name}{ending}"
-        for query in queries
-        for ending in (".png", "_overlay.jpg")
-    ]
+def _about(args: argparse.Namespace) -> dict[str, str | None]:
+    """Return what the summary tells of how it was made."""
+    from qpenet_jax import __version__
+    from qpenet_jax.segmenter import DEFAULT_BACKBONE
+
+    about = {"version": __version__, "method": args.method, "run": args.workdir}
+    if args.workdir is None:
+        about["backbone"] = args.backbone or DEFAULT_BACKBONE
+    return about
+
+
+def _query_folders(out: Path, args: argparse.Namespace) -> list[Path]:
+    """Return the folders of --query into whose subfolders nothing may be written.
+
+    Raises:
+        InputError: --out is such a folder itself.
+    """
     folders = [Path(given) for given in args.query if Path(given).is_dir()]
     for folder in folders:
         if out.exists() and out.samefile(folder):
@@ -115,77 +199,4 @@ def _refuse_inputs(
                 f"--out {out} is a folder of --query, whose images the results would "
                 "replace or join: choose another folder"
             )
-    refuse_overwriting(results, [*read, *(folders if args.recursive else [])])
-
-
-def _save(pixels: "np.ndarray", path: Path) -> None:
-    """Write an image whole or not at all."""
-    from PIL import Image
-
-    content = io.BytesIO()
-    image = Image.fromarray(pixels)
-    image.save(content, Image.registered_extensions()[path.suffix])
-    write_whole(path, content.getvalue())
-
-
-def _support_files(text: str) -> tuple[Path, Path]:
-    image, colon, mask = text.rpartition(":")
-    if not colon:
-        raise InputError(f"--support {text}: give IMAGE:MASK, such as a.jpg:a.png")
-    return local_path(image), local_path(mask)
-
-
-def _read_support(image: Path, mask: Path) -> tuple["np.ndarray", "np.ndarray"]:
-    from qpenet_jax.data.images import (
-        check_same_size,
-        read_image,
-        read_mask,
-        warn_of_turn,
-    )
-
-    pixels, marked = read_image(image), read_mask(mask)
-    check_same_size(marked, pixels.shape[:2], mask)
-    warn_of_turn(image, mask)
-    return pixels, marked
-
-
-def _queries(arguments: Sequence[str], recursive: bool) -> list[Query]:
-    """Return all images to segment; none of two would be called alike."""
-    found = [
-        query
-        for argument in arguments
-        for query in _queries_at(Path(argument), recursive)
-    ]
-    name, times = Counter(query.name for query in found).most_common(1)[0]
-    if times > 1:
-        raise InputError(
-            f"two query images are called {str(name)!r}: their masks would overwrite "
-            "each other; rename one"
-        )
-    return found
-
-
-def _queries_at(path: Path, recursive: bool) -> list[Query]:
-    """Return an image file, or the image files of a folder; tell what is left out."""
-    from qpenet_jax.data.images import IMAGE_SUFFIXES
-
-    if not path.exists():
-        raise InputError(f"{path}: no such image or folder")
-    if not path.is_dir():
-        return [Query(path, Path(path.stem))]
-    files = list(walk(path, recursive).values())
-    folders = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    skipped = Counter(file.suffix.lower() or "without ending" for file in files)
-    for suffix in IMAGE_SUFFIXES:
-        skipped.pop(suffix, None)
-    told = [f"{count} x {suffix}" for suffix, count in sorted(skipped.items())]
-    if folders and not recursive:
-        told.append(f"{len(folders)} folder(s): give --recursive")
-    hints = [f"left out: {', '.join(told)}"] if told else []
-    if not images:
-        known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError("; ".join([f"{path} holds no image ({known})", *hints]))
-    for hint in hints:
-        print(f"{path}: {hint}", file=sys.stderr)
-    return [Query(file, file.relative_to(path).with_suffix("")) for file in images]
+    return folders if args.recursive else []

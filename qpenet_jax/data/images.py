@@ -194,9 +194,20 @@ def check_same_size(
     Raises:
         InputError: telling both.
     """
-    if label.shape != tuple(size):
+    refuse_other_size(label.shape, size, name)
+
+
+def refuse_other_size(
+    told: tuple[Any, ...], size: tuple[int, int], name: str | Path
+) -> None:
+    """Refuse a height and width that a file tells, if the image has others.
+
+    Raises:
+        InputError: telling both.
+    """
+    if tuple(told) != tuple(size):
         raise InputError(
-            f"{name}: mask of {label.shape[1]}x{label.shape[0]} pixels for an image"
+            f"{name}: mask of {told[1]}x{told[0]} pixels for an image"
             f" of {size[1]}x{size[0]}; make them equal"
         )
 

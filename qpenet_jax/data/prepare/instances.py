@@ -43,10 +43,10 @@ class Instances:
                 category.
         """
         self.path = path
-        with _format_errors(path):
-            content = _read(path)
-            images = _by_id(path, "images", content["images"])
-            annotations = _by_id(path, "annotations", content["annotations"])
+        with format_errors(path, "an instances file of COCO"):
+            content = read_annotations(path)
+            images = by_id(path, "images", content["images"])
+            annotations = by_id(path, "annotations", content["annotations"])
             self._ranks = _ranks(path, content["categories"])
             self._of_image = self._grouped(images, annotations.values())
             self.files = self._shown_files(images)
@@ -61,13 +61,7 @@ class Instances:
         # pycocotools' masks are in column order as well; assigning is then faster.
         label = np.zeros(size, np.uint8, order="F")
         for annotation in self._of_image[self._ids[name]]:
-            try:
-                mask = draw(annotation["segmentation"], *size)
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{self.path}: annotation {annotation['id']} of {name} can't be "
-                    f"drawn ({_reason(error)}); correct it or take it out"
-                ) from None
+            mask = drawn(self.path, annotation, name, size)
             label[mask] = self._ranks[annotation["category_id"]]
         return np.ascontiguousarray(label)
 
@@ -105,14 +99,20 @@ class Instances:
         if len(self._ids) < len(shown):
             raise InputError(f"{self.path}: two images have one name; rename one")
         self._sizes = {
-            name: _size(self.path, image)
+            name: size_of(self.path, image)
             for name, image in zip(names, shown, strict=True)
         }
         files = (image["file_name"].rpartition("/")[2] for image in shown)
         return dict(zip(names, files, strict=True))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_annotations(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; to be called within `format_errors`.
+
+    Raises:
+        ValueError: broken JSON, a key twice in one object, NaN or infinity.
+    """
+
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
@@ -128,28 +128,32 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
 
 
-def _by_id(path: Path, key: str, items: Sequence[dict[str, Any]]) -> dict[Any, dict]:
-    """Return the items by their ids, sure that each id is there once."""
-    by_id = {}
+def by_id(path: Path, key: str, items: Sequence[dict[str, Any]]) -> dict[Any, dict]:
+    """Return the items by their ids, sure that each id is there once.
+
+    Raises:
+        InputError: an id twice. ValueError, LookupError, TypeError: no such items.
+    """
+    found: dict[Any, dict] = {}
     for item in items:
         if type(item["id"]) not in (int, str):
             raise ValueError(f"{key}: id {item['id']!r} is no whole number")
-        if item["id"] in by_id:
-            both = by_id[item["id"]], item
+        if item["id"] in found:
+            both = found[item["id"]], item
             names = [x.get("file_name") or x.get("name") for x in both]
             named = f" ({names[0]} and {names[1]})" if all(names) else ""
             raise InputError(
                 f"{path}: two {key} have the id {item['id']}{named}; give each its own"
             )
-        by_id[item["id"]] = item
-    return by_id
+        found[item["id"]] = item
+    return found
 
 
 def _ranks(path: Path, categories: Sequence[dict[str, Any]]) -> dict[Any, int]:
     """Return the rank 1..80 of every category id; COCO's own ids run to 90."""
-    by_id = _by_id(path, "categories", categories)
-    ids = sorted(by_id)
-    if tuple(by_id[i]["name"] for i in ids) != COCO_CLASSES:
+    named = by_id(path, "categories", categories)
+    ids = sorted(named)
+    if tuple(named[i]["name"] for i in ids) != COCO_CLASSES:
         raise InputError(
             f"{path}: its categories aren't COCO's 80 in their order; label maps of "
             "other classes can be prepared as a folder"
@@ -157,8 +161,12 @@ def _ranks(path: Path, categories: Sequence[dict[str, Any]]) -> dict[Any, int]:
     return {category: rank for rank, category in enumerate(ids, 1)}
 
 
-def _size(path: Path, image: dict[str, Any]) -> tuple[int, int]:
-    """Return height and width; too large ones would use up the memory."""
+def size_of(path: Path, image: dict[str, Any]) -> tuple[int, int]:
+    """Return height and width of an image; too large ones would use up the memory.
+
+    Raises:
+        InputError: no sizes of an image. LookupError: not in the file.
+    """
     size = image["height"], image["width"]
     if any(type(side) is not int or not 1 <= side <= MAX_SIDE for side in size) or (
         math.prod(size) > MAX_PIXELS
@@ -168,6 +176,23 @@ def _size(path: Path, image: dict[str, Any]) -> tuple[int, int]:
             f"{size[1]!r}; correct them"
         )
     return size
+
+
+def drawn(
+    path: Path, annotation: dict[str, Any], name: str, size: tuple[int, int]
+) -> Bool[np.ndarray, "h w"]:
+    """Return the mask of an annotation of the image `name`, as `draw` does.
+
+    Raises:
+        InputError: it can't be drawn.
+    """
+    try:
+        return draw(annotation["segmentation"], *size)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: annotation {annotation['id']} of {name} can't be drawn "
+            f"({reason(error)}); correct it or take it out"
+        ) from None
 
 
 def draw(segmentation: Any, height: int, width: int) -> Bool[np.ndarray, "h w"]:
@@ -253,8 +278,12 @@ def _decoded(text: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def _format_errors(path: Path) -> Iterator[None]:
-    """Turn what reading a file of another format raises into one InputError."""
+def format_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn what reading a file of another format than `what` raises into one line.
+
+    Raises:
+        InputError: in its place.
+    """
     try:
         yield
     except InputError:
@@ -263,11 +292,12 @@ def _format_errors(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: no such file; check the path") from None
     except FORMAT_ERRORS as error:
         raise InputError(
-            f"{path} isn't an instances file of COCO ({_reason(error)}); fetch it again"
+            f"{path} isn't {what} ({reason(error)}); fetch it again"
         ) from None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return in a few words what was wrong with a file's content."""
     if isinstance(error, KeyError):
         return f"no {error} in it"
     return " ".join(str(error).split())[:200] or type(error).__name__

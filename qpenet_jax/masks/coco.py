@@ -1,0 +1,115 @@
+"""The JSON of COCO: annotations read as marks, masks written as run lengths."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Shaped
+from pycocotools import mask as pycoco
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.images import refuse_other_size
+from qpenet_jax.data.prepare.instances import by_id, drawn, size_of
+from qpenet_jax.masks.leads import Found
+
+
+def coco_annotations(
+    path: Path, content: dict[str, Any], photo: Path, size: tuple[int, int]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the annotations of a photo, by the names of their categories.
+
+    The photo is found by its file name, if two have it by its folders as well; crowds
+    are left out. Nothing is drawn yet.
+
+    Raises:
+        InputError: no or two images of that name, or another size than the photo's
+            `size`. ValueError, LookupError, TypeError: no content of such a file.
+    """
+    images = by_id(path, "images", content["images"])
+    names = by_id(path, "categories", content["categories"])
+    found = _called(photo, images.values())
+    if len(found) != 1:
+        count = "no image" if not found else f"{len(found)} images"
+        raise InputError(f"{path} has {count} called {photo.name}; it must have one")
+    refuse_other_size(size_of(path, found[0]), size, f"{path}, {photo.name}")
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for annotation in by_id(path, "annotations", content["annotations"]).values():
+        if annotation["image_id"] == found[0]["id"] and not annotation.get("iscrowd"):
+            name = names[annotation["category_id"]]["name"]
+            by_name.setdefault(str(name), []).append(annotation)
+    return by_name
+
+
+def _called(photo: Path, images: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the images of a photo's file name; of several, those in its folders."""
+    parts = (*photo.parent.resolve().parts, photo.name)
+    named = [
+        (image, PurePosixPath(image["file_name"].replace("\\", "/")).parts)
+        for image in images
+    ]
+    alike = [(image, theirs) for image, theirs in named if theirs[-1:] == parts[-1:]]
+    within = [image for image, theirs in alike if theirs == parts[-len(theirs) :]]
+    return within if len(within) == 1 else [image for image, _ in alike]
+
+
+def draw_annotations(
+    path: Path, annotations: Sequence[dict[str, Any]], name: str, size: tuple[int, int]
+) -> Bool[np.ndarray, "h w"]:
+    """Return what any of a photo's annotations marks; raises InputError as `drawn`."""
+    mask = np.zeros(size, bool)
+    for annotation in annotations:
+        mask |= drawn(path, annotation, name, size)
+    return mask
+
+
+class CocoFile:
+    """What is found in many photos, as the content of one file in COCO's format.
+
+    A class that is found in a photo makes one annotation there, with its score.
+    """
+
+    def __init__(self, classes: Sequence[str], description: str):
+        self.content: dict[str, Any] = {
+            "info": {"description": description},
+            "licenses": [],
+            "images": [],
+            "categories": [
+                {"id": i, "name": name, "supercategory": ""}
+                for i, name in enumerate(classes, 1)
+            ],
+            "annotations": [],
+        }
+
+    def add(self, file_name: str, found: Found) -> None:
+        """Add a photo and its masks."""
+        images, annotations = self.content["images"], self.content["annotations"]
+        height, width = found.index.shape
+        image_id = len(images) + 1
+        images.append(
+            {"id": image_id, "file_name": file_name, "height": height, "width": width}
+        )
+        for number, score in enumerate(found.scores, 1):
+            if score is None:
+                continue
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": image_id,
+                "category_id": number,
+                **_encoded(found.index == number),
+                "iscrowd": 0,
+                "score": score,
+            }
+            annotations.append(annotation)
+
+
+def _encoded(mask: Shaped[np.ndarray, "h w"]) -> dict[str, Any]:
+    """Return a mask as run lengths in COCO's compressed form, its area and its box."""
+    with warnings.catch_warnings():
+        # Of pycocotools' own arrays under NumPy 2; the user can do nothing about it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        runs: Any = pycoco.encode(np.asfortranarray(mask, np.uint8))
+        area, box = int(pycoco.area(runs)), pycoco.toBbox(runs).tolist()
+    segmentation = {"size": list(mask.shape), "counts": runs["counts"].decode("ascii")}
+    return {"segmentation": segmentation, "area": area, "bbox": box}

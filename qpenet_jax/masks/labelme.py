@@ -1,0 +1,166 @@
+"""The JSON of labelme: shapes read as marks, masks written as polygons.
+
+One file a photo, which names the photo by its path from the file. Format: labelme 6.3,
+`_label_file.py` and `utils/shape.py`; older versions wrote the same fields.
+"""
+
+import base64
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image, ImageDraw
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.images import decoding
+from qpenet_jax.data.prepare.instances import FORMAT_ERRORS, reason
+from qpenet_jax.masks.leads import Found
+from qpenet_jax.masks.outlines import fill, outlines
+
+VERSION = "5.5.0"
+"""The version of labelme that a written file names; those after it read it as well."""
+
+Shape = dict[str, Any]
+
+
+def labelme_shapes(content: dict[str, Any]) -> dict[str, list[Shape]]:
+    """Return the shapes of a file's content by their labels; nothing is drawn yet.
+
+    Raises:
+        ValueError, LookupError, TypeError: no content of such a file.
+    """
+    by_label: dict[str, list[Shape]] = {}
+    for shape in content["shapes"]:
+        if not isinstance(shape["label"], str):
+            raise ValueError(f"label {shape['label']!r} is no text")
+        by_label.setdefault(shape["label"], []).append(shape)
+    return by_label
+
+
+def labelme_size(content: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Return the photo's height and width as the file tells them, if it does."""
+    size = content.get("imageHeight"), content.get("imageWidth")
+    return None if None in size else size
+
+
+def draw_shapes(
+    path: Path, shapes: Sequence[Shape], size: tuple[int, int]
+) -> Bool[np.ndarray, "h w"]:
+    """Return what any of the shapes marks in a photo of `size`.
+
+    Raises:
+        InputError: a shape without an area, or that isn't of this photo.
+    """
+    mask = np.zeros(size, bool)
+    for number, shape in enumerate(shapes, 1):
+        try:
+            mask |= _drawn(shape, size)
+        except FORMAT_ERRORS as error:
+            raise InputError(
+                f"{path}: shape {number} of the label {shape['label']} can't be drawn "
+                f"({reason(error)}); correct it or take it out"
+            ) from None
+    return mask
+
+
+def _drawn(shape: Shape, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    kind = shape.get("shape_type") or "polygon"
+    points = _checked(shape["points"], max(size))
+    if kind in ("polygon", "oriented_rectangle"):
+        if len(points) < 3:
+            raise ValueError("a polygon needs three points or more")
+        return fill(points, size)
+    if kind not in ("rectangle", "circle", "mask"):
+        raise ValueError(f"a {kind} has no area")
+    if len(points) != 2:
+        raise ValueError(f"a {kind} has two points, this one {len(points)}")
+    if kind == "mask":
+        return _pasted(shape["mask"], points.astype(int), size)
+    canvas = Image.new("1", (size[1], size[0]))
+    pen = ImageDraw.Draw(canvas)
+    low, high = points.min(0), points.max(0)
+    if kind == "circle":  # its centre and a point of its rim
+        radius = math.dist(*points.tolist())
+        low, high = points[0] - radius, points[0] + radius
+        pen.ellipse((*low, *high), fill=1, outline=1)
+    else:
+        pen.rectangle((*low, *high), fill=1, outline=1)
+    return np.array(canvas)
+
+
+def _checked(points: Any, side: int) -> np.ndarray:
+    """Return points as an array; tools let them lie somewhat outside of the photo."""
+    for point in points:
+        for value in point:
+            if type(value) not in (int, float) or not -side <= value <= 2 * side:
+                raise ValueError(f"{value!r} is no coordinate in this image")
+    array = np.array(points, float)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise ValueError("points are x and y")
+    return array
+
+
+def _pasted(text: str, corners: np.ndarray, size: tuple[int, int]):
+    """Return a mask that is stored as a PNG of the box between two pixels."""
+    (left, top), (right, bottom) = corners
+    mask = np.zeros(size, bool)
+    part = mask[max(top, 0) : bottom + 1, max(left, 0) : right + 1]
+    data = base64.b64decode(text, validate=True)
+    with decoding("its PNG"), Image.open(io.BytesIO(data)) as image:
+        if (image.height, image.width) != (bottom + 1 - top, right + 1 - left):
+            raise ValueError("its PNG hasn't the size of its box")
+        stored = np.asarray(image.convert("L")) != 0
+    if part.shape != stored.shape:
+        raise ValueError("it isn't inside of the photo")
+    part[:] = stored
+    return mask
+
+
+def labelme_file(
+    path: Path, photo: Path, found: Found, classes: Sequence[str]
+) -> dict[str, Any]:
+    """Return the content of a file at `path` about a photo: a polygon for each part.
+
+    Parts of one class share a `group_id`; the class's score stands beside each. A hole
+    is cut into its part's polygon (`outlines`). The photo itself isn't embedded.
+    """
+    height, width = found.index.shape
+    shapes = []
+    for number, (name, score) in enumerate(zip(classes, found.scores, strict=True), 1):
+        polygons = outlines(found.index == number)
+        shapes += [
+            {
+                "label": name,
+                "points": polygon.tolist(),
+                "group_id": number if len(polygons) > 1 else None,
+                "description": "",
+                "shape_type": "polygon",
+                "flags": {},
+                "mask": None,
+                "score": score,
+            }
+            for polygon in polygons
+        ]
+    return {
+        "version": VERSION,
+        "flags": {},
+        "shapes": shapes,
+        "imagePath": _relative(photo, path.parent),
+        "imageData": None,
+        "imageHeight": height,
+        "imageWidth": width,
+    }
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """Return the way from a folder to a file; the whole path from another drive."""
+    whole = path.parent.resolve() / path.name
+    try:
+        return Path(os.path.relpath(whole, folder.resolve())).as_posix()
+    except ValueError:
+        return whole.as_posix()

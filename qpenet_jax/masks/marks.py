@@ -1,0 +1,231 @@
+"""What a user marks in a photo: `[NAME=]IMAGE:MARKS` on the command line.
+
+MARKS is a mask's file, a JSON file of labelme or COCO, `polygon=x,y,...` or
+`box=x,y,width,height`, in pixels from the photo's top left corner.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import local_path
+from qpenet_jax.data.images import (
+    check_same_size,
+    read_image,
+    read_mask,
+    refuse_other_size,
+    support_mask,
+    warn_of_turn,
+)
+from qpenet_jax.data.prepare.instances import draw, format_errors, read_annotations
+from qpenet_jax.masks.coco import coco_annotations, draw_annotations
+from qpenet_jax.masks.labelme import draw_shapes, labelme_shapes, labelme_size
+
+Mask = UInt8[np.ndarray, "h w"]
+Size = tuple[int, int]
+
+UNNAMED = "object"
+"""What a single class is called if nothing names it."""
+
+POLYGON, BOX = "polygon=", "box="
+
+
+class Support(NamedTuple):
+    """A photo with marks: the class that was named, or None, the photo, the marks."""
+
+    name: str | None
+    image: Path
+    marks: str
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        if self.marks.startswith((POLYGON, BOX)):
+            return [self.image]
+        return [self.image, local_path(self.marks)]
+
+
+class Marked(NamedTuple):
+    """A support as read: pixels, mask (1 the object, 255 ignored), the marks' label."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    mask: Mask
+    label: str | None
+
+
+def parse_support(text: str) -> Support:
+    """Return what `[NAME=]IMAGE:MARKS` says.
+
+    Text before the first "=" is a name unless it holds one of `:/\\` or a file has the
+    whole name.
+
+    Raises:
+        InputError: no colon, no name before "=", or a path that is none here.
+    """
+    name, rest = _name_and_rest(text)
+    image, colon, marks = rest.rpartition(":")
+    if not (colon and image and marks):
+        raise InputError(
+            f"--support {text}: give IMAGE:MASK, such as a.jpg:a.png, or "
+            "NAME=IMAGE:MASK"
+        )
+    support = Support(name, local_path(image), marks)
+    _ = support.files
+    return support
+
+
+def _name_and_rest(text: str) -> tuple[str | None, str]:
+    head, equals, rest = text.partition("=")
+    if not equals or any(sign in head for sign in ":/\\"):
+        return None, text
+    if Path(text.rpartition(":")[0]).exists():
+        return None, text
+    name = head.strip()
+    if not name or not name.isprintable():
+        raise InputError(f"--support {text}: give a name before =, or leave = out")
+    return name, rest
+
+
+def read_supports(
+    supports: Sequence[Support],
+) -> dict[str, tuple[list[np.ndarray], list[Mask]]]:
+    """Return images and masks by class, the classes in the order given.
+
+    Without names all are of one class, called after the label of their marks if they
+    have one.
+
+    Raises:
+        InputError: names for some only, marks of several labels without names, and
+            whatever a file has wrong.
+    """
+    named = [support.name for support in supports if support.name is not None]
+    if named and len(named) < len(supports):
+        raise InputError(
+            f"some supports have a name ({named[0]}) and some have none: give every "
+            "--support a name, as in NAME=IMAGE:MASK, or none"
+        )
+    read = [read_support(support) for support in supports]
+    if not named:
+        labels = sorted({marked.label for marked in read if marked.label is not None})
+        if len(labels) > 1:
+            raise InputError(
+                f"the marks have the labels {_listed(labels)}: say by a name what each "
+                "support is of, --support NAME=IMAGE:MARKS"
+            )
+        named = [*labels, UNNAMED][:1] * len(supports)
+    classes: dict[str, tuple[list, list]] = {name: ([], []) for name in named}
+    for name, marked in zip(named, read, strict=True):
+        classes[name][0].append(marked.pixels)
+        classes[name][1].append(marked.mask)
+    return classes
+
+
+def read_support(support: Support) -> Marked:
+    """Return a support's pixels and what is marked in them.
+
+    Raises:
+        InputError: the photo or the marks are broken, don't fit, or mark nothing.
+    """
+    pixels = read_image(support.image)
+    size, marks = pixels.shape[:2], support.marks
+    said = f"{support.image}:{marks}"
+    label = None
+    if marks.startswith((POLYGON, BOX)):
+        warn_of_turn(support.image)
+    if marks.startswith(POLYGON):
+        drawn = _polygon(said, _numbers(said, marks.removeprefix(POLYGON)), size)
+    elif marks.startswith(BOX):
+        drawn = _box(said, _numbers(said, marks.removeprefix(BOX)), size)
+    elif marks.lower().endswith(".json"):
+        said = marks
+        drawn, label = _read_json(local_path(marks), support, size)
+    else:
+        mask = read_mask(local_path(marks))
+        check_same_size(mask, size, local_path(marks))
+        warn_of_turn(support.image, local_path(marks))
+        return Marked(pixels, mask, None)
+    return Marked(pixels, support_mask(drawn.astype(np.uint8), said), label)
+
+
+def _numbers(said: str, text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+        if all(map(math.isfinite, numbers)):
+            return numbers
+    except ValueError:
+        pass
+    raise InputError(f"{said}: give numbers of pixels, separated by commas")
+
+
+def _polygon(said: str, numbers: list[float], size: Size) -> Bool[np.ndarray, "h w"]:
+    try:
+        return draw([numbers], *size)
+    except ValueError as error:
+        raise InputError(f"{said}: {error}; the photo is {_wide(size)}") from None
+
+
+def _box(said: str, numbers: list[float], size: Size) -> Bool[np.ndarray, "h w"]:
+    """Return which pixels have their centre in a box."""
+    if len(numbers) != 4:
+        raise InputError(f"{said}: a box is {BOX}x,y,width,height")
+    left, top, width, height = numbers
+    if min(numbers) < 0 or left + width > size[1] or top + height > size[0]:
+        raise InputError(
+            f"{said}: a box is {BOX}x,y,width,height, not two corners, and lies in the "
+            f"photo, which is {_wide(size)}"
+        )
+    x, y = np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5
+    rows = (top <= y) & (y < top + height)
+    columns = (left <= x) & (x < left + width)
+    return np.outer(rows, columns)
+
+
+def _wide(size: Size) -> str:
+    return f"{size[1]} pixels wide and {size[0]} high"
+
+
+def _read_json(
+    path: Path, support: Support, size: Size
+) -> tuple[Bool[np.ndarray, "h w"], str]:
+    """Return what a file of labelme or COCO marks in a photo, and its label there."""
+    with format_errors(path, "a JSON file of labelme or COCO"):
+        content = read_annotations(path)
+        if "shapes" in content:
+            told = labelme_size(content)
+            if told is not None:
+                refuse_other_size(told, size, path)
+            found: Mapping[str, Any] = labelme_shapes(content)
+            label = _choice(path, found, support.name)
+            return draw_shapes(path, found[label], size), label
+        found = coco_annotations(path, content, support.image, size)
+        label = _choice(path, found, support.name)
+        warn_of_turn(support.image)  # labelme turns photos as we do; others may not
+        return draw_annotations(path, found[label], support.image.name, size), label
+
+
+def _choice(path: Path, labels: Iterable[str], name: str | None) -> str:
+    """Return the label that was named, or the only one."""
+    known = sorted(labels)
+    if not known:
+        raise InputError(f"{path} marks nothing in this photo")
+    if name is None and len(known) == 1:
+        return known[0]
+    if name is None:
+        raise InputError(
+            f"{path} has the labels {_listed(known)}: choose one, as in --support "
+            f"NAME=IMAGE:{path.name}"
+        )
+    if name not in known:
+        raise InputError(
+            f"{path} has no label {name!r} in this photo, but {_listed(known)}"
+        )
+    return name
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

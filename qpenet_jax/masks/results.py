@@ -1,0 +1,179 @@
+"""What `predict` writes: masks in the formats of several tools, scores, a summary."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import refuse_overwriting, write_whole
+from qpenet_jax.masks.coco import CocoFile
+from qpenet_jax.masks.colours import class_overlay, grey_png, index_png, voc_colour
+from qpenet_jax.masks.labelme import labelme_file
+from qpenet_jax.masks.leads import Found
+from qpenet_jax.masks.queries import Frame, Query
+from qpenet_jax.masks.videos import OverlayVideo
+
+FORMATS = ("png", "voc", "coco", "labelme")
+
+SUMMARY, COCO = Path("predictions.json"), Path("coco.json")
+
+VOC_FOLDER = Path("SegmentationClass")
+
+FORMAT = "qpenet_jax predictions 1"
+"""Of the summary, as it tells itself."""
+
+
+class Results:
+    """Files below `out` for each image that is segmented.
+
+    A file is written whole or not at all. The files about all images, the summary and
+    COCO's, are written by `finish`; those of an earlier call are taken away before the
+    first mask is written, so that none tells of other masks than those that are there.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        classes: Sequence[str],
+        formats: Sequence[str] = ("png",),
+        *,
+        probabilities: bool = False,
+        about: dict[str, Any] | None = None,
+    ):
+        """`about` stands in the summary: the version, the run and the like."""
+        self.out, self.classes, self.formats = out, tuple(classes), tuple(formats)
+        self.probabilities = probabilities
+        self._images: list[dict[str, Any]] = []
+        listed = [
+            {"index": i, "name": name, "colour": list(voc_colour(i))}
+            for i, name in enumerate(self.classes, 1)
+        ]
+        self._summary = {"format": FORMAT, **(about or {}), "classes": listed}
+        self._coco = CocoFile(self.classes, "masks found by qpenet predict")
+
+    def refuse_clashes(self, queries: Iterable[Query], read: Sequence[Path]) -> None:
+        """Refuse results in each other's place, or in that of a file that is read.
+
+        Raises:
+            InputError: naming them.
+        """
+        files, folders = [self.out / name for name in self._about_all()], set()
+        for query in queries:
+            if query.is_video:
+                files.append(self._overlay_video(query))
+                frame = self._files(query.name / "0", is_video=True)
+                folders |= {path.parent for path in frame.values()}
+            else:
+                files += self._files(query.name, is_video=False).values()
+        path, times = Counter(files).most_common(1)[0]
+        if times > 1:
+            raise InputError(f"two results would be called {path}: rename an image")
+        for folder in folders:
+            taken = [path for path in files if path.is_relative_to(folder)]
+            real = folder.resolve()
+            taken += [path for path in read if path.resolve().is_relative_to(real)]
+            if taken:
+                raise InputError(
+                    f"the masks of a video's frames would be written into {folder}, "
+                    f"where {taken[0]} is: choose another --out"
+                )
+        refuse_overwriting([*files, *(folder / "0.png" for folder in folders)], read)
+
+    def add(self, query: Query, frame: Frame, found: Found) -> None:
+        """Write what was found in an image, or in a frame of a video."""
+        if not self._images:
+            for name in self._about_all():
+                (self.out / name).unlink(missing_ok=True)
+        files = self._files(frame.name, query.is_video)
+        for what, path in files.items():
+            write_whole(path, self._content(what, path, query, frame, found))
+        if "coco" in self.formats:
+            shown = files["frame"].relative_to(self.out) if query.is_video else None
+            self._coco.add((shown or query.shown).as_posix(), found)
+        self._images.append(self._summed_up(query, frame, found, files))
+
+    def overlay_video(self, query: Query) -> OverlayVideo:
+        """Return what writes the overlays of a video's frames as a video."""
+        return OverlayVideo(self._overlay_video(query), query.rate, len(self.classes))
+
+    def finish(self) -> None:
+        """Write the files that are about all images."""
+        if "coco" in self.formats:
+            write_whole(self.out / COCO, json.dumps(self._coco.content))
+        summary = self._summary | {"images": self._images}
+        write_whole(self.out / SUMMARY, json.dumps(summary, indent=1))
+
+    def _about_all(self) -> list[Path]:
+        return [SUMMARY, *([COCO] if "coco" in self.formats else [])]
+
+    def _overlay_video(self, query: Query) -> Path:
+        return self.out / f"{query.name}_overlay.mp4"
+
+    def _files(self, name: Path, is_video: bool) -> dict[str, Path]:
+        """Return the files of an image by what they hold."""
+        files: dict[str, Path] = {}
+        if "png" in self.formats:
+            files["png"] = Path(f"{name}.png")
+        if "voc" in self.formats:
+            files["voc"] = VOC_FOLDER / f"{name}.png"
+        if not is_video:
+            files["overlay"] = Path(f"{name}_overlay.jpg")
+        elif {"coco", "labelme"} & set(self.formats):  # their files name images
+            files["frame"] = Path(f"{name}.jpg")
+        if "labelme" in self.formats:
+            files["labelme"] = Path(f"{name}.json")
+        if self.probabilities:
+            several = len(self.classes) > 1
+            for i, label in enumerate(self.classes):
+                ending = f"_{label}" if several else ""
+                files[f"probability {i}"] = Path(f"{name}_probability{ending}.png")
+        return {what: self.out / path for what, path in files.items()}
+
+    def _content(self, what, path, query: Query, frame: Frame, found: Found):
+        """Return what is to be written into one of an image's files."""
+        match what.split():
+            case ["png"] if len(self.classes) == 1:
+                return grey_png(255 * found.index)
+            case ["png" | "voc"]:
+                return index_png(found.index)
+            case ["overlay"]:
+                overlay = class_overlay(frame.pixels, found.index, len(self.classes))
+                return _jpeg(overlay)
+            case ["frame"]:
+                return _jpeg(frame.pixels)
+            case ["labelme"]:
+                photo = path.with_suffix(".jpg") if query.is_video else query.path
+                content = labelme_file(path, photo, found, self.classes)
+                return json.dumps(content, indent=1)
+        number = int(what.split()[1])
+        levels = np.rint(65535 * found.probabilities[number]).astype(np.uint16)
+        return cv2.imencode(".png", levels)[1].tobytes()
+
+    def _summed_up(self, query, frame, found, files) -> dict[str, Any]:
+        counts = np.bincount(found.index.ravel(), minlength=len(self.classes) + 1)
+        height, width = found.index.shape
+        number = {} if frame.number is None else {"frame": frame.number}
+        return {
+            "file": str(query.path),
+            **number,
+            "height": height,
+            "width": width,
+            "found": {
+                name: {"pixels": int(counts[i]), "score": found.scores[i - 1]}
+                for i, name in enumerate(self.classes, 1)
+            },
+            "files": [path.relative_to(self.out).as_posix() for path in files.values()],
+        }
+
+
+def _jpeg(pixels) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG")
+    return content.getvalue()

@@ -1,0 +1,116 @@
+"""Videos: frames read one after the other, overlays written."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from qpenet_jax.core.errors import InputError, InputWarning
+from qpenet_jax.masks.colours import class_overlay
+from qpenet_jax.masks.leads import Found
+
+RGB = UInt8[np.ndarray, "h w 3"]
+
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".m4v", ".webm"}
+"""What is read as a video where it is named; in a folder, videos are left out."""
+
+OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
+"""The environment variable that OpenCV reads whenever it opens a video."""
+
+ONLY_FILES = (
+    "protocol_whitelist;file|format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm"
+)
+"""Options of FFmpeg: else a file that calls itself a video could be a list of others,
+and of addresses to fetch."""
+
+# FFmpeg prints lines of its own about a broken file; this is read at its first use.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
+
+def read_video(path: Path) -> Iterator[RGB]:
+    """Yield a video's frames as RGB, upright; one at a time is in memory.
+
+    Warns if it ends before its header says.
+
+    Raises:
+        InputError: no frame can be read.
+    """
+    with _opened(path) as video:
+        told, count = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0
+        read, frame = video.read()
+        if not read:
+            raise InputError(f"{path}: no frame can be read; convert it to mp4")
+        while read:
+            count += 1
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            read, frame = video.read()
+    if count < told:
+        message = f"{path}: only {count} of {told} frames could be read"
+        warnings.warn(message, InputWarning, stacklevel=2)
+
+
+def frame_rate(path: Path) -> float:
+    """Return a video's frames a second as its header tells, 25 if it doesn't."""
+    with _opened(path) as video:
+        rate = video.get(cv2.CAP_PROP_FPS)
+    return rate if 0 < rate < 1000 else 25.0
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    before = os.environ.get(OPTIONS)
+    level = cv2.utils.logging.getLogLevel()
+    os.environ[OPTIONS] = ONLY_FILES
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+        os.environ.pop(OPTIONS)
+        if before is not None:
+            os.environ[OPTIONS] = before
+    try:
+        yield video
+    finally:
+        video.release()
+
+
+class OverlayVideo:
+    """A video of overlays, under another name until it is whole: a context manager."""
+
+    def __init__(self, path: Path, rate: float, classes: int):
+        self.path, self.rate, self.classes = path, rate, classes
+        self._part = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
+        self._writer: Any = None
+
+    def __enter__(self) -> "OverlayVideo":
+        """Return itself; the file is made with the first frame."""
+        return self
+
+    def add(self, pixels: RGB, found: Found) -> None:
+        """Write the overlay of a frame; raises InputError where OpenCV can't."""
+        overlay = class_overlay(pixels, found.index, self.classes)
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            height, width = found.index.shape
+            code: Any = cv2.VideoWriter.fourcc(*"mp4v")
+            size = (width, height)
+            self._writer = cv2.VideoWriter(str(self._part), code, self.rate, size)
+            if not self._writer.isOpened():
+                raise InputError(f"{self.path}: this OpenCV can't write such a video")
+        self._writer.write(cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR))
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """Give the file its name if all went well, else take it away."""
+        if self._writer is None:
+            return
+        self._writer.release()
+        if kind is None and self._part.exists():
+            self._part.replace(self.path)
+        self._part.unlink(missing_ok=True)

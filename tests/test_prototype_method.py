@@ -1,0 +1,98 @@
+"""`--method prototype`: segments without training, over any backbone."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import refused
+from test_segmenter import picture
+
+from qpenet_jax import InputError, load
+from qpenet_jax.backbones.convert import load_weights, save_weights
+from qpenet_jax.backbones.registry import backbone, features
+from qpenet_jax.cli.main import main
+from qpenet_jax.data.transforms import fit, fit_label
+from qpenet_jax.evaluation.cosine import nearest_prototype
+from qpenet_jax.segmenter import DEFAULT_BACKBONE, SHARPNESS
+
+GOLDENS = Path(__file__).parent / "goldens"
+SIDE = 65
+OVERRIDES = [f"--config.side={SIDE}"]
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return load(method="prototype", overrides=OVERRIDES)
+
+
+def test_it_is_evaluations_baseline(segmenter):
+    supports = [picture(SIDE - 1, SIDE - 1), picture(64, 40)]
+    images, masks = zip(*supports, strict=True)
+    query, truth = picture(64, 64)
+    task = segmenter.learn(images, masks)
+    assert (task(query) == truth).mean() > 0.8
+    net, weights = backbone(DEFAULT_BACKBONE), load_weights(DEFAULT_BACKBONE)
+    fitted = np.stack([fit(image, SIDE) for image in (*images, query)])
+    maps = features(net, weights, fitted)
+    squares = np.stack([fit_label(mask, SIDE) for mask in masks])[None]
+    logits, _ = nearest_prototype(maps[None, :2], squares, maps[2:])
+    lead = np.asarray(task.lead(task.view(query)))
+    np.testing.assert_allclose(
+        lead / SHARPNESS, (logits[0, :64, :64, 1] - logits[0, :64, :64, 0]), atol=1e-4
+    )
+    assert 0.5 < task.probability(query)[truth == 1].mean() < 1
+
+
+def test_predict_needs_no_run(tmp_path, capsys):
+    image, mask = picture(64, 64)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    words = ["predict", "--support", f"{tmp_path / 'a.png'}:box=0,0,32,64", "--query"]
+    words += [tmp_path / "a.png", "--out", tmp_path / "out"]
+    main([str(w) for w in (*words, "--method=prototype", *OVERRIDES)])
+    found = np.asarray(Image.open(tmp_path / "out/a.png"))
+    assert ((found == 255) == mask).mean() > 0.9
+    summary = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert (summary["method"], summary["run"]) == ("prototype", None)
+    capsys.readouterr()
+    assert "no run: give --workdir" in refused(capsys, *words)
+    given = ("--workdir", tmp_path, "--backbone=resnet50", "--method=prototype")
+    assert "has a backbone of its own" in refused(capsys, *words, *given)
+    given = ("--method=prototype", "--backbone=resnet50")
+    assert "resnet50 needs a weight file" in refused(capsys, *words, *given)
+
+
+def test_the_weights_of_a_backbone_may_be_given(segmenter, tmp_path):
+    file = tmp_path / "w.safetensors"
+    (tmp_path / "source").write_bytes(b"x")
+    params = load_weights(DEFAULT_BACKBONE)
+    arrays = jax.tree.map(np.asarray, params)
+    save_weights(file, DEFAULT_BACKBONE, arrays, tmp_path / "source")
+    image, mask = picture(50, 64)
+    own = load(
+        method="prototype", backbone=DEFAULT_BACKBONE, weights=file, overrides=OVERRIDES
+    )
+    np.testing.assert_array_equal(
+        own(image, image, mask), segmenter(image, image, mask)
+    )
+    with pytest.raises(InputError, match="needs a weight file"):
+        load(method="prototype", backbone="resnet50")
+    with pytest.raises(InputError, match="unknown backbone"):
+        load(method="prototype", backbone="resnet")
+    with pytest.raises(InputError, match="method 'sam': choose qpenet, prototype"):
+        load(method="sam")
+    with pytest.raises(InputError, match="no run: give --workdir"):
+        load()
+    with pytest.raises(InputError, match=r"no such config field: sidee"):
+        load(method="prototype", overrides=["--config.sidee=65"])
+
+
+def test_it_takes_the_backbone_of_a_run(segmenter):
+    """The run has these weights and this side."""
+    run = load(GOLDENS / "run_dbf7d53", method="prototype")
+    assert run.side == SIDE
+    image, mask = picture(50, 64)
+    expected = segmenter(image, image, mask)
+    np.testing.assert_array_equal(run(image, image, mask), expected)

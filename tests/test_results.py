@@ -1,0 +1,416 @@
+"""Masks in the formats of other tools: what is written is what their readers see."""
+
+import importlib.util
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from test_cli import refused
+from test_segmenter import SIDE, picture
+
+from qpenet_jax import InputError, Segmenter
+from qpenet_jax.cli import predict
+from qpenet_jax.cli.main import main
+from qpenet_jax.data.prepare.instances import draw
+from qpenet_jax.evaluation.predictor import Predictor
+from qpenet_jax.masks import results
+from qpenet_jax.masks.labelme import draw_shapes
+from qpenet_jax.masks.leads import Tiles, compete, probability, tiled
+from qpenet_jax.masks.outlines import fill, outlines
+from qpenet_jax.masks.queries import find_queries, frames
+from qpenet_jax.segmenter import METHODS, Tasks
+
+COLOURS = {"red": (250, 0, 0), "blue": (0, 0, 250)}
+
+
+class Colours:
+    """A stand-in for the network: what has the marked pixels' mean colour is found."""
+
+    def __init__(self):
+        self.encoded = []
+        self.segmenter = Segmenter(Predictor(self.encode, self.decode), SIDE)
+
+    def encode(self, images, roles=("support", "query"), padding=None):
+        self.encoded.append(roles)
+        return images.astype(np.float32)
+
+    def decode(self, supports, masks, query):
+        marked = np.concatenate(
+            [x[0][m == 1] for x, m in zip(supports, masks[0], strict=True)]
+        )
+        return 3 - np.abs(query - marked.mean(0)).sum(-1) / 40
+
+
+@pytest.fixture
+def network(monkeypatch):
+    network = Colours()
+    load = lambda *_, **__: network.segmenter  # noqa: E731
+    monkeypatch.setattr("qpenet_jax.segmenter.load", load)
+    return network
+
+
+def scene(height=90, width=120):
+    """A red ring with a blue disc beside it on grey, and the classes of its pixels."""
+    y, x = np.mgrid[:height, :width]
+    away = np.hypot(y - height / 2, x - height / 2)
+    index = np.zeros((height, width), np.uint8)
+    index[(away < height * 0.45) & (away > height * 0.2)] = 1
+    index[np.hypot(y - height / 2, x - width + height * 0.2) < height * 0.15] = 2
+    colours = np.array([(128, 128, 128), *COLOURS.values()], np.uint8)
+    return colours[index], index
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three photos in a folder, and the words of a support of each colour."""
+    (tmp_path / "photos/sub").mkdir(parents=True)
+    for name, size in {"a.png": (90, 120), "sub/b.png": (60, 100)}.items():
+        Image.fromarray(scene(*size)[0]).save(tmp_path / "photos" / name)
+    Image.new("RGB", (40, 30), (128, 128, 128)).save(tmp_path / "photos/none.png")
+    words = []
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+        words += ["--support", f"{name}={tmp_path / name}.png:box=8,8,48,48"]
+    return words
+
+
+def run(tmp_path, words, *more, query="photos"):
+    query, out = tmp_path / query, tmp_path / "out"
+    given = ["predict", "--workdir=w", *words, "--query", query, "--out", out, *more]
+    main([str(word) for word in given])
+    return out
+
+
+def indices(path):
+    with Image.open(path) as image:
+        assert image.mode == "P"
+        return np.array(image), image.getpalette()
+
+
+def test_several_classes_make_one_index_mask(network, photos, tmp_path):
+    out = run(tmp_path, photos, "--recursive")
+    found, palette = indices(out / "a.png")
+    truth = scene()[1]
+    assert (found == truth).mean() > 0.95
+    assert set(np.unique(found)) == {0, 1, 2}
+    assert palette[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+    summary = json.loads((out / "predictions.json").read_text())
+    assert summary["run"] == "w"
+    assert [(c["index"], c["name"]) for c in summary["classes"]] == [
+        (1, "red"),
+        (2, "blue"),
+    ]
+    a, none, b = summary["images"]
+    assert (a["height"], a["width"]) == (90, 120)
+    assert a["found"]["blue"]["pixels"] == (found == 2).sum()
+    assert 0.5 < a["found"]["blue"]["score"] <= 1
+    assert none["found"]["red"] == {"pixels": 0, "score": None}
+    assert b["file"] == str(tmp_path / "photos/sub/b.png")
+    assert b["files"] == ["sub/b.png", "sub/b_overlay.jpg"]
+    assert all((out / name).exists() for image in (a, b) for name in image["files"])
+    with Image.open(out / "a_overlay.jpg") as overlay:
+        pixels = np.array(overlay).astype(int)
+    assert (pixels[45, 10] - pixels[45, 10, 2])[0] > 40, "red has the first colour"
+    assert pixels[45, 102, 1] - pixels[45, 102, 2] > 40, "blue has the second, green"
+
+
+def test_supports_and_queries_are_encoded_once_for_all_classes(
+    network, photos, tmp_path
+):
+    run(tmp_path, photos, "--recursive")
+    assert network.encoded == [("support",)] * 2 + [("query",)] * 3
+
+
+def test_classes_compete_by_their_leads():
+    leads = np.array([[[2, -1, 1, 3]], [[1, -2, 1, 4]], [[0, 0, 0.5, 4]]], np.float32)
+    found = compete(leads, probabilities=True)
+    np.testing.assert_array_equal(found.index, [[1, 0, 1, 2]])
+    np.testing.assert_allclose(found.scores[0], (1 / (1 + np.exp([-2, -1]))).mean())
+    assert found.scores[2] is None
+    np.testing.assert_allclose(found.probabilities[1], probability(leads[1]))
+
+
+def test_tasks_are_of_one_segmenter():
+    image, mask = picture(40, 50)
+    one, other = (Colours().segmenter.learn(image, mask) for _ in range(2))
+    with pytest.raises(InputError, match="several segmenters"):
+        Tasks({"a": one, "b": other})
+    with pytest.raises(InputError, match="0 classes"):
+        Tasks({})
+    found = Tasks({"a": one}).find(image)
+    np.testing.assert_array_equal(found.index, one(image))
+    np.testing.assert_array_equal(Tasks({"a": one})(image), one(image))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools under NumPy 2
+def test_coco_reads_back_every_mask_bit_for_bit(network, photos, tmp_path, capsys):
+    out = run(tmp_path, photos, "--recursive", "--format", "png,coco")
+    capsys.readouterr()
+    coco = COCO(str(out / "coco.json"))
+    files = {image["file_name"]: image["id"] for image in coco.imgs.values()}
+    assert set(files) == {"a.png", "none.png", "sub/b.png"}
+    assert not coco.getAnnIds(imgIds=[files["none.png"]])
+    assert {c["id"]: c["name"] for c in coco.cats.values()} == {1: "red", 2: "blue"}
+    for name in ("a.png", "sub/b.png"):
+        index, _ = indices(out / name)
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=[files[name]]))
+        assert [a["category_id"] for a in annotations] == [1, 2]
+        for annotation in annotations:
+            mask = index == annotation["category_id"]
+            np.testing.assert_array_equal(coco.annToMask(annotation), mask)
+            np.testing.assert_array_equal(
+                draw(annotation["segmentation"], *mask.shape), mask
+            )
+            assert annotation["area"] == mask.sum()
+            y, x = np.nonzero(mask)
+            box = [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+            assert annotation["bbox"] == box
+            assert 0.5 < annotation["score"] <= 1
+
+
+def test_labelme_reads_back_every_mask(network, photos, tmp_path):
+    out = run(tmp_path, photos, "--recursive", "--format", "voc,labelme")
+    for name in ("a", "sub/b", "none"):
+        path = out / f"{name}.json"
+        content = json.loads(path.read_text())
+        photo = path.parent / content["imagePath"]
+        assert photo.samefile(tmp_path / "photos" / f"{name}.png")
+        assert not os.path.isabs(content["imagePath"])
+        assert content["imageData"] is None
+        index, _ = indices(out / "SegmentationClass" / f"{name}.png")
+        assert (content["imageHeight"], content["imageWidth"]) == index.shape
+        for number, label in enumerate(COLOURS, 1):
+            shapes = [s for s in content["shapes"] if s["label"] == label]
+            found = draw_shapes(path, shapes, index.shape)
+            if name == "none":
+                assert not shapes
+                continue
+            assert iou(found, index == number) >= 0.99
+            assert {s["group_id"] for s in shapes} <= {number, None}
+    assert "png" not in {p.suffix[1:] for p in out.iterdir()}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("labelme"), reason="no labelme")
+def test_labelme_itself_reads_what_is_written(network, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
+    labelme = pytest.importorskip("labelme", exc_type=ImportError)
+    out = run(tmp_path, photos, "--format", "png,labelme")
+    file = labelme.LabelFile(str(out / "a.json"))
+    values = {name: i for i, name in enumerate(COLOURS, 1)}
+    drawn, _ = labelme.utils.shapes_to_label((90, 120), file.shapes, values)
+    index, _ = indices(out / "a.png")
+    for number in values.values():
+        assert iou(drawn == number, index == number) >= 0.99
+
+
+def iou(one, other):
+    return (one & other).sum() / (one | other).sum()
+
+
+@pytest.mark.parametrize("smooth", [0, 1, 3])
+def test_outlines_of_any_mask_give_it_back(smooth):
+    """Parts in holes in parts, parts of a pixel, all that touches the border."""
+    rng = np.random.default_rng(smooth)
+    for _ in range(30):
+        mask = rng.random(rng.integers(1, 60, 2), np.float32)
+        mask = cv2.GaussianBlur(mask, (0, 0), smooth) if smooth else mask
+        mask = mask >= np.quantile(mask, rng.random())
+        polygons = outlines(mask)
+        assert all(len(polygon) >= 3 for polygon in polygons)
+        drawn = [fill(polygon, mask.shape) for polygon in polygons]
+        np.testing.assert_array_equal(np.any(drawn, axis=0), mask)
+    assert outlines(np.zeros((5, 6), bool)) == []
+
+
+def test_a_large_outline_saves_corners_and_keeps_99_percent():
+    _, index = scene(900, 1200)
+    (polygon,) = outlines(index == 1)
+    assert len(polygon) < 200
+    assert iou(fill(polygon, index.shape), index == 1) >= 0.99
+
+
+def test_probabilities_have_16_bits(network, photos, tmp_path):
+    out = run(tmp_path, photos, "--probability")
+    index, _ = indices(out / "a.png")
+    found = [cv2.imread(str(out / f"a_probability_{c}.png"), -1) for c in COLOURS]
+    assert found[0].dtype == np.uint16
+    assert found[0].shape == (90, 120)
+    sure = np.max(found, axis=0) > 32768
+    np.testing.assert_array_equal(sure, index > 0)
+    assert len(np.unique(found[0])) > 256
+    summary = json.loads((out / "predictions.json").read_text())
+    mean = found[0][index == 1].mean() / 65535
+    assert abs(summary["images"][0]["found"]["red"]["score"] - mean) < 1e-4
+    out = run(tmp_path, photos[:2], "--probability")
+    assert (out / "a_probability.png").exists()
+
+
+def test_an_interrupted_run_leaves_no_summary(network, photos, tmp_path, capsys):
+    out = run(tmp_path, photos, "--format=png,coco")
+    assert (out / "coco.json").exists()
+    path = tmp_path / "photos/z.jpg"
+    Image.fromarray(scene()[0]).save(path)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(SystemExit):
+        run(tmp_path, photos, "--format=png,coco")
+    assert "z.jpg: broken image" in capsys.readouterr().err
+    assert (out / "a.png").exists()
+    assert not (out / "coco.json").exists()
+    assert not (out / "predictions.json").exists()
+
+
+def test_results_in_each_others_place_are_refused(network, photos, tmp_path, capsys):
+    words = ["predict", "--workdir=w", *photos, "--out", tmp_path / "out", "--query"]
+    for name in ("predictions", "coco"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+        query = tmp_path / f"{name}.png"
+        error = refused(capsys, *words, query, "--format=coco,labelme")
+        assert f"two results would be called {tmp_path / 'out' / name}.json" in error
+    assert "--format 'tiff': choose" in refused(capsys, *words, query, "--format=tiff")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ("--format=labelme", "a.json"),
+        ("--format=coco", "coco.json"),
+        ("--format=voc", "SegmentationClass/a.png"),
+        ("--probability", "a_probability.png"),
+    ],
+)
+def test_results_never_replace_marks(network, photos, tmp_path, capsys, options, taken):
+    marks = tmp_path / taken
+    marks.parent.mkdir(exist_ok=True)
+    if marks.suffix == ".png":
+        Image.new("L", (64, 64), 1).save(marks)
+    else:
+        shape = {"label": "red", "points": [[1, 1], [9, 1], [9, 9]]}
+        marks.write_text(json.dumps({"shapes": [shape]}))
+    before = marks.read_bytes()
+    support = f"{tmp_path / 'red.png'}:{marks}"
+    error = refused(
+        capsys, "predict", "--workdir=w", "--support", support, "--query",
+        tmp_path / "photos/a.png", "--out", tmp_path, options,
+    )  # fmt: skip
+    assert f"over the input {marks}" in error
+    assert marks.read_bytes() == before
+
+
+def test_a_file_that_isnt_written_isnt_touched(network, photos, tmp_path):
+    """COCO's file of an earlier call may be the marks of this one."""
+    out = run(tmp_path, photos, "--format=coco")
+    before = (out / "coco.json").read_bytes()
+    support = f"red={tmp_path / 'photos/a.png'}:{out / 'coco.json'}"
+    run(tmp_path, ["--support", support])
+    assert (out / "coco.json").read_bytes() == before
+    found = np.array(Image.open(out / "a.png"))
+    assert ((found == 255) == (scene()[1] == 1)).mean() > 0.95
+
+
+def test_tiles_cover_every_pixel_with_the_overlap_that_is_asked_for():
+    for length, side, overlap in ((100, 40, 0.25), (101, 16, 0.5), (40, 40, 0.0)):
+        seen = np.zeros((length, length), int)
+        places = list(Tiles(side, overlap).cover(length, length))
+        for place in places:
+            assert seen[place].shape == (side, side)
+            seen[place] += 1
+        assert seen.min() == 1
+        starts = sorted({rows.start for rows, _ in places})
+        assert all(np.diff(starts) <= side - overlap * side + 1)
+    for bad in ((8, 0.25), (64, -1), (64, 0.95), (64, float("nan"))):
+        with pytest.raises(InputError):
+            Tiles(*bad)
+
+
+def test_one_tile_is_the_whole_and_many_agree(network, photos, tmp_path):
+    def leads(image):  # what needs no surroundings is found alike in every tile
+        yield image[..., 0] - np.float32(127.5)
+        yield image[..., 2] / np.float32(64) - 2
+
+    image, _ = scene()
+    for tiles in (Tiles(120), Tiles(5000)):
+        for whole, part in zip(leads(image), tiled(leads, image, tiles), strict=True):
+            np.testing.assert_array_equal(part, whole)
+    for whole, part in zip(leads(image), tiled(leads, image, Tiles(32)), strict=True):
+        np.testing.assert_allclose(probability(part), probability(whole), atol=1e-5)
+    plain = indices(run(tmp_path, photos) / "a.png")[0]
+    one = indices(run(tmp_path, photos, "--tiles=120") / "a.png")[0]
+    np.testing.assert_array_equal(one, plain)
+    network.encoded.clear()
+    many = indices(run(tmp_path, photos, "--tiles=64", query="photos/a.png") / "a.png")
+    assert (many[0] == scene()[1]).mean() > 0.97
+    assert network.encoded.count(("query",)) == 2 * 3  # of 90 and of 120 pixels
+
+
+def write_video(path, images, code="MJPG"):
+    height, width = images[0].shape[:2]
+    fourcc = cv2.VideoWriter.fourcc(*code)
+    writer = cv2.VideoWriter(str(path), fourcc, 10, (width, height))
+    for image in images:
+        writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    writer.release()
+
+
+def test_a_video_is_segmented_frame_by_frame(network, photos, tmp_path):
+    image, truth = scene()
+    write_video(tmp_path / "clip.avi", [image, image[:, ::-1], image])
+    formats = "--format=png,coco,labelme"
+    out = run(tmp_path, photos, formats, query="clip.avi")
+    for i, expected in enumerate((truth, truth[:, ::-1], truth)):
+        found, _ = indices(out / f"clip/{i:06d}.png")
+        assert (found == expected).mean() > 0.95
+    summary = json.loads((out / "predictions.json").read_text())
+    assert [image["frame"] for image in summary["images"]] == [0, 1, 2]
+    coco = json.loads((out / "coco.json").read_text())
+    assert coco["images"][1]["file_name"] == "clip/000001.jpg"
+    assert (out / "clip/000001.jpg").exists(), "COCO's and labelme's files name images"
+    shapes = json.loads((out / "clip/000001.json").read_text())
+    assert shapes["imagePath"] == "000001.jpg"
+    (query,) = find_queries([out / "clip_overlay.mp4"], recursive=False)
+    overlays = list(frames(query))
+    assert len(overlays) == 3
+    assert overlays[0].pixels.shape == image.shape
+    assert [p.name for p in out.iterdir() if ".part" in p.name] == []
+
+
+def test_broken_videos_are_one_line(network, photos, tmp_path, capfd):
+    write_video(tmp_path / "clip.mp4", [scene()[0]] * 3, "mp4v")
+    whole = (tmp_path / "clip.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "none.avi").write_bytes(b"no video")
+    (tmp_path / "empty.mov").write_bytes(b"")
+    playlist = f"ffconcat version 1.0\nfile {tmp_path / 'clip.mp4'}\n"
+    (tmp_path / "list.mp4").write_text(playlist)
+    for name in ("cut.mp4", "none.avi", "empty.mov", "list.mp4"):
+        with pytest.raises(SystemExit):
+            run(tmp_path, photos, query=name)
+        lines = capfd.readouterr().err.strip().splitlines()
+        assert lines == [
+            f"error: {tmp_path / name}: no frame can be read; convert it to mp4"
+        ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_frames_never_replace_what_is_read(network, photos, tmp_path, capsys):
+    write_video(tmp_path / "photos.avi", [scene()[0]])
+    words = ["predict", "--workdir=w", *photos, "--query", tmp_path / "photos.avi"]
+    error = refused(capsys, *words, tmp_path / "photos/a.png", "--out", tmp_path)
+    assert f"written into {tmp_path / 'photos'}, where" in error
+
+
+def test_a_folders_videos_are_left_out_and_told(network, photos, tmp_path, capsys):
+    write_video(tmp_path / "photos/x.avi", [scene()[0]])
+    run(tmp_path, photos)
+    assert "1 x .avi, 1 folder(s): give --recursive, give videos by their own" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_choices_are_written_out_as_they_are():
+    assert predict.FORMATS == results.FORMATS
+    assert predict.METHODS == METHODS
