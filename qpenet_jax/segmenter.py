@@ -113,9 +113,11 @@ class Segmenter:
 def load(workdir: str | Path, overrides: Sequence[str] = ()) -> Segmenter:
     """Return the segmenter of a run of train.py, with the checkpoint that it selected.
 
-    `overrides` are other paths than it was trained with, such as
-    `--config.backbone.weights=FILE`. No data set is needed. Raises InputError if the
-    folder holds no run, or the weights aren't those that it was trained with.
+    The run may also be one of `qpenet publish`, by its folder or its name on the
+    Hugging Face hub, "org/name" or "org/name@revision". `overrides` are other paths
+    than it was trained with, such as `--config.backbone.weights=FILE`. No data set is
+    needed. Raises InputError if the folder holds no run, or the weights aren't those
+    that it was trained with.
     """
     run = open_run(local_path(workdir), overrides)
     predict = run.experiment.predictor(run.params, run.weights)

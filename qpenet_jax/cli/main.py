@@ -20,6 +20,7 @@ from qpenet_jax.cli import (
     figures,
     predict,
     prepare,
+    publish,
     reproduce,
     train,
 )
@@ -38,6 +39,7 @@ COMMANDS = (
     benchmark,
     figures,
     predict,
+    publish,
 )
 
 

@@ -337,11 +337,23 @@ class Experiment:
         """Return the parameters that training starts from."""
         return self.init(optax.identity()).params
 
-    def learned_like(self) -> PyTree[Array]:
-        """Return a tree as checkpoints hold it: `untrained`, with statistics if any."""
-        state, spec = self.init(optax.identity()), self.config.backbone
+    def learned_like(self) -> PyTree[Any]:
+        """Return shapes and device of what checkpoints hold; nothing is computed.
+
+        That is `untrained`, with statistics beside it if there are any.
+        """
+        spec = self.config.backbone
         statistics = no_statistics(spec.name) if spec.drift else {}
-        return dataclasses.replace(state, statistics=statistics).learned
+
+        def learned():
+            state = self.init(optax.identity())
+            return dataclasses.replace(state, statistics=statistics).learned
+
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+            jax.eval_shape(learned),
+        )
 
     def train_step(self, tx: optax.GradientTransformation, epoch: int = 1):
         """Return the jitted train step, for a batch shared as `shardings` says.

@@ -138,11 +138,11 @@ def step_of(manager: ocp.CheckpointManager, selection: str) -> int | None:
 
 
 def restore_params(
-    workdir: Path, like: PyTree[Array], selection: str
+    workdir: Path, like: PyTree[Any], selection: str
 ) -> tuple[PyTree[Array], int]:
     """Return the parameters of `step_of` and that step.
 
-    `like` gives shapes and devices.
+    `like` gives shapes and devices: arrays, or jax.ShapeDtypeStruct.
 
     Raises:
         InputError: there is no checkpoint, or it is damaged.
