@@ -231,7 +231,7 @@ def test_publishing_replaces_nothing_and_leaves_nothing(
     (tmp_path / "full" / "a").touch()
     with pytest.raises(SystemExit):
         main(["publish", f"--workdir={RUN}", "--out", str(tmp_path / "full")])
-    assert "exists and isn't empty: choose another --out" in capsys.readouterr().err
+    assert "exists and isn't empty: choose another folder" in capsys.readouterr().err
     broken = "qpenet_jax.runs.publish.model_card"
     monkeypatch.setattr(broken, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -17,6 +17,7 @@ from qpenet_jax.cli import (
     describe,
     episodes,
     evaluate,
+    export,
     figures,
     predict,
     prepare,
@@ -40,6 +41,7 @@ COMMANDS = (
     figures,
     predict,
     publish,
+    export,
 )
 
 

@@ -25,6 +25,7 @@ SCORINGS = ("original", "input", "exact")
 ORDERS = ("shuffled", "list", "pairs", "classes")
 TARGETS = ("large", "any")
 RESIZES = ("pad", "squash")
+EXPORTED = ("stablehlo", "onnx")
 STORED = ("float32", "float16", "bfloat16")
 
 WORKDIR = (

@@ -1,16 +1,13 @@
 """A run as one folder that can be shared: parameters, config and model card."""
 
 import json
-import shutil
-import tempfile
 from pathlib import Path, PurePath
 from typing import Any
 
 import jax
 
 from qpenet_jax.backbones.convert import save_weights, wheel_file
-from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import local_path, write_whole
+from qpenet_jax.core.files import local_path, new_folder, write_whole
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.runs.card import CARD_FILE, model_card
 from qpenet_jax.runs.experiment import PATHS
@@ -46,24 +43,17 @@ def publish(
             for `dtype`.
     """
     folder = local_path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and isn't empty: choose another --out")
-    run = open_run(local_path(workdir), selection=selection)
-    chosen = selection or run.experiment.selections[0]
-    inputs = read_inputs(run.folder)
-    with_backbone = with_backbone or (run.folder / OWN_BACKBONE).exists()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "published"
+    with new_folder(folder) as made:
+        run = open_run(local_path(workdir), selection=selection)
+        chosen = selection or run.experiment.selections[0]
+        inputs = read_inputs(run.folder)
+        with_backbone = with_backbone or (run.folder / OWN_BACKBONE).exists()
         if with_backbone:
             _write_backbone(made / OWN_BACKBONE, run)
         write_model(made / MODEL_FILE, run.params, dtype, run.step, chosen, inputs)
         write_json(made / CONFIG_FILE, _config(run, with_backbone))
         card = model_card(run, chosen, dtype, with_backbone, license)
         write_whole(made / CARD_FILE, card)
-        if folder.exists():
-            folder.rmdir()
-        shutil.move(made, folder)
     return folder
 
 
