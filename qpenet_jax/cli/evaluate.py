@@ -68,7 +68,13 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.runs import retries
     from qpenet_jax.runs.evaluator import Evaluator, folder_name
     from qpenet_jax.runs.folder import open_run
+    from qpenet_jax.runs.hub import is_on_hub
 
+    if is_on_hub(args.workdir) and not args.out:
+        raise InputError(
+            f"--workdir {args.workdir} is no folder here: give --out, a folder for the "
+            "results"
+        )
     opened = open_run(args.workdir, args.overrides, args.checkpoint)
     experiment = opened.experiment
     val = experiment.dataset("val")

@@ -17,9 +17,11 @@ from qpenet_jax.cli import (
     describe,
     episodes,
     evaluate,
+    export,
     figures,
     predict,
     prepare,
+    publish,
     reproduce,
     train,
 )
@@ -38,6 +40,8 @@ COMMANDS = (
     benchmark,
     figures,
     predict,
+    publish,
+    export,
 )
 
 

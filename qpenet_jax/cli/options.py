@@ -25,8 +25,13 @@ SCORINGS = ("original", "input", "exact")
 ORDERS = ("shuffled", "list", "pairs", "classes")
 TARGETS = ("large", "any")
 RESIZES = ("pad", "squash")
+EXPORTED = ("stablehlo", "onnx")
+STORED = ("float32", "float16", "bfloat16")
 
-WORKDIR = "folder of a trained run, as given to `qpenet train`"
+WORKDIR = (
+    "folder of a trained run, as given to `qpenet train` or written by `qpenet "
+    "publish`, or its name on the Hugging Face hub, org/name or org/name@revision"
+)
 
 OVERRIDE = re.compile(r"--?(no)?config\.")
 

@@ -92,6 +92,25 @@ def write_whole(path: Path, content: str | bytes) -> None:
         ) from None
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `folder` when all went well.
+
+    Raises:
+        InputError: it exists and isn't empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and isn't empty: choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary) / folder.name
+        made.mkdir()
+        yield made
+        if folder.exists():
+            folder.rmdir()
+        shutil.move(made, folder)
+
+
 def walk(folder: Path, recursive: bool = True) -> dict[str, Path]:
     """Return all files below a folder by their path in it ("sub/a.jpg"), in order.
 

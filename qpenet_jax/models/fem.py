@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.layers import Conv1x1, Head, MergePrototype, Residual
 from qpenet_jax.models.ops import resize_align_corners
-from qpenet_jax.models.ops.devices import row_by_row, rows_at_once
+from qpenet_jax.models.ops.devices import by_platform, row_by_row, rows_at_once
 
 LEVELS = 4
 """Grids of the pyramid, each half as fine as the one before: 60, 30, 15 and 8."""
@@ -104,7 +104,7 @@ def prior_mask(
         jnp.repeat(query_features.reshape(b, -1, query_features.shape[-1]), k, axis=0),
     )
     at_once = rows_at_once(b * k, each[0].shape[1] * each[2].shape[1])
-    best = jax.lax.platform_dependent(
+    best = by_platform(
         *each,
         cpu=functools.partial(row_by_row, _best_cosine_in_blocks),
         default=functools.partial(row_by_row, _best_cosine, at_once=at_once),

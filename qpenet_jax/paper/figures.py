@@ -24,7 +24,7 @@ from qpenet_jax.paper.sheets import (
 )
 from qpenet_jax.paper.tiles import Out
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.runs.folder import INPUTS_FILE, open_run, read_json
+from qpenet_jax.runs.folder import open_run, read_inputs
 
 MAX_ROWS = 200
 """A JPEG is at most 65,535 pixels high, a row of a sheet takes 232."""
@@ -168,7 +168,7 @@ def _open_runs(
     opened = [open_run(folder, overrides) for folder in folders]
     experiments = [run.experiment for run in opened]
     names = list(workdirs) if named else _names(folders, experiments)
-    _check_comparable(folders, experiments)
+    _check_comparable([run.folder for run in opened], experiments)
     return [
         ShownRun(str(name), run.experiment, run.params, run.weights)
         for name, run in zip(names, opened, strict=True)
@@ -203,12 +203,10 @@ def _check_comparable(
 
 def _facts(folder: Path, experiment: Experiment) -> dict[str, Any]:
     protocol = experiment.protocol()
-    path = folder / INPUTS_FILE
-    inputs = read_json(path) if path.exists() else {}
     return {
         "novel classes": protocol.classes,
         "input size": (protocol.side, protocol.resize),
-        "validation images": inputs.get("validation images"),
+        "validation images": read_inputs(folder).get("validation images"),
     }
 
 

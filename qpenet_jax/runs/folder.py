@@ -17,6 +17,8 @@ from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.runs.config_files import OVERRIDE, override
 from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
+from qpenet_jax.runs.hub import run_folder
+from qpenet_jax.runs.model_file import MODEL_FILE, read_facts, read_params
 from qpenet_jax.training.checkpoints import LAST, restore_params, values_hash
 from qpenet_jax.training.recipes import resolved
 
@@ -49,6 +51,11 @@ def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
     dtype means on this device, where a run may go on only if it means the same. Raises
     InputError naming what differs.
     """
+    if (workdir / MODEL_FILE).exists():
+        raise InputError(
+            f"{workdir} holds a published run, which can't be trained on: choose "
+            "another --workdir"
+        )
     inputs = inputs | {DTYPE: meant(config.dtype)}
     kept: dict[str, Any] = {}
     path = workdir / CONFIG_FILE
@@ -115,9 +122,8 @@ class TrainedRun:
 
     @property
     def shared(self) -> dict[str, str]:
-        """The entries SHARED and SELECTED_ON of INPUTS_FILE, which results repeat."""
-        path = self.folder / INPUTS_FILE
-        inputs = read_json(path) if path.exists() else {}
+        """The entries SHARED and SELECTED_ON of its inputs, which results repeat."""
+        inputs = read_inputs(self.folder)
         return {k: v for k, v in inputs.items() if k in (SHARED, SELECTED_ON)}
 
     @functools.cached_property
@@ -126,12 +132,17 @@ class TrainedRun:
 
         Raises InputError if they aren't there, or not those that the run saw.
         """
+        expected = read_inputs(self.folder).get(WEIGHTS)
+        spec = self.experiment.config.backbone
+        if spec.weights and not Path(spec.weights).exists():
+            raise InputError(
+                f"{spec.weights}: no such file, and {self.folder} needs the weights of "
+                f"{spec.name} that it was trained with (hash {expected}): give them by "
+                "--config.backbone.weights=FILE"
+            )
         weights = self.experiment.backbone_weights()
-        path = self.folder / INPUTS_FILE
-        expected = read_json(path).get(WEIGHTS) if path.exists() else None
         found = weights_hash(weights)
         if expected not in (None, found):
-            spec = self.experiment.config.backbone
             raise InputError(
                 f"{spec.weights or spec.name}: not the weights that {self.folder} was "
                 f"trained with (hash {found}, there {expected}): give those by "
@@ -145,6 +156,8 @@ def open_run(
 ) -> TrainedRun:
     """Return the run of a workdir, with the parameters that it selected.
 
+    The workdir may also be a published run, `qpenet publish`'s folder or a name on the
+    Hugging Face hub (`runs/hub.py`), which holds the parameters of one selection.
     `overrides` are other paths than it was trained with, such as
     `--config.dataset.root=DIR`. `selection` takes another checkpoint than the
     result's: "last", or one that the run's `select_on` names.
@@ -153,16 +166,34 @@ def open_run(
         InputError: it holds no run or no checkpoint yet, or an override is no path, or
             the run kept no checkpoint by that selection.
     """
-    folder = Path(workdir)
+    folder = run_folder(workdir)
     config = read_config(folder)
     if (folder / OWN_BACKBONE).exists():
         config.backbone.weights = str(folder / OWN_BACKBONE)
     experiment = Experiment(_moved(config, overrides))
+    model = folder / MODEL_FILE
+    if model.exists():
+        facts = read_facts(model)
+        check_choice(
+            f"{folder} holds no checkpoint by ",
+            selection or facts.selection,
+            [facts.selection],
+        )
+        params = read_params(model, experiment.learned_like())
+        return TrainedRun(folder, experiment, params, facts.step)
     kept = dict.fromkeys([*experiment.selections, LAST])
     chosen = selection or experiment.selections[0]
     check_choice(f"{folder} kept no checkpoint by ", chosen, kept)
     params, step = restore_params(folder, experiment.learned_like(), chosen)
     return TrainedRun(folder, experiment, params, step)
+
+
+def read_inputs(folder: Path) -> dict[str, Any]:
+    """Return what is known of the inputs of a run; of an early one, nothing."""
+    if (folder / MODEL_FILE).exists():
+        return read_facts(folder / MODEL_FILE).inputs
+    path = folder / INPUTS_FILE
+    return read_json(path) if path.exists() else {}
 
 
 def read_config(workdir: Path) -> Any:

@@ -1,8 +1,8 @@
 """The few primitives whose numerics or speed need care.
 
 Each has one meaning everywhere; where XLA's CPU backend runs the plain formulation
-slowly, `jax.lax.platform_dependent` picks an equal one for the CPU and the model files
-never see which path runs. GPU and TPU take the plain XLA ops, attention in blocks.
+slowly, `by_platform` picks an equal one for the CPU and the model files never see which
+path runs. GPU and TPU take the plain XLA ops, attention in blocks.
 """
 
 import functools
@@ -17,6 +17,7 @@ from qpenet_jax.core.types import Array
 from qpenet_jax.models.ops import winograd
 from qpenet_jax.models.ops.blocked_attention import attend_in_blocks, true_keys_first
 from qpenet_jax.models.ops.devices import (
+    by_platform,
     from_ampere_on,
     on_each_device,
     rows_at_once,
@@ -40,7 +41,7 @@ def conv3x3(
     if math.prod(x.shape[:3]) < WINOGRAD_FROM_CELLS or x.shape[3] < 64:
         return plain(x, kernel)
     fast = functools.partial(winograd.conv3x3, dilation=dilation)
-    return jax.lax.platform_dependent(x, kernel, cpu=fast, default=plain)
+    return by_platform(x, kernel, cpu=fast, default=plain)
 
 
 # In fewer cells of all images together the transforms cost what they save.
@@ -72,7 +73,7 @@ def depthwise_conv(
     """
     shifted = functools.partial(_depthwise_shifted, stride=stride, dilation=dilation)
     plain = functools.partial(_depthwise_plain, stride=stride, dilation=dilation)
-    return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+    return by_platform(x, kernel, cpu=shifted, default=plain)
 
 
 def _depthwise_shifted(x, kernel, *, stride, dilation):
@@ -139,7 +140,7 @@ def attention(
 
     Scores scaled by 1 / sqrt(d), softmax in float32.
     """
-    return jax.lax.platform_dependent(
+    return by_platform(
         query, key, value, mask, cpu=_attention_in_blocks, default=_attention_plain
     )
 

@@ -3,8 +3,10 @@
 Each of them goes through its part, as many rows at once as fit.
 """
 
+import contextlib
+import contextvars
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -41,6 +43,29 @@ def row_by_row(f: Callable[..., Any], *batches: Any, at_once: int = 1) -> Any:
         return jax.lax.map(lambda row: f(*row), ours, batch_size=size)
 
     return on_each_device(our_part, *batches)
+
+
+_PLAIN = contextvars.ContextVar("plain", default=False)
+
+
+def by_platform(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]):
+    """Return what either function does: on a CPU `cpu`, elsewhere `default`."""
+    if _PLAIN.get():
+        return default(*operands)
+    return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
+
+
+@contextlib.contextmanager
+def plain_formulations() -> Iterator[None]:
+    """Trace the default of `by_platform` alone, for formats that know no platforms.
+
+    What was jitted before isn't traced again.
+    """
+    before = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(before)
 
 
 AT_ONCE = 2**26

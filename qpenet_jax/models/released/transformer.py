@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ffa import LAYER_NORM_EPSILON
 from qpenet_jax.models.layers import kernel_init
-from qpenet_jax.models.ops.devices import row_by_row, rows_at_once
+from qpenet_jax.models.ops.devices import by_platform, row_by_row, rows_at_once
 from qpenet_jax.models.released.sampling import sample
 from qpenet_jax.models.released.tokens import (
     Behaviour,
@@ -243,7 +243,7 @@ class CycleAttention(nn.Module):
         policy = jax.checkpoint_policies.save_only_these_names(INCONSISTENT)
         attend = jax.checkpoint(attend, policy=policy)
         at_once = rows_at_once(self.heads, q.shape[2] * rows.shape[1])
-        found = jax.lax.platform_dependent(
+        found = by_platform(
             head,
             cpu=functools.partial(row_by_row, attend),
             default=functools.partial(row_by_row, attend, at_once=at_once),

@@ -1,0 +1,68 @@
+"""`qpenet publish`."""
+
+import argparse
+
+from qpenet_jax.cli.options import STORED, WORKDIR, path
+
+
+def add_parser(commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "publish",
+        help="write a run as a folder that can be shared",
+        description="Write a run as a folder that can be shared: parameters, config "
+        "and model card, in the layout of the Hugging Face hub. Every command takes "
+        "the folder as its --workdir.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--workdir", required=True, type=path, metavar="FOLDER", help=WORKDIR
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=path,
+        metavar="FOLDER",
+        help="folder to write; it must be empty or new",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=STORED,
+        default="float32",
+        help="how the parameters are stored; default: %(default)s, which is exact. In "
+        "16 bits they take half the room and are rounded",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="last, or another selection that config.select_on names; default: the "
+        "checkpoint that is the run's result",
+    )
+    parser.add_argument(
+        "--with-backbone",
+        action="store_true",
+        help="also put the backbone's weights into the folder; default: their hash, "
+        "unless the run has its own",
+    )
+    parser.add_argument(
+        "--license",
+        default="",
+        metavar="NAME",
+        help="licence of the parameters as the hub calls it, such as apache-2.0; "
+        "default: the card says that none is stated",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Publish and print where the result is."""
+    from qpenet_jax.runs.publish import publish
+
+    folder = publish(
+        args.workdir,
+        args.out,
+        dtype=args.dtype,
+        selection=args.checkpoint,
+        with_backbone=args.with_backbone,
+        license=args.license,
+    )
+    print(f"{folder}: `hf upload ORG/NAME {folder}` shares it")

@@ -1,0 +1,234 @@
+"""Exported networks: equal to ours, reloaded without this package."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from qpenet_jax import InputError
+from qpenet_jax.cli import options
+from qpenet_jax.cli.main import main
+from qpenet_jax.core.types import Episode
+from qpenet_jax.data.transforms import fit, fit_label, unpad
+from qpenet_jax.models import ops
+from qpenet_jax.models.ops.devices import plain_formulations
+from qpenet_jax.runs import export as module
+from qpenet_jax.runs.export import FORMATS, export
+from qpenet_jax.runs.folder import open_run
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+RUN = Path(__file__).parent / "goldens" / "run_dbf7d53"
+SIDE = 65
+GUIDE = Path(__file__).parents[1] / "docs" / "export.md"
+
+
+def example(name):
+    """Return a block of code of the guide."""
+    return re.search(f"```python {name}\n(.*?)```", GUIDE.read_text(), re.S)[1]
+
+
+@pytest.fixture(scope="module")
+def predict():
+    run = open_run(RUN)
+    return run.experiment.predictor(run.params, run.weights)
+
+
+@pytest.fixture(scope="module")
+def stablehlo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stablehlo") / "exported"
+    return export(RUN, folder, format="stablehlo", shots=(1, 5))
+
+
+@pytest.fixture(scope="module")
+def onnx(tmp_path_factory):
+    for package in ("onnxruntime", "jax2onnx"):
+        pytest.importorskip(package, reason=f"no {package}: see docs/export.md")
+    folder = tmp_path_factory.mktemp("onnx") / "exported"
+    return export(RUN, folder, format="onnx", shots=(1, 5))
+
+
+def episode(photos, labels, shots):
+    """Return an episode of the first photo as query and so many others."""
+    images = np.stack([fit(p, SIDE) for p in photos])
+    masks = np.stack([fit_label(m, SIDE) for m in labels])
+    return Episode(
+        images[:1], masks[:1], images[None, 1:][:, :shots], masks[None, 1:][:, :shots]
+    )
+
+
+def through(call, episode, shots):
+    """Return lead and probability of an episode by an exported network."""
+    supports = [
+        call("encode_support", image=episode.support_images[:, k]) for k in range(shots)
+    ]
+    stacked = {n: np.stack([s[n] for s in supports], 1) for n in supports[0]}
+    query = call("encode_query", image=episode.query_image)
+    found = call(f"decode_{shots}shot", masks=episode.support_masks, **stacked, **query)
+    return np.asarray(found["lead"]), np.asarray(found["probability"])
+
+
+def loaded(folder, block):
+    """Return `call` as the guide makes it."""
+    names = {}
+    exec(block.replace('Path("exported")', f"Path({str(folder)!r})"), names)
+    return names["call"]
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    rng = np.random.default_rng(0)
+    photos = [rng.integers(0, 256, (40 + 9 * i, 90, 3), np.uint8) for i in range(6)]
+    masks = [np.zeros(p.shape[:2], np.uint8) for p in photos]
+    for i, mask in enumerate(masks):
+        mask[5 : 25 + i, 10 : 50 + i] = 1
+    return photos, masks
+
+
+def real(voc):
+    """Return six photos of VOC in which a cat covers much."""
+    folder, photos, masks = voc / "VOCdevkit" / "VOC2012", [], []
+    for name in (voc / "lists" / "subset_val.txt").read_text().split():
+        label = np.array(Image.open(folder / "SegmentationClassAug" / f"{name}.png"))
+        if (label == 8).sum() > 4000:
+            photos.append(np.array(Image.open(folder / "JPEGImages" / f"{name}.jpg")))
+            masks.append((label == 8).astype(np.uint8))
+        if len(photos) == 6:
+            return photos, masks
+    raise AssertionError(f"{voc} has no six cats")
+
+
+def check(call, predict, photos, masks, tolerance):
+    for shots in (1, 5):
+        given = episode(photos, masks, shots)
+        expected = np.asarray(predict(given))
+        lead, probability = through(call, given, shots)
+        assert lead.shape == probability.shape == expected.shape
+        assert np.abs(lead - expected).max() < tolerance * max(
+            np.abs(expected).max(), 1
+        )
+        assert np.abs(probability - 1 / (1 + np.exp(-expected))).max() < tolerance
+
+
+def test_the_choices_of_the_command_are_those_of_the_library():
+    assert tuple(FORMATS) == options.EXPORTED
+
+
+def test_stablehlo_computes_what_we_do(stablehlo, predict, made_up):
+    check(loaded(stablehlo, example("stablehlo")), predict, *made_up, tolerance=1e-5)
+
+
+def test_export_json_tells_all_that_a_program_needs(stablehlo):
+    about = json.loads((stablehlo / "export.json").read_text())
+    assert about["side"] == SIDE
+    assert about["shots"] == [1, 5]
+    assert about["platforms"] == ["cpu", "cuda", "tpu"]
+    assert sorted(f.name for f in stablehlo.iterdir()) == sorted(
+        ["export.json", *(part["file"] for part in about["parts"].values())]
+    )
+    for part in about["parts"].values():
+        read = jax.export.deserialize((stablehlo / part["file"]).read_bytes())
+        told = {x["name"]: (tuple(x["shape"]), x["dtype"]) for x in part["inputs"]}
+        avals = dict(zip(sorted(told), read.in_avals, strict=True))
+        assert told == {n: (a.shape, str(a.dtype)) for n, a in avals.items()}
+        assert read.platforms == ("cpu", "cuda", "tpu")
+
+
+WITHOUT_US = """
+import sys
+sys.modules |= dict.fromkeys(("qpenet_jax", "flax", "orbax", "cv2", "safetensors"))
+"""
+
+
+def test_the_guides_example_runs_with_jax_alone(stablehlo, predict, tmp_path, made_up):
+    photos, _ = made_up
+    for name, photo in zip("ab", photos, strict=False):
+        Image.fromarray(fit(photo, SIDE)[:64, :64]).save(tmp_path / f"{name}.bmp")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[5:40, 10:50] = 200
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    (tmp_path / "exported").symlink_to(stablehlo)
+    code = WITHOUT_US + example("stablehlo") + example("use").replace(".jpg", ".bmp")
+    (tmp_path / "use.py").write_text(code)
+    subprocess.run([sys.executable, "use.py"], cwd=tmp_path, check=True)
+    a, b = (np.array(Image.open(tmp_path / f"{name}.bmp")) for name in "ab")
+    given = Episode(
+        fit(b, SIDE)[None],
+        fit_label(mask, SIDE)[None],
+        fit(a, SIDE)[None, None],
+        fit_label((mask > 0).astype(np.uint8), SIDE)[None, None],
+    )
+    expected = unpad(np.asarray(predict(given))[0], 64, 64) > 0
+    found = np.array(Image.open(tmp_path / "mask.png")) == 255
+    assert found.shape == (64, 64)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parity
+def test_onnx_computes_what_we_do_on_real_photos(onnx, predict, shared_voc):
+    photos, masks = real(shared_voc)
+    check(loaded(onnx, example("onnx")), predict, photos, masks, tolerance=1e-4)
+
+
+@pytest.mark.parity
+def test_onnx_files_are_named_as_the_guide_says_and_need_no_jax(onnx, tmp_path):
+    import onnxruntime
+
+    about = json.loads((onnx / "export.json").read_text())
+    for part in about["parts"].values():
+        session = onnxruntime.InferenceSession(onnx / part["file"])
+        for kind, told in (
+            (session.get_inputs(), part["inputs"]),
+            (session.get_outputs(), part["outputs"]),
+        ):
+            found = {x.name: list(x.shape) for x in kind}
+            assert found == {x["name"]: x["shape"] for x in told}
+    image = np.full((64, 64, 3), 90, np.uint8)
+    image[:32] = 200, 10, 10
+    Image.fromarray(image).save(tmp_path / "a.jpg")
+    Image.fromarray(image[::-1]).save(tmp_path / "b.jpg")
+    Image.fromarray((image[..., 0] > 100).astype(np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "exported").symlink_to(onnx)
+    code = WITHOUT_US.replace('"flax"', '"jax", "flax"')
+    (tmp_path / "use.py").write_text(code + example("onnx") + example("use"))
+    subprocess.run([sys.executable, "use.py"], cwd=tmp_path, check=True)
+    with Image.open(tmp_path / "mask.png") as found:
+        assert found.size == (64, 64)
+
+
+def test_the_plain_formulations_know_no_platforms():
+    x = jax.ShapeDtypeStruct((1, 30, 30, 64), np.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 64, 8), np.float32)
+
+    def traced():
+        return str(jax.make_jaxpr(lambda *given: ops.conv3x3(*given))(x, kernel))
+
+    assert "platform_index" in traced()
+    with plain_formulations():
+        assert "platform_index" not in traced()
+    assert "platform_index" in traced()
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch, capsys):
+    def refused(*options):
+        with pytest.raises(SystemExit):
+            main(["export", f"--workdir={RUN}", *options, f"--out={tmp_path / 'out'}"])
+        assert not (tmp_path / "out").exists()
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "--shots: give numbers from 1 on" in refused(
+        "--format=stablehlo", "--shots=0"
+    )
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    told = refused("--format=onnx")
+    assert "--format onnx needs onnx, which isn't installed" in told
+    assert "pip install --no-deps jax2onnx" in told
+    with pytest.raises(InputError, match="choose stablehlo, onnx"):
+        export(RUN, tmp_path / "out", format="tflite")

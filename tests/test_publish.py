@@ -1,0 +1,382 @@
+"""Published runs: what is written, that it is opened as a run, from a hub as well."""
+
+import json
+import pickle
+import shutil
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+from safetensors import safe_open
+
+import qpenet_jax
+from qpenet_jax import InputError
+from qpenet_jax.cli import options
+from qpenet_jax.cli.main import main
+from qpenet_jax.runs import hub
+from qpenet_jax.runs.folder import claim, open_run, read_inputs
+from qpenet_jax.runs.model_file import MODEL_FILE, STORED, write_model
+from qpenet_jax.runs.publish import publish
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+RUN = Path(__file__).parent / "goldens" / "run_dbf7d53"
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """The run, published exactly; not to be changed."""
+    return publish(RUN, tmp_path_factory.mktemp("exact") / "published")
+
+
+@pytest.fixture
+def mine(exact, tmp_path):
+    """A copy of it, which may be changed."""
+    return Path(shutil.copytree(exact, tmp_path / "mine"))
+
+
+def equal(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_published_run_is_the_run(exact):
+    assert sorted(f.name for f in exact.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    before, after = open_run(RUN), open_run(exact)
+    equal(after.params, before.params)
+    equal(after.weights, before.weights)
+    assert after.step == before.step
+    assert after.shared == before.shared
+    assert read_inputs(exact) == read_inputs(RUN)
+    assert after.experiment.identity == before.experiment.identity
+
+
+def test_the_choices_of_the_command_are_those_of_the_library():
+    assert tuple(STORED) == options.STORED
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_are_rounded_once_and_read_as_float32(tmp_path, exact, dtype):
+    folder = publish(exact, tmp_path / "half", dtype=dtype)
+    exactly, found = open_run(exact).params, open_run(folder).params
+    rounded = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), exactly)
+    equal(found, rounded)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+    with safe_open(folder / MODEL_FILE, "numpy") as file:
+        assert str(file.get_tensor("gbc/P_global").dtype) == dtype
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(found))
+    assert 2 * numbers < (folder / MODEL_FILE).stat().st_size < 2 * numbers + 9000
+    assert f"stored in {dtype}, rounded" in (folder / "README.md").read_text()
+    again = publish(folder, tmp_path / "again", dtype=dtype)
+    equal(open_run(again).params, rounded)
+
+
+def test_a_value_that_16_bits_cannot_hold_is_refused(tmp_path):
+    params = {"a": jnp.array([1.0, 1e6])}
+    write = partial(
+        write_model, tmp_path / MODEL_FILE, params, step=1, selection="last"
+    )
+    with pytest.raises(InputError, match="float16 can't: choose --dtype bfloat16"):
+        write("float16", inputs={})
+    assert not (tmp_path / MODEL_FILE).exists()
+    write("bfloat16", inputs={})
+
+
+def test_the_backbone_goes_along_if_asked_and_its_own_always(tmp_path, exact):
+    folder = publish(exact, tmp_path / "whole", with_backbone=True)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["backbone"]["weights"] == "backbone.safetensors"
+    run = open_run(folder)
+    assert run.experiment.config.backbone.weights == str(
+        folder / "backbone.safetensors"
+    )
+    equal(run.weights, open_run(exact).weights)
+    assert "backbone.safetensors in this folder" in (folder / "README.md").read_text()
+    own = publish(folder, tmp_path / "own", dtype="float16")
+    equal(open_run(own).weights, run.weights)
+
+
+def test_the_config_tells_no_folder_of_its_author(tmp_path):
+    run = Path(shutil.copytree(RUN, tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    config["dataset"]["root"] = "/home/somebody/photos"
+    config["backbone"]["weights"] = str(tmp_path / "lite.safetensors")
+    (run / "config.json").write_text(json.dumps(config))
+    folder = publish(run, tmp_path / "published")
+    text = (folder / "config.json").read_text() + (folder / "README.md").read_text()
+    assert "somebody" not in text
+    assert str(tmp_path) not in text
+    with pytest.raises(InputError) as refused:
+        _ = open_run(folder).weights
+    told = str(refused.value)
+    assert told.startswith("lite.safetensors: no such file")
+    assert told.endswith(
+        "(hash d269ff436f7d): give them by --config.backbone.weights=FILE"
+    )
+
+
+def test_the_card_tells_what_it_is(exact, tmp_path):
+    card = (exact / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: qpenet_jax\n")
+    assert "license:" not in card
+    for fact in ("65 x 65 pixels", "Shapes, split pascal, fold 0", "step 3", "arrow"):
+        assert fact in card
+    licensed = publish(exact, tmp_path / "licensed", license="cc-by-4.0")
+    assert "\nlicense: cc-by-4.0\n" in (licensed / "README.md").read_text()
+
+
+def test_the_card_repeats_results_of_the_same_checkpoint_alone(tmp_path):
+    run = Path(shutil.copytree(RUN, tmp_path / "run"))
+    (run / "results.md").write_text("# Results\n\nProtocol: ours\n")
+    results = json.loads((run / "results.json").read_text())
+    for step, told in ((3, "Protocol: ours"), (2, "None were found")):
+        (run / "results.json").write_text(json.dumps(results | {"step": step}))
+        folder = publish(run, tmp_path / f"step{step}")
+        assert told in (folder / "README.md").read_text()
+
+
+def test_commands_take_a_published_run(mine, tmp_path, capsys):
+    photo, marks = tmp_path / "a.png", tmp_path / "m.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(photo)
+    mask = np.zeros((40, 50), np.uint8)
+    mask[10:30, 10:30] = 1
+    Image.fromarray(mask).save(marks)
+    out = tmp_path / "masks"
+    predict = ["predict", "--support", f"{photo}:{marks}", "--query", str(photo)]
+    main([*predict, "--workdir", str(mine), "--out", str(out)])
+    found = np.array(Image.open(out / "a.png"))
+    expected = qpenet_jax.load(mine)(pixels, pixels, mask)
+    np.testing.assert_array_equal(found, 255 * expected)
+    main(["evaluate", "--workdir", str(mine), "--episodes", "1"])
+    (results,) = mine.glob("evaluate/*/results.json")
+    assert json.loads(results.read_text())["step"] == 3
+    main(["figures", "--workdir", str(mine), "--count=1", "--out", str(out)])
+    assert (out / "predictions.jpg").exists()
+    episodes = ["episodes", "export", "--episodes=1", "--out", str(out / "list.csv")]
+    main([*episodes, "--workdir", str(mine)])
+    assert "1 episodes in" in capsys.readouterr().out
+
+
+def damaged(file, change):
+    file.write_bytes(change(file.read_bytes()))
+
+
+def test_a_model_that_is_not_what_was_written_is_refused(mine):
+    model = mine / MODEL_FILE
+    whole = model.read_bytes()
+    for change, told in (
+        (
+            lambda b: b[:-1] + bytes([b[-1] ^ 1]),
+            "values aren't what was written",
+        ),
+        (lambda b: b[:-7], "is no model of `qpenet publish`"),
+        (lambda b: b"", "is no model of `qpenet publish`"),
+        (lambda b: pickle.dumps(print), "is no model of `qpenet publish`"),
+        (lambda b: b.replace(b"qpenet_jax run 1", b"qpenet_jax run 2"), "run 2, not"),
+        (lambda b: b.replace(b'\\"step\\": 3', b'\\"stop\\": 3'), "is no model of"),
+        (lambda b: b.replace(b'\\"step\\": 3', b'\\"step\\":[]'), "of other types"),
+    ):
+        damaged(model, lambda _, change=change: change(whole))
+        with pytest.raises(InputError, match=told) as refused:
+            open_run(mine)
+        assert str(model) in str(refused.value)
+
+
+def test_a_config_of_another_network_is_refused_without_making_it(mine):
+    config = json.loads((mine / "config.json").read_text())
+    for channels, told in ((16, "wrong shape"), (2**20, "wrong shape")):
+        config["model"]["channels"] = channels
+        (mine / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=f"doesn't fit its config: {told}"):
+            open_run(mine)
+
+
+def test_parameters_that_are_no_numbers_are_refused(mine):
+    model = mine / MODEL_FILE
+    with safe_open(model, "numpy") as file:
+        metadata = file.metadata()
+    tensors = safetensors.numpy.load_file(model)
+    tensors["gbc/P_global"] = np.full_like(tensors["gbc/P_global"], np.nan)
+    safetensors.numpy.save_file(tensors, model, metadata=metadata)
+    with pytest.raises(InputError, match="not finite or not real: gbc/P_global"):
+        open_run(mine)
+
+
+def test_another_checkpoint_than_the_published_is_refused(mine):
+    with pytest.raises(InputError, match="no checkpoint by 'novel': choose last"):
+        open_run(mine, selection="novel")
+    assert open_run(mine, selection="last").step == 3
+
+
+def test_a_published_run_is_not_trained_on(mine):
+    with pytest.raises(InputError, match="published run, which can't be trained on"):
+        claim(mine, open_run(mine).experiment.config, {})
+
+
+def test_publishing_replaces_nothing_and_leaves_nothing(
+    tmp_path, exact, monkeypatch, capsys
+):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    with pytest.raises(SystemExit):
+        main(["publish", f"--workdir={RUN}", "--out", str(tmp_path / "full")])
+    assert "exists and isn't empty: choose another folder" in capsys.readouterr().err
+    broken = "qpenet_jax.runs.publish.model_card"
+    monkeypatch.setattr(broken, lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        publish(exact, tmp_path / "new")
+    assert [f.name for f in tmp_path.iterdir()] == ["full"]
+
+
+# The hub.
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A stand-in for the hub: one repository, ann/shapes, with two revisions."""
+
+    def __init__(self, folders, asked, *request):
+        self.folders, self.asked = folders, asked
+        super().__init__(*request)
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        path = self.path.partition("?")[0].strip("/").split("/")
+        match path:
+            case ["api", "models", "ann", "shapes", "revision", name]:
+                self._tell(name)
+            case ["api", "models", "ann", "shapes"]:
+                self._tell("main")
+            case ["api", "models", "ann", "shapes", "tree", name]:
+                files = self._files(name)
+                self._send(
+                    json.dumps(
+                        [
+                            {
+                                "type": "file",
+                                "path": f.name,
+                                "size": f.stat().st_size,
+                                "oid": f.name,
+                            }
+                            for f in files
+                        ]
+                    ).encode()
+                )
+            case ["ann", "shapes", "resolve", name, file] if self._files(name):
+                self._send(self._at(name, file).read_bytes(), name, f'"{file}-{name}"')
+            case _:
+                self.send_response(404)
+                if path[-3:] and "shapes" not in path:
+                    self.send_header("X-Error-Code", "RepoNotFound")
+                else:
+                    self.send_header("X-Error-Code", "RevisionNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+    def _commit(self, name):
+        return COMMITS.get(name, name)
+
+    def _at(self, name, file):
+        return self.folders[self._commit(name)] / file
+
+    def _files(self, name):
+        folder = self.folders.get(self._commit(name))
+        return sorted(folder.iterdir()) if folder else []
+
+    def _tell(self, name):
+        files = [{"rfilename": f.name} for f in self._files(name)]
+        if not files:
+            self.path = "/api/models/ann/shapes/nothing"
+            return self.do_GET()
+        told = {"id": "ann/shapes", "sha": self._commit(name), "siblings": files}
+        self._send(json.dumps(told).encode())
+
+    def _send(self, content, name="main", etag='"x"'):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", etag)
+        self.send_header("X-Repo-Commit", self._commit(name))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def asked(exact, tmp_path, monkeypatch):
+    """What the stand-in is asked for; two revisions: in 16 bits, and the exact one."""
+    constants = pytest.importorskip(
+        "huggingface_hub.constants", reason="no huggingface_hub: pip install -e .[hub]"
+    )
+    half = publish(exact, tmp_path / "half", dtype="float16")
+    (half / "evil.pkl").write_bytes(pickle.dumps(print))
+    folders = {COMMITS["main"]: half, COMMITS["v1"]: exact}
+    asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folders, asked))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    yield asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_run_is_loaded_from_the_hub(asked, tmp_path, exact):
+    run = open_run("ann/shapes")
+    equal(run.params, open_run(tmp_path / "half").params)
+    assert not any("evil" in path for path in asked if "resolve" in path)
+    pinned = open_run("ann/shapes@v1")
+    equal(pinned.params, open_run(exact).params)
+    image = np.zeros((40, 50, 3), np.uint8)
+    segmenter = qpenet_jax.load("ann/shapes@v1")
+    assert segmenter(image, image, np.ones((40, 50), np.uint8)).shape == (40, 50)
+
+
+def test_what_the_hub_does_not_have_is_one_line(asked, capsys):
+    for name in ("ann/nothing", "ann/shapes@v9"):
+        with pytest.raises(InputError, match=f"{name}: no such folder, and the Hug"):
+            open_run(name)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--workdir", "ann/shapes"])
+    assert "give --out, a folder for the results" in capsys.readouterr().err
+
+
+def test_a_wrong_name_of_a_folder_here_asks_no_hub(asked, tmp_path):
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match="runs/nothing is no run"):
+        open_run("runs/nothing")
+    assert not asked
+
+
+def test_without_the_library_the_remedy_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError) as refused:
+        open_run("ann/shapes")
+    assert str(refused.value) == (
+        "ann/shapes: no such folder; to look for it on the Hugging Face hub, run "
+        "`pip install huggingface_hub`"
+    )
