@@ -62,7 +62,7 @@ def convert(
 
 
 def save_weights(
-    path: Path, name: str, params: PyTree[Float[np.ndarray, "..."]], source: Path
+    path: Path, name: str, params: PyTree[Float[Array, "..."]], source: Path
 ) -> None:
     """Write the parameters of backbone `name`, and from which file they come."""
     metadata = {

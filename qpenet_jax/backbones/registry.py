@@ -61,7 +61,7 @@ def _resnet(blocks: tuple[int, int, int], deep_stem: bool = False) -> Backbone:
     return Backbone(ResNet(blocks, deep_stem), _RESNET_STAGES, 1536, deep=Layer4())
 
 
-BACKBONES = {
+BACKBONES: dict[str, Backbone] = {
     "resnet50": _resnet((3, 4, 6)),
     "resnet101": _resnet((3, 4, 23)),
     "resnet50_deepstem": _resnet((3, 4, 6), deep_stem=True),
@@ -70,6 +70,8 @@ BACKBONES = {
         EfficientNetLite0(), _LITE0_STAGES, 344, _LITE0_MEAN, _LITE0_STD
     ),
 }
+"""By name; a row of your own can be added from outside: docs/examples/add_backbone.py.
+"""
 
 
 def backbone(name: str) -> Backbone:

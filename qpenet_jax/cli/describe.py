@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.backbones.registry import backbone
     from qpenet_jax.core.errors import check_choice
     from qpenet_jax.evaluation.protocols import check_side
-    from qpenet_jax.models.qpenet import QPENet
     from qpenet_jax.models.released import network as released
     from qpenet_jax.models.variants import VARIANTS
 
@@ -61,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
     if args.variant == released.NAME:
         model = released.ReleasedQPENet(backbone(args.backbone).deep)
     else:
-        model = QPENet(**VARIANTS[args.variant].fields)
+        variant = VARIANTS[args.variant]
+        model = variant.network(**variant.fields)
     grid, channels = args.side // 8 + 1, backbone(args.backbone).channels
     support = jnp.zeros((1, args.shots, grid, grid, channels))
     masks = jnp.zeros((1, args.shots, args.side, args.side), jnp.int32)

@@ -1,17 +1,26 @@
-"""The rows of the paper's Tables III to V as networks; their scores are in `paper`."""
+"""The rows of the paper's Tables III to V as networks; their scores are in `paper`.
+
+A row of your own can be added from outside: docs/examples/add_variant.py.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from qpenet_jax.models.qpenet import QPENet
+
 
 class Variant(NamedTuple):
-    """One row: QPENet's fields, and the choice made where the paper leaves it open."""
+    """One row: QPENet's fields, and the choice made where the paper leaves it open.
+
+    `network` is QPENet, or a subclass where a row needs other code and not only fields.
+    """
 
     fields: Mapping[str, Any]
     choice: str
+    network: type[QPENet] = QPENet
 
 
-VARIANTS: Mapping[str, Variant] = {
+VARIANTS: dict[str, Variant] = {
     "baseline": Variant(
         {"fgpe": False, "bgpe": False, "decoder": "fem", "prototypes": ("pre",)},
         "The wiring of FEM with two prototypes is not given: P_global is filtered out "

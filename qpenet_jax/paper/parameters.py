@@ -45,7 +45,8 @@ def parameter_table() -> str:
 
 
 def _row(variant: str) -> list[str]:
-    model = QPENet(**VARIANTS[variant].fields)
+    fields, _, network = VARIANTS[variant]
+    model = network(**fields)
     trainable = parameter_count(model, RESNET50_CHANNELS)
     to_layer3 = trainable + RESNET50_TO_LAYER3
     to_layer4 = to_layer3 + RESNET50_LAYER4

@@ -27,14 +27,14 @@ def network(config: Any, net: Backbone) -> QPENet | ReleasedQPENet:
 def _papers(config: Any, net: Backbone) -> QPENet:
     fields = {f.name: f.default for f in dataclasses.fields(QPENet)}
     given: dict[str, Any] = dict(config.model)
-    settled = VARIANTS[config.variant].fields
+    settled, _, kind = VARIANTS[config.variant]
     for name, value in settled.items():
         if given[name] not in (value, fields[name]):
             raise InputError(
                 f"config.model.{name}={given[name]!r} is {value!r} in "
                 f"config.variant={config.variant!r}: leave one of them out"
             )
-    return QPENet(**{**given, **settled})
+    return kind(**{**given, **settled})
 
 
 def _released(config: Any, net: Backbone) -> ReleasedQPENet:
