@@ -22,7 +22,8 @@ from qpenet_jax.masks.labelme import draw_shapes
 from qpenet_jax.masks.leads import Tiles, compete, probability, tiled
 from qpenet_jax.masks.outlines import fill, outlines
 from qpenet_jax.masks.queries import find_queries, frames
-from qpenet_jax.segmenter import METHODS, Tasks
+from qpenet_jax.masks.tasks import Tasks
+from qpenet_jax.segmenter import METHODS
 
 COLOURS = {"red": (250, 0, 0), "blue": (0, 0, 250)}
 

@@ -43,8 +43,9 @@ def _add_network(parser) -> None:
     group.add_argument(
         "--backbone",
         choices=BACKBONES,
-        help="with --method prototype and without --workdir: the network that the "
-        "features are of; default: efficientnet_lite0",
+        metavar="NAME",
+        help="with --method prototype and without --workdir, the network that the "
+        f"features are of: {', '.join(BACKBONES)} (the last is the default)",
     )
     group.add_argument(
         "--weights",

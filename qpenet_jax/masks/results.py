@@ -87,7 +87,10 @@ class Results:
         refuse_overwriting([*files, *(folder / "0.png" for folder in folders)], read)
 
     def add(self, query: Query, frame: Frame, found: Found) -> None:
-        """Write what was found in an image, or in a frame of a video."""
+        """Write what was found in an image, or in a frame of a video.
+
+        Raises InputError where that can't be written.
+        """
         if not self._images:
             for name in self._about_all():
                 (self.out / name).unlink(missing_ok=True)
@@ -104,7 +107,7 @@ class Results:
         return OverlayVideo(self._overlay_video(query), query.rate, len(self.classes))
 
     def finish(self) -> None:
-        """Write the files that are about all images."""
+        """Write the files that are about all images; raises InputError if it can't."""
         if "coco" in self.formats:
             write_whole(self.out / COCO, json.dumps(self._coco.content))
         summary = self._summary | {"images": self._images}
@@ -147,7 +150,7 @@ class Results:
                 overlay = class_overlay(frame.pixels, found.index, len(self.classes))
                 return _jpeg(overlay)
             case ["frame"]:
-                return _jpeg(frame.pixels)
+                return _jpeg(frame.pixels, quality=95)  # others may train on it
             case ["labelme"]:
                 photo = path.with_suffix(".jpg") if query.is_video else query.path
                 content = labelme_file(path, photo, found, self.classes)
@@ -173,7 +176,7 @@ class Results:
         }
 
 
-def _jpeg(pixels) -> bytes:
+def _jpeg(pixels, quality: int = 75) -> bytes:
     content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG")
+    Image.fromarray(pixels).save(content, "JPEG", quality=quality)
     return content.getvalue()

@@ -64,6 +64,7 @@ def frame_rate(path: Path) -> float:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    path.open("rb").close()  # the system's own words, where it can't be read
     before = os.environ.get(OPTIONS)
     level = cv2.utils.logging.getLogLevel()
     os.environ[OPTIONS] = ONLY_FILES
