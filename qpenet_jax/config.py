@@ -1,4 +1,4 @@
-"""Everything an experiment can set, with defaults and checks; how old runs are read.
+"""Everything an experiment can set, with defaults and checks.
 
 A config file returns `default_config()` with a few lines changed; every field can
 also be set on the command line, `--config.optimizer.lr=0.001`. Whose the defaults are:
@@ -17,9 +17,7 @@ What was shown about them is in docs/training.md. Nobody has trained a full run 
 """
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Mapping
 from typing import Any, get_args
 
 from ml_collections import ConfigDict
@@ -27,6 +25,7 @@ from ml_collections.config_dict import placeholder
 
 from qpenet_jax.backbones.precision import AUTO, DTYPES
 from qpenet_jax.core.errors import InputError, check_choice
+from qpenet_jax.core.fields import fields_like, flat
 from qpenet_jax.data.augmentation import Augmentation, check_ranges
 from qpenet_jax.data.episodes import Order, Targets
 from qpenet_jax.evaluation.protocols import PRESETS, Scoring, check_side
@@ -39,12 +38,6 @@ from qpenet_jax.training.recipes import RECIPES
 
 VERSION = 3
 """Of the fields, as config.json holds it; runs before it had one are of version 1."""
-
-MEANT: Mapping[int, Mapping[str, Any]] = {
-    1: {"recipe": "paper", "dtype": "float32"},
-    2: {"optimizer.first": 0},
-}
-"""What a version without a field meant, where that isn't the default of today."""
 
 KINDS = ("prepared", "voc", "shapes")
 
@@ -320,71 +313,3 @@ def _check_tuples(config: Any) -> None:
             raise InputError(f"config.{name}={values}: give {what}")
         if len(set(values)) < len(values):
             raise InputError(f"config.{name}={values}: give each one once")
-
-
-def merged(saved: Mapping[str, Any], source: str) -> Any:
-    """Return the config of a run of this version or an earlier one.
-
-    Fields that came later have the value that the run was made with. `source` is the
-    file, for messages.
-
-    Raises:
-        InputError: a field that no version has, or of a later version.
-    """
-    version = saved.get("version", 1)
-    if version not in range(1, VERSION + 1):
-        raise InputError(
-            f"{source} is a config of version {version}, this qpenet_jax knows 1 to "
-            f"{VERSION}: use the qpenet_jax that the run was made with, or a newer one"
-        )
-    config = default_config()
-    for before in range(version, VERSION):
-        config.update_from_flattened_dict(dict(MEANT[before]))
-    _fill(config, saved, source)
-    config.version = VERSION
-    return config
-
-
-def _fill(config: Any, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
-    """Put saved values over defaults, part by part."""
-    for name, value in saved.items():
-        where = f"{prefix}{name}"
-        if name not in config:
-            meant = " or ".join(
-                f"{prefix}{field}" for field in fields_like(name, config)
-            )
-            hint = f": is it {meant}?" if meant else ""
-            raise InputError(f"{source} has an unknown field {where}{hint}")
-        default = config[name]
-        if isinstance(default, ConfigDict):
-            if not isinstance(value, Mapping):
-                raise InputError(f"{source}: {where} must hold fields, not {value!r}")
-            _fill(default, value, source, f"{where}.")
-            continue
-        try:
-            config[name] = tuple(value) if isinstance(default, tuple) else value
-        except TypeError:
-            raise InputError(
-                f"{source}: {where}={value!r} is not of the type of {default!r}"
-            ) from None
-
-
-def fields_like(name: str, config: Any) -> list[str]:
-    """Return the fields of `config` that a wrong name may stand for.
-
-    Those of the same name in other parts, or else those that are spelt alike.
-    """
-    known, leaf = list(flat(config.to_dict())), name.rpartition(".")[2]
-    alike = [field for field in known if field.rpartition(".")[2] == leaf]
-    return alike or difflib.get_close_matches(name, known, n=3)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return fields by their dotted names."""
-    found = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        found |= (
-            flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-        )
-    return found

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qpenet_jax.cli.main import _parsed
-from qpenet_jax.config import default_config, flat
+from qpenet_jax.config import default_config
+from qpenet_jax.core.fields import flat
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "data/README.md", *ROOT.glob("docs/**/*.md")]

@@ -24,7 +24,6 @@ from qpenet_jax.backbones.convolutions import Conv
 from qpenet_jax.backbones.registry import DEEP, Backbone
 from qpenet_jax.backbones.resnet import Layer4, ResNet
 from qpenet_jax.backbones.torch_layout import no_statistics, to_flax
-from qpenet_jax.config import merged
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import BATCH_STATISTICS, Episode
 from qpenet_jax.runs import experiment as module
@@ -33,6 +32,7 @@ from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run
+from qpenet_jax.runs.saved_config import merged
 from qpenet_jax.runs.stopping import Interrupted
 from qpenet_jax.runs.trainer import Trainer
 from qpenet_jax.segmenter import load

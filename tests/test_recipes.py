@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qpenet_jax.config import flat, merged
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.fields import flat
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.saved_config import merged
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.recipes import RECIPES
 

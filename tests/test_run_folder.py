@@ -12,11 +12,13 @@ from safetensors.numpy import load_file, save_file
 from qpenet_jax import InputError, load
 from qpenet_jax.backbones import precision
 from qpenet_jax.backbones.convert import convert
-from qpenet_jax.config import VERSION, default_config, flat, merged
+from qpenet_jax.config import VERSION, default_config
+from qpenet_jax.core.fields import flat
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.evaluation.metrics import load_scores
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.folder import claim, inputs_of, open_run
+from qpenet_jax.runs.saved_config import merged
 from qpenet_jax.training.recipes import resolved
 
 OLD = Path(__file__).parent / "goldens" / "run_dbf7d53"

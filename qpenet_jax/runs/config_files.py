@@ -12,8 +12,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qpenet_jax.config import fields_like, flat
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.fields import fields_like, flat
 from qpenet_jax.core.files import local_path
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=\[]+)")

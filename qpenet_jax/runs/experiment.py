@@ -19,8 +19,9 @@ from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import in_dtype, meant
 from qpenet_jax.backbones.registry import Backbone, backbone, choose_stages
 from qpenet_jax.backbones.torch_layout import no_statistics
-from qpenet_jax.config import check, check_fields, flat, selections
+from qpenet_jax.config import check, check_fields, selections
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.fields import flat
 from qpenet_jax.core.files import cache_folder, local_path
 from qpenet_jax.core.runtime import refuse_64_bits
 from qpenet_jax.core.types import Episode, SegmentationDataset

@@ -10,8 +10,8 @@ from typing import Any
 from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.precision import meant
-from qpenet_jax.config import flat, merged
 from qpenet_jax.core.errors import InputError, check_choice
+from qpenet_jax.core.fields import flat
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json
@@ -19,6 +19,7 @@ from qpenet_jax.runs.config_files import OVERRIDE, override
 from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
 from qpenet_jax.runs.hub import run_folder
 from qpenet_jax.runs.model_file import MODEL_FILE, read_facts, read_params
+from qpenet_jax.runs.saved_config import merged
 from qpenet_jax.training.checkpoints import LAST, restore_params, values_hash
 from qpenet_jax.training.recipes import resolved
 
