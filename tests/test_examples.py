@@ -30,7 +30,6 @@ SHRUNK = {
     "workers": 0,
     "model.channels": 8,
     "dataset.min_pixels": 64,
-    "select_on": "last",
     "eval.protocol": "ours",
     "eval.episodes": 2,
 }

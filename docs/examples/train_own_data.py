@@ -18,7 +18,8 @@ def train_on(folder, workdir, novel, **fields):
     config.dataset.name = Path(folder).name
     config.dataset.split, config.dataset.novel = "named", tuple(novel)
     config.backbone.name, config.backbone.weights = "efficientnet_lite0", ""
-    config.update_from_flattened_dict({"side": 321, "epochs": 100, **fields})
+    config.side, config.epochs, config.select_on = 321, 100, "last"
+    config.update_from_flattened_dict(fields)
     train(config, Path(workdir) / "run")
 
 
