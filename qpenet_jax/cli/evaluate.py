@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qpenet_jax.cli.options import (
     WORKDIR,
+    add_cluster,
     add_overrides,
     add_protocol,
     numbers,
@@ -58,6 +59,7 @@ def add_parser(commands) -> None:
         help="folder for the results; default: the folder evaluate/ of the run",
     )
     add_protocol(parser)
+    add_cluster(parser)
     add_overrides(parser)
 
 

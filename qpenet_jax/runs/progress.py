@@ -13,6 +13,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.runs.trainer import Trainer
 from qpenet_jax.training import health
@@ -27,16 +28,23 @@ class Progress(contextlib.AbstractContextManager):
         self._images = config.batch_size * (config.shots + 1)
         self._watch = health.Watch()
         self._recent: list[Any] = []  # metrics of the steps since the last `tell`
-        self._writer = SummaryWriter(str(workdir), purge_step=start + 1)
+        self._writer = None
+        if cluster.is_first():
+            self._writer = SummaryWriter(str(workdir), purge_step=start + 1)
         self._bar = tqdm(
-            total=trainer.steps, initial=start, desc="training", unit="step"
+            total=trainer.steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            disable=not cluster.is_first(),
         )
         self.restart_clock()
 
     def __exit__(self, *_: object) -> None:
         """Close the bar and the file of events."""
         self._bar.close()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -66,7 +74,7 @@ class Progress(contextlib.AbstractContextManager):
         history = fetched(self._recent)
         values = history[-1]
         stop_on_nan(values, step, saved)
-        for warning in self._watch(history):
+        for warning in self._watch(history) if cluster.is_first() else ():
             self._bar.write(warning, file=sys.stderr)
         self._bar.set_postfix({k: f"{values[k]:.2f}" for k in ("loss", "iou")})
         seconds = time.perf_counter() - self._start
@@ -79,9 +87,10 @@ class Progress(contextlib.AbstractContextManager):
         self._recent = []
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """Write values for TensorBoard."""
-        for name, value in values.items():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+        """Write values for TensorBoard, in the first process."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def restart_clock(self) -> None:
         """Count the speed from now on: evaluating and saving don't belong to it."""

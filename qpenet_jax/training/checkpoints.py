@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
+from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.types import BATCH_STATISTICS, Array
@@ -110,9 +111,13 @@ def add_scores(
     manager: ocp.CheckpointManager, step: int, scores: Mapping[str, float]
 ) -> None:
     """Give a saved step its scores afterwards, as `save` would have."""
+
     # Orbax reads the scores from these files, and has no call to add one later.
-    file = Path(manager.directory) / str(step) / METRICS / METRICS
-    write_whole(file, json.dumps(dict(scores)))
+    def write():
+        file = Path(manager.directory) / str(step) / METRICS / METRICS
+        write_whole(file, json.dumps(dict(scores)))
+
+    cluster.by_first(write, "scores")
     manager.reload()
 
 
