@@ -153,7 +153,9 @@ def _set_up_process(args: argparse.Namespace) -> None:
     check_platform()
     if args.run is not train.run:  # where the config says whether to keep them
         keep_compilations()
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every step of a save
+    # Orbax reports every step of a save, and again what it raises if a process is gone.
+    alone = cluster.count() == 1
+    logging.set_verbosity(logging.ERROR if alone else logging.FATAL)
 
 
 class _Parser(argparse.ArgumentParser):

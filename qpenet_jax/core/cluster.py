@@ -20,7 +20,7 @@ import jax
 from jax._src import clusters, distributed  # what JAX's own libraries use of it
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.last_words import LOST, Watch
+from qpenet_jax.core.last_words import Watch, is_loss
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which JAX takes a process for gone."""
@@ -239,8 +239,8 @@ def losses_told() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if _watch is None or not LOST.search(str(error)):
+    except Exception as error:
+        if _watch is None or not is_loss(error):
             raise
         sys.exit(_watch.last_words())
 

@@ -6,7 +6,6 @@ standard error goes to a file, in which a thread of Python reads why, and an abo
 the seconds that this thread needs to tell it in one line and to end the process.
 """
 
-import contextlib
 import ctypes
 import os
 import platform
@@ -16,7 +15,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
+from typing import NoReturn
+
+from jax.errors import JaxRuntimeError
 
 PAUSE = 0.5
 """Seconds between two looks at the log."""
@@ -50,37 +51,48 @@ class Watch:
         self._stop_told, self._spread = stop_told, False
         self._ended = threading.Event()
         self._speaking, self._status = threading.Lock(), 0
-        handle, name = tempfile.mkstemp(prefix="qpenet_xla_", suffix=".log")
-        os.close(handle)
-        self.log = Path(name)
-        self._told = self.log.open(errors="replace")
-        _redirect(self.log)
+        with tempfile.NamedTemporaryFile() as log:  # it stays open after its name goes
+            self._told = open(log.name, errors="replace")  # noqa: SIM115
+            _redirect(log.name)
 
     def start(self) -> None:
-        """Begin to watch, in a thread."""
-        threading.Thread(target=self._run, daemon=True).start()
+        """Begin to watch, in threads: to ask others may take long if one is gone."""
+        for work in (self._read, self._listen):
+            threading.Thread(target=work, daemon=True).start()
+        threading.excepthook = self._on_error
 
     def stop(self) -> None:
-        """End the watch and remove the file."""
+        """End the watch."""
         self._ended.set()
-        self._told.close()
-        self.log.unlink(missing_ok=True)
 
-    def _run(self) -> None:
+    def _read(self) -> None:
+        """Tell what C's standard error gets; end the process where JAX aborts it."""
         while not self._ended.wait(PAUSE):
-            with contextlib.suppress(ValueError):  # closed meanwhile
-                text = self._told.read()
-                if FATAL in text:
-                    status = self.last_words(text)
-                    self.log.unlink(missing_ok=True)
-                    os._exit(status)
-                for line in text.splitlines():
-                    if not NOISE.search(line):
-                        print(line, file=sys.stderr)
-            if not self._spread and self._stop_told():
+            text = self._told.read()
+            if FATAL in text:
+                self.end(text)
+            for line in text.splitlines():
+                if not NOISE.search(line):
+                    print(line, file=sys.stderr)
+
+    def _listen(self) -> None:
+        """Give this process SPREAD, once, where another was asked to stop."""
+        while not self._ended.wait(PAUSE):
+            if self._stop_told():
                 self._spread = True
                 if callable(signal.getsignal(SPREAD)):  # else it would end us unsaved
                     signal.pthread_kill(threading.main_thread().ident or 0, SPREAD)
+                return
+
+    def _on_error(self, failed: threading.ExceptHookArgs) -> None:
+        """End the process if a thread failed as another process is gone."""
+        if failed.exc_value is not None and is_loss(failed.exc_value):
+            self.end()
+        threading.__excepthook__(failed)
+
+    def end(self, text: str = "") -> NoReturn:
+        """End the process with its last words, whatever its other threads wait for."""
+        os._exit(self.last_words(text))
 
     def last_words(self, text: str = "") -> int:
         """Tell why this process ends, unless it is told, and return its status."""
@@ -89,7 +101,7 @@ class Watch:
         return self._status
 
     def _tell(self, text: str) -> int:
-        if self._spread or self._stop_told():
+        if self._spread:
             print("\nstopped: the same command goes on", file=sys.stderr, flush=True)
             return STOPPED
         named = re.search(r"heartbeats\):\s*((?:[\w/:]*\d+[\s,]*)+)", text)
@@ -104,7 +116,17 @@ class Watch:
         return GONE
 
 
-def _redirect(log: Path) -> None:
+def is_loss(error: BaseException) -> bool:
+    """Return whether something failed as another process is gone."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, JaxRuntimeError) and LOST.search(str(found)):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def _redirect(log: str) -> None:
     """Send C's standard error to a file, and let an abort wait; with glibc alone.
 
     Python's own, and that of processes that this one starts, stay as they are. The

@@ -51,6 +51,7 @@ def score_episodes(
     label: str = "evaluating",
     cache_bytes: int = CACHE_BYTES,
     at_once: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Scores:
     """Score `predict` on the protocol's episodes, one sampler a seed.
 
@@ -59,7 +60,8 @@ def score_episodes(
     Episodes run grouped by class and query; the rows are in the protocol's order.
     `at_once` of them are predicted together, by default one on a CPU, else AT_ONCE.
     Together they may round otherwise, so that a pixel changes where both classes tie.
-    Several processes, and the devices of each, share the episodes; all return all rows.
+    Several processes share the episodes, and in each its `devices`, by default all but
+    on a CPU, whose cores one device uses; all processes return all rows.
 
     Raises:
         InputError: an image or label can't be used.
@@ -71,7 +73,10 @@ def score_episodes(
         at_once = 1 if jax.default_backend() == "cpu" else AT_ONCE
     room = cache_bytes // _image_bytes(predict, protocol)
     capacity = max(room - at_once * (len(episodes[0].supports) + 1), 0)
-    shares = _shares(predict, drawn, order, capacity)
+    if devices is None:
+        all_of_them = jax.default_backend() != "cpu"
+        devices = jax.local_devices()[: None if all_of_them else 1]
+    shares = _shares(predict, drawn, order, capacity, devices)
     rows = np.zeros((len(drawn), len(metrics.SCORE_COLUMNS)), np.int64)
     turns = _in_turn([share.turns for share in shares], at_once)
     positions = _in_turn([share.positions for share in shares], at_once)
@@ -136,9 +141,9 @@ def _shares(
     drawn: Sequence[tuple[int, EpisodeIds]],
     order: Sequence[int],
     capacity: int,
+    devices: Sequence[jax.Device],
 ) -> list[Share]:
     """Return what this process' devices predict; neighbours in the order stay such."""
-    devices = jax.local_devices()
     ours = np.array_split(np.array(order), cluster.count())[cluster.index()]
     parts = [part.tolist() for part in np.array_split(ours, len(devices))]
     return [

@@ -191,6 +191,7 @@ class Loop:
             checkpoints.save(self.manager, state, scores)
         progress.restart_clock()
         if saving and cluster.any_of(self.stop.asked, "stop"):
+            self.stop.asked = True  # here too: it is acted on
             raise Interrupted(f"step {step} is saved: the same command goes on")
 
     def _is_due(self, step: int) -> bool:
