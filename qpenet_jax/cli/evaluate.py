@@ -7,6 +7,7 @@ from typing import Any
 
 from qpenet_jax.cli.options import (
     WORKDIR,
+    add_cluster,
     add_overrides,
     add_protocol,
     numbers,
@@ -59,6 +60,7 @@ def add_parser(commands) -> None:
         help="folder for the results; default: the folder evaluate/ of the run",
     )
     add_protocol(parser)
+    add_cluster(parser)
     add_overrides(parser)
 
 

@@ -44,6 +44,9 @@ COMMANDS = (
     export,
 )
 
+JOINING = (train.run, evaluate.run)
+"""Commands that several processes may share."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; bad input is one line on stderr and exit code 2."""
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with exit_on_input_error():
             args = _parsed(sys.argv[1:] if argv is None else argv)
             _set_up_process(args)
-            args.run(args)
+            _run(args)
     except KeyboardInterrupt as stop:
         again = "stopped; no half-written file is left: the command can be run again"
         print(f"\n{str(stop) or again}", file=sys.stderr)
@@ -62,12 +65,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def program(argv: Sequence[str] | None = None) -> None:
     """Run one command as all that this process does; see `main`."""
     sys.unraisablehook = _told_of_lost_stop
+    status: Any = 1  # of an error that nobody foresaw
     try:
         main(argv)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+        raise
     finally:
         # All is done or told. A Ctrl-C while Python ends would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         gc.collect()  # what a stop cut off in the middle, such as shared memory
+        if cluster := sys.modules.get("qpenet_jax.core.cluster"):
+            cluster.leave(status)
 
 
 def _told_of_lost_stop(unraisable: Any) -> None:
@@ -118,10 +128,22 @@ def _one_line(message, category, *place, **line) -> str:
 _python_format = warnings.formatwarning
 
 
+def _run(args: argparse.Namespace) -> None:
+    """Run the command; one of several processes tells if another is lost."""
+    if args.run not in JOINING:
+        args.run(args)
+        return
+    from qpenet_jax.core import cluster
+
+    with cluster.losses_told():
+        args.run(args)
+
+
 def _set_up_process(args: argparse.Namespace) -> None:
     import jax
     from absl import logging
 
+    from qpenet_jax.core import cluster
     from qpenet_jax.core.runtime import (
         check_platform,
         keep_compilations,
@@ -130,6 +152,8 @@ def _set_up_process(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_enable_x64", False)  # all that is computed is float32
     keep_freed_memory()
+    if args.run in JOINING:
+        cluster.join(args.coordinator, args.processes, args.process)
     check_platform()
     if args.run is not train.run:  # where the config says whether to keep them
         keep_compilations()

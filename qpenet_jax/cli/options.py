@@ -119,6 +119,24 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a process that is one of several."""
+    group = parser.add_argument_group(
+        "several processes",
+        "started by SLURM, Open MPI, on a TPU pod or as a job of Kubernetes, they find "
+        "each other; elsewhere each is given all three (docs/scale.md)",
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="host of process 0, and a port that is free there",
+    )
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument(
+        "--process", type=int, metavar="I", help="number of this one, from 0 on"
+    )
+
+
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the words of a command line, and apart from them all `--config.x=y`.
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qpenet_jax.cli.options import add_overrides, path
+from qpenet_jax.cli.options import add_cluster, add_overrides, path
 from qpenet_jax.core.errors import InputError
 
 
@@ -44,6 +44,7 @@ def add_parser(commands) -> None:
         help="also write a trace of so many steps into the workdir, which TensorBoard "
         "(its profile plugin) or xprof opens",
     )
+    add_cluster(parser)
     add_overrides(parser)
 
 

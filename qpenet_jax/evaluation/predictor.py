@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Float, PyTree, UInt8
 
 from qpenet_jax.backbones.precision import backbone_in_dtype, in_dtype
@@ -34,6 +35,7 @@ class Predictor(NamedTuple):
     `decode(supports, masks, query)` takes the encoded images of the K supports one
     after the other, the masks [b, K, s, s] and the query's, and returns the `Lead`;
     with `named=True` also the network's named intermediates, as `QPENet.__call__` does.
+    Both are trees of their parameters (`jax.tree_util.Partial`), which can be moved.
     """
 
     encode: Callable[..., PyTree[Array]]
@@ -74,8 +76,8 @@ def qpenet_predictor(
     """
     computing, net = in_dtype(model, backbone, dtype)
     return Predictor(
-        functools.partial(_encode, computing, net, params, weights),
-        functools.partial(_decode, computing, params, deep_part(weights)),
+        Partial(functools.partial(_encode, computing, net), params, weights),
+        Partial(functools.partial(_decode, computing), params, deep_part(weights)),
     )
 
 
@@ -85,7 +87,8 @@ def cosine_predictor(
     """Return the training-free baseline over the same features."""
     net = backbone_in_dtype(backbone, dtype)
     return Predictor(
-        functools.partial(_features, net, weights), _decode_nearest_prototype
+        Partial(functools.partial(_features, net), weights),
+        Partial(_decode_nearest_prototype),
     )
 
 

@@ -4,17 +4,18 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Container, Generator, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, PyTree, UInt8
+from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
+from qpenet_jax.core import cluster
 from qpenet_jax.core.types import Array, SegmentationDataset
 from qpenet_jax.data.episode_lists import FrozenEpisodes
-from qpenet_jax.data.episodes import EpisodeSampler
+from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
 from qpenet_jax.data.loader import ahead
 from qpenet_jax.data.transforms import (
     Resize,
@@ -27,14 +28,16 @@ from qpenet_jax.data.transforms import (
 from qpenet_jax.evaluation import metrics
 from qpenet_jax.evaluation.metrics import Scores
 from qpenet_jax.evaluation.plan import Turn, grouped, plan
-from qpenet_jax.evaluation.predictor import Predictor
+from qpenet_jax.evaluation.predictor import Lead, Predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.models.ops import interpolation_matrix
 
 Samplers = Sequence[EpisodeSampler] | Sequence[FrozenEpisodes]
 
+T = TypeVar("T")
+
 CACHE_BYTES = 2 * 2**30
-"""Of encoded images, kept on the device: 290 of ResNet's at 473 pixels, where a class
+"""Of encoded images, kept on each device: 290 of ResNet's at 473 pixels, where a class
 of PASCAL has about 100."""
 
 
@@ -48,6 +51,7 @@ def score_episodes(
     label: str = "evaluating",
     cache_bytes: int = CACHE_BYTES,
     at_once: int | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Scores:
     """Score `predict` on the protocol's episodes, one sampler a seed.
 
@@ -56,6 +60,8 @@ def score_episodes(
     Episodes run grouped by class and query; the rows are in the protocol's order.
     `at_once` of them are predicted together, by default one on a CPU, else AT_ONCE.
     Together they may round otherwise, so that a pixel changes where both classes tie.
+    Several processes share the episodes, and in each its `devices`, by default all but
+    on a CPU, whose cores one device uses; all processes return all rows.
 
     Raises:
         InputError: an image or label can't be used.
@@ -66,20 +72,34 @@ def score_episodes(
     if at_once is None:
         at_once = 1 if jax.default_backend() == "cpu" else AT_ONCE
     room = cache_bytes // _image_bytes(predict, protocol)
-    running = at_once * (len(episodes[0].supports) + 1)
-    turns = plan(episodes, max(room - running, 0))
+    capacity = max(room - at_once * (len(episodes[0].supports) + 1), 0)
+    if devices is None:
+        all_of_them = jax.default_backend() != "cpu"
+        devices = jax.local_devices()[: None if all_of_them else 1]
+    shares = _shares(predict, drawn, order, capacity, devices)
     rows = np.zeros((len(drawn), len(metrics.SCORE_COLUMNS)), np.int64)
+    turns = _in_turn([share.turns for share in shares], at_once)
+    positions = _in_turn([share.positions for share in shares], at_once)
     stream = _loaded(dataset, turns, protocol, workers)
-    bar = tqdm(total=len(drawn), desc=label, unit="episode")
+    silent = not cluster.is_first()
+    bar = tqdm(total=len(turns), desc=label, unit="episode", disable=silent)
     with contextlib.closing(stream), bar:
         for n, (margin, inputs) in zip(
-            order, _margins(predict, turns, stream, at_once), strict=True
+            positions, _margins(shares, stream, at_once), strict=True
         ):
             counts = score(margin, inputs.fitted_mask, inputs.mask, protocol)
             seed, ids = drawn[n]
             rows[n] = (seed, ids.index, ids.query, ids.class_id, *counts)
             bar.update()
-    return Scores(rows)
+    return Scores(_of_all_processes(rows))
+
+
+def _of_all_processes(rows: Int[np.ndarray, "n c"]) -> Int[np.ndarray, "n c"]:
+    """Return the rows of all processes, each of which has zeros where others worked."""
+    parts = cluster.gather(rows.tobytes(), "rows")
+    return np.sum([np.frombuffer(part, rows.dtype) for part in parts], 0).reshape(
+        rows.shape
+    )
 
 
 AT_ONCE = 4
@@ -108,28 +128,88 @@ class Inputs(NamedTuple):
     mask: UInt8[np.ndarray, "h w"]
 
 
-def _margins(
-    predict: Predictor, turns: Sequence[Turn], stream: Iterable[Inputs], at_once: int
-) -> Generator[tuple[Float[np.ndarray, "s s"], Inputs], None, None]:
-    """Yield the foreground's lead in every turn's episode; keep encoded images."""
-    kept = {}
-    pairs = zip(turns, stream, strict=True)
-    while group := list(itertools.islice(pairs, at_once)):
-        new = _unseen(group, kept)
-        for start in range(0, len(new), at_once):
-            some = dict(itertools.islice(new.items(), start, start + at_once))
-            kept |= _encoded(predict, some, at_once)
-        ids = [turn.ids for turn, _ in group]
-        supports = tuple(
-            _joined([kept[image] for image in images])
-            for images in zip(*(episode.supports for episode in ids), strict=True)
+class Share(NamedTuple):
+    """The episodes of one device: their positions among those that were drawn."""
+
+    predict: Predictor
+    positions: list[int]
+    turns: list[Turn]
+
+
+def _shares(
+    predict: Predictor,
+    drawn: Sequence[tuple[int, EpisodeIds]],
+    order: Sequence[int],
+    capacity: int,
+    devices: Sequence[Any],
+) -> list[Share]:
+    """Return what this process' devices predict; neighbours in the order stay such."""
+    ours = np.array_split(np.array(order), cluster.count())[cluster.index()]
+    parts = [part.tolist() for part in np.array_split(ours, len(devices))]
+    return [
+        Share(
+            predict if len(devices) == 1 else jax.device_put(predict, device),
+            part,
+            plan([drawn[n][1] for n in part], capacity),
         )
-        masks = np.stack([inputs.support_masks for _, inputs in group])
-        query = _joined([kept[episode.query] for episode in ids])
-        margins = np.asarray(predict.decode(supports, masks, query))
-        for image in _forgotten([turn for turn, _ in group]):
-            del kept[image]
-        yield from zip(margins, [inputs for _, inputs in group], strict=True)
+        for device, part in zip(devices, parts, strict=True)
+    ]
+
+
+def _in_turn(parts: Sequence[Sequence[T]], size: int) -> list[T]:
+    """Return the elements of all parts, so many of each in turn."""
+    longest = max(map(len, parts))
+    return [
+        element
+        for start in range(0, longest, size)
+        for part in parts
+        for element in part[start : start + size]
+    ]
+
+
+def _margins(
+    shares: Sequence[Share], stream: Iterable[Inputs], at_once: int
+) -> Generator[tuple[Float[np.ndarray, "s s"], Inputs], None, None]:
+    """Yield the foreground's lead in every turn's episode, in turn as `_in_turn` says.
+
+    Encoded images are kept. All devices begin before the first is waited for.
+    """
+    stream, caches = iter(stream), [{} for _ in shares]
+    longest = max(len(share.turns) for share in shares)
+    for start in range(0, longest, at_once):
+        begun = []
+        for share, kept in zip(shares, caches, strict=True):
+            turns = share.turns[start : start + at_once]
+            # In this order: it takes no more from the stream than there are turns.
+            if group := [*zip(turns, stream, strict=False)]:
+                begun.append((_begun(share.predict, group, kept, at_once), group))
+        for margins, group in begun:
+            inputs = [inputs for _, inputs in group]
+            yield from zip(np.asarray(margins), inputs, strict=True)
+
+
+def _begun(
+    predict: Predictor,
+    group: Sequence[tuple[Turn, Inputs]],
+    kept: dict[int, PyTree[Array]],
+    at_once: int,
+) -> Lead:
+    """Return the leads of some turns, which the device may still compute."""
+    new = _unseen(group, kept)
+    for start in range(0, len(new), at_once):
+        some = dict(itertools.islice(new.items(), start, start + at_once))
+        kept |= _encoded(predict, some, at_once)
+    ids = [turn.ids for turn, _ in group]
+    supports = tuple(
+        _joined([kept[image] for image in images])
+        for images in zip(*(episode.supports for episode in ids), strict=True)
+    )
+    masks = np.stack([inputs.support_masks for _, inputs in group])
+    query = _joined([kept[episode.query] for episode in ids])
+    lead = predict.decode(supports, masks, query)
+    for image in _forgotten([turn for turn, _ in group]):
+        del kept[image]
+    return lead
 
 
 def _unseen(

@@ -12,6 +12,7 @@ import jax
 from jaxtyping import Array, PyTree, UInt8
 
 from qpenet_jax.config import SELECTION
+from qpenet_jax.core import cluster
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.episode_lists import EpisodeList
 from qpenet_jax.evaluation.metrics import (
@@ -34,6 +35,7 @@ from qpenet_jax.evaluation.report import (
 )
 from qpenet_jax.evaluation.scoring import Samplers, score_episodes
 from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.training.sharding import one_copy
 
 REFERENCES = "references.json"
 FIGURE = "episodes.png"
@@ -113,7 +115,7 @@ class Evaluator:
 
         `weights` are the backbone's. Nothing is written yet.
         """
-        self.experiment, self.weights = experiment, weights
+        self.experiment, self.weights = experiment, one_copy(weights)
         self.folder, self.val = folder, val
         self.selection = experiment.selections[0]
         drawn = draw(experiment, val, protocol or experiment.protocol(), episodes)
@@ -154,7 +156,7 @@ class Evaluator:
 
     def miou(self, params: PyTree[Array]) -> float:
         """Return the mIoU of parameters in percent; nothing is written."""
-        predict = self.experiment.predictor(params, self.weights)
+        predict = self.experiment.predictor(one_copy(params), self.weights)
         scores = self._evaluate("selection", predict)
         return 100 * mean_iou(scores, self.class_ids)
 
@@ -167,7 +169,8 @@ class Evaluator:
             "cosine": self._score("cosine", self.cosine),
         }
         made = {"run": self.experiment.identity, "results": found}
-        write_json(self.folder / REFERENCES, made)
+        if cluster.is_first():
+            write_json(self.folder / REFERENCES, made)
         return table(found)
 
     def __call__(
@@ -175,16 +178,18 @@ class Evaluator:
         params: PyTree[Array],
         tell: Callable[[dict[str, Any], UInt8[Any, "h w 3"]], None] | None = None,
         **facts: Any,
-    ) -> tuple[dict[str, Any], UInt8[Any, "h w 3"]]:
-        """Score the network; write and return the results and a figure.
+    ) -> None:
+        """Score the network; write the results and a figure.
 
         `facts` are added to the results: `step`, that of the checkpoint, and `shared`,
         what a warning says of images that were trained on and are scored. Others are
         told of results and figure by `tell`, before the file of the results says that
         all is done.
         """
-        predict = self.experiment.predictor(params, self.weights)
+        predict = self.experiment.predictor(one_copy(params), self.weights)
         results = self._score("qpenet", predict) | facts
+        if not cluster.is_first():
+            return
         results["network"] = self.experiment.network_name(self.protocol.shots)
         results["dtype"] = self.experiment.dtype
         results["device"] = jax.devices()[0].device_kind
@@ -199,7 +204,6 @@ class Evaluator:
         if tell is not None:
             tell(results, figure)
         write_report(self.folder, results)  # last: it says that all is done
-        return results, figure
 
     def _references(self) -> dict[str, Any]:
         """Return what `references` found; nothing if for another run or protocol."""
@@ -212,12 +216,20 @@ class Evaluator:
 
     def step(self) -> int | None:
         """Return the step of the last written results of this protocol, if any."""
+        return cluster.by_first(self._step, "written")
+
+    def _step(self) -> int | None:
         results = self._read(RESULTS)
         same = results.get("protocol") == self.protocol.to_dict()
         return results.get("step") if same else None
 
     def report(self) -> str:
-        """Return the last results as text: the table beside their references."""
+        """Return the last results as text: the table beside their references.
+
+        Of several processes only the first, which has written them, knows it.
+        """
+        if not cluster.is_first():
+            return ""
         return (self.folder / TABLE).read_text(encoding="utf-8")
 
     def _figure(self, predict: Predictor) -> UInt8[Any, "h w 3"]:
@@ -246,7 +258,8 @@ class Evaluator:
 
     def _score(self, name: str, predict: Predictor) -> dict[str, Any]:
         scores = self._evaluate(name, predict)
-        scores.save(self._episodes(name))
+        if cluster.is_first():
+            scores.save(self._episodes(name))
         return summarize(scores, self.protocol, self.class_ids, self.focus)
 
     def _gain(self, reference: str) -> dict[str, list[float]]:

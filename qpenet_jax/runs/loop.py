@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
-import sys
-from collections.abc import Mapping
+import functools
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
-from qpenet_jax.core import markdown
+from qpenet_jax.core import cluster, markdown
+from qpenet_jax.core.cluster import warn
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path, locked, refuse_overwriting
 from qpenet_jax.data.versions import shared_photos
 from qpenet_jax.evaluation.report import RESULTS
@@ -44,6 +47,7 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
         experiment = Experiment(config)
         refuse_overwriting([workdir / LOCK_FILE], experiment.inputs)
         trainer = Trainer(experiment)
+        warn(trainer.warning)
         weights = trainer.weights
         val = experiment.dataset("val")
         evaluator = Evaluator(experiment, weights, workdir, val)
@@ -55,12 +59,15 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
             f"{workdir} is in use: another process trains there; wait for it, or "
             "choose another --workdir"
         )
-        with locked(workdir / LOCK_FILE, busy):
+        with _locked(workdir / LOCK_FILE, busy):
             shared = _trained_on(trainer, SHARED, evaluator)
             for selector in selectors.values():
                 shared |= _trained_on(trainer, SELECTED_ON, selector)
             inputs = inputs_of(trainer.dataset, val, weights)
-            claim(workdir, trainer.config, inputs | shared)
+            _refuse_other_inputs(inputs)
+            cluster.by_first(
+                lambda: claim(workdir, trainer.config, inputs | shared), "claim"
+            )
             name, images = trainer.config.dataset.name, len(trainer.sampler)
             print(f"{name}: {images} training images, {trainer.steps} steps")
             print(evaluator.describe())
@@ -71,6 +78,29 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
         if others:
             print(others)
         print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock in the first process; what that finds counts for all."""
+    with contextlib.ExitStack() as held:
+        cluster.by_first(lambda: held.enter_context(locked(path, busy)), "lock")
+        yield
+
+
+def _refuse_other_inputs(inputs: Mapping[str, str]) -> None:
+    """Refuse to train where a process reads other data or weights than the first.
+
+    Raises:
+        InputError: naming them, in all processes.
+    """
+    theirs = [json.loads(x) for x in cluster.gather(json.dumps(inputs).encode(), "in")]
+    for process, found in enumerate(theirs):
+        if other := [name for name in theirs[0] if found.get(name) != theirs[0][name]]:
+            raise InputError(
+                f"process {process} reads other inputs than process 0 "
+                f"({', '.join(other)} differ): give all processes the same files"
+            )
 
 
 def _trained_on(trainer: Trainer, what: str, evaluator: Evaluator) -> dict[str, str]:
@@ -85,7 +115,7 @@ def _trained_on(trainer: Trainer, what: str, evaluator: Evaluator) -> dict[str, 
     if not found:
         return {}
     text = f"{len(found)} of {len(scored)}, such as {' = '.join(found[0])}"
-    print(f"warning: {what}: {text}", file=sys.stderr)
+    warn(f"{what}: {text}")
     return {what: text}
 
 
@@ -106,7 +136,10 @@ def _trained(
                 return loop.run(state)
             except NotFinite as error:
                 to, limit = manager.latest_step() or 0, trainer.config.retries_on_nan
-                retries.go_back(workdir, error, to, limit)
+                went_wrong = functools.partial(
+                    retries.go_back, workdir, error, to, limit
+                )
+                cluster.by_first(went_wrong, "retry")
 
 
 def _started(
@@ -136,9 +169,10 @@ class Loop:
     def run(self, state: TrainState) -> TrainState:
         """Take all steps that are left and return the last state."""
         trainer, start = self.trainer, int(state.step)
+        traced = self.profile if cluster.is_first() else 0
         with (
             Progress(trainer, self.workdir, start) as progress,
-            Profile(self.workdir, self.profile, start, trainer.steps) as profile,
+            Profile(self.workdir, traced, start, trainer.steps) as profile,
             contextlib.closing(
                 trainer.batches(start + retries.skipped(self.workdir, start))
             ) as batches,
@@ -152,14 +186,17 @@ class Loop:
                         state, measured = trainer.step(state, batch)
                         progress.add(measured)
                     profile.finished(step, measured)
-                    self._after(step, state, progress)
+                    stops = trainer.stops(self.stop.asked)
+                    self._after(step, state, progress, stops)
         return state
 
-    def _after(self, step: int, state: TrainState, progress: Progress) -> None:
+    def _after(
+        self, step: int, state: TrainState, progress: Progress, stops: bool
+    ) -> None:
         """Tell, select and save where it is time to, or where a stop was asked for."""
         config = self.trainer.config
         due = self._is_due(step)
-        saving = due or self.stop.asked or step % config.save_every == 0
+        saving = due or stops or step % config.save_every == 0
         if not saving and step % config.log_every:
             return
         progress.tell(step, saved=self.manager.latest_step())
@@ -170,7 +207,8 @@ class Loop:
             scores = self._score_unless_stopped(state, progress) if due else None
             checkpoints.save(self.manager, state, scores)
         progress.restart_clock()
-        if saving and self.stop.asked:
+        if saving and cluster.any_of(self.stop.asked, "stop"):
+            self.stop.asked = True  # here too: it is acted on
             raise Interrupted(f"step {step} is saved: the same command goes on")
 
     def _is_due(self, step: int) -> bool:
@@ -184,11 +222,10 @@ class Loop:
 
         A stop doesn't wait for a score: the resumed run finds the step unscored.
         """
-        try:
-            with self.stop.at_once():
-                return self._score(state, progress)
-        except Interrupted:
-            return None
+        scores = None
+        with contextlib.suppress(Interrupted), self.stop.at_once():
+            scores = self._score(state, progress)
+        return None if cluster.any_of(scores is None, "unscored") else scores
 
     def _score_restored(self, state: TrainState, progress: Progress) -> None:
         """Score the restored checkpoint if a stop left it unscored."""
@@ -245,16 +282,19 @@ def _score_others(
     if len(names) == 1:
         return ""
     selected = evaluator.step()
-    found, steps = {selected: read_json(workdir / RESULTS)}, {names[0]: selected}
+    written, steps = {selected: workdir}, {names[0]: selected}
     for name in names[1:]:
         params, step = checkpoints.restore_params(workdir, state.learned, name)
-        if step not in found:
+        if step not in written:
             beside = evaluator.of_selection(name)
             if beside.step() != step:
                 facts = {"step": step, "shared": shared, **retries.told(workdir)}
                 beside(trainer.placed(params), **facts)
-            found[step] = read_json(beside.folder / RESULTS)
+            written[step] = beside.folder
         steps[name] = step
+    if not cluster.is_first():
+        return ""
+    found = {step: read_json(folder / RESULTS) for step, folder in written.items()}
     rows = [
         [name, str(step), *(f"{found[step][key]:.1f}" for key in ("miou", "fb_iou"))]
         for name, step in steps.items()

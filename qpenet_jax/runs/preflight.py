@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from qpenet_jax.core import cluster
+from qpenet_jax.core.cluster import warn
 from qpenet_jax.core.runtime import peak_memory
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.progress import fetched
@@ -173,6 +175,7 @@ def check(experiment: Experiment, steps: int = STEPS) -> bool:
     Nothing is written. Raises InputError where data or weights are missing.
     """
     trainer = Trainer(experiment)
+    warn(trainer.warning)
     total = trainer.steps
     steps = min(steps, total)
     recipe = experiment.config.recipe
@@ -183,7 +186,9 @@ def check(experiment: Experiment, steps: int = STEPS) -> bool:
     taken: list[Step] = []
     with (
         contextlib.closing(first_steps(trainer)) as stream,
-        tqdm(total=steps, desc="checking", unit="step") as bar,
+        tqdm(
+            total=steps, desc="checking", unit="step", disable=not cluster.is_first()
+        ) as bar,
     ):
         for step in stream:
             taken.append(step)
@@ -194,4 +199,4 @@ def check(experiment: Experiment, steps: int = STEPS) -> bool:
     print("\n".join(map(str, found)))
     bad = [finding.name for finding in found if not finding.good]
     print(f"verdict: {'do not start: ' + ', '.join(bad) if bad else 'go ahead'}")
-    return not bad
+    return cluster.by_first(lambda: not bad, "verdict")

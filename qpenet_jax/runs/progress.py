@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.runs.events import Events
 from qpenet_jax.runs.trainer import Trainer
@@ -27,16 +28,23 @@ class Progress(contextlib.AbstractContextManager):
         self._images = config.batch_size * (config.shots + 1)
         self._watch = health.Watch()
         self._recent: list[Any] = []  # metrics of the steps since the last `tell`
-        self._writer = Events(workdir, purge_step=start + 1)
+        self._writer = None
+        if cluster.is_first():
+            self._writer = Events(workdir, purge_step=start + 1)
         self._bar = tqdm(
-            total=trainer.steps, initial=start, desc="training", unit="step"
+            total=trainer.steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            disable=not cluster.is_first(),
         )
         self.restart_clock()
 
     def __exit__(self, *_: object) -> None:
         """Close the bar and the file of events."""
         self._bar.close()
-        self._writer.__exit__()
+        if self._writer is not None:
+            self._writer.__exit__()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -67,7 +75,7 @@ class Progress(contextlib.AbstractContextManager):
         values = history[-1]
         for number, each in enumerate(history, step - len(history) + 1):
             stop_on_nan(each, number, saved)
-        for warning in self._watch(history):
+        for warning in self._watch(history) if cluster.is_first() else ():
             self._bar.write(warning, file=sys.stderr)
         self._bar.set_postfix({k: f"{values[k]:.2f}" for k in ("loss", "iou")})
         seconds = time.perf_counter() - self._start
@@ -80,9 +88,10 @@ class Progress(contextlib.AbstractContextManager):
         self._recent = []
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """Write values for TensorBoard."""
-        for name, value in values.items():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+        """Write values for TensorBoard, in the first process."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def restart_clock(self) -> None:
         """Count the speed from now on: evaluating and saving don't belong to it."""

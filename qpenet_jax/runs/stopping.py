@@ -5,6 +5,9 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from qpenet_jax.core import cluster
+from qpenet_jax.core.last_words import SPREAD
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -15,7 +18,8 @@ class Interrupted(KeyboardInterrupt):
 class StopSignal:
     """Raises Interrupted where a signal arrives, or notes it while `postponed`.
 
-    A second signal of the same kind stops the process at once.
+    A second signal of the same kind stops the process at once. One that another of
+    several processes got counts as well, but not as a second.
     """
 
     def __init__(self):
@@ -27,6 +31,8 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         """Catch the signals."""
         self._before = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
+        if cluster.count() > 1:
+            self._before[SPREAD] = signal.signal(SPREAD, self._on_others_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -63,9 +69,15 @@ class StopSignal:
     def _on_signal(self, number: int, frame: object) -> None:
         again, self.asked = self.asked, True
         signal.signal(number, signal.default_int_handler)
+        cluster.tell_stop()
         if self._postponed:
             print("\nstopping after this step; again to stop at once", file=sys.stderr)
         elif not again:
+            self._raise_if_asked()
+
+    def _on_others_signal(self, number: int, frame: object) -> None:
+        again, self.asked = self.asked, True
+        if not self._postponed and not again:
             self._raise_if_asked()
 
     def _raise_if_asked(self) -> None:

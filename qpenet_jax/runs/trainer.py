@@ -7,9 +7,15 @@ from typing import Any
 import jax
 
 from qpenet_jax.backbones.batch_norm import statistics_of
+from qpenet_jax.core import cluster
 from qpenet_jax.data.loader import training_batches
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.training.sharding import global_batch, shardings
+from qpenet_jax.training.sharding import (
+    any_asked,
+    global_batch,
+    idle_devices,
+    shardings,
+)
 from qpenet_jax.training.step import TrainState
 
 
@@ -17,7 +23,7 @@ class Trainer:
     """Makes batches and takes steps; the loop, its check and the cost of runs use it.
 
     `weights` are the backbone's, on all devices; `steps` is the length of training and
-    `learning_rate` a function of the step.
+    `learning_rate` a function of the step. `warning` tells of idle devices.
     """
 
     def __init__(self, experiment: Experiment):
@@ -34,6 +40,8 @@ class Trainer:
         epoch = len(self.sampler) // config.batch_size
         self._train_step = experiment.train_step(self._optimizer, epoch)
         self._key = jax.random.key(config.seed + 1)
+        self.warning = idle_devices(config.batch_size)
+        self._asked: Any = False  # in any process, before the last step
 
     def initial_state(self) -> TrainState:
         """Return the state at step 0."""
@@ -58,10 +66,21 @@ class Trainer:
             batch_size=self.config.batch_size,
             start_step=start_step,
             workers=self.config.workers,
-            shard=(jax.process_index(), jax.process_count()),
+            shard=(cluster.index(), cluster.count()),
         )
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """Return the next state and the step's metrics; the given state is used up."""
         episodes = self.experiment.augmented(global_batch(batch, self.split))
         return self._train_step(state, self.weights, episodes, self._key)
+
+    def stops(self, asked: bool) -> bool:
+        """Return whether to stop after this step, the same in all processes.
+
+        To be called in every step. Of several processes each learns a step later that
+        any was `asked` to: none waits for the others.
+        """
+        if cluster.count() == 1:
+            return asked
+        before, self._asked = self._asked, any_asked(asked, self.split)
+        return bool(before)

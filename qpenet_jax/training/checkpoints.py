@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
+from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.types import BATCH_STATISTICS, Array
@@ -128,8 +129,8 @@ def _check_scores(folder: Path, mend: bool) -> None:
             damaged = DamagedCheckpoint(file.parents[1], f"its scores: {error}")
             if place or not mend:
                 raise damaged from None
-            file.unlink()
-            print(f"warning: {damaged.what}; it is scored again", file=sys.stderr)
+            file.unlink(missing_ok=True)  # another process may have
+            cluster.warn(f"{damaged.what}; it is scored again")
 
 
 def _score(scores: Mapping[str, float], selection: str) -> float:
@@ -187,9 +188,13 @@ def add_scores(
     manager: ocp.CheckpointManager, step: int, scores: Mapping[str, float]
 ) -> None:
     """Give a saved step its scores afterwards, as `save` would have."""
+
     # Orbax reads the scores from these files, and has no call to add one later.
-    file = Path(manager.directory) / str(step) / METRICS / METRICS
-    write_whole(file, json.dumps(dict(scores)))
+    def write():
+        file = Path(manager.directory) / str(step) / METRICS / METRICS
+        write_whole(file, json.dumps(dict(scores)))
+
+    cluster.by_first(write, "scores")
     manager.reload()
 
 
@@ -210,9 +215,9 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
             damaged[step] = error
             continue
         for other, error in damaged.items():
-            aside = _put_aside(Path(manager.directory) / str(other))
-            told = f"{error.what}; it is now {aside}, going on from step {step}"
-            print(f"warning: {told}", file=sys.stderr)
+            folder = Path(manager.directory) / str(other)
+            aside = cluster.by_first(functools.partial(_put_aside, folder), "aside")
+            cluster.warn(f"{error.what}; it is now {aside}, going on from step {step}")
         manager.reload()
         return found
     if damaged:
@@ -220,12 +225,12 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
     return state
 
 
-def _put_aside(checkpoint: Path) -> Path:
+def _put_aside(checkpoint: Path) -> str:
     """Move a checkpoint out of Orbax's sight, in the place of an earlier one."""
     aside = checkpoint.parents[1] / DAMAGED / checkpoint.name
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(exist_ok=True)
-    return checkpoint.rename(aside)
+    return str(checkpoint.rename(aside))
 
 
 def _state(manager: ocp.CheckpointManager, step: int, state: TrainState) -> TrainState:

@@ -3,24 +3,56 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
 from qpenet_jax.models.ops.devices import BATCH_AXIS
 
 
 def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
-    """Return (replicated, split over the batch) for all devices.
+    """Return (replicated, split over the batch) for all processes' devices.
 
-    The batch is split over the largest number of devices that divides it.
+    Of every process the batch is split over the largest number of devices that divides
+    its part.
+
+    Raises:
+        InputError: the processes can't have equal parts of the batch.
     """
-    devices = jax.devices()
-    count = next(n for n in range(len(devices), 0, -1) if batch_size % n == 0)
-    mesh = Mesh(np.array(devices[:count]), (BATCH_AXIS,))
+    theirs = _by_process()
+    part, rest = divmod(batch_size, len(theirs))
+    if rest:
+        raise InputError(
+            f"config.batch_size={batch_size} can't be shared by {len(theirs)} "
+            f"processes: choose a multiple of {len(theirs)}, or start fewer processes"
+        )
+    most = min(len(devices) for devices in theirs)
+    used = next(n for n in range(most, 0, -1) if part % n == 0)
+    devices = [device for own in theirs for device in own[:used]]
+    mesh = Mesh(np.array(devices), (BATCH_AXIS,))
     return (
         NamedSharding(mesh, PartitionSpec()),
         NamedSharding(mesh, PartitionSpec(BATCH_AXIS)),
+    )
+
+
+def _by_process() -> list[list[Any]]:
+    """Return the devices of every process, in the processes' order."""
+    devices = jax.devices()
+    processes = sorted({device.process_index for device in devices})
+    return [[d for d in devices if d.process_index == p] for p in processes]
+
+
+def idle_devices(batch_size: int) -> str:
+    """Return a line about devices that have no part of the batch; empty if all do."""
+    total, used = jax.device_count(), shardings(batch_size)[1].mesh.size
+    if used == total:
+        return ""
+    return (
+        f"config.batch_size={batch_size} is shared by {used} of {total} devices, the "
+        f"others idle: all work where it is a multiple of {total}"
     )
 
 
@@ -28,3 +60,25 @@ def global_batch(batch: Episode, sharding: NamedSharding) -> Any:
     """Place this process's part of a batch on its devices."""
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda x: place(sharding, np.asarray(x)), batch)
+
+
+def one_copy(tree: Any) -> Any:
+    """Return a tree of arrays that every device has, on this process' first alone."""
+
+    def first(leaf):
+        shared = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+        return leaf.addressable_data(0) if shared else leaf
+
+    return jax.tree.map(first, tree)
+
+
+def any_asked(flag: bool, split: NamedSharding) -> jax.Array:
+    """Return whether the flag is set in any process, as devices will find it out.
+
+    Steps are taken in the same order everywhere, so all processes see the same.
+    """
+    place = jax.make_array_from_process_local_data
+    return _any(place(split, np.full(len(split.addressable_devices), flag)))
+
+
+_any = jax.jit(jnp.any)
