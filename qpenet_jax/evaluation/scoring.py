@@ -51,7 +51,7 @@ def score_episodes(
     label: str = "evaluating",
     cache_bytes: int = CACHE_BYTES,
     at_once: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Scores:
     """Score `predict` on the protocol's episodes, one sampler a seed.
 
@@ -141,7 +141,7 @@ def _shares(
     drawn: Sequence[tuple[int, EpisodeIds]],
     order: Sequence[int],
     capacity: int,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
 ) -> list[Share]:
     """Return what this process' devices predict; neighbours in the order stay such."""
     ours = np.array_split(np.array(order), cluster.count())[cluster.index()]
