@@ -387,3 +387,18 @@ def test_accelerators_predict_some_episodes_at_once(backend, expected, monkeypat
     protocol, samplers = setting(shots=1)
     score_episodes(spy.predict, data(), protocol, samplers)
     assert max(len(margins) for margins in spy.margins) == expected
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_devices_share_the_episodes(at_once):
+    """One device stands for several; 14 episodes leave parts of other lengths."""
+    model = QPENet(**SMALL)
+    predict = qpenet_predictor(model, BACKBONE, draw_params(model), weights())
+    protocol, samplers = setting(shots=2)
+    inputs = predict, data(), protocol, samplers
+    alone = score_episodes(*inputs, at_once=1).rows
+    for count in (2, 4, 20):  # of 20 some have nothing to do
+        many = jax.devices() * count
+        rows = score_episodes(*inputs, at_once=at_once, devices=many).rows
+        same = rows[:, :4] if at_once > 1 else rows
+        np.testing.assert_array_equal(same, alone[:, : same.shape[1]])

@@ -66,10 +66,9 @@ def join(
     """
     given = (coordinator, processes, process)
     if given == (None, None, None):
-        coordinator, processes, process, devices = _detected()
+        coordinator, processes, process = _detected()
     else:
         coordinator, processes, process = _checked(*given)
-        devices = None
     if processes in (None, 1):
         return
     # It would take SIGTERM away from runs.stopping, which spreads it by `tell_stop`.
@@ -81,7 +80,6 @@ def join(
             coordinator,
             processes,
             process,
-            devices,
             initialization_timeout=PATIENCE,
             heartbeat_timeout_seconds=HEARTBEAT,
         )
@@ -123,13 +121,13 @@ def _checked(
     return coordinator, processes, process
 
 
-def _detected() -> tuple[str | None, int | None, int | None, Any]:
-    """Return what JAX detects of a cluster: address, processes, process, devices."""
+def _detected() -> tuple[str | None, int | None, int | None]:
+    """Return what JAX detects of a cluster: address, processes, process."""
     find = clusters.ClusterEnv.auto_detect_unset_distributed_params
     try:
         with warnings.catch_warnings():  # in every pod without Kubernetes' package
             warnings.simplefilter("ignore")
-            return find(None, None, None, None, None, PATIENCE)
+            return find(None, None, None, None, None, PATIENCE)[:3]
     except Exception as error:  # of several types: a pod that is no job, no network
         reason = " ".join(str(error).split())[:200]
         print(
@@ -137,7 +135,7 @@ def _detected() -> tuple[str | None, int | None, int | None, Any]:
             "give --coordinator, --processes and --process",
             file=sys.stderr,
         )
-        return None, None, None, None
+        return None, None, None
 
 
 def gather(value: bytes, topic: str) -> list[bytes]:
