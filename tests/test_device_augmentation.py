@@ -33,7 +33,7 @@ from qpenet_jax.data.raw_episodes import (
 )
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.runs import experiment
+from qpenet_jax.runs import experiment, loading
 from qpenet_jax.runs.config_files import load_config
 
 pytestmark = pytest.mark.standard_promotion
@@ -367,13 +367,13 @@ def test_what_is_larger_than_the_canvas_is_the_hosts_to_the_last_bit(scale):
 def test_one_huge_photo_is_told_and_leaves_the_batch_small(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(experiment, "DECODED", tmp_path)
+    monkeypatch.setattr(loading, "DECODED", tmp_path)
     config = load_config(
         Path(__file__).resolve().parents[1] / "configs" / "quickstart.py",
         ["--config.augment_on=device", "--config.side=65"],
     )
     pictures = [photo(0, 3000, 4000), photo(1, 60, 90), photo(2, 70, 70)]
-    load = experiment.Experiment(config).loader(Pictures(pictures))
+    load = loading.training_loader(experiment.Experiment(config), Pictures(pictures))
     assert capsys.readouterr().err.endswith(
         "1 of 3 images are larger than 1024 pixels: the host augments them\n"
     )
@@ -444,7 +444,7 @@ def test_devices_share_a_batch_without_talking():
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_an_experiment_trains_on_the_same_batches(tmp_path, monkeypatch):
     """config.augment_on chooses; the steps see what the host would have made."""
-    monkeypatch.setattr(experiment, "DECODED", tmp_path / "decoded")
+    monkeypatch.setattr(loading, "DECODED", tmp_path / "decoded")
     words = ["--config.side=65", "--config.dataset.side=97", "--config.seed=3"]
     words += ["--config.dataset.train_images=40", "--config.dataset.on_few=drop"]
     file = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
@@ -454,11 +454,15 @@ def test_an_experiment_trains_on_the_same_batches(tmp_path, monkeypatch):
         made = experiment.Experiment(load_config(file, settings))
         dataset = made.dataset("train")
         stream = training_batches(
-            made.loader(dataset), made.train_sampler(dataset), batch_size=4
+            loading.training_loader(made, dataset),
+            made.train_sampler(dataset),
+            batch_size=4,
         )
         with contextlib.closing(stream):
-            batches[where] = made.augmented(next(stream))
-        assert made.augments_on_device == (where == "device")  # the tests' is a CPU
+            batches[where] = loading.augmented(made, next(stream))
+        assert loading.augments_on_device(made) == (
+            where == "device"
+        )  # the tests' is a CPU
     for host, device, auto in zip(*batches.values(), strict=True):
         assert_close(np.asarray(device), host)
         np.testing.assert_array_equal(auto, host)

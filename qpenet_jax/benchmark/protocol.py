@@ -26,6 +26,7 @@ from qpenet_jax.evaluation.predictor import Predictor, qpenet_predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import Samplers, score_episodes
 from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.runs.drawn import eval_samplers
 from qpenet_jax.runs.experiment import Experiment
 
 EPISODES = 100
@@ -107,7 +108,7 @@ def of_experiment(
         experiment.predictor(experiment.untrained(), weights),
         dataset,
         protocol,
-        experiment.eval_samplers(dataset, protocol),
+        eval_samplers(experiment, dataset, protocol),
         experiment.config.workers,
     )
 

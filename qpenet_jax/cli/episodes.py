@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.data.episode_lists import export_episodes
     from qpenet_jax.evaluation.protocols import of_dataset
     from qpenet_jax.runs.config_files import load_config
+    from qpenet_jax.runs.drawn import eval_samplers
     from qpenet_jax.runs.experiment import Experiment
     from qpenet_jax.runs.folder import CONFIG_FILE, open_run
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     val = experiment.dataset("val")
     changes = protocol_changes(args) | {"shots": args.shots}
     protocol = experiment.protocol(args.protocol, **changes)
-    samplers = experiment.eval_samplers(val, protocol)
+    samplers = eval_samplers(experiment, val, protocol)
     digest = export_episodes(out, val, samplers, protocol.episodes)
     print(f"protocol: {of_dataset(protocol, val)}")
     print(f"{len(samplers) * protocol.episodes} episodes in {out}")

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     """Score the run once for each number of shots."""
     from qpenet_jax.data.episode_lists import read_episodes
     from qpenet_jax.runs import retries
-    from qpenet_jax.runs.evaluator import Evaluator, folder_name
+    from qpenet_jax.runs.drawn import folder_name
+    from qpenet_jax.runs.evaluator import Evaluator
     from qpenet_jax.runs.folder import open_run
     from qpenet_jax.runs.hub import is_on_hub
 

@@ -17,6 +17,7 @@ from qpenet_jax.evaluation.protocols import of_dataset
 from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.paper.finished import has_config_of, is_done
 from qpenet_jax.paper.plan import PlannedRun
+from qpenet_jax.runs.drawn import eval_samplers
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import CONFIG_FILE
 from qpenet_jax.runs.preflight import first_steps
@@ -131,7 +132,7 @@ def _seconds_per_step(trainer: Trainer) -> tuple[float, PyTree[Array]]:
 def _seconds_per_episode(experiment: Experiment, predict: Any, shots: int) -> float:
     val = experiment.dataset("val")
     protocol = of_dataset(experiment.protocol(shots=shots), val)
-    samplers = experiment.eval_samplers(val, protocol)[:1]
+    samplers = eval_samplers(experiment, val, protocol)[:1]
     start = 0.0
     for count in (1, MEASURED_EPISODES):  # the first compiles
         start = time.perf_counter()

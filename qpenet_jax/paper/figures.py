@@ -23,6 +23,7 @@ from qpenet_jax.paper.sheets import (
     predictions_sheet,
 )
 from qpenet_jax.paper.tiles import Out
+from qpenet_jax.runs.drawn import eval_samplers
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run, read_inputs
 
@@ -83,7 +84,7 @@ def draw_figures(
     indices = _choose_episodes(protocol, episodes, count, seed)
     _check_height(len(indices), len(runs))
     val = experiment.dataset("val")
-    sampler = experiment.eval_samplers(val, protocol)[0]
+    sampler = eval_samplers(experiment, val, protocol)[0]
     shown = _look_at(runs, val, [sampler(i) for i in indices], protocol)
     return _write_sheets(shown, protocol, files)
 

@@ -1,12 +1,11 @@
 """Scores a run's parameters, and what they are compared with, by one protocol."""
 
 import copy
-import dataclasses
 import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jaxtyping import Array, PyTree, UInt8
@@ -23,7 +22,7 @@ from qpenet_jax.evaluation.metrics import (
 )
 from qpenet_jax.evaluation.pictures import episode_figure, save_image
 from qpenet_jax.evaluation.predictor import Predictor
-from qpenet_jax.evaluation.protocols import Protocol, of_dataset
+from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.report import (
     RESULTS,
     SHEET,
@@ -33,65 +32,14 @@ from qpenet_jax.evaluation.report import (
     write_json,
     write_report,
 )
-from qpenet_jax.evaluation.scoring import Samplers, score_episodes
+from qpenet_jax.evaluation.scoring import score_episodes
+from qpenet_jax.runs.drawn import draw
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.training.sharding import one_copy
 
 REFERENCES = "references.json"
 FIGURE = "episodes.png"
 FIGURE_EPISODES = 8
-
-
-def folder_name(protocol: Protocol, episodes: EpisodeList | None = None) -> str:
-    """Return a name of its own for every protocol, such as pfenet_1shot.
-
-    A list of `episodes` replaces what the protocol would draw, and is part of the name.
-    """
-    protocol = _with_list(protocol, episodes)
-    name = protocol.name.replace(", but ", "_").replace(" ", "_")
-    return f"{name}_{protocol.shots}shot"
-
-
-def _with_list(protocol: Protocol, episodes: EpisodeList | None) -> Protocol:
-    return dataclasses.replace(protocol, **episodes.fields) if episodes else protocol
-
-
-class Drawn(NamedTuple):
-    """What a protocol scores on a data set.
-
-    Only classes that some episode can show are among the protocol's and `class_ids`:
-    others would count as 0 in every mean. `left_out` are their names.
-    """
-
-    protocol: Protocol
-    samplers: Samplers
-    class_ids: tuple[int, ...]
-    left_out: list[str]
-
-
-def draw(
-    experiment: Experiment,
-    val: SegmentationDataset,
-    protocol: Protocol,
-    episodes: EpisodeList | None = None,
-) -> Drawn:
-    """Draw a protocol's episodes, or take those of a list.
-
-    Raises:
-        InputError: the data set can't serve the protocol, or the list shows a class
-            that the experiment trains on.
-    """
-    if episodes:
-        experiment.check_novel(episodes)
-    protocol = _with_list(of_dataset(protocol, val), episodes)
-    drawn = experiment.eval_samplers(val, protocol, drop_few=bool(episodes))
-    samplers = episodes.samplers if episodes else drawn
-    shown = {c for sampler in (drawn[0], *samplers) for c in sampler.shown}
-    class_ids = tuple(sorted(shown))
-    names = tuple(experiment.class_names[class_id - 1] for class_id in class_ids)
-    left_out = sorted(set(protocol.classes) - set(names))
-    protocol = dataclasses.replace(protocol, classes=names)
-    return Drawn(protocol, samplers, class_ids, left_out)
 
 
 class Evaluator:

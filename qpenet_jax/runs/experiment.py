@@ -4,15 +4,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import optax
 from jaxtyping import Array, PyTree
-from tqdm import tqdm
 
 from qpenet_jax.backbones.batch_norm import settled
 from qpenet_jax.backbones.convert import load_weights
@@ -22,17 +20,12 @@ from qpenet_jax.backbones.torch_layout import no_statistics
 from qpenet_jax.config import check, check_fields, selections
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.fields import flat
-from qpenet_jax.core.files import cache_folder, local_path
+from qpenet_jax.core.files import local_path
 from qpenet_jax.core.runtime import refuse_64_bits
-from qpenet_jax.core.types import Episode, SegmentationDataset
+from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation
-from qpenet_jax.data.device_augmentation import augment_episodes
-from qpenet_jax.data.episode_lists import EpisodeList
-from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
+from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.folds import Fold
-from qpenet_jax.data.loader import load_episode
-from qpenet_jax.data.raw_episodes import canvas_side, load_raw_episode
-from qpenet_jax.data.sources.decoded import Decoded
 from qpenet_jax.evaluation.predictor import (
     Predictor,
     cosine_predictor,
@@ -56,9 +49,6 @@ from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.recipes import resolved
 from qpenet_jax.training.sharding import shardings
 from qpenet_jax.training.step import TrainState, init_state, make_train_step
-
-DECODED = cache_folder("decoded")
-"""Decoded training images, by data set; only what augments on the device needs them."""
 
 # What a run may change when it is resumed or moved, as no result depends on it: of the
 # paths, the contents are compared.
@@ -143,7 +133,7 @@ class Experiment:
         Raises InputError where the fold or a class of the focus doesn't exist.
         """
         config, data = self.config, self.config.dataset
-        novel = self._names(self.fold.novel)
+        novel = self.names(self.fold.novel)
         unknown = sorted(set(config.eval.focus) - set(novel))
         if unknown:
             raise InputError(
@@ -175,7 +165,7 @@ class Experiment:
 
     def selection_protocols(self) -> dict[str, Protocol]:
         """Return how checkpoints are scored while training, by selection."""
-        base = self._names(self.fold.base), self.config.eval.base_episodes
+        base = self.names(self.fold.base), self.config.eval.base_episodes
         protocols = {
             "base": self.protocol(preset="ours", classes=base[0], episodes=base[1]),
             "novel": self.protocol(),
@@ -201,46 +191,9 @@ class Experiment:
         text = json.dumps({k: v for k, v in fields.items() if k not in FREE})
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _names(self, class_ids: Sequence[int]) -> tuple[str, ...]:
+    def names(self, class_ids: Sequence[int]) -> tuple[str, ...]:
+        """Return the names of classes."""
         return tuple(self.class_names[c - 1] for c in class_ids)
-
-    def check_novel(self, episodes: EpisodeList) -> None:
-        """Refuse a list with classes that this experiment trains on.
-
-        Raises:
-            InputError: naming one.
-        """
-        shown = {c for sampler in episodes.samplers for c in sampler.shown}
-        for class_id in sorted(shown - set(self.fold.novel)):
-            raise InputError(
-                f"the episode list shows {self.class_names[class_id - 1]}, which isn't "
-                f"novel in fold {self.config.dataset.fold}: give a list of this fold"
-            )
-
-    def eval_samplers(
-        self, dataset: SegmentationDataset, protocol: Protocol, drop_few: bool = False
-    ) -> list[EpisodeSampler]:
-        """Return the protocol's episodes, one sampler a seed.
-
-        Images for base classes, when the protocol names those, show no novel class;
-        base classes with too few images are left out, novel ones if `drop_few`.
-        """
-        base = protocol.classes == self._names(self.fold.base)
-        return [
-            EpisodeSampler(
-                dataset.counts,
-                tuple(self.class_names.index(name) + 1 for name in protocol.classes),
-                protocol.shots,
-                seed,
-                exclude=self.fold.novel if base else (),
-                min_pixels=protocol.min_pixels,
-                on_few="drop" if base or drop_few else self.config.dataset.on_few,
-                order=protocol.order,
-                targets=protocol.targets,
-                class_names=self.class_names,
-            )
-            for seed in protocol.seeds
-        ]
 
     @functools.cached_property
     def backbone(self) -> Backbone:
@@ -287,43 +240,6 @@ class Experiment:
     def augmentation(self) -> Augmentation:
         """The training augmentation."""
         return Augmentation(**self.config.augmentation)
-
-    @property
-    def augments_on_device(self) -> bool:
-        """Whether the device augments the training images, not the host."""
-        where = self.config.augment_on
-        return where == "device" or (where == "auto" and jax.default_backend() != "cpu")
-
-    def loader(self, dataset: SegmentationDataset) -> Callable[[EpisodeIds], Any]:
-        """Return what loads a training episode; `augmented` takes a batch of them.
-
-        For the device the images are decoded once into a file in DECODED, and those
-        that the host augments all the same are told. Raises InputError where that
-        can't be.
-        """
-        options: dict[str, Any] = {
-            "side": self.config.side,
-            "augmentation": self.augmentation,
-            "seed": self.config.seed,
-        }
-        if not self.augments_on_device:
-            return functools.partial(load_episode, dataset, **options)
-        decoded = Decoded(dataset, DECODED)
-        canvas = canvas_side(decoded.sizes, self.config.side)
-        larger = int((decoded.sizes.max(axis=1) > canvas).sum())
-        if larger:
-            tqdm.write(
-                f"{larger} of {len(decoded)} images are larger than {canvas} pixels: "
-                "the host augments them",
-                file=sys.stderr,
-            )
-        return functools.partial(load_raw_episode, decoded, canvas=canvas, **options)
-
-    def augmented(self, batch: Any) -> Episode:
-        """Return a batch as the train step takes it."""
-        if not self.augments_on_device:
-            return batch
-        return augment_episodes(batch, side=self.config.side)
 
     def steps(self, listed_images: int) -> int:
         """Return the length of training in steps."""

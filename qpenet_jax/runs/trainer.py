@@ -10,6 +10,7 @@ from qpenet_jax.backbones.batch_norm import statistics_of
 from qpenet_jax.core import cluster
 from qpenet_jax.data.loader import training_batches
 from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.loading import augmented, training_loader
 from qpenet_jax.training.sharding import (
     any_asked,
     global_batch,
@@ -61,7 +62,7 @@ class Trainer:
         Close the generator to end the processes that load.
         """
         return training_batches(
-            self.experiment.loader(self.dataset),
+            training_loader(self.experiment, self.dataset),
             self.sampler,
             batch_size=self.config.batch_size,
             start_step=start_step,
@@ -71,7 +72,7 @@ class Trainer:
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """Return the next state and the step's metrics; the given state is used up."""
-        episodes = self.experiment.augmented(global_batch(batch, self.split))
+        episodes = augmented(self.experiment, global_batch(batch, self.split))
         return self._train_step(state, self.weights, episodes, self._key)
 
     def stops(self, asked: bool) -> bool:
