@@ -52,6 +52,18 @@ DEADLINE = 300
 """Seconds after which a test gives up; nothing of what is tested depends on it."""
 
 
+PROGRAM = """
+import sys, types
+from jax._src import compiler
+state = types.SimpleNamespace(process_id=0, client=None)
+compiler.distributed = types.SimpleNamespace(global_state=state)
+from qpenet_jax.cli.main import program
+program(sys.argv[1:])
+"""
+"""The command `qpenet`, whose compilations are kept in every process: JAX keeps those
+of process 0 alone, and to compile is most of what these runs do."""
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -89,7 +101,7 @@ class Pair:
                 options = [f"--coordinator=127.0.0.1:{port}", *options]
             environment |= {"JAX_COORDINATOR_PORT": str(port), "JAX_PLATFORMS": "cpu"}
             flags = "--xla_force_host_platform_device_count=2"
-            run = [sys.executable, "-m", "qpenet_jax.cli", *command, *options]
+            run = [sys.executable, "-c", PROGRAM, *command, *options]
             with output.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
