@@ -8,7 +8,8 @@ from configs import quickstart
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.episode_lists import EpisodeList, FrozenEpisodes
 from qpenet_jax.data.episodes import EpisodeIds
-from qpenet_jax.runs.evaluator import Evaluator, draw, folder_name
+from qpenet_jax.runs.drawn import draw, folder_name
+from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment
 
 
