@@ -95,27 +95,28 @@ def load(
     workdir: str | Path | None = None,
     overrides: Sequence[str] = (),
     *,
-    method: str = "qpenet",
+    method: str | None = None,
     backbone: str | None = None,
     weights: str | Path | None = None,
 ) -> Segmenter:
-    """Return the segmenter of a run of train.py, with the checkpoint that it selected.
+    """Return what segments: a run's network, or without a run one that needs none.
 
-    The run may also be one of `qpenet publish`, by its folder or its name on the
-    Hugging Face hub, "org/name" or "org/name@revision". `overrides` are other paths
-    than it was trained with, such as `--config.backbone.weights=FILE`. No data set is
-    needed.
+    The run is one of train.py, of which the selected checkpoint is taken, or one of
+    `qpenet publish`, by its folder or its name on the Hugging Face hub, "org/name" or
+    "org/name@revision". `overrides` are other paths than it was trained with, such as
+    `--config.backbone.weights=FILE`. No data set is needed.
 
-    With `method="prototype"` nothing is trained: a pixel is foreground if its feature
-    is closer, by cosine, to the mean of the supports' foreground than to the mean of
-    their background. The features are those of a run, or, without one, of `backbone`
-    (EfficientNet-Lite0, if none is named) with the file `weights`; then `overrides` may
-    change any field, such as `--config.side=321`.
+    Without a run, or with `method="prototype"`, nothing is trained: a pixel is
+    foreground if its feature is closer, by cosine, to the mean of the supports'
+    foreground than to the mean of their background. The features are those of the run,
+    or without one of `backbone` (EfficientNet-Lite0, if none is named) with the file
+    `weights`; then `overrides` may change any field, such as `--config.side=321`.
 
     Raises InputError if the folder holds no run, the weights aren't those that it was
     trained with, or the arguments don't go together.
     """
-    check_choice("method ", method, METHODS)
+    if method is not None:
+        check_choice("method ", method, METHODS)
     if workdir is None:
         return _prototypes(method, overrides, backbone, weights)
     if backbone or weights:
@@ -132,10 +133,10 @@ def load(
 
 def _prototypes(method, overrides, backbone, weights) -> Segmenter:
     """Return the training-free segmenter over a backbone without a run."""
-    if method != "prototype":
+    if method == "qpenet":
         raise InputError(
-            "no run: give --workdir, the folder of a trained run, or --method "
-            "prototype, which needs no training"
+            "method qpenet needs the folder of a trained run, --workdir; without one, "
+            "prototype needs no training"
         )
     config = default_config()
     config.backbone.name = backbone or DEFAULT_BACKBONE

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -26,9 +27,13 @@ def commands(page):
     """
     for block in BLOCK.findall(page.read_text()):
         for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"&&|;", line):
-                words = shlex.split(part, comments=True) if "$" not in part else []
-                if words[:1] == ["qpenet"]:
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="&;")
+            lexer.whitespace_split = True
+            parts = itertools.groupby(lexer, lambda word: word in ("&&", ";"))
+            for words in (list(part) for ends, part in parts if not ends):
+                if any("$" in word for word in words):
+                    continue
+                if words[0] == "qpenet":
                     yield words[1:]
                 elif tuple(words[:2]) == TRAIN:
                     yield ["train", *words[2:]]

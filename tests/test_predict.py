@@ -10,7 +10,8 @@ from test_segmenter import SEGMENT, picture
 
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputWarning
-from qpenet_jax.data import images
+from qpenet_jax.masks import marks
+from qpenet_jax.masks import queries as queries_of
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +136,7 @@ def test_home_is_found_in_every_path(monkeypatch, tmp_path, support):
 
 def test_no_more_than_two_queries_are_in_memory(tmp_path, support, monkeypatch):
     """However many there are; the second is the one that is being read."""
-    read, kept, most = images.read_image, [], []
+    read, kept, most = marks.read_image, [], []
 
     def watched(*args, **options):
         pixels = read(*args, **options)
@@ -143,7 +144,8 @@ def test_no_more_than_two_queries_are_in_memory(tmp_path, support, monkeypatch):
         most.append(sum(image() is not None for image in kept[1:]))  # of the queries
         return pixels
 
-    monkeypatch.setattr(images, "read_image", watched)
+    monkeypatch.setattr(marks, "read_image", watched)
+    monkeypatch.setattr(queries_of, "read_image", watched)
     folder = queries(tmp_path / "photos", *(f"{i}.png" for i in range(9)))
     main(words(support, folder, tmp_path / "out"))
     assert len(kept) == 1 + 9

@@ -25,7 +25,7 @@ OVERRIDES = [f"--config.side={SIDE}"]
 
 @pytest.fixture(scope="module")
 def segmenter():
-    return load(method="prototype", overrides=OVERRIDES)
+    return load(overrides=OVERRIDES)
 
 
 def test_it_is_evaluations_baseline(segmenter):
@@ -51,16 +51,16 @@ def test_predict_needs_no_run(tmp_path, capsys):
     Image.fromarray(image).save(tmp_path / "a.png")
     words = ["predict", "--support", f"{tmp_path / 'a.png'}:box=0,0,32,64", "--query"]
     words += [tmp_path / "a.png", "--out", tmp_path / "out"]
-    main([str(w) for w in (*words, "--method=prototype", *OVERRIDES)])
+    main([str(w) for w in (*words, *OVERRIDES)])
     found = np.asarray(Image.open(tmp_path / "out/a.png"))
     assert ((found == 255) == mask).mean() > 0.9
     summary = json.loads((tmp_path / "out/predictions.json").read_text())
     assert (summary["method"], summary["run"]) == ("prototype", None)
     capsys.readouterr()
-    assert "no run: give --workdir" in refused(capsys, *words)
+    assert "needs the folder" in refused(capsys, *words, "--method=qpenet")
     given = ("--workdir", tmp_path, "--backbone=resnet50", "--method=prototype")
     assert "has a backbone of its own" in refused(capsys, *words, *given)
-    given = ("--method=prototype", "--backbone=resnet50")
+    given = ("--backbone=resnet50",)
     assert "resnet50 needs a weight file" in refused(capsys, *words, *given)
 
 
@@ -83,8 +83,8 @@ def test_the_weights_of_a_backbone_may_be_given(segmenter, tmp_path):
         load(method="prototype", backbone="resnet")
     with pytest.raises(InputError, match="method 'sam': choose qpenet, prototype"):
         load(method="sam")
-    with pytest.raises(InputError, match="no run: give --workdir"):
-        load()
+    with pytest.raises(InputError, match="method qpenet needs the folder"):
+        load(method="qpenet")
     with pytest.raises(InputError, match=r"no such config field: sidee"):
         load(method="prototype", overrides=["--config.sidee=65"])
 

@@ -30,21 +30,21 @@ def add_parser(commands) -> None:
 def _add_network(parser) -> None:
     group = parser.add_argument_group("what segments")
     group.add_argument(
-        "--workdir", type=path, metavar="FOLDER", help=f"{WORKDIR}; needed by qpenet"
+        "--workdir", type=path, metavar="FOLDER", help=f"{WORKDIR}; default: none"
     )
     group.add_argument(
         "--method",
         choices=METHODS,
-        default="qpenet",
-        help="qpenet, the trained network of a run (the default); or prototype, which "
-        "needs no training: a pixel is of the object if its feature is closer to the "
-        "mean of the marked pixels than to the mean of the others",
+        help="qpenet, the trained network of a run, the default with --workdir; or "
+        "prototype, the default without, which needs no training: a pixel is of the "
+        "object if its feature is closer to the mean of the marked pixels than to the "
+        "mean of the others",
     )
     group.add_argument(
         "--backbone",
         choices=BACKBONES,
         metavar="NAME",
-        help="with --method prototype and without --workdir, the network that the "
+        help="without --workdir, the network that the "
         f"features are of: {', '.join(BACKBONES)} (the last is the default)",
     )
     group.add_argument(
@@ -181,7 +181,8 @@ def _about(args: argparse.Namespace) -> dict[str, str | None]:
     from qpenet_jax import __version__
     from qpenet_jax.segmenter import DEFAULT_BACKBONE
 
-    about = {"version": __version__, "method": args.method, "run": args.workdir}
+    method = args.method or ("qpenet" if args.workdir else "prototype")
+    about = {"version": __version__, "method": method, "run": args.workdir}
     if args.workdir is None:
         about["backbone"] = args.backbone or DEFAULT_BACKBONE
     return about
