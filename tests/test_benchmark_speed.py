@@ -15,7 +15,7 @@ from PIL import Image
 from configs import quickstart
 from qpenet_jax.backbones import precision
 from qpenet_jax.backbones.torch_layout import to_flax
-from qpenet_jax.benchmark import clocks, ours, photos, protocol, speed
+from qpenet_jax.benchmark import clocks, ours, photos, protocol, runtimes, speed
 from qpenet_jax.benchmark.chart import bar_chart
 from qpenet_jax.benchmark.contenders import (
     SHARES,
@@ -634,3 +634,30 @@ def test_a_failing_compiler_is_told(opponent, first, monkeypatch):
     assert math.isfinite(told["variants"]["eager"])
     with pytest.raises(InputError, match="PyTorch runs none of compile"):
         speed._fastest(EVAL, rival, ("compile",), found, inputs)
+
+
+@pytest.mark.parity
+def test_run_times_of_onnx_compute_the_same_and_are_timed(monkeypatch):
+    for package in ("onnxruntime", "jax2onnx"):
+        pytest.importorskip(package, reason=f"no {package}: see docs/export.md")
+    monkeypatch.delitem(runtimes.RUNTIMES, "openvino")  # it forks to tell its makers
+    result = measured(what=("runtimes",), backbone="efficientnet_lite0")
+    (found,) = result["runtimes"]
+    assert list(found["parts"]) == ["encode_query", "decode_1shot"]
+    assert "onnxruntime" in found["differences"]
+    assert max(found["differences"].values()) < 1e-4
+    for times in found["parts"].values():
+        low, middle, high = times["seconds_ratio"]["onnxruntime"]
+        assert 0 < low <= middle <= high
+    report = benchmark_report(result)
+    for text in ("decode_1shot", "JAX / onnxruntime", "of cores' time"):
+        assert text in report
+    monkeypatch.setattr(runtimes, "EQUAL", 0.0)
+    with pytest.raises(InputError, match="onnxruntime differ from ours by"):
+        measured(what=("runtimes",), backbone="efficientnet_lite0")
+
+
+def test_runtimes_need_a_run_time(monkeypatch):
+    monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"docs/export.md tells how to install them"):
+        measured(what=("runtimes",))

@@ -21,6 +21,7 @@ from qpenet_jax.models.ops.devices import plain_formulations
 from qpenet_jax.runs import export as module
 from qpenet_jax.runs.export import FORMATS, export
 from qpenet_jax.runs.folder import open_run
+from qpenet_jax.runs.parts import Part
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -232,3 +233,24 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch, capsys):
     assert "pip install --no-deps jax2onnx" in told
     with pytest.raises(InputError, match="choose stablehlo, onnx"):
         export(RUN, tmp_path / "out", format="tflite")
+
+
+@pytest.mark.parity
+def test_onnx_attends_to_the_true_keys_where_others_lead_by_far():
+    """jax2onnx's own attention lets these take all the weight before it masks them."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="no onnxruntime")
+    pytest.importorskip("jax2onnx", reason="no jax2onnx: see docs/export.md")
+    query = np.full((1, 2, 1, 4), 10, np.float32)
+    key = np.array([1, 2, 100], np.float32).reshape(1, 3, 1, 1) * query[:, :1]
+    value = np.arange(12, dtype=np.float32).reshape(1, 3, 1, 4)
+    given = {"query": query, "key": key, "value": value}
+    given["mask"] = np.array([[True, True, False]])
+
+    def attend(**inputs):
+        return {"out": ops.attention(**inputs)}
+
+    shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in given.items()}
+    model = module.onnx(Part(attend, shapes), "attention")
+    (found,) = onnxruntime.InferenceSession(model).run(None, given)
+    np.testing.assert_allclose(found, np.broadcast_to(value[:, 1:2], found.shape))
+    np.testing.assert_allclose(found, attend(**given)["out"], rtol=1e-5)

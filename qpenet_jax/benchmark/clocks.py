@@ -21,28 +21,36 @@ ROUNDS = 5
 
 
 def interleave(
-    calls: Sequence[Callable[[], Any]], seconds: float = 0.0, rounds: int = ROUNDS
+    calls: Sequence[Callable[[], Any]],
+    seconds: float = 0.0,
+    rounds: int = ROUNDS,
+    clock: Callable[[], float] | None = None,
 ) -> list[Float[np.ndarray, "n"]]:
     """Let all take turns, A B A B; return the seconds of a call in each of n rounds.
 
-    It goes on for `seconds`, and for `rounds` at least, after a round of warm-up.
+    It goes on for `seconds`, and for `rounds` at least, after a round of warm-up. With
+    `time.process_time` as `clock` they are those of all cores together, which other
+    work on the machine changes less.
     """
     longest = max(_turn(call, 1) for call in calls)
     repeats = math.ceil(TURN / longest)
     start, times = perf_counter(), []
     while len(times) < rounds or perf_counter() - start < seconds:
-        times.append([_turn(call, repeats) for call in calls])
+        times.append([_turn(call, repeats, clock) for call in calls])
     return list(np.array(times).T)
 
 
-def _turn(call: Callable[[], Any], repeats: int) -> float:
+def _turn(
+    call: Callable[[], Any], repeats: int, clock: Callable[[], float] | None = None
+) -> float:
     time.sleep(PAUSE)
     if repeats > 1:
         call()
-    start = perf_counter()
+    now = clock or perf_counter
+    start = now()
     for _ in range(repeats):
         call()
-    return (perf_counter() - start) / repeats
+    return (now() - start) / repeats
 
 
 def quartiles(values: Float[np.ndarray, "n"]) -> list[float]:

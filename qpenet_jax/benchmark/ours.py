@@ -89,12 +89,13 @@ def _draw(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:
 
 def _initial(case: Case) -> PyTree[Array]:
     """Return QPENet's parameters as training initialises them."""
-    model, channels = _model(case), backbone(case.backbone).channels
+    model, channels = network_of(case), backbone(case.backbone).channels
     key = jax.random.key(case.seed)
     return init_state(model, optax.identity(), channels=channels, key=key).params
 
 
-def _model(case: Case) -> QPENet | ReleasedQPENet:
+def network_of(case: Case) -> QPENet | ReleasedQPENet:
+    """Return the network of a case, without dropout."""
     fields = {**NO_DROPOUT, **case.network}
     if not case.released:
         return QPENet(**fields)
@@ -110,7 +111,7 @@ def prepare(
 
 def step_of(case: Case) -> Callable[..., Any]:
     """Return the step of a case, compiled when called; it closes over no arrays."""
-    network, bare = _model(case), backbone(case.backbone)
+    network, bare = network_of(case), backbone(case.backbone)
     model, net = in_dtype(network, bare, case.dtype)
     if case.what == "backbone":
         return jax.jit(functools.partial(features, net))

@@ -14,7 +14,7 @@ from qpenet_jax.core.errors import InputError, check_choice
 STEPS = ("eval", "train", "backbone")
 """What `cases` times: an evaluation step, a train step, the backbone alone."""
 
-WHAT = (*STEPS, "protocol", "data", "memory")
+WHAT = (*STEPS, "protocol", "data", "memory", "runtimes")
 
 TWIN_VARIANTS = {
     "eager": "eager, NCHW",
@@ -67,7 +67,8 @@ class Settings:
 
     what: Sequence[str] = ("eval", "train")
     """Any of WHAT: single steps, a whole evaluation ("protocol"), loading ("data"), or
-    what evaluation and training will need ("memory")."""
+    what evaluation and training will need ("memory"), or a prediction beside run times
+    of ONNX ("runtimes")."""
 
     shots: Sequence[int] = (1,)
     """Numbers of support images; each is measured."""

@@ -30,6 +30,7 @@ from qpenet_jax.benchmark.data import benchmark_data
 from qpenet_jax.benchmark.memory import memory_plans
 from qpenet_jax.benchmark.processes import run_child
 from qpenet_jax.benchmark.protocol import protocol_runs
+from qpenet_jax.benchmark.runtimes import runtimes
 from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import keep_freed_memory, processor
@@ -75,6 +76,8 @@ def benchmark(
         result["memory"] = list(memory_plans(settings))
     if "protocol" in settings.what:
         result["protocol"] = list(protocol_runs(settings, experiment))
+    if "runtimes" in settings.what:
+        result["runtimes"] = list(runtimes(settings))
     if "data" in settings.what:
         result["data"] = benchmark_data(
             experiment.dataset("train") if experiment else None,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qpenet_jax.benchmark.data import BATCH, ROUND
+from qpenet_jax.benchmark.runtimes import runtimes_report
 from qpenet_jax.benchmark.settings import TWIN_VARIANTS
 from qpenet_jax.core.markdown import table
 from qpenet_jax.evaluation.scoring import CACHE_BYTES
@@ -17,7 +18,8 @@ def benchmark_report(result: dict[str, Any]) -> str:
     cases = result["cases"]
     plans = result.get("memory", [])
     # The others name their network.
-    parts = [_network(result["facts"], cases)] if cases or plans else []
+    ran = result.get("runtimes", [])
+    parts = [_network(result["facts"], cases)] if cases or plans or ran else []
     parts.append(_machine(result["facts"]))
     if cases:
         parts += _speed(result)
@@ -25,6 +27,8 @@ def benchmark_report(result: dict[str, Any]) -> str:
         parts += _processes(cases)
     if plans:
         parts += _memory_plans(plans)
+    if ran:
+        parts.append(runtimes_report(ran))
     if "protocol" in result:
         parts += _protocol(result["protocol"])
     if "data" in result:

@@ -22,7 +22,7 @@ def add_parser(commands) -> None:
         "PyTorch.",
     )
     parser.set_defaults(run=run)
-    kinds = "eval, train, backbone, protocol, data, memory"
+    kinds = "eval, train, backbone, protocol, data, memory, runtimes"
     parser.add_argument(
         "kinds",
         nargs="?",

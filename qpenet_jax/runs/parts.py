@@ -8,13 +8,15 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from qpenet_jax.backbones.batch_norm import settled
 from qpenet_jax.backbones.precision import in_dtype
-from qpenet_jax.backbones.registry import deep_part, features, with_deep
+from qpenet_jax.backbones.registry import Backbone, deep_part, features, with_deep
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.prototypes import foreground_lead
@@ -39,22 +41,34 @@ class Part(NamedTuple):
 
 
 def parts_of(run: TrainedRun, shots: Sequence[int] = (1,)) -> dict[str, Part]:
-    """Return the parts of a run's network in float32, with its weights in them.
+    """Return the parts of a run's network, as `network_parts` does."""
+    experiment = run.experiment
+    params, weights = settled(run.params, run.weights)
+    networks = experiment.model, experiment.backbone
+    return network_parts(networks, params, weights, experiment.config.side, shots)
 
-    Photos are uint8 RGB [1, side, side, 3]; their normalisation is in the network.
-    Masks are uint8 [1, K, side, side], where 1 is the object. The released network also
-    takes `padding`, where a square holds no photo. `decode_Kshot` returns the
-    foreground's `lead` and its `probability`, [1, side, side].
+
+def network_parts(
+    networks: tuple[nn.Module, Backbone],
+    params: PyTree[Array],
+    weights: PyTree[Array],
+    side: int,
+    shots: Sequence[int] = (1,),
+) -> dict[str, Part]:
+    """Return the parts of a network in float32, with its weights in them.
+
+    `networks` are QPENet and its backbone, with their `params` and `weights`. Photos
+    are uint8 RGB [1, side, side, 3]; their normalisation is in the network. Masks are
+    uint8 [1, K, side, side], where 1 is the object. The released network also takes
+    `padding`, where a square holds no photo. `decode_Kshot` returns the foreground's
+    `lead` and its `probability`, [1, side, side].
 
     Raises:
         InputError: `shots` aren't numbers from 1 on.
     """
     if not shots or min(shots) < 1:
         raise InputError("--shots: give numbers from 1 on, such as 1,5")
-    experiment = run.experiment
-    params, weights = settled(run.params, run.weights)
-    model, net = in_dtype(experiment.model, experiment.backbone, "float32")
-    side = experiment.config.side
+    model, net = in_dtype(*networks, "float32")
 
     def encode(role: Role, **inputs: Array) -> Arrays:
         maps = features(net, weights, inputs["image"])

@@ -7,6 +7,7 @@ path runs. GPU and TPU take the plain XLA ops, attention in blocks.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from qpenet_jax.models.ops.blocked_attention import attend_in_blocks, true_keys_
 from qpenet_jax.models.ops.devices import (
     by_platform,
     from_ampere_on,
+    is_plain,
     on_each_device,
     rows_at_once,
 )
@@ -124,6 +126,8 @@ def resize_align_corners(
 
     At full precision: TF32 would round the pixels that interpolation only copies.
     """
+    if not x.size:  # no maps; ONNX Runtime fails on products of nothing
+        return jnp.zeros((x.shape[0], *size, x.shape[3]), x.dtype)
     rows = interpolation_matrix(x.shape[1], size[0])
     cols = interpolation_matrix(x.shape[2], size[1])
     along_rows = jnp.einsum("yh,bhwc->bywc", rows, x, precision="highest")
@@ -150,7 +154,7 @@ def _attention_in_blocks(*inputs):
 
 
 def _attention_plain(query, key, value, mask):
-    attend = jax.nn.dot_product_attention
+    attend: Any = _written_out if is_plain() else jax.nn.dot_product_attention
     if query.dtype == jnp.bfloat16 and from_ampere_on():
         # Where the true keys end is all that cuDNN needs to know; a mask it would want
         # for every pair of query and key.
@@ -164,6 +168,17 @@ def _attention_plain(query, key, value, mask):
         query,
         scores=query.shape[0] * query.shape[2] * key.shape[1],
     )
+
+
+def _written_out(query, key, value, mask):
+    """Attend as `jax.nn.dot_product_attention` does.
+
+    jax2onnx 0.17 writes that as a softmax over all keys, then without those that the
+    mask leaves out: where these lead by far, nothing is left of the others.
+    """
+    scores = jnp.einsum("bqnd,bknd->bnqk", query / math.sqrt(query.shape[-1]), key)
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min / 2))
+    return jnp.einsum("bnqk,bknd->bqnd", weights, value)
 
 
 def _in_query_blocks(attend, query, scores):

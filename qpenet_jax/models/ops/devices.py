@@ -50,9 +50,14 @@ _PLAIN = contextvars.ContextVar("plain", default=False)
 
 def by_platform(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]):
     """Return what either function does: on a CPU `cpu`, elsewhere `default`."""
-    if _PLAIN.get():
+    if is_plain():
         return default(*operands)
     return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
+
+
+def is_plain() -> bool:
+    """Whether the default is traced alone; see `plain_formulations`."""
+    return _PLAIN.get()
 
 
 @contextlib.contextmanager
