@@ -137,7 +137,7 @@ def _onnxruntime(model: bytes) -> Call:
 
 
 def _openvino(model: bytes) -> Call:
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]  # on one's own wish
 
     core = openvino.Core()
     read = core.read_model(model, b"")
