@@ -185,8 +185,6 @@ def assert_same_result(ours, theirs):
     rows = [(run / "episodes_qpenet.csv").read_text() for run in (ours, theirs)]
     assert rows[0] == rows[1]
     found = [json.loads((run / "results.json").read_text()) for run in (ours, theirs)]
-    for results in found:
-        assert results.pop("seconds") > 0
     assert found[0] == found[1]
 
 
@@ -206,7 +204,7 @@ def start(tmp_path_factory, compiled_once):
         patch.setattr(progress.Progress, "add", stopped)
         result = train_alone(workdir)
     assert result.returncode == 130, result.stderr
-    assert saved(workdir) == [START]
+    assert saved(workdir)[-1] == START
     return workdir
 
 

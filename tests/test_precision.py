@@ -104,8 +104,10 @@ def test_auto_is_tf32_where_the_device_has_it(ampere, expected, monkeypatch):
     both = precision.in_dtype(experiment.model, experiment.backbone, config.dtype)
     assert [both[0].dtype, both[1].module.dtype] == [expected] * 2
     predict = experiment.predictor({}, {})
-    assert predict.decode.args[0].dtype == expected, "as evaluate, predict and figures"
-    assert experiment.cosine_predictor({}).encode.args[0].module.dtype == expected
+    assert predict.decode.func.args[0].dtype == expected, (
+        "as evaluate, predict and figures"
+    )
+    assert experiment.cosine_predictor({}).encode.func.args[0].module.dtype == expected
     for dtype in precision.DTYPES:
         assert precision.meant(dtype) == dtype
 

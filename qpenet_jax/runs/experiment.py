@@ -273,7 +273,7 @@ class Experiment:
             state = self.init(optax.identity())
             return dataclasses.replace(state, statistics=statistics).learned
 
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
             jax.eval_shape(learned),
