@@ -1,8 +1,6 @@
 """A checkpoint of the authors' released system as a run of ours."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.config import default_config, for_coco, for_released
 from qpenet_jax.core.errors import InputError, check_choice
-from qpenet_jax.core.files import local_path, write_whole
+from qpenet_jax.core.files import local_path, new_folder, write_whole
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.runs.config_files import override
@@ -64,29 +62,22 @@ def adopt(
     check_choice("dataset ", dataset, DATASETS)
     if fold not in range(4):
         raise InputError(f"fold {fold}: choose 0, 1, 2 or 3")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and isn't empty: choose another folder")
-    tensors = read_tensors(source)
-    backbone, head = _split(under_prefix(tensors, state_dict.names().keys()))
-    name = "resnet101" if "layer3.22.conv1.weight" in backbone else "resnet50"
-    experiment = Experiment(override(_config(name, fold, dataset), overrides))
-    initial = jax.eval_shape(lambda: experiment.init(optax.identity()))
-    try:
-        _check_head(head, initial.params)
-        weights = to_flax(experiment.config.backbone.name, backbone, deep=True)
-    except InputError as error:
-        raise InputError(
-            f"{source} is no checkpoint of the released QPENet: {error}"
-        ) from None
-    params = jax.tree.map(jnp.asarray, state_dict.to_params(head))
-    state = TrainState(jnp.zeros((), jnp.int32), params, initial.opt_state)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "run"
+    with new_folder(folder) as made:
+        tensors = read_tensors(source)
+        backbone, head = _split(under_prefix(tensors, state_dict.names().keys()))
+        name = "resnet101" if "layer3.22.conv1.weight" in backbone else "resnet50"
+        experiment = Experiment(override(_config(name, fold, dataset), overrides))
+        initial = jax.eval_shape(lambda: experiment.init(optax.identity()))
+        try:
+            _check_head(head, initial.params)
+            weights = to_flax(experiment.config.backbone.name, backbone, deep=True)
+        except InputError as error:
+            raise InputError(
+                f"{source} is no checkpoint of the released QPENet: {error}"
+            ) from None
+        params = jax.tree.map(jnp.asarray, state_dict.to_params(head))
+        state = TrainState(jnp.zeros((), jnp.int32), params, initial.opt_state)
         _write(made, experiment, state, weights, source)
-        if folder.exists():
-            folder.rmdir()
-        shutil.move(made, folder)
     return folder
 
 
