@@ -432,7 +432,10 @@ def killed_at_3(i):
 
 def test_a_process_that_loads_and_is_killed_is_told():
     """What it loaded before may be lost with it, but comes in order if it comes."""
-    with contextlib.closing(ahead(killed_at_3, range(9), 1)) as stream:
-        with pytest.raises(InputError, match=r"was killed .*code -9.*config.workers"):
-            for number, loaded in enumerate(stream):
-                assert loaded.tolist() == [number] * 3
+    got = []
+    with (
+        pytest.raises(InputError, match=r"was killed .*code -9.*config.workers"),
+        contextlib.closing(ahead(killed_at_3, range(9), 1)) as stream,
+    ):
+        got.extend(loaded.tolist() for loaded in stream)
+    assert got == [[number] * 3 for number in range(len(got))]
