@@ -39,12 +39,12 @@ class Optimizer:
     def schedule(self, steps: int) -> optax.Schedule:
         """Return lr * lr_factor * (1 - t / steps)^power, after the warm-up if any."""
         peak = self.lr * self.lr_factor
+        poly = optax.polynomial_schedule(peak, 0.0, self.power, steps)
 
         def decay(t):
-            # Not optax.polynomial_schedule: XLA may turn t / steps into a product that
-            # is above 1 in the last step, and the power of what is left isn't a number.
-            left = jnp.maximum(0.0, 1 - (t + self.first) / steps)
-            return peak * left**self.power
+            # XLA may turn t / steps into a product that is above 1 in the last step,
+            # and the power of what is left isn't a number.
+            return jnp.where(t + self.first < steps, poly(t + self.first), 0.0)
 
         if not self.warm_up:
             return decay
