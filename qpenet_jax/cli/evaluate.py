@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from qpenet_jax.cli.options import (
-    WORKDIR,
     add_cluster,
     add_overrides,
     add_protocol,
+    add_workdir,
     numbers,
     path,
     protocol_changes,
@@ -26,9 +26,7 @@ def add_parser(commands) -> None:
         description="Score a trained run on its novel classes by any protocol.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--workdir", required=True, type=path, metavar="FOLDER", help=WORKDIR
-    )
+    add_workdir(parser)
     parser.add_argument(
         "--shots",
         type=numbers,

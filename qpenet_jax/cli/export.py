@@ -2,7 +2,13 @@
 
 import argparse
 
-from qpenet_jax.cli.options import EXPORTED, WORKDIR, add_overrides, numbers, path
+from qpenet_jax.cli.options import (
+    EXPORTED,
+    add_new_folder,
+    add_overrides,
+    add_workdir,
+    numbers,
+)
 
 
 def add_parser(commands) -> None:
@@ -14,9 +20,7 @@ def add_parser(commands) -> None:
         "docs/export.md shows how the files are used.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--workdir", required=True, type=path, metavar="FOLDER", help=WORKDIR
-    )
+    add_workdir(parser)
     parser.add_argument(
         "--format",
         required=True,
@@ -30,13 +34,7 @@ def add_parser(commands) -> None:
         metavar="K,...",
         help="numbers of support images; each has a file of its own; default: 1",
     )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=path,
-        metavar="FOLDER",
-        help="folder to write; it must be empty or new",
-    )
+    add_new_folder(parser)
     add_overrides(parser)
 
 

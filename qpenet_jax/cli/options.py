@@ -44,6 +44,24 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_workdir(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the run a command works on."""
+    parser.add_argument(
+        "--workdir", required=True, type=path, metavar="FOLDER", help=WORKDIR
+    )
+
+
+def add_new_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names a folder which the command makes."""
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=path,
+        metavar="FOLDER",
+        help="folder to write; it must be empty or new",
+    )
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Return whole numbers that are separated by commas."""
     try:

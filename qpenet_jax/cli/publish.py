@@ -2,7 +2,7 @@
 
 import argparse
 
-from qpenet_jax.cli.options import STORED, WORKDIR, path
+from qpenet_jax.cli.options import STORED, add_new_folder, add_workdir
 
 
 def add_parser(commands) -> None:
@@ -15,16 +15,8 @@ def add_parser(commands) -> None:
         "the folder as its --workdir.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--workdir", required=True, type=path, metavar="FOLDER", help=WORKDIR
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=path,
-        metavar="FOLDER",
-        help="folder to write; it must be empty or new",
-    )
+    add_workdir(parser)
+    add_new_folder(parser)
     parser.add_argument(
         "--dtype",
         choices=STORED,

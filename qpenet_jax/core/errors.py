@@ -45,6 +45,8 @@ def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a write fails with where a disk, a quota or the largest file size is full."""
 
+MAKE_ROOM = "make room, then run the same command again"
+
 BROKEN_PIPE = 128 + 13
 """The exit code of a program that SIGPIPE has ended, as the shell tells it."""
 
@@ -72,7 +74,7 @@ def exit_on_input_error() -> Iterator[None]:
             raise
         message = f"{error.filename or 'while writing'}: {error.strerror}"
         if error.errno in NO_ROOM:
-            message += "; make room, then run the same command again"
+            message += f"; {MAKE_ROOM}"
     _finish_output()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

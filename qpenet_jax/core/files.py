@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 import platformdirs
 
-from qpenet_jax.core.errors import NO_ROOM, InputError
+from qpenet_jax.core.errors import MAKE_ROOM, NO_ROOM, InputError
 
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")
 """The start of gs://..., https://... and the like; a drive has one letter."""
@@ -85,7 +85,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        remedy = "; make room, then run the same command again"
+        remedy = f"; {MAKE_ROOM}"
         raise InputError(
             f"{path}: can't be written ({error.strerror})"
             f"{remedy if error.errno in NO_ROOM else ''}"

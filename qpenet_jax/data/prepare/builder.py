@@ -31,7 +31,7 @@ from tensorflow_datasets.core.writer import ExampleWriter
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import MAKE_ROOM, InputError
 from qpenet_jax.core.files import check_room, locked
 from qpenet_jax.core.runtime import nameless_users
 from qpenet_jax.data.images import check_label, read_image, warn_of_turn
@@ -174,8 +174,7 @@ class _SameBytes(ExampleWriter):
         except RuntimeError as error:
             reason = str(error).partition(";")[0]
             raise InputError(
-                f"{path}: can't be written ({reason}); make room, then run the same "
-                "command again"
+                f"{path}: can't be written ({reason}); {MAKE_ROOM}"
             ) from error
 
 
