@@ -139,6 +139,9 @@ def default_config() -> Any:
     config.side = 473
     config.shots = 1
     config.batch_size = 4
+    # In how many equal parts, one after the other, a step goes through its batch, and
+    # takes the mean of their gradients: less memory, at some cost of time.
+    config.accumulate = 1
     config.epochs = 200
     config.steps = 0  # 0: epochs * (listed images // batch_size)
     config.workers = 4  # loading processes
@@ -264,12 +267,17 @@ def check(config: Any) -> None:
     Raises:
         InputError: naming the field.
     """
-    whole = ("batch_size", "shots", "log_every", "save_every")
+    whole = ("batch_size", "accumulate", "shots", "log_every", "save_every")
     counts = {name: config[name] for name in whole}
     counts |= {f"eval.{name}": config.eval[name] for name in ("every", "base_episodes")}
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"config.{name}={value} must be 1 or more")
+    if config.batch_size % config.accumulate:
+        raise InputError(
+            f"config.batch_size={config.batch_size} has no {config.accumulate} equal "
+            "parts, as config.accumulate asks: choose a divisor"
+        )
     for name in ("seed", "retries_on_nan"):
         if config[name] < 0:
             raise InputError(f"config.{name}={config[name]} must be 0 or more")

@@ -320,6 +320,13 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices(0, 0, 1, 1))
     with pytest.raises(InputError, match=r"batch_size=5 .* 2 processes: choose a mult"):
         sharding.shardings(5)
+    told = (
+        r"batch_size=6 can't be shared 2 times by 2 processes: choose a multiple of 4"
+    )
+    with pytest.raises(InputError, match=told):
+        sharding.shardings(6, accumulate=2)
+    assert sharding.shardings(8, accumulate=2)[1].mesh.size == 4
+    assert sharding.shardings(4, accumulate=2)[1].mesh.size == 2
 
 
 @pytest.mark.parametrize(

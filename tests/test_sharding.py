@@ -47,8 +47,10 @@ initial = init_state(model, tx, channels=net.channels, key=jax.random.key(0))
 told = {"parameters": sum(p.size for p in jax.tree.leaves(initial.params))}
 
 
-def one_step(batch_split, mesh, replicated):
-    step = make_train_step(model, net, tx, LossWeights(), mesh)
+def one_step(batch_split, mesh, replicated, accumulate=1):
+    step = make_train_step(
+        model, net, tx, LossWeights(), mesh, accumulate=accumulate
+    )
     fresh = jax.tree.map(jnp.copy, initial)
     state, frozen = jax.device_put((fresh, weights), replicated)
     inputs = state, frozen, jax.device_put(batch, batch_split), jax.random.key(2)
@@ -69,6 +71,9 @@ def one_step(batch_split, mesh, replicated):
 replicated, split = shardings(4)
 assert split.mesh.size == 4
 told["four"] = one_step(split, split.mesh, replicated)
+replicated, split = shardings(4, accumulate=2)
+assert split.mesh.size == 2
+told["parts"] = one_step(split, split.mesh, replicated, accumulate=2)
 one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 told["one"] = one_step(one, None, one)
 print(json.dumps(told))
@@ -97,3 +102,7 @@ def test_only_gradients_and_sums_move_between_devices():
     assert not any({GRID, GRID**2} & set(shape) for _, shape in four["moved"])
     assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    # Nor is anything else where a step goes through its batch in parts.
+    parts = told["parts"]
+    assert {kind for kind, _ in parts["moved"]} == {"all-reduce"}
+    assert not any({GRID, GRID**2} & set(shape) for _, shape in parts["moved"])

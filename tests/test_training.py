@@ -15,7 +15,13 @@ from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.training.health import HEADS
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.sharding import global_batch, shardings
-from qpenet_jax.training.step import episode_features, init_state, make_train_step
+from qpenet_jax.training.step import (
+    TrainState,
+    episode_features,
+    init_state,
+    make_train_step,
+    mean_of_parts,
+)
 
 SIDE = 33
 
@@ -207,6 +213,48 @@ def test_the_same_key_trains_to_the_same_bits(train, weights, batch):
     other, _, _ = train(4, weights, batch, key=1)
     differs = jax.tree.map(lambda a, b: bool((a != b).any()), one.params, other.params)
     assert all(jax.tree.leaves(differs)), "dropout of another key"
+
+
+@pytest.mark.standard_promotion
+def test_accumulated_gradients_are_those_of_the_whole_batch(initial, weights, batch):
+    """Where equally many pixels of all images count, as here, and without dropout."""
+    rates = (name for name in MODEL.__dataclass_fields__ if name.endswith("_dropout"))
+    model = MODEL.clone(**dict.fromkeys(rates, 0.0))
+    # Plain gradient descent: its step shows the gradient.
+    descent = Optimizer(lr=0.1, lr_factor=1, momentum=0.0, power=0.0).build(10)
+
+    def stepped(**given):
+        step = make_train_step(model, BACKBONE, descent, LossWeights(), **given)
+        params = jax.tree.map(jnp.copy, initial.params)
+        state = TrainState(jnp.zeros((), jnp.int32), params, descent.init(params))
+        return step(state, weights, batch, jax.random.key(3))
+
+    (state, metrics), (whole, told) = stepped(accumulate=2), stepped()
+    assert int(state.step) == 1
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        state.params,
+        whole.params,
+    )
+    assert metrics.keys() == told.keys()
+    for name in ("loss", "loss_bg_q", "grad_norm", "norm_P_global"):
+        np.testing.assert_allclose(metrics[name], told[name], rtol=1e-4)
+
+
+def test_parts_of_a_batch_are_numbered_and_hold_each_row_once():
+    batch = {"rows": jnp.arange(6.0), "pixels": jnp.arange(12.0).reshape(6, 2)}
+    found = mean_of_parts(
+        lambda part, i: {
+            "rows": jax.nn.one_hot(part["rows"].astype(int), 6).sum(0),
+            "pixels": part["pixels"].sum(),
+            "by number": jnp.float32(i) * part["rows"].min(),
+        },
+        batch,
+        3,
+    )
+    np.testing.assert_allclose(3 * found["rows"], 1, rtol=1e-6)
+    np.testing.assert_allclose(found["pixels"], np.arange(12).sum() / 3, rtol=1e-6)
+    np.testing.assert_allclose(3 * found["by number"], 0 * 0 + 1 * 1 + 2 * 2, rtol=1e-6)
 
 
 def test_features_of_supports_and_query_keep_their_places(weights, batch):

@@ -285,12 +285,15 @@ class Experiment:
         Batch norm drifts by the length of an `epoch` in steps, if the config says so.
         """
         computing = in_dtype(self.model, self.backbone, self.config.dtype)
-        _, split = shardings(self.config.batch_size)
+        accumulate = self.config.accumulate
+        _, split = shardings(self.config.batch_size, accumulate)
         weights = LossWeights(**self.config.loss)
         loss = released_loss if self.is_released_network else total_loss
         drift = self.config.backbone.drift
         when = functools.partial(drifts, epoch=max(epoch, 1)) if drift else None
-        return make_train_step(*computing, tx, weights, split.mesh, loss, when)
+        return make_train_step(
+            *computing, tx, weights, split.mesh, loss, when, accumulate=accumulate
+        )
 
     def predictor(self, learned: PyTree[Array], weights: PyTree[Array]) -> Predictor:
         """Return QPENet as it was trained over the frozen weights."""

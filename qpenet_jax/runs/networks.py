@@ -62,6 +62,7 @@ def _check_drift(config: Any, net: Backbone) -> None:
         (config.variant != RELEASED, f"config.variant={RELEASED!r}"),
         (net.deep is None, "a ResNet as config.backbone.name"),
         (config.shots != 1, "config.shots=1: theirs can't be trained with several"),
+        (config.accumulate != 1, "config.accumulate=1: it counts whole batches"),
         (config.dtype == "bfloat16", "config.dtype='float32' or 'tf32'"),
     ):
         if wrong:

@@ -144,7 +144,7 @@ def _loading(timed: Sequence[Step]) -> Finding:
 def _memory(name: str, peak: int, limit: int) -> Finding:
     text = f"{name}: peak {peak / GIB:.1f} of {limit / GIB:.1f} GiB"
     if peak > 0.95 * limit:
-        return Finding("memory", False, f"{text}: lower config.batch_size")
+        return Finding("memory", False, f"{text}: raise config.accumulate")
     return Finding("memory", True, text)
 
 

@@ -34,14 +34,15 @@ class Trainer:
         self.dataset = experiment.dataset("train")
         self.sampler = experiment.train_sampler(self.dataset)
         self.steps = experiment.steps(len(self.sampler))
-        self.replicated, self.split = shardings(config.batch_size)
+        parts = config.batch_size, config.accumulate
+        self.replicated, self.split = shardings(*parts)
         self.weights = jax.device_put(experiment.backbone_weights(), self.replicated)
         self.learning_rate = experiment.optimizer.schedule(self.steps)
         self._optimizer = experiment.optimizer.build(self.steps)
         epoch = len(self.sampler) // config.batch_size
         self._train_step = experiment.train_step(self._optimizer, epoch)
         self._key = jax.random.key(config.seed + 1)
-        self.warning = idle_devices(config.batch_size)
+        self.warning = idle_devices(*parts)
         self._asked: Any = False  # in any process, before the last step
 
     def initial_state(self) -> TrainState:

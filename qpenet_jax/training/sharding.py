@@ -12,21 +12,25 @@ from qpenet_jax.core.types import Episode
 from qpenet_jax.models.ops.devices import BATCH_AXIS
 
 
-def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
+def shardings(
+    batch_size: int, accumulate: int = 1
+) -> tuple[NamedSharding, NamedSharding]:
     """Return (replicated, split over the batch) for all processes' devices.
 
     Of every process the batch is split over the largest number of devices that divides
-    its part.
+    what it has of each of the `accumulate` parts that a step goes through.
 
     Raises:
-        InputError: the processes can't have equal parts of the batch.
+        InputError: the processes can't have equal shares of every part.
     """
     theirs = _by_process()
-    part, rest = divmod(batch_size, len(theirs))
+    part, rest = divmod(batch_size, len(theirs) * accumulate)
     if rest:
+        times = f" {accumulate} times" if accumulate > 1 else ""
         raise InputError(
-            f"config.batch_size={batch_size} can't be shared by {len(theirs)} "
-            f"processes: choose a multiple of {len(theirs)}, or start fewer processes"
+            f"config.batch_size={batch_size} can't be shared{times} by {len(theirs)} "
+            f"processes: choose a multiple of {len(theirs) * accumulate}, or start "
+            "fewer processes"
         )
     most = min(len(devices) for devices in theirs)
     used = next(n for n in range(most, 0, -1) if part % n == 0)
@@ -45,14 +49,14 @@ def _by_process() -> list[list[Any]]:
     return [[d for d in devices if d.process_index == p] for p in processes]
 
 
-def idle_devices(batch_size: int) -> str:
+def idle_devices(batch_size: int, accumulate: int = 1) -> str:
     """Return a line about devices that have no part of the batch; empty if all do."""
-    total, used = jax.device_count(), shardings(batch_size)[1].mesh.size
+    total, used = jax.device_count(), shardings(batch_size, accumulate)[1].mesh.size
     if used == total:
         return ""
     return (
         f"config.batch_size={batch_size} is shared by {used} of {total} devices, the "
-        f"others idle: all work where it is a multiple of {total}"
+        f"others idle: all work where it is a multiple of {total * accumulate}"
     )
 
 

@@ -91,13 +91,16 @@ def make_train_step(
     mesh: Mesh | AbstractMesh | None = None,
     loss: Callable[..., Any] = total_loss,
     drifts: Callable[[Int[Array, ""]], Bool[Array, ""]] | None = None,
+    accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Return `train_step(state, weights, batch, key) -> (state, metrics)`, jitted.
 
     Pure: dropout of step t comes from `fold_in(key, t)`. The state is donated. `mesh`
     holds the devices that share the batch (`sharding.shardings`), if there are several;
     `loss` is called as `total_loss` is. `drifts` says in which steps batch norm of the
-    backbone drifts; by default it never does.
+    backbone drifts; by default it never does. With `accumulate` a step goes through so
+    many equal parts of its batch, one after the other, and takes the mean of their
+    gradients; the dropout of part i comes from the step's key and i.
     """
 
     apply: Any = model.apply
@@ -123,6 +126,23 @@ def make_train_step(
         return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
     def one_step(state, weights, batch, key, moving=()):
+        key = jax.random.fold_in(key, state.step)
+
+        def part(batch, i):
+            return gradients(state, weights, batch, jax.random.fold_in(key, i))
+
+        if accumulate == 1:
+            grads, metrics, moved = gradients(state, weights, batch, key, moving)
+        else:
+            grads, metrics, moved = mean_of_parts(part, batch, accumulate)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["norm_P_global"] = jnp.linalg.norm(state.params["gbc"]["P_global"])
+        statistics = {**state.statistics, **moved}
+        return TrainState(state.step + 1, params, opt_state, statistics), metrics
+
+    def gradients(state, weights, batch, key, moving=()):
         statistics = state.statistics
         if moving:
             maps, statistics = drifting_features(backbone, weights, statistics, batch)
@@ -141,7 +161,7 @@ def make_train_step(
                 {**with_deep(params, weights), BATCH_STATISTICS: deep_part(statistics)},
                 *inputs,
                 train=True,
-                rngs={"dropout": jax.random.fold_in(key, state.step)},
+                rngs={"dropout": key},
                 mutable=moving,
             )
             total, terms = loss(out, truth, masks, loss_weights)
@@ -149,19 +169,30 @@ def make_train_step(
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (total, (terms, logits, out, moved)), grads = grad_fn(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {
-            "loss": total,
-            **terms,
-            "grad_norm": optax.tree.norm(grads),
-            "norm_P_global": jnp.linalg.norm(state.params["gbc"]["P_global"]),
-            **_health(logits, out, truth),
-        }
-        statistics = {**statistics, **moved.get(BATCH_STATISTICS, {})}
-        return TrainState(state.step + 1, params, opt_state, statistics), metrics
+        metrics = {"loss": total, **terms, **_health(logits, out, truth)}
+        if not moving:
+            return grads, metrics, {}
+        return grads, metrics, {**statistics, **moved.get(BATCH_STATISTICS, {})}
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def mean_of_parts(f: Callable[..., Any], batch: PyTree, count: int) -> Any:
+    """Return the mean of `f(part, i)` over equal parts of a batch, one at a time.
+
+    Part i holds the rows i, i + count, ...: devices go through what they have.
+    """
+    parts = jax.tree.map(
+        lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    one = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts), 0)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+
+    def add(total, numbered):
+        return jax.tree.map(jnp.add, total, f(*numbered)), None
+
+    total, _ = jax.lax.scan(add, zero, (parts, jnp.arange(count)))
+    return jax.tree.map(lambda x: x / count, total)
 
 
 def _health(logits, out, truth):
