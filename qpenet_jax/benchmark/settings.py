@@ -14,7 +14,7 @@ from qpenet_jax.core.errors import InputError, check_choice
 STEPS = ("eval", "train", "backbone")
 """What `cases` times: an evaluation step, a train step, the backbone alone."""
 
-WHAT = (*STEPS, "protocol", "data", "memory", "runtimes")
+WHAT = (*STEPS, "protocol", "data", "memory", "runtimes", "predict")
 
 TWIN_VARIANTS = {
     "eager": "eager, NCHW",
@@ -67,8 +67,8 @@ class Settings:
 
     what: Sequence[str] = ("eval", "train")
     """Any of WHAT: single steps, a whole evaluation ("protocol"), loading ("data"), or
-    what evaluation and training will need ("memory"), or a prediction beside run times
-    of ONNX ("runtimes")."""
+    what evaluation and training will need ("memory"), a prediction beside run times of
+    ONNX ("runtimes"), or what a user of `qpenet predict` waits for ("predict")."""
 
     shots: Sequence[int] = (1,)
     """Numbers of support images; each is measured."""
@@ -105,6 +105,12 @@ class Settings:
 
     workers: Sequence[int] = (0, 1, 2)
     """data: numbers of processes that load; 0 is a thread."""
+
+    workdir: str = ""
+    """predict: the run; without one the training-free method."""
+
+    photos: int = 100
+    """predict: number of photos."""
 
     seconds: float = 20.0
     """Shortest time of one comparison, and of one measurement of loading."""
@@ -171,6 +177,7 @@ class Settings:
             ("batch", self.batch, 1),
             ("episodes", () if self.episodes is None else (self.episodes,), 1),
             ("workers", self.workers, 0),
+            ("photos", (self.photos,), 1),
             ("seconds", (self.seconds,), 0),
             ("seed", (self.seed,), 0),
         ):

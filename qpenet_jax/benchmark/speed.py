@@ -28,6 +28,7 @@ from qpenet_jax.benchmark.contenders import (
 )
 from qpenet_jax.benchmark.data import benchmark_data
 from qpenet_jax.benchmark.memory import memory_plans
+from qpenet_jax.benchmark.predict import prediction
 from qpenet_jax.benchmark.processes import run_child
 from qpenet_jax.benchmark.protocol import protocol_runs
 from qpenet_jax.benchmark.runtimes import runtimes
@@ -78,6 +79,8 @@ def benchmark(
         result["protocol"] = list(protocol_runs(settings, experiment))
     if "runtimes" in settings.what:
         result["runtimes"] = list(runtimes(settings))
+    if "predict" in settings.what:
+        result["predict"] = prediction(settings)
     if "data" in settings.what:
         result["data"] = benchmark_data(
             experiment.dataset("train") if experiment else None,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qpenet_jax.benchmark.data import BATCH, ROUND
+from qpenet_jax.benchmark.predict import prediction_report
 from qpenet_jax.benchmark.runtimes import runtimes_report
 from qpenet_jax.benchmark.settings import TWIN_VARIANTS
 from qpenet_jax.core.markdown import table
@@ -31,6 +32,8 @@ def benchmark_report(result: dict[str, Any]) -> str:
         parts.append(runtimes_report(ran))
     if "protocol" in result:
         parts += _protocol(result["protocol"])
+    if "predict" in result:
+        parts.append(prediction_report(result["predict"]))
     if "data" in result:
         parts.append(loading_report(result["data"]))
     return "\n\n".join(parts)

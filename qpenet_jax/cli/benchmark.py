@@ -22,7 +22,7 @@ def add_parser(commands) -> None:
         "PyTorch.",
     )
     parser.set_defaults(run=run)
-    kinds = "eval, train, backbone, protocol, data, memory, runtimes"
+    kinds = "eval, train, backbone, protocol, data, memory, runtimes, predict"
     parser.add_argument(
         "kinds",
         nargs="?",
@@ -138,6 +138,19 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="N,...",
         help="data: numbers of loading processes; default: 0,1,2",
     )
+    parser.add_argument(
+        "--workdir",
+        type=path,
+        metavar="FOLDER",
+        help="predict: folder of a run; default: the training-free method",
+    )
+    parser.add_argument(
+        "--photos",
+        type=int,
+        default=100,
+        metavar="N",
+        help="predict: number of made-up photos; default: %(default)s",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -158,6 +171,8 @@ def run(args: argparse.Namespace) -> None:
         variants=args.variants,
         episodes=args.episodes,
         workers=args.workers,
+        workdir=args.workdir or "",
+        photos=args.photos,
         seconds=args.seconds,
     )
     experiment = _experiment(args)
