@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as pycoco
 from pycocotools.coco import COCO
 from test_cli import refused
 from test_segmenter import SIDE, picture
@@ -18,6 +19,7 @@ from qpenet_jax.cli.main import main
 from qpenet_jax.data.prepare.instances import draw
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks import results
+from qpenet_jax.masks.coco import polygons
 from qpenet_jax.masks.labelme import draw_shapes
 from qpenet_jax.masks.leads import Tiles, compete, probability, tiled
 from qpenet_jax.masks.outlines import fill, outlines
@@ -171,6 +173,40 @@ def test_coco_reads_back_every_mask_bit_for_bit(network, photos, tmp_path, capsy
             box = [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
             assert annotation["bbox"] == box
             assert 0.5 < annotation["score"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools under NumPy 2
+@pytest.mark.parametrize("smooth", [0, 2, 6])
+def test_coco_draws_polygons_back_to_the_mask(smooth):
+    """Small parts to the pixel; large ones lose corners, and 1 % of the IoU at most."""
+    rng = np.random.default_rng(smooth)
+    for size in ((40, 60), (97, 31), (300, 400)):
+        noise = rng.standard_normal(size)
+        mask = (cv2.GaussianBlur(noise, (0, 0), smooth) if smooth else noise) > 0
+        mask[10:30, 5:25], mask[15:20, 10:20] = True, False  # a hole
+        runs = pycoco.merge(pycoco.frPyObjects(polygons(mask), *size))
+        drawn = pycoco.decode(runs) == 1
+        assert (mask & drawn).sum() / (mask | drawn).sum() > 0.99
+        if smooth < 6:
+            np.testing.assert_array_equal(drawn, mask)
+    for empty in (np.zeros((5, 7), bool), np.ones((5, 7), bool)):
+        assert polygons(empty) == ([[0, 0, 0, 5, 7, 5, 7, 0]] if empty.all() else [])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_polygons_of_coco_are_its_run_lengths(network, photos, tmp_path, capsys):
+    out = run(tmp_path, photos, "--recursive", "--format=coco,coco_polygons")
+    capsys.readouterr()
+    one, two = (COCO(str(out / f"{name}.json")) for name in ("coco", "coco_polygons"))
+    capsys.readouterr()
+    assert one.imgs == two.imgs
+    assert one.anns.keys() == two.anns.keys()
+    for number, annotation in two.anns.items():
+        assert isinstance(annotation["segmentation"], list)
+        mask, drawn = one.annToMask(one.anns[number]), two.annToMask(annotation)
+        assert (mask & drawn).sum() / (mask | drawn).sum() > 0.99
+        for field in ("area", "bbox", "score", "category_id"):
+            assert annotation[field] == one.anns[number][field]
 
 
 def test_labelme_reads_back_every_mask(network, photos, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from qpenet_jax.cli.options import BACKBONES, WORKDIR, add_overrides, names, path
 from qpenet_jax.core.errors import InputError, check_choice
 
-FORMATS = ("png", "voc", "coco", "labelme")
+FORMATS = ("png", "voc", "coco", "coco_polygons", "labelme")
 METHODS = ("qpenet", "prototype")
 
 
@@ -121,8 +121,8 @@ def _add_results(parser) -> None:
         help="png: NAME.png with 0 and 255, or of several classes a palette image, "
         "class i in the order of --support (the default); voc: a palette image in "
         "VOC's colours, in the folder SegmentationClass; coco: coco.json for all "
-        "images, with run lengths; labelme: NAME.json with polygons. Several may be "
-        "given: png,coco",
+        "images, with run lengths; coco_polygons: coco_polygons.json, the same with "
+        "polygons; labelme: NAME.json with polygons. Several may be given: png,coco",
     )
     group.add_argument(
         "--refine",

@@ -1,4 +1,4 @@
-"""The JSON of COCO: annotations read as marks, masks written as run lengths."""
+"""The JSON of COCO: annotations read as marks, masks written in both its forms."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -13,6 +13,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import refuse_other_size
 from qpenet_jax.data.prepare.instances import by_id, drawn, size_of
 from qpenet_jax.masks.leads import Found
+from qpenet_jax.masks.outlines import outlines
 
 
 def coco_annotations(
@@ -67,10 +68,14 @@ def draw_annotations(
 class CocoFile:
     """What is found in many photos, as the content of one file in COCO's format.
 
-    A class that is found in a photo makes one annotation there, with its score.
+    A class that is found in a photo makes one annotation there, with its score: its
+    run lengths, or with `polygons` the outlines of its parts.
     """
 
-    def __init__(self, classes: Sequence[str], description: str):
+    def __init__(
+        self, classes: Sequence[str], description: str, *, polygons: bool = False
+    ):
+        self.polygons = polygons
         self.content: dict[str, Any] = {
             "info": {"description": description},
             "licenses": [],
@@ -93,15 +98,37 @@ class CocoFile:
         for number, score in enumerate(found.scores, 1):
             if score is None:
                 continue
+            mask = found.index == number
             annotation = {
                 "id": len(annotations) + 1,
                 "image_id": image_id,
                 "category_id": number,
-                **_encoded(found.index == number),
+                **_encoded(mask),
                 "iscrowd": 0,
                 "score": score,
             }
+            if self.polygons:
+                annotation["segmentation"] = polygons(mask)
             annotations.append(annotation)
+
+
+FINER = 3
+"""Of a pixel's pixels the middle one tells no border: corners round to the others."""
+
+
+def polygons(mask: Bool[np.ndarray, "h w"]) -> list[list[int]]:
+    """Return x, y, x, y, ... of each part's outline, along the borders of its pixels.
+
+    COCO's coordinates are those of pixels' borders, labelme's those of their centres.
+    Parts, holes and corners are as in `outlines`.
+    """
+    finer = mask.repeat(FINER, 0).repeat(FINER, 1)
+    found = []
+    for points in outlines(finer):
+        corners = np.rint(points / FINER).astype(int)
+        moved = (corners != np.roll(corners, 1, axis=0)).any(1)
+        found.append(corners[moved].ravel().tolist())
+    return found
 
 
 def _encoded(mask: Shaped[np.ndarray, "h w"]) -> dict[str, Any]:

@@ -20,9 +20,12 @@ from qpenet_jax.masks.leads import Found
 from qpenet_jax.masks.queries import Frame, Query
 from qpenet_jax.masks.videos import OverlayVideo
 
-FORMATS = ("png", "voc", "coco", "labelme")
+FORMATS = ("png", "voc", "coco", "coco_polygons", "labelme")
 
-SUMMARY, COCO = Path("predictions.json"), Path("coco.json")
+SUMMARY = Path("predictions.json")
+
+COCO = {name: Path(f"{name}.json") for name in ("coco", "coco_polygons")}
+"""Files in COCO's format, about all images, by the name of their format."""
 
 VOC_FOLDER = Path("SegmentationClass")
 
@@ -56,7 +59,11 @@ class Results:
             for i, name in enumerate(self.classes, 1)
         ]
         self._summary = {"format": FORMAT, **(about or {}), "classes": listed}
-        self._coco = CocoFile(self.classes, "masks found by qpenet predict")
+        told, coco = "masks found by qpenet predict", COCO.keys() & set(self.formats)
+        self._coco = {
+            name: CocoFile(self.classes, told, polygons=name == "coco_polygons")
+            for name in coco
+        }
 
     def refuse_clashes(self, queries: Iterable[Query], read: Sequence[Path]) -> None:
         """Refuse results in each other's place, or in that of a file that is read.
@@ -97,9 +104,9 @@ class Results:
         files = self._files(frame.name, query.is_video)
         for what, path in files.items():
             write_whole(path, self._content(what, path, query, frame, found))
-        if "coco" in self.formats:
-            shown = files["frame"].relative_to(self.out) if query.is_video else None
-            self._coco.add((shown or query.shown).as_posix(), found)
+        shown = files["frame"].relative_to(self.out) if "frame" in files else None
+        for coco in self._coco.values():
+            coco.add((shown or query.shown).as_posix(), found)
         self._images.append(self._summed_up(query, frame, found, files))
 
     def overlay_video(self, query: Query) -> OverlayVideo:
@@ -108,13 +115,13 @@ class Results:
 
     def finish(self) -> None:
         """Write the files that are about all images; raises InputError if it can't."""
-        if "coco" in self.formats:
-            write_whole(self.out / COCO, json.dumps(self._coco.content))
+        for name, coco in self._coco.items():
+            write_whole(self.out / COCO[name], json.dumps(coco.content))
         summary = self._summary | {"images": self._images}
         write_whole(self.out / SUMMARY, json.dumps(summary, indent=1))
 
     def _about_all(self) -> list[Path]:
-        return [SUMMARY, *([COCO] if "coco" in self.formats else [])]
+        return [SUMMARY, *(COCO[name] for name in self._coco)]
 
     def _overlay_video(self, query: Query) -> Path:
         return self.out / f"{query.name}_overlay.mp4"
@@ -128,7 +135,7 @@ class Results:
             files["voc"] = VOC_FOLDER / f"{name}.png"
         if not is_video:
             files["overlay"] = Path(f"{name}_overlay.jpg")
-        elif {"coco", "labelme"} & set(self.formats):  # their files name images
+        elif {*COCO, "labelme"} & set(self.formats):  # their files name images
             files["frame"] = Path(f"{name}.jpg")
         if "labelme" in self.formats:
             files["labelme"] = Path(f"{name}.json")
