@@ -2,9 +2,11 @@
 
 import base64
 import io
+import itertools
 import json
 import os
 import re
+import threading
 import zipfile
 
 import cv2
@@ -22,6 +24,7 @@ from qpenet_jax.demo.calls import Calls
 from qpenet_jax.demo.growing import grown
 from qpenet_jax.demo.inside import inside_pictures
 from qpenet_jax.demo.pictures import Picture, grid, shrunk
+from qpenet_jax.demo.work import Work
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT
 from qpenet_jax.paper.tiles import AUX, BACKGROUND, MAIN
 
@@ -312,8 +315,8 @@ def test_inside_shows_what_the_parts_found(ring):
     ramp = np.linspace(0, 1, 81, dtype=np.float32).reshape(9, 9)
     out = {"y_pre": on_grid(LEFT), "A_main": ramp, "A_aux": ramp}
     out |= {"y_bg_q": on_grid(RIGHT), "y_rev": on_grid(LEFT)[None]}
-    shown = inside_pictures("q.png", query, [support], out, 65)
-    parts = [picture.caption.split(": ")[1].split(".")[0] for picture in shown]
+    shown = inside_pictures(query, [support], out, 65)
+    parts = [picture.caption.split(".")[0] for picture in shown]
     assert parts == ["PPG", "DPE", "DPE", "GBC", "DPE"]
     pre, main, aux, background, regions = (picture.pixels for picture in shown)
 
@@ -326,7 +329,7 @@ def test_inside_shows_what_the_parts_found(ring):
     assert main.shape == aux.shape == (224, 224, 3)
     assert coloured(regions, MAIN).any() or coloured(regions, AUX).any()
     assert "ring.png" in shown[-1].caption
-    assert inside_pictures("q", query, [support], {"y_bg_q": out["y_bg_q"]}, 65)
+    assert inside_pictures(query, [support], {"y_bg_q": out["y_bg_q"]}, 65)
 
 
 def test_a_network_is_looked_into(ring, tmp_path):
@@ -343,6 +346,7 @@ def test_a_network_is_looked_into(ring, tmp_path):
     files, text = ring
     *_, inside, _ = calls.segment(files, text, 4 * files, "", False)
     assert inside.count("GBC. What P_global") == answers.LOOKED_INTO
+    assert inside.startswith("<h3>ring.png</h3><figure>")
 
 
 def test_an_example_fills_everything_in(calls):
@@ -371,3 +375,25 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'qpenet-jax[demo]'" in refused(capsys, "demo")
     assert "from 1 to 65535" in refused(capsys, "demo", "--port", "0")
+
+
+def test_the_end_waits_for_calls_under_way():
+    work, begun, told = Work(), threading.Event(), []
+
+    def long_call():
+        with work.call():
+            begun.set()
+            try:
+                for _ in work.while_open(itertools.repeat(0)):
+                    pass
+            except InputError as error:
+                told.append(str(error))
+
+    thread = threading.Thread(target=long_call)
+    thread.start()
+    assert begun.wait(20)
+    work.close()
+    assert told == ["the page has been closed"]
+    thread.join(20)
+    with pytest.raises(InputError, match="closed"), work.call():
+        pass

@@ -93,6 +93,7 @@ def tab(chromium, address):
     asked, errors = [], []
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.on("dialog", lambda dialog: errors.append(dialog.message))
     tab.goto(address)
     tab.wait_for_selector("#board .tools")
     yield tab

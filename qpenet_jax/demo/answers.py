@@ -39,14 +39,14 @@ LOOKED_INTO = 3
 class Answer(NamedTuple):
     """What the page shows: for each query its mask and how probable it is.
 
-    `marked` are the supports as they were taken, `inside` what `inside_pictures`
-    returns for the first queries.
+    `marked` are the supports as they were taken, `inside` are the first queries' names
+    and what `inside_pictures` returns for them.
     """
 
     marked: list[Picture]
     masks: list[Picture]
     probabilities: list[Picture]
-    inside: list[Picture]
+    inside: list[tuple[str, list[Picture]]]
 
 
 def answer(
@@ -95,9 +95,8 @@ def answer(
             _show(shown, photo.name, pixels, found)
             if look and i < LOOKED_INTO:
                 seen = tasks.tasks[name].look(pixels)
-                shown.inside.extend(
-                    inside_pictures(photo.name, pixels, supports, seen, segmenter.side)
-                )
+                drawn = inside_pictures(pixels, supports, seen, segmenter.side)
+                shown.inside.append((photo.name, drawn))
         results.finish()
         shutil.make_archive(str(archive.with_suffix("")), "zip", out)
     return shown

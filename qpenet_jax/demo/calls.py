@@ -14,7 +14,7 @@ from qpenet_jax.demo.answers import answer
 from qpenet_jax.demo.drawn import draw_example
 from qpenet_jax.demo.marks import add_object, canvases, read_marks, supports_of
 from qpenet_jax.demo.photos import read_photo
-from qpenet_jax.demo.pictures import Picture, grid, shrunk
+from qpenet_jax.demo.pictures import Picture, grid, sections, shrunk
 from qpenet_jax.segmenter import Segmenter
 
 THUMBNAIL = 320
@@ -84,9 +84,13 @@ class Calls:
             look=self.trained,
             bar=bar,
         )
-        found = shown.masks, shown.probabilities, shown.inside, shown.marked
-        masks, probabilities, inside, marked = map(grid, found)
-        return str(archive), masks, probabilities, inside, marked
+        return (
+            str(archive),
+            grid(shown.masks),
+            grid(shown.probabilities),
+            sections(shown.inside),
+            grid(shown.marked),
+        )
 
     def _new_folder(self) -> Path:
         """Return a folder whose name nobody can guess."""

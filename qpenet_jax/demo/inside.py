@@ -20,7 +20,6 @@ from qpenet_jax.paper.tiles import AUX, BACKGROUND, MAIN, at_input_size, heat_ti
 
 
 def inside_pictures(
-    name: str,
     query: RGB,
     supports: Sequence[Support],
     out: Mapping[str, Any],
@@ -31,7 +30,7 @@ def inside_pictures(
     What a variant lacks is left out. `side` is that of the network's input.
     """
     tiles = [*_of_query(query, out, side), *_of_supports(supports, out, side)]
-    return [Picture(np.asarray(t), f"{name}: {caption}") for t, caption in tiles]
+    return [Picture(np.asarray(drawn), caption) for drawn, caption in tiles]
 
 
 def _of_query(query, out, side) -> Iterator[tuple[Image.Image, str]]:

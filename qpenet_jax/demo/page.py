@@ -12,6 +12,7 @@ from qpenet_jax.demo.answers import LONGEST_LABEL, LOOKED_INTO
 from qpenet_jax.demo.calls import Calls
 from qpenet_jax.demo.drawn import CHOSEN
 from qpenet_jax.demo.marks import MOST_SUPPORTS
+from qpenet_jax.demo.work import Work
 
 LOOKED, KEPT = 600, 6 * 3600
 """Seconds between two searches for old photos and results, and how old those are."""
@@ -53,8 +54,8 @@ class Results(NamedTuple):
     marked: Any
 
 
-def build(gr: Any, calls: Calls) -> Any:
-    """Return the page, a `Blocks` of `gr`, which is Gradio."""
+def build(gr: Any, calls: Calls, work: Work) -> Any:
+    """Return the page, a `Blocks` of `gr`, which is Gradio; `work` counts its calls."""
     with gr.Blocks(
         title="qpenet demo", analytics_enabled=False, delete_cache=(LOOKED, KEPT)
     ) as page:
@@ -81,8 +82,16 @@ def build(gr: Any, calls: Calls) -> Any:
                 refine = gr.Checkbox(label="Draw masks to the edges of the photo")
                 start = gr.Button("Segment", variant="primary")
         inputs = Inputs(files, board, queries, label, refine)
-        _connect_photos(_told(gr), calls, inputs, preview, examples)
-        _connect_start(gr, calls, inputs, start, _results(gr, calls.trained))
+        told = _told(gr, work)
+        _connect_photos(told, calls, inputs, preview, examples)
+        segment = told(_segment(gr, calls, work))
+        start.click(
+            segment,
+            list(inputs),
+            list(_results(gr, calls.trained)),
+            api_name="segment",
+            concurrency_limit=1,  # one computes at a time, the others wait in a queue
+        )
     return page
 
 
@@ -99,7 +108,7 @@ def _results(gr: Any, trained: bool) -> Results:
             probabilities = _grid(gr, "probabilities")
         with gr.Tab("Inside"):
             gr.Markdown(INSIDE if trained else NOT_INSIDE)
-            inside = _grid(gr, "inside", least=200)
+            inside = _grid(gr, "inside", least=150)
         with gr.Tab("Marked"):
             marked = _grid(gr, "marked")
     return Results(column, download, masks, probabilities, inside, marked)
@@ -119,30 +128,29 @@ def _connect_photos(told, calls: Calls, inputs: Inputs, preview, examples) -> No
         button.click(show, None, [files, board, queries, preview, label], **inner)
 
 
-def _connect_start(gr: Any, calls: Calls, inputs: Inputs, start, results: Results):
-    progress = gr.Progress()  # Gradio finds it as a default value
+def _segment(gr: Any, calls: Calls, work: Work) -> Callable[..., Any]:
+    """Return `calls.segment` with a bar that tells how far it is."""
+    bar = gr.Progress()  # Gradio finds it as a default value
 
-    def segment(files, text, queries, label, refine, progress=progress):
-        bar = functools.partial(progress.tqdm, desc="segmenting", unit="photos")
-        found = calls.segment(files, text, queries, label, refine, bar)
+    def segment(files, text, queries, label, refine, progress=bar):
+        def told(steps):
+            photos = progress.tqdm(steps, desc="segmenting", unit="photos")
+            return work.while_open(photos)
+
+        found = calls.segment(files, text, queries, label, refine, told)
         return gr.Column(visible=True), *found
 
-    start.click(
-        _told(gr)(segment),
-        list(inputs),
-        list(results),
-        api_name="segment",
-        concurrency_limit=1,  # one computes at a time, the others wait in a queue
-    )
+    return segment
 
 
-def _told(gr: Any) -> Callable[[Callable], Callable]:
+def _told(gr: Any, work: Work) -> Callable[[Callable], Callable]:
     """Return a decorator that lets the page tell an `InputError` in its one line."""
 
     def decorate(function):
         def told(*given):
             try:
-                return function(*given)
+                with work.call():
+                    return function(*given)
             except InputError as error:
                 message = html.escape(str(error))  # a file's name may hold tags
                 raise gr.Error(message, print_exception=False) from None

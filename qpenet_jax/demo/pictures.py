@@ -42,6 +42,13 @@ def data_url(pixels: UInt8[np.ndarray, "h w c"], kind: str = "jpeg") -> str:
     return f"data:image/{kind};base64,{text}"
 
 
+def sections(groups: Iterable[tuple[str, Iterable[Picture]]]) -> str:
+    """Return groups of pictures as `grid` does, each below its title."""
+    return "".join(
+        f"<h3>{html.escape(title)}</h3>{grid(pictures)}" for title, pictures in groups
+    )
+
+
 def grid(pictures: Iterable[Picture]) -> str:
     """Return pictures and their captions as HTML; names of files do no harm there."""
     figures = (

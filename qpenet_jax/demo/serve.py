@@ -15,6 +15,7 @@ from typing import Any
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.demo.calls import Calls
 from qpenet_jax.demo.page import build
+from qpenet_jax.demo.work import Work
 from qpenet_jax.segmenter import Segmenter
 
 ADDRESS = "127.0.0.1"
@@ -57,7 +58,8 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="qpenet_demo_") as folder:
         os.environ.update(QUIET, GRADIO_TEMP_DIR=folder)  # read by the import
         gradio: Any = importlib.import_module("gradio")
-        page = build(gradio, Calls(segmenter, about, Path(folder)))
+        work = Work()
+        page = build(gradio, Calls(segmenter, about, Path(folder)), work)
         try:
             page.launch(
                 server_name=ADDRESS,
@@ -82,4 +84,5 @@ def serve(
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the page is closed") from None
         finally:
+            work.close()
             page.close(verbose=False)
