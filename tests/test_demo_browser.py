@@ -181,9 +181,10 @@ def test_click_erase_undo_clear(tab, tmp_path):
     tab.get_by_label("Erase").check()
     tab.mouse.click(*place(tab, 50, 60))
     assert tab.evaluate(share) < found
-    tab.get_by_role("button", name="Undo").click()
+    board = tab.locator("#board")
+    board.get_by_role("button", name="Undo").click()
     assert tab.evaluate(share) == found
-    tab.get_by_role("button", name="Clear").click()
+    board.get_by_role("button", name="Clear").click()
     assert tab.evaluate(share) == 0
     tab.get_by_label("Brush").check()
     tab.mouse.click(*place(tab, 50, 60))
