@@ -78,7 +78,14 @@ def test_a_zip_holds_what_predict_writes(calls, ring, tmp_path, monkeypatch):
     monkeypatch.setattr("qpenet_jax.__version__", "1")
     monkeypatch.chdir(folder)
     words = ["predict", "--support", f"{files[0]}:{tmp_path / 'mask.png'}", "--query"]
-    words += ["a.jpg", "b.jpg", "--out", ".", "--format", "png,coco,labelme"]
+    words += [
+        "a.jpg",
+        "b.jpg",
+        "--out",
+        ".",
+        "--format",
+        "png,coco,coco_polygons,labelme",
+    ]
     main([*words, "--probability", "--backbone", "efficientnet_lite0"])
     written = {path.name: path.read_bytes() for path in folder.iterdir()}
     del written["a.jpg"], written["b.jpg"]
@@ -87,7 +94,7 @@ def test_a_zip_holds_what_predict_writes(calls, ring, tmp_path, monkeypatch):
         b'"backbone": "x"', b'"backbone": "efficientnet_lite0"'
     )
     assert found == written
-    assert len(found) == 2 * 4 + 2
+    assert len(found) == 2 * 4 + 3
     with Image.open(io.BytesIO(found["a.png"])) as mask:
         assert ((np.array(mask) == 255) == (scene()[1] == 1)).mean() > 0.95
     assert json.loads(found["a.json"])["imagePath"] == "a.jpg"

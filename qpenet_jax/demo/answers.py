@@ -27,7 +27,7 @@ MOST_QUERIES = 50
 
 LONGEST_LABEL = 60
 
-FORMATS = ("png", "coco", "labelme")
+FORMATS = ("png", "coco", "coco_polygons", "labelme")
 
 SHOWN = 1024
 """The longest side of a picture on the page; the zip holds masks of the full size."""
@@ -63,10 +63,10 @@ def answer(
 ) -> Answer:
     """Segment files and write all results into the zip `archive`.
 
-    It holds what `qpenet predict --format png,coco,labelme --probability` writes, for
-    photos that lie beside the results. `about` stands in its summary; `label` is what
-    the object is called in files; `look` at the intermediates needs a trained network;
-    `bar` may tell how far it is. One query at a time is in memory.
+    It holds what `qpenet predict --probability` writes in `FORMATS`, for photos that
+    lie beside the results. `about` stands in its summary; `label` is what the object is
+    called in files; `look` at the intermediates needs a trained network; `bar` may tell
+    how far it is. One query at a time is in memory.
 
     Raises:
         InputError: no file or too many, a broken one, or a label for no file.

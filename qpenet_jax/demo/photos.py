@@ -33,7 +33,7 @@ def result_names(files: Sequence[Path]) -> list[Path]:
     Telephones call all photos alike; a number is put behind the name then. No result
     is called as the files about all photos.
     """
-    taken = {about.stem for about in (SUMMARY, COCO)}
+    taken = {about.stem for about in (SUMMARY, *COCO.values())}
     names = []
     for file in files:
         name, number = file.stem, 1
