@@ -283,10 +283,11 @@ def test_other_files_of_the_machine_are_out_of_reach(address, tmp_path):
         assert end == "error", data
 
 
-def test_nothing_is_left_after_ctrl_c(tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_at_the_end(tmp_path, stop):
     with served(free_port(), tmp_path) as process:
         assert list(tmp_path.glob("qpenet_demo_*"))
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip() == "the page is closed"

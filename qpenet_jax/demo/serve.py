@@ -6,6 +6,7 @@ Gradio is imported when it is needed: without it everything else here works.
 import importlib
 import importlib.util
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Mapping
@@ -47,14 +48,16 @@ def serve(
     port: int,
     open_browser: bool = False,
 ) -> None:
-    """Show the page until Ctrl-C, which is raised; then take away all that it stored.
+    """Show the page until Ctrl-C or SIGTERM; then take away all that it stored.
 
     `about` is what summaries tell of the segmenter.
 
     Raises:
+        KeyboardInterrupt: at the end, always.
         InputError: the port is in use, or Gradio isn't installed.
     """
     check_gradio()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with tempfile.TemporaryDirectory(prefix="qpenet_demo_") as folder:
         os.environ.update(QUIET, GRADIO_TEMP_DIR=folder)  # read by the import
         gradio: Any = importlib.import_module("gradio")
