@@ -14,7 +14,7 @@ from test_cli import refused
 from test_segmenter import SIDE, picture
 
 from qpenet_jax import InputError, Segmenter
-from qpenet_jax.cli import predict
+from qpenet_jax.cli import options, predict
 from qpenet_jax.cli.main import main
 from qpenet_jax.data.prepare.instances import draw
 from qpenet_jax.evaluation.predictor import Predictor
@@ -450,4 +450,4 @@ def test_a_folders_videos_are_left_out_and_told(network, photos, tmp_path, capsy
 
 def test_the_choices_are_written_out_as_they_are():
     assert predict.FORMATS == results.FORMATS
-    assert predict.METHODS == METHODS
+    assert options.METHODS == METHODS

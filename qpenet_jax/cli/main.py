@@ -14,6 +14,7 @@ from qpenet_jax.cli import (
     benchmark,
     compare,
     convert,
+    demo,
     describe,
     episodes,
     evaluate,
@@ -40,6 +41,7 @@ COMMANDS = (
     benchmark,
     figures,
     predict,
+    demo,
     publish,
     export,
 )

@@ -8,10 +8,13 @@ with what they name.
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path
+
+if TYPE_CHECKING:
+    from qpenet_jax.segmenter import Segmenter
 
 BACKBONES = (
     "resnet50",
@@ -25,6 +28,7 @@ SCORINGS = ("original", "input", "exact")
 ORDERS = ("shuffled", "list", "pairs", "classes")
 TARGETS = ("large", "any")
 RESIZES = ("pad", "squash")
+METHODS = ("qpenet", "prototype")
 EXPORTED = ("stablehlo", "onnx")
 STORED = ("float32", "float16", "bfloat16")
 
@@ -60,6 +64,61 @@ def add_new_folder(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder to write; it must be empty or new",
     )
+
+
+def add_segmenter(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of what segments: a run's network, or one that needs no run."""
+    group = parser.add_argument_group("what segments")
+    group.add_argument(
+        "--workdir", type=path, metavar="FOLDER", help=f"{WORKDIR}; default: none"
+    )
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        help="qpenet, the trained network of a run, the default with --workdir; or "
+        "prototype, the default without, which needs no training: a pixel is of the "
+        "object if its feature is closer to the mean of the marked pixels than to the "
+        "mean of the others",
+    )
+    group.add_argument(
+        "--backbone",
+        choices=BACKBONES,
+        metavar="NAME",
+        help="without --workdir, the network that the "
+        f"features are of: {', '.join(BACKBONES)} (the last is the default)",
+    )
+    group.add_argument(
+        "--weights",
+        type=path,
+        metavar="FILE",
+        help="the weights of --backbone, as `qpenet convert` writes them; "
+        "efficientnet_lite0 has its own",
+    )
+
+
+def load_segmenter(args: argparse.Namespace) -> "Segmenter":
+    """Return what `add_segmenter`'s options choose; raises InputError as `load`."""
+    from qpenet_jax.segmenter import load
+
+    return load(
+        args.workdir,
+        args.overrides,
+        method=args.method,
+        backbone=args.backbone,
+        weights=args.weights,
+    )
+
+
+def about_segmenter(args: argparse.Namespace) -> dict[str, str | None]:
+    """Return what a summary of results tells of how they were made."""
+    from qpenet_jax import __version__
+    from qpenet_jax.segmenter import DEFAULT_BACKBONE
+
+    method = args.method or ("qpenet" if args.workdir else "prototype")
+    about = {"version": __version__, "method": method, "run": args.workdir}
+    if args.workdir is None:
+        about["backbone"] = args.backbone or DEFAULT_BACKBONE
+    return about
 
 
 def numbers(text: str) -> tuple[int, ...]:

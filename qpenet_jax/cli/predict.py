@@ -3,11 +3,17 @@
 import argparse
 from pathlib import Path
 
-from qpenet_jax.cli.options import BACKBONES, WORKDIR, add_overrides, names, path
+from qpenet_jax.cli.options import (
+    about_segmenter,
+    add_overrides,
+    add_segmenter,
+    load_segmenter,
+    names,
+    path,
+)
 from qpenet_jax.core.errors import InputError, check_choice
 
 FORMATS = ("png", "voc", "coco", "coco_polygons", "labelme")
-METHODS = ("qpenet", "prototype")
 
 
 def add_parser(commands) -> None:
@@ -20,40 +26,11 @@ def add_parser(commands) -> None:
         "a score for each mask.",
     )
     parser.set_defaults(run=run)
-    _add_network(parser)
+    add_segmenter(parser)
     _add_examples(parser)
     _add_images(parser)
     _add_results(parser)
     add_overrides(parser)
-
-
-def _add_network(parser) -> None:
-    group = parser.add_argument_group("what segments")
-    group.add_argument(
-        "--workdir", type=path, metavar="FOLDER", help=f"{WORKDIR}; default: none"
-    )
-    group.add_argument(
-        "--method",
-        choices=METHODS,
-        help="qpenet, the trained network of a run, the default with --workdir; or "
-        "prototype, the default without, which needs no training: a pixel is of the "
-        "object if its feature is closer to the mean of the marked pixels than to the "
-        "mean of the others",
-    )
-    group.add_argument(
-        "--backbone",
-        choices=BACKBONES,
-        metavar="NAME",
-        help="without --workdir, the network that the "
-        f"features are of: {', '.join(BACKBONES)} (the last is the default)",
-    )
-    group.add_argument(
-        "--weights",
-        type=path,
-        metavar="FILE",
-        help="the weights of --backbone, as `qpenet convert` writes them; "
-        "efficientnet_lite0 has its own",
-    )
 
 
 def _add_examples(parser) -> None:
@@ -146,23 +123,18 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.masks.marks import parse_support, read_supports
     from qpenet_jax.masks.queries import find_queries
     from qpenet_jax.masks.results import Results
-    from qpenet_jax.segmenter import load
 
     for name in args.format:
         check_choice("--format ", name, FORMATS)
     tiles = Tiles(args.tiles, args.tile_overlap) if args.tiles is not None else None
-    segment = load(
-        args.workdir,
-        args.overrides,
-        method=args.method,
-        backbone=args.backbone,
-        weights=args.weights,
-    )
+    segment = load_segmenter(args)
     supports = [parse_support(text) for text in args.support]
     examples = read_supports(supports)
     queries = find_queries(args.query, args.recursive)
     out, kept = Path(args.out), {"probabilities": args.probability}
-    results = Results(out, tuple(examples), args.format, **kept, about=_about(args))
+    results = Results(
+        out, tuple(examples), args.format, **kept, about=about_segmenter(args)
+    )
     files = [file for support in supports for file in support.files]
     files += [query.path for query in queries]
     results.refuse_clashes(queries, [*files, *_query_folders(out, args)])
@@ -174,18 +146,6 @@ def run(args: argparse.Namespace) -> None:
     with tqdm(queries, desc="segmenting", unit="image") as bar:
         count = segment_files(find, bar, results)
     print(f"{count} mask(s) and overlay(s) in {out}")
-
-
-def _about(args: argparse.Namespace) -> dict[str, str | None]:
-    """Return what the summary tells of how it was made."""
-    from qpenet_jax import __version__
-    from qpenet_jax.segmenter import DEFAULT_BACKBONE
-
-    method = args.method or ("qpenet" if args.workdir else "prototype")
-    about = {"version": __version__, "method": method, "run": args.workdir}
-    if args.workdir is None:
-        about["backbone"] = args.backbone or DEFAULT_BACKBONE
-    return about
 
 
 def _query_folders(out: Path, args: argparse.Namespace) -> list[Path]:

@@ -3,7 +3,7 @@
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,15 @@ class Results:
         formats: Sequence[str] = ("png",),
         *,
         probabilities: bool = False,
-        about: dict[str, Any] | None = None,
+        about: Mapping[str, Any] | None = None,
+        photos: Path | None = None,
     ):
-        """`about` stands in the summary: the version, the run and the like."""
+        """`about` stands in the summary: the version, the run and the like.
+
+        `photos` is where queries of a relative path are; default: the working folder.
+        """
         self.out, self.classes, self.formats = out, tuple(classes), tuple(formats)
-        self.probabilities = probabilities
+        self.probabilities, self._photos = probabilities, photos or Path()
         self._images: list[dict[str, Any]] = []
         listed = [
             {"index": i, "name": name, "colour": list(voc_colour(i))}
@@ -159,7 +163,9 @@ class Results:
             case ["frame"]:
                 return _jpeg(frame.pixels, quality=95)  # others may train on it
             case ["labelme"]:
-                photo = path.with_suffix(".jpg") if query.is_video else query.path
+                photo = self._photos / query.path
+                if query.is_video:
+                    photo = path.with_suffix(".jpg")
                 content = labelme_file(path, photo, found, self.classes)
                 return json.dumps(content, indent=1)
         number = int(what.split()[1])

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import PIL.Image
 from jaxtyping import Array, Float, PyTree, UInt8
@@ -78,6 +79,15 @@ class Task:
         """Return how far the foreground leads at every pixel of an encoded query."""
         lead = np.asarray(self.predict.decode(self.supports, self.masks, view.encoded))
         return unpad(lead[0], view.height, view.width)
+
+    def look(self, query: Image) -> dict[str, Any]:
+        """Return a trained network's named intermediates for a query, as arrays.
+
+        They are those of `QPENet.__call__` without the batch axis. Raises as a call.
+        """
+        encoded = self.view(query).encoded
+        _, out = self.predict.decode(self.supports, self.masks, encoded, named=True)
+        return jax.tree.map(lambda x: np.asarray(x[0]), out)
 
 
 MOST_CLASSES = 254

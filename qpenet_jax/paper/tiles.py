@@ -63,7 +63,7 @@ def evolution_tiles(
     """
     pre = _lead_at_size(out["y_pre"], scene.truth, resize) > 0
     heats = (
-        _heat_tile(scene.query, _at_size(out[name], scene.truth, resize), colour)
+        heat_tile(scene.query, _at_size(out[name], scene.truth, resize), colour)
         if name in out
         else tile(np.full((TILE, TILE, 3), 255, np.uint8), "not in this variant")
         for name, colour in (("A_main", MAIN), ("A_aux", AUX))
@@ -130,16 +130,21 @@ def _lead_at_size(logits, like: Mask, resize: Resize) -> Float[np.ndarray, "h w"
 
 def _at_size(values, like: Mask, resize: Resize) -> Float[np.ndarray, "h w"]:
     """Bring a map on the feature grid to an image, by way of the network's input."""
+    height, width = like.shape
+    return unpad(at_input_size(values), height, width, resize)
+
+
+def at_input_size(values: Float[np.ndarray, "h h"]) -> Float[np.ndarray, "s s"]:
+    """Stretch a map on the feature grid to the size of the network's input."""
     size = FEATURE_STRIDE * (values.shape[0] - 1) + 1
     stretch = interpolation_matrix(values.shape[0], size)
-    height, width = like.shape
-    return unpad(stretch @ values @ stretch.T, height, width, resize)
+    return stretch @ values @ stretch.T
 
 
 # Heat maps.
 
 
-def _heat_tile(
+def heat_tile(
     image: RGB, values: Float[np.ndarray, "h w"], colour: Colour
 ) -> Image.Image:
     """Return a map over the darkened query, from its lowest to its highest value."""
@@ -147,12 +152,12 @@ def _heat_tile(
     if high - low < FLAT:
         dark = (DARK * image).astype(np.uint8)
         return tile(dark, f"{low:.2f}: empty region")
-    square = tile(_heat((values - low) / (high - low), DARK * image, colour))
+    square = tile(heat((values - low) / (high - low), DARK * image, colour))
     _draw_bar(square, colour, f"{low:.2f}", f"{high:.2f}")
     return square
 
 
-def _heat(strength: np.ndarray, below: np.ndarray, colour: Colour) -> RGB:
+def heat(strength: Float[np.ndarray, "h w"], below: np.ndarray, colour: Colour) -> RGB:
     """Lay the colours of a strength in 0..1 over a picture in 0..255."""
     colours = _colour_map(colour)(strength)
     alpha = colours[..., 3:]
@@ -179,5 +184,5 @@ def _draw_bar(square: Image.Image, colour: Colour, low: str, high: str) -> None:
     draw.text((6, 5), low, PAPER, font=font)
     draw.text((start + BAR + 6, 5), high, PAPER, font=font)
     strength = np.tile(np.linspace(0, 1, BAR), (12, 1))
-    bar = _heat(strength, np.zeros(3), colour)
+    bar = heat(strength, np.zeros(3), colour)
     square.paste(Image.fromarray(bar), (start, 7))

@@ -1,0 +1,48 @@
+"""`qpenet demo`."""
+
+import argparse
+
+from qpenet_jax.cli.options import (
+    about_segmenter,
+    add_overrides,
+    add_segmenter,
+    load_segmenter,
+)
+
+
+def add_parser(commands) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "demo",
+        help="a page to mark and segment photos in the browser",
+        description="Show a page on this machine (127.0.0.1) on which photos are "
+        "marked with a brush or a click, and others are segmented. Needs `pip install "
+        "'qpenet-jax[demo]'`.",
+    )
+    parser.set_defaults(run=run)
+    add_segmenter(parser)
+    group = parser.add_argument_group("page")
+    group.add_argument(
+        "--port", type=port, default=7860, metavar="N", help="default: 7860"
+    )
+    group.add_argument(
+        "--open", action="store_true", help="open the page in the browser"
+    )
+    add_overrides(parser)
+
+
+def port(text: str) -> int:
+    """Return a port's number."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number from 1 to 65535")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Show the page until Ctrl-C."""
+    from qpenet_jax.demo.serve import check_gradio, serve
+
+    check_gradio()  # before a network is loaded in vain
+    segmenter = load_segmenter(args)
+    about = about_segmenter(args)
+    serve(segmenter, about, port=args.port, open_browser=args.open)

@@ -1,0 +1,142 @@
+"""From marked photos and queries to pictures for the page and a zip of all results."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.demo.inside import inside_pictures
+from qpenet_jax.demo.marks import Support
+from qpenet_jax.demo.photos import read_photo, result_names
+from qpenet_jax.demo.pictures import RGB, Picture, shrunk
+from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, overlay
+from qpenet_jax.masks.colours import class_overlay
+from qpenet_jax.masks.leads import Found
+from qpenet_jax.masks.marks import UNNAMED
+from qpenet_jax.masks.queries import Frame, Query
+from qpenet_jax.masks.results import Results
+from qpenet_jax.paper.tiles import DARK, heat
+from qpenet_jax.segmenter import Segmenter
+
+MOST_QUERIES = 50
+
+LONGEST_LABEL = 60
+
+FORMATS = ("png", "coco", "coco_polygons", "labelme")
+
+SHOWN = 1024
+"""The longest side of a picture on the page; the zip holds masks of the full size."""
+
+LOOKED_INTO = 3
+"""Queries whose intermediates are shown."""
+
+
+class Answer(NamedTuple):
+    """What the page shows: for each query its mask and how probable it is.
+
+    `marked` are the supports as they were taken, `inside` are the first queries' names
+    and what `inside_pictures` returns for them.
+    """
+
+    marked: list[Picture]
+    masks: list[Picture]
+    probabilities: list[Picture]
+    inside: list[tuple[str, list[Picture]]]
+
+
+def answer(
+    segmenter: Segmenter,
+    supports: Sequence[Support],
+    files: Sequence[Path],
+    archive: Path,
+    *,
+    about: Mapping[str, Any],
+    label: str = "",
+    refine: bool = False,
+    look: bool = False,
+    bar: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Answer:
+    """Segment files and write all results into the zip `archive`.
+
+    It holds what `qpenet predict --probability` writes in `FORMATS`, for photos that
+    lie beside the results. `about` stands in its summary; `label` is what the object is
+    called in files; `look` at the intermediates needs a trained network; `bar` may tell
+    how far it is. One query at a time is in memory.
+
+    Raises:
+        InputError: no file or too many, a broken one, or a label for no file.
+    """
+    if not 1 <= len(files) <= MOST_QUERIES:
+        raise InputError(
+            f"{len(files) or 'no'} photos to segment: add 1 to {MOST_QUERIES}; for "
+            "more, qpenet predict takes folders"
+        )
+    name = checked_label(label)
+    tasks = segmenter.learn_classes(
+        {name: ([s.pixels for s in supports], [s.mask for s in supports])}
+    )
+    shown = Answer([_marked(support) for support in supports], [], [], [])
+    names = result_names(files)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        results = Results(
+            out, (name,), FORMATS, probabilities=True, about=dict(about), photos=out
+        )
+        for i in bar(range(len(files))):
+            pixels = read_photo(files[i])
+            found = tasks.find(pixels, refine=refine, probabilities=True)
+            photo = names[i].with_name(f"{names[i]}{files[i].suffix}")
+            results.add(Query(photo, names[i], photo), Frame(pixels, names[i]), found)
+            _show(shown, photo.name, pixels, found)
+            if look and i < LOOKED_INTO:
+                seen = tasks.tasks[name].look(pixels)
+                drawn = inside_pictures(pixels, supports, seen, segmenter.side)
+                shown.inside.append((photo.name, drawn))
+        results.finish()
+        shutil.make_archive(str(archive.with_suffix("")), "zip", out)
+    return shown
+
+
+def checked_label(label: str) -> str:
+    """Return what the object is called in files.
+
+    Raises:
+        InputError: signs that can't be printed, or too many.
+    """
+    name = label.strip() or UNNAMED
+    if len(name) > LONGEST_LABEL or not name.isprintable():
+        raise InputError(
+            f"a name of {len(name)} signs: give up to {LONGEST_LABEL} on one line"
+        )
+    return name
+
+
+def _marked(support: Support) -> Picture:
+    picture = shrunk(overlay(support.pixels, support.mask, SUPPORT), SHOWN)
+    return Picture(picture, f"{support.name}: {_percent(support.mask == 1)}")
+
+
+def _show(shown: Answer, name: str, pixels: RGB, found: Found) -> None:
+    """Add what was found in a query."""
+    (score,), (probable,) = found.scores, found.probabilities
+    share = _percent(found.index == 1)
+    told = "nothing found" if score is None else f"{share}, score {score:.2f}"
+    picture = shrunk(class_overlay(pixels, found.index, 1), SHOWN)
+    shown.masks.append(Picture(picture, f"{name}: {told}"))
+    below = shrunk(pixels, SHOWN)
+    size = below.shape[1], below.shape[0]
+    small = cv2.resize(probable, size, interpolation=cv2.INTER_AREA)
+    highest = f"{name}: at most {100 * float(probable.max()):.0f} %"
+    shown.probabilities.append(Picture(heat(small, DARK * below, PREDICTION), highest))
+
+
+def _percent(where) -> str:
+    share = 100 * float(np.mean(where))
+    return (
+        f"{share:.0f} % of the photo" if share >= 1 else f"{share:.1f} % of the photo"
+    )

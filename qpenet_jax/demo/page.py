@@ -1,0 +1,205 @@
+"""The page of `qpenet demo`: Gradio's components, and which calls they make."""
+
+import functools
+import html
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.images import IMAGE_SUFFIXES
+from qpenet_jax.demo.answers import LONGEST_LABEL, LOOKED_INTO
+from qpenet_jax.demo.calls import Calls
+from qpenet_jax.demo.drawn import CHOSEN
+from qpenet_jax.demo.marks import MOST_SUPPORTS
+from qpenet_jax.demo.work import Work
+
+LOOKED, KEPT = 600, 6 * 3600
+"""Seconds between two searches for old photos and results, and how old those are."""
+
+PROBABILITIES = (
+    "How sure it is of each place: dark is 0, orange 3/4, white 1. From 1/2 on a place "
+    "belongs to the mask. It is the method's own estimate and isn't calibrated."
+)
+
+INSIDE = (
+    "What the parts of QPENet made of the photos, as `qpenet figures` draws it; of the "
+    f"first {LOOKED_INTO} photos that were segmented."
+)
+
+NOT_INSIDE = (
+    "Nothing to see: the training-free method has no such parts. Start `qpenet demo "
+    "--workdir RUN` with a trained run to see what PPG, DPE and GBC find."
+)
+
+
+class Inputs(NamedTuple):
+    """What a visitor sets."""
+
+    files: Any
+    board: Any
+    queries: Any
+    label: Any
+    refine: Any
+
+
+class Results(NamedTuple):
+    """What a visitor gets; the first holds all others."""
+
+    column: Any
+    download: Any
+    masks: Any
+    probabilities: Any
+    inside: Any
+    marked: Any
+
+
+def build(gr: Any, calls: Calls, work: Work) -> Any:
+    """Return the page, a `Blocks` of `gr`, which is Gradio; `work` counts its calls."""
+    with gr.Blocks(
+        title="qpenet demo", analytics_enabled=False, delete_cache=(LOOKED, KEPT)
+    ) as page:
+        gr.Markdown(introduction(calls.about))
+        with gr.Row():
+            examples = {
+                name: gr.Button(f"Example: {name}", size="sm", min_width=90)
+                for name in CHOSEN
+            }
+        with gr.Row():
+            with gr.Column(min_width=320):
+                gr.Markdown("## 1. Mark the object")
+                files = _files(gr, f"One to {MOST_SUPPORTS} photos that show it")
+                board = _board(gr)
+            with gr.Column(min_width=320):
+                gr.Markdown("## 2. Where to look for it")
+                queries = _files(gr, "Photos to segment")
+                preview = _grid(gr, "preview", least=110)
+                label = gr.Textbox(
+                    label="What it is called in the files",
+                    placeholder="object",
+                    max_length=LONGEST_LABEL,
+                )
+                refine = gr.Checkbox(label="Draw masks to the edges of the photo")
+                start = gr.Button("Segment", variant="primary")
+        inputs = Inputs(files, board, queries, label, refine)
+        told = _told(gr, work)
+        _connect_photos(told, calls, inputs, preview, examples)
+        segment = told(_segment(gr, calls, work))
+        start.click(
+            segment,
+            list(inputs),
+            list(_results(gr, calls.trained)),
+            api_name="segment",
+            concurrency_limit=1,  # one computes at a time, the others wait in a queue
+        )
+    return page
+
+
+def _results(gr: Any, trained: bool) -> Results:
+    with gr.Column(visible=False) as column:
+        gr.Markdown("## 3. What was found")
+        download = gr.DownloadButton(
+            "Download all as a zip: PNG, COCO, labelme, probabilities"
+        )
+        with gr.Tab("Masks"):
+            masks = _grid(gr, "masks")
+        with gr.Tab("Probability"):
+            gr.Markdown(PROBABILITIES)
+            probabilities = _grid(gr, "probabilities")
+        with gr.Tab("Inside"):
+            gr.Markdown(INSIDE if trained else NOT_INSIDE)
+            inside = _grid(gr, "inside", least=150)
+        with gr.Tab("Marked"):
+            marked = _grid(gr, "marked")
+    return Results(column, download, masks, probabilities, inside, marked)
+
+
+def _connect_photos(told, calls: Calls, inputs: Inputs, preview, examples) -> None:
+    """Let photos and strokes show, whenever one comes or goes."""
+    files, board, queries, label, _ = inputs
+    inner = {"api_visibility": "private"}
+    for event in (files.upload, files.delete, files.clear):
+        event(told(calls.show_marks), [files, board], board, **inner)
+    board.select(told(calls.find_object), [files, board], board, **inner)
+    for event in (queries.upload, queries.delete, queries.clear):
+        event(told(calls.show_queries), queries, preview, **inner)
+    for name, button in examples.items():
+        show = told(functools.partial(calls.show_example, name))
+        button.click(show, None, [files, board, queries, preview, label], **inner)
+
+
+def _segment(gr: Any, calls: Calls, work: Work) -> Callable[..., Any]:
+    """Return `calls.segment` with a bar that tells how far it is."""
+    bar = gr.Progress()  # Gradio finds it as a default value
+
+    def segment(files, text, queries, label, refine, progress=bar):
+        def told(steps):
+            photos = progress.tqdm(steps, desc="segmenting", unit="photos")
+            return work.while_open(photos)
+
+        found = calls.segment(files, text, queries, label, refine, told)
+        return gr.Column(visible=True), *found
+
+    return segment
+
+
+def _told(gr: Any, work: Work) -> Callable[[Callable], Callable]:
+    """Return a decorator that lets the page tell an `InputError` in its one line."""
+
+    def decorate(function):
+        def told(*given):
+            try:
+                with work.call():
+                    return function(*given)
+            except InputError as error:
+                message = html.escape(str(error))  # a file's name may hold tags
+                raise gr.Error(message, print_exception=False) from None
+
+        return functools.update_wrapper(told, function)
+
+    return decorate
+
+
+def introduction(about: Mapping[str, Any]) -> str:
+    """Return the page's first lines as Markdown: what it does, and by what."""
+    if about["method"] == "qpenet":
+        told = f"the trained network of `{about['run']}`"
+    else:
+        features = about.get("backbone") or f"the run {about['run']}"
+        told = f"features of `{features}` are compared, nothing is trained for it"
+    return (
+        "# Few-shot segmentation\nMark an object in one to five photos, and it is "
+        f"looked for in others. What segments: {told}. Photos stay on this machine."
+    )
+
+
+def _files(gr: Any, label: str) -> Any:
+    kinds = sorted(IMAGE_SUFFIXES)
+    return gr.File(label=label, file_count="multiple", file_types=kinds, height=130)
+
+
+def _board(gr: Any) -> Any:
+    """Return what photos are marked on; demo/marks.py tells what its value is."""
+    return gr.HTML(
+        "[]",
+        html_template=_read("brush.html"),
+        css_template=_read("brush.css"),
+        js_on_load=_read("brush.js"),
+        apply_default_css=False,
+        elem_id="board",
+    )
+
+
+def _grid(gr: Any, name: str, least: int = 280) -> Any:
+    """Return what shows pictures of `grid`, each at least so many pixels wide."""
+    enlarge = "event.target.closest('figure')?.classList.toggle('large')"
+    return gr.HTML(
+        css_template=f"--least: {least}px; {_read('grid.css')}",
+        js_on_load=f"element.addEventListener('click', event => {enlarge})",
+        apply_default_css=False,
+        elem_id=name,
+    )
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -1,0 +1,406 @@
+"""What the page of `qpenet demo` calls: no browser and no Gradio is needed here."""
+
+import base64
+import io
+import itertools
+import json
+import os
+import re
+import threading
+import zipfile
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import refused
+from test_results import Colours, scene
+
+from qpenet_jax import InputError
+from qpenet_jax.cli.main import main
+from qpenet_jax.data.images import read_image
+from qpenet_jax.demo import answers, drawn, marks, page, photos
+from qpenet_jax.demo.calls import Calls
+from qpenet_jax.demo.growing import grown
+from qpenet_jax.demo.inside import inside_pictures
+from qpenet_jax.demo.pictures import Picture, grid, shrunk
+from qpenet_jax.demo.work import Work
+from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT
+from qpenet_jax.paper.tiles import AUX, BACKGROUND, MAIN
+
+ABOUT = {"version": "1", "method": "prototype", "run": None, "backbone": "x"}
+
+
+@pytest.fixture
+def calls(tmp_path):
+    (tmp_path / "cache").mkdir()
+    return Calls(Colours().segmenter, ABOUT, tmp_path / "cache")
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return str(path)
+
+
+def red_marked(files):
+    """Return what the page sends if the red ring is painted over in every file."""
+    masks = {}
+    for file in files:
+        picture = shrunk(photos.read_photo(file), marks.CANVAS)
+        masks[str(file)] = (picture[..., 0] > 200) & (picture[..., 1] < 60)
+    return marks.canvases(files, masks)
+
+
+@pytest.fixture
+def ring(tmp_path):
+    """A photo with a red ring, and what the page sends with the ring marked."""
+    file = save(tmp_path / "given/ring.png", scene()[0])
+    return [file], red_marked([tmp_path / "given/ring.png"])
+
+
+def opened(archive):
+    with zipfile.ZipFile(archive) as content:
+        return {name: content.read(name) for name in content.namelist()}
+
+
+def test_a_zip_holds_what_predict_writes(calls, ring, tmp_path, monkeypatch):
+    """Byte for byte, as if the photos lay beside the masks."""
+    files, text = ring
+    folder = tmp_path / "photos"
+    for name, size in {"a.jpg": (90, 120), "b.jpg": (700, 500)}.items():
+        save(folder / name, scene(*size)[0])
+    queries = [str(folder / "a.jpg"), str(folder / "b.jpg")]
+    archive, *_ = calls.segment(files, text, queries, "", False)
+
+    save(tmp_path / "mask.png", 255 * (scene()[1] == 1).astype(np.uint8))
+    monkeypatch.setattr("qpenet_jax.segmenter.load", lambda *_, **__: calls.segmenter)
+    monkeypatch.setattr("qpenet_jax.__version__", "1")
+    monkeypatch.chdir(folder)
+    words = ["predict", "--support", f"{files[0]}:{tmp_path / 'mask.png'}", "--query"]
+    words += [
+        "a.jpg",
+        "b.jpg",
+        "--out",
+        ".",
+        "--format",
+        "png,coco,coco_polygons,labelme",
+    ]
+    main([*words, "--probability", "--backbone", "efficientnet_lite0"])
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    del written["a.jpg"], written["b.jpg"]
+    found = opened(archive)
+    found["predictions.json"] = found["predictions.json"].replace(
+        b'"backbone": "x"', b'"backbone": "efficientnet_lite0"'
+    )
+    assert found == written
+    assert len(found) == 2 * 4 + 3
+    with Image.open(io.BytesIO(found["a.png"])) as mask:
+        assert ((np.array(mask) == 255) == (scene()[1] == 1)).mean() > 0.95
+    assert json.loads(found["a.json"])["imagePath"] == "a.jpg"
+
+
+def test_all_that_is_shown(calls, ring, tmp_path):
+    files, text = ring
+    none = np.full((30, 40, 3), 128, np.uint8)
+    queries = [files[0], save(tmp_path / "none.png", none)]
+    archive, masks, probabilities, inside, marked = calls.segment(
+        files, text, queries, "a ring", True
+    )
+    share = round(100 * (scene()[1] == 1).mean())
+    assert re.search(rf"ring\.png: {share} % of the photo, score 0\.[5-9]", masks)
+    assert "none.png: nothing found" in masks
+    assert masks.count("<img") == probabilities.count("<img") == 2
+    assert marked.count("<img") == 1
+    assert inside == ""
+    summary = json.loads(opened(archive)["predictions.json"])
+    assert [c["name"] for c in summary["classes"]] == ["a ring"]
+    assert str(tmp_path) not in json.dumps(summary), "no path of the server"
+
+
+def stored(tmp_path):
+    """Yield one picture as telephones, scanners and programs store it."""
+    pixels = scene()[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "turned.png", np.rot90(pixels).copy(), exif=exif)
+    save(tmp_path / "alpha.png", np.dstack([pixels, np.full((90, 120), 99, np.uint8)]))
+    save(tmp_path / "grey.png", pixels[..., 0])
+    cv2.imwrite(str(tmp_path / "deep.png"), pixels[..., 0].astype(np.uint16) * 257)
+    save(tmp_path / "large.jpg", scene(900, 1200)[0])
+    yield from ("turned.png", "alpha.png", "grey.png", "deep.png", "large.jpg")
+
+
+def test_photos_of_any_kind_are_read_as_predict_reads_them(tmp_path):
+    for name in stored(tmp_path):
+        path = tmp_path / name
+        pixels = read_image(path)
+        np.testing.assert_array_equal(photos.read_photo(path), pixels)
+        (shown,) = json.loads(marks.canvases([path], {}))
+        height, width = pixels.shape[:2]
+        assert (shown["name"], shown["mask"]) == (name, "")
+        assert shown["width"] / shown["height"] == pytest.approx(width / height, 0.01)
+        assert max(shown["width"], shown["height"]) == min(max(height, width), 640)
+        mask = np.zeros((shown["height"], shown["width"]), bool)
+        mask[: shown["height"] // 2] = True
+        sent = marks.canvases([path], {str(path): mask})
+        (support,) = marks.supports_of([path], sent)
+        np.testing.assert_array_equal(support.pixels, pixels)
+        assert support.mask[: height // 2].all()
+        assert not support.mask[height // 2 + 2 :].any()
+
+
+def test_what_is_missing_is_one_line(calls, ring, tmp_path):
+    files, text = ring
+
+    def error(*given):
+        with pytest.raises(InputError) as caught:
+            calls.segment(*given, False)
+        message = str(caught.value)
+        assert str(tmp_path) not in message, "no path of the server"
+        return message
+
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff\xe0" + 99 * b"x")
+    assert "add one, and mark it" in error([], "[]", files, "")
+    assert "ring.png: nothing is marked" in error(files, "[]", files, "")
+    assert "no photos to segment: add 1 to 50" in error(files, text, None, "")
+    assert "51 photos to segment" in error(files, text, 51 * files, "")
+    assert "broken.jpg" in error(files, text, [str(broken)], "")
+    assert "a name of 99 signs" in error(files, text, files, 99 * "x")
+    assert "on one line" in error(files, text, files, "a\x07b")
+    assert "gone.png: no such file" in error(
+        files, text, [str(tmp_path / "gone.png")], ""
+    )
+    with pytest.raises(InputError, match="6 photos to mark: give 5"):
+        calls.show_marks(6 * files, "[]")
+    assert (
+        not list(tmp_path.rglob("masks.zip")) or not broken.with_suffix(".png").exists()
+    )
+
+
+def test_a_huge_photo_is_refused_by_its_header(tmp_path, monkeypatch):
+    path = tmp_path / "huge.png"
+    save(path, np.zeros((70, 80, 3), np.uint8))
+    monkeypatch.setattr(photos, "MOST_PIXELS", 70 * 80 - 1)
+    monkeypatch.setattr(photos, "read_image", None)
+    with pytest.raises(InputError, match=r"huge\.png has 80 x 70 pixels: scale it"):
+        photos.read_photo(path)
+
+
+def url(pixels):
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return marks.START + base64.b64encode(content.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "no JSON",
+        "7",
+        "[7]",
+        '[{"key": 1}]',
+        '[{"key": "a", "mask": "data:text/html,hello"}]',
+        '[{"key": "a", "mask": "file:///etc/passwd"}]',
+        json.dumps([{"key": "a", "mask": marks.START + "eA=="}]),
+        json.dumps([{"key": "a", "mask": url(np.zeros((641, 1, 4), np.uint8))}]),
+        "[" * 100_000,
+    ],
+)
+def test_what_no_page_sends_is_refused(sent):
+    with pytest.raises(InputError, match="the marks of this page"):
+        marks.read_marks(sent)
+
+
+@pytest.mark.parametrize(
+    "stroke",
+    [
+        {"points": [["a", "b"]], "width": 3},
+        {"points": [[1, 2, 3]], "width": 3},
+        {"points": [], "width": 3},
+        {"points": [[1, 2]], "width": None},
+        {"points": [[1e999, 2]], "width": 3},
+        {"points": 7, "width": 3},
+        7,
+    ],
+)
+def test_a_stroke_that_no_page_draws_is_refused(ring, stroke, calls):
+    files, text = ring
+    (sent,) = json.loads(text)
+    with pytest.raises(InputError, match="the marks of this page"):
+        calls.find_object(files, json.dumps([sent | {"stroke": stroke}]))
+
+
+def test_only_marked_files_are_read(calls, ring, tmp_path):
+    """A key is compared, never opened: the page may send any."""
+    secret = save(tmp_path / "secret.png", scene()[0])
+    (sent,) = json.loads(ring[1])
+    sent |= {"key": secret, "stroke": {"points": [[5, 5]], "width": 3}}
+    assert calls.find_object([], json.dumps([sent])) == "[]"
+    assert calls.show_marks([], json.dumps([sent])) == "[]"
+
+
+def test_a_stroke_goes_where_it_is_drawn():
+    dot = marks.stroke([[20, 10]], 6, (40, 60))
+    assert dot[10, 20]
+    assert 20 <= dot.sum() <= 60
+    line = marks.stroke([[5, 5], [50, 5], [900, 900]], 3, (40, 60))
+    assert line[5, 5:51].all()
+    assert line[39, 59], "what leaves the picture ends at its edge"
+    assert not line[30, :20].any()
+
+
+def test_a_click_marks_what_it_touches(calls, ring):
+    """The blue disc beside the ring; the ring stays marked."""
+    files, text = ring
+    (sent,) = json.loads(text)
+    sent["stroke"] = {"points": [[102, 45]], "width": 5}
+    marked = marks.read_marks(calls.find_object(files, json.dumps([sent])))[files[0]]
+    truth = scene()[1] > 0
+    assert (marked & truth).sum() / (marked | truth).sum() > 0.9
+    sent["stroke"] = None
+    same = marks.read_marks(calls.find_object(files, json.dumps([sent])))[files[0]]
+    np.testing.assert_array_equal(same, scene()[1] == 1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2), (700, 500)])
+def test_objects_are_found_in_photos_of_any_shape(size):
+    picture = scene(*size)[0]
+    nothing = np.zeros(size, bool)
+    assert not grown(picture, nothing).any()
+    assert grown(picture, ~nothing).all()
+    touched = nothing.copy()
+    touched[size[0] // 2, size[1] // 2] = True
+    found = grown(picture, touched)
+    assert found[touched].all()
+    np.testing.assert_array_equal(found, grown(picture, touched))
+
+
+def test_strokes_stay_with_their_photo(calls, ring, tmp_path):
+    files, text = ring
+    other = save(tmp_path / "other/ring.png", scene(60, 60)[0])
+    both = calls.show_marks([other, *files], text)
+    assert [bool(shown["mask"]) for shown in json.loads(both)] == [False, True]
+    (left,) = json.loads(calls.show_marks([other], both))
+    assert not left["mask"]
+
+
+def test_results_have_names_of_their_own(tmp_path):
+    given = ["a.jpg", "A.png", "a.png", "a_probability.jpg", "coco.jpg"]
+    given += ["predictions.png", "x_overlay.png", "x.jpg", "image.jpg", "image.jpg"]
+    names = [str(name) for name in photos.result_names([tmp_path / g for g in given])]
+    assert names[:3] == ["a", "A_2", "a_3"]
+    assert names[3:6] == ["a_probability_2", "coco_2", "predictions_2"]
+    assert names[-2:] == ["image", "image_2"]
+    ends = ("", "_probability", "_overlay")
+    written = [f"{name}{end}".casefold() for name in names for end in ends]
+    assert len(set(written)) == len(written)
+
+
+def test_names_of_files_do_no_harm_on_the_page():
+    shown = grid([Picture(np.zeros((2, 2, 3), np.uint8), '<script>"x"</script>.png')])
+    assert "<script" not in shown
+    assert "&lt;script&gt;" in shown
+
+
+LEFT, RIGHT = np.s_[:, :4], np.s_[:, 4:]
+
+
+def on_grid(where, side=9):
+    """Return logits that are foreground in a part of the grid."""
+    logits = np.zeros((side, side, 2), np.float32)
+    logits[..., 0] = 1
+    logits[(*where, 1)] = 3
+    return logits
+
+
+def test_inside_shows_what_the_parts_found(ring):
+    files, text = ring
+    (support,) = marks.supports_of([photos.Path(f) for f in files], text)
+    query = np.full((40, 40, 3), 128, np.uint8)
+    ramp = np.linspace(0, 1, 81, dtype=np.float32).reshape(9, 9)
+    out = {"y_pre": on_grid(LEFT), "A_main": ramp, "A_aux": ramp}
+    out |= {"y_bg_q": on_grid(RIGHT), "y_rev": on_grid(LEFT)[None]}
+    shown = inside_pictures(query, [support], out, 65)
+    parts = [picture.caption.split(".")[0] for picture in shown]
+    assert parts == ["PPG", "DPE", "DPE", "GBC", "DPE"]
+    pre, main, aux, background, regions = (picture.pixels for picture in shown)
+
+    def coloured(pixels, colour):
+        return abs(pixels.astype(int) - (64 + np.array(colour) // 2)).max(-1) < 12
+
+    assert coloured(pre, PREDICTION)[:, 10:80].mean() > 0.9
+    assert not coloured(pre, PREDICTION)[:, 120:].any()
+    assert coloured(background, BACKGROUND)[:, 130:210].mean() > 0.9
+    assert main.shape == aux.shape == (224, 224, 3)
+    assert coloured(regions, MAIN).any() or coloured(regions, AUX).any()
+    assert "ring.png" in shown[-1].caption
+    assert inside_pictures(query, [support], {"y_bg_q": out["y_bg_q"]}, 65)
+
+
+def test_a_network_is_looked_into(ring, tmp_path):
+    network = Colours()
+    decode = network.decode
+
+    def named(*given, named=False):
+        lead = decode(*given)
+        return (lead, {"y_bg_q": on_grid(LEFT)[None]}) if named else lead
+
+    segmenter = network.segmenter
+    segmenter = type(segmenter)(segmenter.predict._replace(decode=named), 65)
+    calls = Calls(segmenter, ABOUT | {"method": "qpenet", "run": "r"}, tmp_path)
+    files, text = ring
+    *_, inside, _ = calls.segment(files, text, 4 * files, "", False)
+    assert inside.count("GBC. What P_global") == answers.LOOKED_INTO
+    assert inside.startswith("<h3>ring.png</h3><figure>")
+
+
+def test_an_example_fills_everything_in(calls):
+    name = drawn.CHOSEN[0]
+    files, text, queries, preview, label = calls.show_example(name)
+    supports = marks.supports_of([photos.Path(f) for f in files], text)
+    assert (len(supports), len(queries)) == (drawn.SUPPORTS, drawn.QUERIES)
+    assert all((s.mask == 1).mean() >= drawn.LEAST for s in supports)
+    assert preview.count("<img") == drawn.QUERIES
+    assert label == name
+    assert all(os.path.dirname(f).startswith(str(calls.cache)) for f in files)
+
+
+def test_the_page_says_what_segments():
+    assert "features of `x` are compared" in page.introduction(ABOUT)
+    run = ABOUT | {"run": "runs/a"}
+    assert "the run runs/a" in page.introduction(run | {"backbone": None})
+    assert "network of `runs/a`" in page.introduction(run | {"method": "qpenet"})
+
+
+def test_the_brush_has_the_colour_of_supports():
+    assert f"rgb{SUPPORT}" in page._read("brush.js")
+
+
+def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'qpenet-jax[demo]'" in refused(capsys, "demo")
+    assert "from 1 to 65535" in refused(capsys, "demo", "--port", "0")
+
+
+def test_the_end_waits_for_calls_under_way():
+    work, begun, told = Work(), threading.Event(), []
+
+    def long_call():
+        with work.call():
+            begun.set()
+            try:
+                for _ in work.while_open(itertools.repeat(0)):
+                    pass
+            except InputError as error:
+                told.append(str(error))
+
+    thread = threading.Thread(target=long_call)
+    thread.start()
+    assert begun.wait(20)
+    work.close()
+    assert told == ["the page has been closed"]
+    thread.join(20)
+    with pytest.raises(InputError, match="closed"), work.call():
+        pass

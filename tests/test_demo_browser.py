@@ -1,0 +1,304 @@
+"""`qpenet demo` in a real headless Chromium: `.ci/browser`.
+
+Skipped where Gradio, Playwright or a Chromium of the system is missing; Playwright's
+own would be a download.
+"""
+
+import concurrent.futures
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qpenet_jax.demo.pictures import data_url
+
+pytest.importorskip("gradio", reason="no gradio: pip install -e .[demo]")
+httpx = pytest.importorskip("httpx")
+sync = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no chromium: apt-get install chromium"
+    ),
+    # Of Gradio's client and Playwright, which are not ours.
+    pytest.mark.filterwarnings("default"),
+]
+
+AT_ONCE = 50
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+@contextlib.contextmanager
+def served(port, folder):
+    """Start the demo; give the process once its page is there."""
+    words = [sys.executable, "-m", "qpenet_jax.cli", "demo", "--port", str(port)]
+    process = subprocess.Popen(
+        [*words, "--config.side=161"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(folder)},
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert f"http://127.0.0.1:{port}" in line, process.communicate()[1]
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    port = free_port()
+    with served(port, tmp_path_factory.mktemp("server")):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(chromium, address):
+    """A page that was opened; all it asks for comes from this machine."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    tab = context.new_page()
+    asked, errors = [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.on("dialog", lambda dialog: errors.append(dialog.message))
+    tab.goto(address)
+    tab.wait_for_selector("#board .tools")
+    yield tab
+    context.close()
+    elsewhere = (address, "data:", "blob:")
+    assert [url for url in asked if not url.startswith(elsewhere)] == []
+    assert errors == []
+
+
+def picture(folder, name, left, size=(160, 120)):
+    """Write a photo of a red square on grey."""
+    pixels = np.full((*size[::-1], 3), 128, np.uint8)
+    pixels += np.random.default_rng(0).integers(0, 30, pixels.shape, np.uint8)
+    pixels[30:90, left : left + 60] = (220, 20, 20)
+    Image.fromarray(pixels).save(folder / name)
+    return str(folder / name)
+
+
+def give(tab, number, *files):
+    tab.locator("input[type=file]").nth(number).set_input_files(files)
+
+
+def place(tab, x, y):
+    """Return where a pixel of the photo to mark is on the screen."""
+    canvas = tab.locator("#board canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    return box["x"] + box["width"] * x / 160, box["y"] + box["height"] * y / 120
+
+
+def segment(tab):
+    tab.get_by_role("button", name="Segment", exact=True).click()
+
+
+def downloaded(tab):
+    """Return the files of the zip."""
+    with tab.expect_download() as waiting:
+        tab.get_by_role("button", name="Download").click()
+    with zipfile.ZipFile(waiting.value.path()) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_brush_segment_download(tab, tmp_path):
+    give(tab, 0, picture(tmp_path, "marked.png", 20))
+    give(tab, 1, picture(tmp_path, "a.png", 60), picture(tmp_path, "b.jpg", 80))
+    tab.wait_for_selector("#board canvas")
+    tab.wait_for_function("document.querySelectorAll('#preview img').length == 2")
+    tab.locator("#board .breadth").fill("60")
+    for y in (42, 60, 78):
+        tab.mouse.move(*place(tab, 32, y))
+        tab.mouse.down()
+        tab.mouse.move(*place(tab, 68, y), steps=5)
+        tab.mouse.up()
+    segment(tab)
+    tab.wait_for_selector("#masks img", timeout=120_000)
+    assert "a.png" in tab.locator("#masks").inner_text()
+    files = downloaded(tab)
+    formats = {"a.png", "b.png", "a.json", "b.json", "coco.json", "predictions.json"}
+    assert formats <= set(files)
+    with Image.open(io.BytesIO(files["a.png"])) as image:
+        found = np.array(image) == 255
+    truth = np.zeros((120, 160), bool)
+    truth[30:90, 60:120] = True
+    assert (found & truth).sum() / (found | truth).sum() > 0.6
+    summary = json.loads(files["predictions.json"])
+    assert [image["file"] for image in summary["images"]] == ["a.png", "b.jpg"]
+    tab.get_by_role("tab", name="Inside").click()
+    tab.get_by_text("the training-free method has no such parts").wait_for()
+
+
+def test_click_erase_undo_clear(tab, tmp_path):
+    give(tab, 0, picture(tmp_path, "marked.png", 20))
+    tab.wait_for_selector("#board canvas")
+    share = """() => {
+        const canvas = document.querySelector('#board canvas');
+        const data = canvas.getContext('2d').getImageData(0, 0, 160, 120).data;
+        return data.filter((_, i) => i % 4 == 3 && data[i] > 127).length / 19200;
+    }"""
+    assert tab.evaluate(share) == 0
+    tab.get_by_label("Click the object").check()
+    tab.mouse.click(*place(tab, 50, 60))
+    tab.wait_for_function(f"({share})() > 0.15")
+    found = tab.evaluate(share)
+    assert found == pytest.approx(60 * 60 / 19200, abs=0.03)
+    tab.get_by_label("Erase").check()
+    tab.mouse.click(*place(tab, 50, 60))
+    assert tab.evaluate(share) < found
+    board = tab.locator("#board")
+    board.get_by_role("button", name="Undo").click()
+    assert tab.evaluate(share) == found
+    board.get_by_role("button", name="Clear").click()
+    assert tab.evaluate(share) == 0
+    tab.get_by_label("Brush").check()
+    tab.mouse.click(*place(tab, 50, 60))
+    assert 0 < tab.evaluate(share) < 0.02, "a dot"
+
+
+def test_an_example_takes_two_clicks(tab):
+    tab.get_by_role("button", name="Example: star").click()
+    tab.wait_for_function("document.querySelectorAll('#preview img').length == 4")
+    segment(tab)
+    tab.wait_for_selector("#masks img", timeout=120_000)
+    assert tab.locator("#masks img").count() == 4
+    assert any(b'"star"' in content for content in downloaded(tab).values())
+
+
+def told(tab):
+    """Return the error that the page shows, and take it away."""
+    toast = tab.locator(".toast-body")
+    toast.first.wait_for()
+    text = toast.first.inner_text()
+    tab.locator(".toast-close").first.click()
+    toast.first.wait_for(state="detached")
+    return text
+
+
+def test_mistakes_are_one_line_on_the_page(tab, tmp_path):
+    segment(tab)
+    assert "no photo shows the object yet" in told(tab)
+    attack = tmp_path / "<img src=x onerror=alert(1)>.png"
+    attack.write_bytes(b"no image")
+    give(tab, 1, str(attack))
+    message = told(tab)
+    assert "not an image; replace the file" in message
+    assert "Traceback" not in message
+    give(tab, 0, picture(tmp_path, "marked.png", 20))
+    tab.wait_for_selector("#board canvas")
+    segment(tab)
+    assert "marked.png: nothing is marked in this photo" in told(tab)
+
+
+def stored(client, file):
+    """Upload a file; return it as calls name it."""
+    with open(file, "rb") as content:
+        answer = client.post("/gradio_api/upload", files={"files": content})
+    return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
+
+
+def called(client, *data):
+    """Segment without a page; return how that ended and what came back."""
+    event = client.post("/gradio_api/call/segment", json={"data": data}).json()
+    stream = client.get(f"/gradio_api/call/segment/{event['event_id']}").text
+    return re.findall(r"^event: (\w+)\ndata: (.*)$", stream, re.MULTILINE)[-1]
+
+
+def marked(file, left):
+    mask = np.zeros((120, 160, 4), np.uint8)
+    mask[30:90, left : left + 60] = 255
+    return json.dumps([{"key": file["path"], "mask": data_url(mask, "png")}])
+
+
+def test_fifty_requests_at_once(address, tmp_path):
+    """No request fails, and each visitor gets masks of the own photo."""
+    ready = threading.Barrier(AT_ONCE)
+
+    def visit(number):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        photo = picture(folder, f"photo{number}.png", 2 * number)
+        with httpx.Client(base_url=address, timeout=300, trust_env=False) as client:
+            file = stored(client, photo)
+            ready.wait(60)
+            end, data = called(client, [file], marked(file, 2 * number), [file], "", 0)
+            assert end == "complete", data
+            archive = client.get(json.loads(data)[1]["url"]).content
+        with zipfile.ZipFile(io.BytesIO(archive)) as files:
+            mask = io.BytesIO(files.read(f"photo{number}.png"))
+        found = np.array(Image.open(mask)) == 255
+        truth = np.zeros((120, 160), bool)
+        truth[30:90, 2 * number : 2 * number + 60] = True
+        return (found & truth).sum() / (found | truth).sum()
+
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        shares = list(pool.map(visit, range(AT_ONCE)))
+    assert len(shares) == AT_ONCE
+    assert min(shares) > 0.6
+
+
+def test_other_files_of_the_machine_are_out_of_reach(address, tmp_path):
+    secret = picture(tmp_path, "secret.png", 20)
+    with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+        for path in (secret, "/etc/hostname", __file__):
+            answer = client.get(f"/gradio_api/file={path}")
+            assert answer.status_code in (403, 404), path
+        file = {"path": secret, "meta": {"_type": "gradio.FileData"}}
+        end, data = called(client, [file], marked(file, 20), [file], "", False)
+        assert end == "error", data
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_at_the_end(tmp_path, stop):
+    with served(free_port(), tmp_path) as process:
+        assert list(tmp_path.glob("qpenet_demo_*"))
+        process.send_signal(stop)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "the page is closed"
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_port_in_use_is_one_line(address, tmp_path):
+    port = address.rpartition(":")[2]
+    words = [sys.executable, "-m", "qpenet_jax.cli", "demo", "--port", port]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"error: port {port} is in use")
