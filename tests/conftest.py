@@ -14,6 +14,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 from PIL import Image
@@ -88,10 +89,33 @@ def no_file_above(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextlib.contextmanager
+def _without_fusion_emitters():
+    """Let XLA leave out what takes half of the time that little effort takes.
+
+    Newer versions don't know the flag, and end the process where it is in XLA_FLAGS.
+    """
+    if jax.__version_info__[:2] != (0, 10):
+        yield
+        return
+    name, options_of = "xla_cpu_use_fusion_emitters", compiler.get_compile_options
+
+    def options(*given, **named):
+        made = options_of(*given, **named)
+        made.env_option_overrides = [*(made.env_option_overrides or ()), (name, False)]
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", options)
+        flags = os.environ.get("XLA_FLAGS", "")
+        patch.setenv("XLA_FLAGS", f"{flags} --{name}=false")  # of other processes
+        yield
+
+
 @pytest.fixture(scope="module")
 def unoptimised_code():
     """Compile with little effort: where that takes far longer than what is run."""
-    with _settings(jax_disable_most_optimizations=True):
+    with _settings(jax_disable_most_optimizations=True), _without_fusion_emitters():
         yield
 
 

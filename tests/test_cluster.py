@@ -100,7 +100,8 @@ class Pair:
             if started is by_options:
                 options = [f"--coordinator=127.0.0.1:{port}", *options]
             environment |= {"JAX_COORDINATOR_PORT": str(port), "JAX_PLATFORMS": "cpu"}
-            flags = "--xla_force_host_platform_device_count=2"
+            flags = os.environ.get("XLA_FLAGS", "")
+            flags += " --xla_force_host_platform_device_count=2"
             run = [sys.executable, "-c", PROGRAM, *command, *options]
             with output.open("w") as file:
                 self.processes.append(

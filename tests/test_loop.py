@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import signal
+import sys
+import time
 import types
 from typing import Any
 
@@ -206,6 +208,41 @@ def test_a_signal_that_something_swallowed_is_told_in_the_end():
 
     with pytest.raises(Interrupted, match="when all was done"), StopSignal():
         work()
+
+
+class StopsWhenCleanedUp:
+    """Gets a signal where Python drops what is raised."""
+
+    def __init__(self, reached):
+        self.reached = reached
+
+    def __del__(self):
+        with contextlib.suppress(ZeroDivisionError):
+            stop()
+            self.reached.append("the rest of the destructor")
+
+
+def test_a_stop_that_python_drops_is_raised_again():
+    """Else other processes, which have heard of it, would wait for this one forever."""
+    hook, reached = sys.unraisablehook, []
+
+    def score():
+        lost = StopsWhenCleanedUp(reached)
+        del lost
+        reached.append("the next line")
+        time.sleep(30)
+        reached.append("the end")
+
+    def step():
+        with signals.postponed():
+            with contextlib.suppress(Interrupted), signals.at_once():
+                score()
+            reached.append("the save")
+
+    with pytest.raises(Interrupted, match="goes on"), StopSignal() as signals:
+        step()
+    assert reached == ["the next line", "the save"]
+    assert sys.unraisablehook == hook
 
 
 def test_the_signals_are_given_back():

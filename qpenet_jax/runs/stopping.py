@@ -3,12 +3,18 @@
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 from qpenet_jax.core import cluster
 from qpenet_jax.core.last_words import SPREAD
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+SOON = 0.05
+"""Seconds after which a lost stop is raised once more."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,12 +33,15 @@ class StopSignal:
         self.asked = False
         self._postponed = False
         self._before = {}
+        self._hook: Any = None
+        self._once_more: threading.Timer | None = None
 
     def __enter__(self) -> "StopSignal":
         """Catch the signals."""
         self._before = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
         if cluster.count() > 1:
             self._before[SPREAD] = signal.signal(SPREAD, self._on_others_signal)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -41,6 +50,10 @@ class StopSignal:
         Raises:
             Interrupted: one arrived that nothing has acted on, too late to stop work.
         """
+        if sys.unraisablehook == self._on_unraisable:  # nobody has another since
+            sys.unraisablehook = self._hook
+        if self._once_more:
+            self._once_more.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.asked and kind is None:
@@ -78,6 +91,25 @@ class StopSignal:
     def _on_others_signal(self, number: int, frame: object) -> None:
         again, self.asked = self.asked, True
         if not self._postponed and not again:
+            self._raise_if_asked()
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """Raise a stop again that came while Python was cleaning up, and so got lost.
+
+        Other processes have heard of it, and wait for this one to stop.
+        """
+        if not issubclass(unraisable.exc_type, Interrupted):
+            self._hook(unraisable)
+            return
+        signal.signal(signal.SIGTERM, self._on_lost_signal)
+        main = threading.main_thread().ident
+        sent = signal.pthread_kill, (main, signal.SIGTERM)
+        self._once_more = threading.Timer(SOON, *sent)
+        self._once_more.start()
+
+    def _on_lost_signal(self, number: int, frame: object) -> None:
+        signal.signal(number, signal.default_int_handler)
+        if not self._postponed:
             self._raise_if_asked()
 
     def _raise_if_asked(self) -> None:
