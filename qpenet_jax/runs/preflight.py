@@ -144,7 +144,8 @@ def _loading(timed: Sequence[Step]) -> Finding:
 def _memory(name: str, peak: int, limit: int) -> Finding:
     text = f"{name}: peak {peak / GIB:.1f} of {limit / GIB:.1f} GiB"
     if peak > 0.95 * limit:
-        return Finding("memory", False, f"{text}: raise config.accumulate")
+        remedy = "raise config.accumulate, or lower config.batch_size"
+        return Finding("memory", False, f"{text}: {remedy}")
     return Finding("memory", True, text)
 
 
