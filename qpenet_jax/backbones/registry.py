@@ -14,7 +14,11 @@ from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.resnet import Layer4, ResNet
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import Array
-from qpenet_jax.models.ops.devices import by_platform, on_each_device
+from qpenet_jax.models.ops.devices import (
+    by_platform,
+    on_each_device,
+    plain_formulations,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -101,11 +105,12 @@ def weight_shapes(net: Backbone, *, deep: bool) -> dict[str, PyTree]:
     Nothing is computed.
     """
     key, image = jax.random.key(0), jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-    made: Any = jax.eval_shape(net.module.init_with_output, key, image)
-    stages, params = made[0], dict(made[1]["params"])
-    if deep and net.deep is not None:
-        last = stages[net.stages[0]]
-        params[DEEP] = jax.eval_shape(net.deep.init, key, last)["params"]
+    with plain_formulations():  # shapes are the same, and a third of the time is saved
+        made: Any = jax.eval_shape(net.module.init_with_output, key, image)
+        stages, params = made[0], dict(made[1]["params"])
+        if deep and net.deep is not None:
+            last = stages[net.stages[0]]
+            params[DEEP] = jax.eval_shape(net.deep.init, key, last)["params"]
     return params
 
 
