@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qpenet_jax import load
-from qpenet_jax.benchmark import predict
+from qpenet_jax.benchmark import predict, processes
 from qpenet_jax.benchmark.settings import Settings
 from qpenet_jax.benchmark.tables import benchmark_report
 from qpenet_jax.cli.main import main
@@ -31,7 +31,7 @@ def in_this_process(monkeypatch):
         main(command[4:])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(predict.subprocess, "run", run)
+    monkeypatch.setattr(processes.subprocess, "run", run)
     monkeypatch.setattr(predict, "STARTS", 2)
     monkeypatch.setattr(predict, "MEGAPIXELS", (0.05, 0.1))
     return commands
@@ -75,7 +75,7 @@ def test_masks_are_those_of_predict(tmp_path):
 
 def test_a_process_that_fails_is_told(monkeypatch, tmp_path):
     failed = subprocess.CompletedProcess([], 2, stderr="error: no such run\n")
-    monkeypatch.setattr(predict.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(processes.subprocess, "run", lambda *_, **__: failed)
     monkeypatch.setattr(predict, "MEGAPIXELS", (0.05,))
     with pytest.raises(InputError, match="qpenet predict failed: error: no such run"):
         predict.prediction(SETTINGS)

@@ -3,9 +3,6 @@
 Photos are made up, of 1 to 12 megapixels, with an ellipse as the object.
 """
 
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,8 +15,8 @@ from tqdm import tqdm
 
 from qpenet_jax.benchmark.clocks import quartiles
 from qpenet_jax.benchmark.photos import QUALITY, made_up_photo
+from qpenet_jax.benchmark.processes import run_module
 from qpenet_jax.benchmark.settings import Settings
-from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.markdown import table
 from qpenet_jax.masks.marks import parse_support, read_supports
 from qpenet_jax.masks.queries import Query, find_queries, frames
@@ -90,30 +87,22 @@ def _first_masks(
 
 
 def _first_mask(settings: Settings, folder: Path, support: tuple[Path, Path]) -> float:
-    query = next(iter(sorted((folder / "queries").iterdir())))
-    out = folder / "first"
-    command = [sys.executable, "-P", "-m", "qpenet_jax.cli", "predict"]
-    command += ["--support", ":".join(map(str, support)), "--query", str(query)]
-    command += ["--out", str(out)]
-    command += (
-        [f"--workdir={settings.workdir}"] if settings.workdir else _side(settings)
-    )
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compilations")}
+    query, out = min((folder / "queries").iterdir()), folder / "first"
+    words = ["qpenet_jax.cli", "predict", "--support", ":".join(map(str, support))]
+    words += ["--query", str(query), "--out", str(out), *_side(settings)]
+    words += [f"--workdir={settings.workdir}"] if settings.workdir else []
     start = time.time()
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **paths, **cache}
+    run_module(
+        words,
+        "qpenet predict failed: {}".format,
+        JAX_COMPILATION_CACHE_DIR=str(folder / "compilations"),
     )
-    if done.returncode:
-        raise InputError(
-            f"qpenet predict failed: {done.stderr.strip().splitlines()[-1]}"
-        )
     return (out / f"{query.stem}.png").stat().st_mtime - start
 
 
 def _side(settings: Settings) -> list[str]:
     """Return the option of what has no run that would say how large it sees photos."""
-    return [f"--config.side={settings.size}"]
+    return [] if settings.workdir else [f"--config.side={settings.size}"]
 
 
 # --- each photo -------------------------------------------------------------------
@@ -123,9 +112,7 @@ def _each_photo(
     settings: Settings, folder: Path, supports: Sequence[tuple[Path, Path]]
 ) -> dict[int, dict[str, list[float]]]:
     """Return seconds of all photos by shots and part; shots take turns at a photo."""
-    segmenter = load(
-        settings.workdir or None, () if settings.workdir else _side(settings)
-    )
+    segmenter = load(settings.workdir or None, _side(settings))
     tasks = {k: tasks_of(segmenter, supports[:k]) for k in settings.shots}
     results = {k: Results(folder / f"masks_{k}", ("object",), ("png",)) for k in tasks}
     times = {k: {part: [] for part in PARTS} for k in tasks}

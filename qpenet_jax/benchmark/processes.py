@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qpenet_jax.benchmark.contenders import Contender
@@ -20,17 +20,36 @@ def run_child(module: str, **told: Any) -> dict[str, Any]:
     Raises:
         InputError: it failed, with its last line.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     text = json.dumps(told | {"started": time.time()})
-    command = [sys.executable, "-P", "-m", module, text]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["killed, out of memory?"])[-1]
-        raise InputError(
+    printed = run_module(
+        [module, text],
+        lambda reason: (
             f"{module} failed in a process of its own ({reason}): give a smaller "
             "--size or --batch"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+        ),
+    )
+    return json.loads(printed.splitlines()[-1])
+
+
+def run_module(
+    words: Sequence[str], told: Callable[[str], str], **environment: str
+) -> str:
+    """Run `python -m` with these words in a new process; return what it printed.
+
+    Raises:
+        InputError: it failed; what `told` makes of its last line.
+    """
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **paths, **environment},
+    )
+    if done.returncode:
+        reasons = done.stderr.strip().splitlines() or ["killed, out of memory?"]
+        raise InputError(told(reasons[-1]))
+    return done.stdout
 
 
 def child_report(

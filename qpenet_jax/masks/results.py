@@ -63,10 +63,11 @@ class Results:
             for i, name in enumerate(self.classes, 1)
         ]
         self._summary = {"format": FORMAT, **(about or {}), "classes": listed}
-        told, coco = "masks found by qpenet predict", COCO.keys() & set(self.formats)
+        told = "masks found by qpenet predict"
         self._coco = {
             name: CocoFile(self.classes, told, polygons=name == "coco_polygons")
-            for name in coco
+            for name in COCO
+            if name in self.formats
         }
 
     def refuse_clashes(self, queries: Iterable[Query], read: Sequence[Path]) -> None:
