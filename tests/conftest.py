@@ -1,6 +1,7 @@
 """Paths and small data sets that several test files share."""
 
 import contextlib
+import gc
 import importlib.util
 import os
 import signal
@@ -27,6 +28,10 @@ CHECKED = ("backbones", "data", "evaluation", "models", "training")
 install_import_hook([f"qpenet_jax.{room}" for room in CHECKED], "typecheck.checked")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# JAX makes so many objects while it traces that to look for lost ones as often as Python
+# does by default is a tenth of the suite's time.
+gc.set_threshold(200_000, 20, 100)
 
 # What a shell starts in the background ignores Ctrl-C, and so does all that it starts;
 # tests send Ctrl-C to processes of their own.

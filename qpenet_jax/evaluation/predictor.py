@@ -49,17 +49,26 @@ class Predictor(NamedTuple):
         """Return the lead and every named intermediate."""
         return self.decode(*self._encoded(episode), named=True)
 
-    def _encoded(self, episode):
+    def as_scored(self, episode: Episode) -> Lead:
+        """Return the lead by what is compiled for scoring: images in every role."""
+        return self.decode(*self._encoded(episode, ROLES, ROLES))
+
+    def _encoded(
+        self,
+        episode,
+        of_support: Sequence[Role] = ("support",),
+        of_query: Sequence[Role] = ("query",),
+    ):
         images, padding = episode.support_images, episode.support_padding
         supports = tuple(
             self.encode(
                 images[:, k],
-                ("support",),
+                of_support,
                 None if padding is None else padding[:, k],
             )
             for k in range(images.shape[1])
         )
-        query = self.encode(episode.query_image, ("query",), episode.query_padding)
+        query = self.encode(episode.query_image, of_query, episode.query_padding)
         return supports, episode.support_masks, query
 
 

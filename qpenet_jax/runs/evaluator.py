@@ -187,8 +187,8 @@ class Evaluator:
             self.val,
             [self.samplers[0](i) for i in range(count)],
             {
-                "cosine": self.cosine,
-                self.experiment.network_name(self.protocol.shots): predict,
+                "cosine": self.cosine.as_scored,
+                self.experiment.network_name(self.protocol.shots): predict.as_scored,
             },
             self.protocol.side,
             self.protocol.resize,

@@ -80,16 +80,17 @@ def depthwise_conv(
 
 def _depthwise_shifted(x, kernel, *, stride, dilation):
     k = kernel.shape[0]
-    h, w = x.shape[1:3]
+    b, h, w, c = x.shape
     pad = k // 2 * dilation
     x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    kernel = kernel[None]
 
+    # By lax, as JAX takes long to trace so many slices that are written as indices.
     def product(u, v):
         top, left = u * dilation, v * dilation
-        return (
-            x[:, top : top + h : stride, left : left + w : stride]
-            * kernel[u, v][None, None, None]
-        )
+        start, end = (0, top, left, 0), (b, top + h, left + w, c)
+        shifted = jax.lax.slice(x, start, end, (1, stride, stride, 1))
+        return shifted * jax.lax.slice(kernel, (0, u, v, 0), (1, u + 1, v + 1, c))
 
     products = [product(u, v) for u in range(k) for v in range(k)]
     return functools.reduce(jnp.add, products)
