@@ -29,8 +29,8 @@ install_import_hook([f"qpenet_jax.{room}" for room in CHECKED], "typecheck.check
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# JAX makes so many objects while it traces that to look for lost ones as often as Python
-# does by default is a tenth of the suite's time.
+# JAX makes so many objects while it traces that to look for lost ones as often as
+# Python does by default is a tenth of the suite's time.
 gc.set_threshold(200_000, 20, 100)
 
 # What a shell starts in the background ignores Ctrl-C, and so does all that it starts;

@@ -430,11 +430,32 @@ def killed_at_3(i):
     return np.full(3, i)
 
 
+UNGUARDED = """
+import numpy as np
+from qpenet_jax.data.loader import ahead
+def load(i):
+    return np.full(3, i)
+next(ahead(load, range(9), 1))
+"""
+
+
+def test_a_script_that_every_worker_would_run_again_is_told_so(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(UNGUARDED)
+    run = [sys.executable, script]
+    result = subprocess.run(run, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    of_worker, ours = (s for s in result.stderr.splitlines() if "InputError: " in s)
+    assert all("__main__" in line for line in (of_worker, ours))
+    assert "ended by itself (exit code 1)" in ours
+    assert "can only join" not in result.stderr  # a page of Grain's
+
+
 def test_a_process_that_loads_and_is_killed_is_told():
     """What it loaded before may be lost with it, but comes in order if it comes."""
     got = []
     with (
-        pytest.raises(InputError, match=r"was killed .*code -9.*config.workers"),
+        pytest.raises(InputError, match=r"was killed .*signal 9.*config.workers"),
         contextlib.closing(ahead(killed_at_3, range(9), 1)) as stream,
     ):
         got.extend(loaded.tolist() for loaded in stream)

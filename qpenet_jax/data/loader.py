@@ -4,6 +4,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -37,8 +38,13 @@ from qpenet_jax.data.transforms import (
 BATCHES_AHEAD = 2
 """Batches that each worker keeps ready."""
 
-WORKER_DIED = "process was terminated unexpectedly"
-"""What Grain tells, beside the exit code, of a worker that is gone."""
+WORKER_DIED = re.compile(r"process was terminated unexpectedly with exit code (-?\d+)")
+"""What Grain tells of a worker that is gone; a signal's number is negative."""
+
+GUARD = (
+    "a script that loads in processes is run again by each of them: put what it does "
+    'under `if __name__ == "__main__":`, or take workers=0'
+)
 
 T = TypeVar("T")
 
@@ -119,8 +125,10 @@ def ahead(
     Close the generator, if it isn't exhausted, to end its workers.
 
     Raises:
-        InputError: what `load` raises, or a worker was killed.
+        InputError: what `load` raises, or a worker is gone.
     """
+    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise InputError(GUARD)  # a worker that is still reading the script
     import grain  # Here: it takes a good part of a second.
 
     items = grain.MapDataset.range(indices.start, indices.stop).map(load)
@@ -141,16 +149,22 @@ def ahead(
     except InputError as error:  # Grain adds notes of its own to what workers raise.
         raise InputError(str(error)) from None
     except RuntimeError as error:
-        if WORKER_DIED not in str(error):
+        died = WORKER_DIED.search(str(error))
+        if died is None:
             raise
-        raise InputError(
-            f"a loading process was killed ({str(error).partition('. ')[0]}), perhaps "
-            "for want of memory: lower config.workers, or free some; the same command "
-            "goes on"
-        ) from None
+        raise InputError(_end_of_worker(int(died[1]))) from None
     finally:
         iterator.close()
         gc.collect()  # Grain's last arrays are in cycles, with the end of its iterators
+
+
+def _end_of_worker(code: int) -> str:
+    if code >= 0:
+        return f"a loading process ended by itself (exit code {code}); {GUARD}"
+    return (
+        f"a loading process was killed (signal {-code}), perhaps for want of memory: "
+        "lower config.workers, or free some; the same command goes on"
+    )
 
 
 def _copied(loaded: T) -> T:
