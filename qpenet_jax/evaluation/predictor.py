@@ -15,8 +15,9 @@ from jaxtyping import Float, PyTree, UInt8
 
 from qpenet_jax.backbones.precision import backbone_in_dtype, in_dtype
 from qpenet_jax.backbones.registry import Backbone, deep_part, features, with_deep
-from qpenet_jax.core.types import Array, Episode
+from qpenet_jax.core.types import FEATURE_STRIDE, Array, Episode
 from qpenet_jax.evaluation.cosine import nearest_prototype
+from qpenet_jax.evaluation.self_support import self_supported
 from qpenet_jax.models.prototypes import foreground_lead
 from qpenet_jax.models.qpenet import ROLES, QPENet, Role
 from qpenet_jax.models.released.network import ReleasedQPENet
@@ -101,6 +102,17 @@ def cosine_predictor(
     )
 
 
+def self_support_predictor(
+    backbone: Backbone, weights: PyTree[Array], dtype: str = "float32"
+) -> Predictor:
+    """Return what segments best without training, over the same features."""
+    net = backbone_in_dtype(backbone, dtype)
+    return Predictor(
+        Partial(functools.partial(_features_of_photo, net), weights),
+        Partial(_decode_self_supported),
+    )
+
+
 def _encode(
     model,
     backbone,
@@ -141,5 +153,23 @@ _backbone_features = jax.jit(features, static_argnums=0)
 @functools.partial(jax.jit, static_argnames="named")
 def _decode_nearest_prototype(supports, masks, query, *, named=False):
     logits, out = nearest_prototype(jnp.stack(supports, axis=1), masks, query)
+    lead = foreground_lead(logits)
+    return (lead, out) if named else lead
+
+
+def _features_of_photo(
+    backbone, weights, images, roles: Sequence[Role] = ROLES, padding=None
+):
+    del roles
+    maps = _backbone_features(backbone, weights, images)
+    if padding is None:
+        return {"maps": maps, "photo": jnp.ones(maps.shape[:3], bool)}
+    return {"maps": maps, "photo": ~padding[:, ::FEATURE_STRIDE, ::FEATURE_STRIDE]}
+
+
+@functools.partial(jax.jit, static_argnames="named")
+def _decode_self_supported(supports, masks, query, *, named=False):
+    maps = jnp.stack([support["maps"] for support in supports], axis=1)
+    logits, out = self_supported(maps, masks, query["maps"], query["photo"])
     lead = foreground_lead(logits)
     return (lead, out) if named else lead

@@ -30,6 +30,7 @@ from qpenet_jax.evaluation.predictor import (
     Predictor,
     cosine_predictor,
     qpenet_predictor,
+    self_support_predictor,
 )
 from qpenet_jax.evaluation.protocols import PRESETS, Protocol, preset_fields
 from qpenet_jax.models.losses import LossWeights, total_loss
@@ -306,3 +307,8 @@ class Experiment:
         """Return the training-free baseline, on all stages: they serve it best."""
         whole = backbone(self.config.backbone.name)
         return cosine_predictor(whole, weights, self.config.dtype)
+
+    def training_free_predictor(self, weights: PyTree[Array]) -> Predictor:
+        """Return what `predict` uses without a run: better than the baseline."""
+        whole = backbone(self.config.backbone.name)
+        return self_support_predictor(whole, weights, self.config.dtype)

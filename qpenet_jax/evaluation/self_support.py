@@ -1,0 +1,71 @@
+"""Masks without training: prototypes of the supports, mixed with the query's own.
+
+What a query shows resembles itself more than any support does. So the pixels that are
+surely like the supports' object, and those that surely aren't, make prototypes again.
+Source: Fan et al., Self-Support Few-Shot Semantic Segmentation, ECCV 2022, without its
+background of each pixel, which finds less here (docs/starter.md).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Integer
+
+from qpenet_jax.core.types import Array
+from qpenet_jax.evaluation.cosine import nearest_prototype, prototypes
+from qpenet_jax.models.ops import resize_align_corners
+from qpenet_jax.models.prototypes import (
+    NORM_EPSILON,
+    activation_map,
+    masked_average_pool,
+)
+
+SHARPNESS = 10.0
+"""What differences of cosines are multiplied by, before they are taken for logits."""
+
+SURE = {"background": 0.6, "foreground": 0.7}
+"""Probability from which on a pixel of the query is taken for a prototype."""
+
+FEWEST = 12
+"""Pixels that are taken at least: the surest, where fewer are sure enough."""
+
+
+def self_supported(
+    support_features: Float[Array, "b k h w f"],
+    support_masks: Integer[Array, "b k H W"],
+    query_features: Float[Array, "b h w f"],
+    query_photo: Bool[Array, "b h w"],
+) -> tuple[Float[Array, "b H W 2"], dict[str, Array]]:
+    """Call a query pixel foreground if it is closer to the foreground's prototype.
+
+    Prototypes are halfway between those of `nearest_prototype` and those of the query,
+    all of length 1. `query_photo` is false beside the photo. Logits are cosines, to the
+    background (0) and to the foreground (1). It has no parameters.
+    """
+    first, out = nearest_prototype(support_features, support_masks, query_features)
+    lead = out["cosines"][..., 1] - out["cosines"][..., 0]
+    likely = jax.nn.sigmoid(SHARPNESS * lead)
+    of_supports = prototypes(support_features, support_masks)
+    cosines = []
+    for of_support, (ground, least), probability in zip(
+        of_supports, SURE.items(), (1 - likely, likely), strict=True
+    ):
+        sure = _sure(probability, query_photo, least)
+        own = masked_average_pool(query_features, sure)
+        out[f"sure_{ground}"] = sure
+        mixed = _unit(of_support) + _unit(own)  # the cosine knows no length
+        cosines.append(activation_map(query_features, mixed))
+    out["cosines"] = jnp.stack(cosines, axis=-1)
+    height, width = first.shape[1:3]
+    return resize_align_corners(out["cosines"], (height, width)), out
+
+
+def _unit(x):
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), NORM_EPSILON)
+
+
+def _sure(probability, photo, least):
+    """Return the pixels of a photo that are likely enough, or the FEWEST likeliest."""
+    inside = jnp.where(photo, probability, -1.0)
+    flat = inside.reshape(inside.shape[0], -1)
+    likeliest, _ = jax.lax.top_k(flat, min(FEWEST, flat.shape[1]))
+    return photo & (inside >= jnp.minimum(likeliest[:, -1], least)[:, None, None])

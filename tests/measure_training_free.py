@@ -1,0 +1,60 @@
+"""Score what `qpenet predict` uses without a run, beside the cosine baseline.
+
+    python tests/measure_training_free.py --config configs/starter.py \
+        --config.dataset.root=FOLDER/starter/1.0.0 --config.side=473 --sheet sheet.png
+
+scores both on the same episodes of the config's evaluation protocol, prints a table
+with 95 % intervals and the paired difference, and draws the first twelve episodes, not
+chosen: the tables of docs/starter.md. Any config will do, and no run is needed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qpenet_jax.evaluation.metrics import paired_difference
+from qpenet_jax.evaluation.pictures import episode_figure, save_image
+from qpenet_jax.evaluation.report import summarize, table
+from qpenet_jax.evaluation.scoring import score_episodes
+from qpenet_jax.runs.config_files import load_config
+from qpenet_jax.runs.drawn import draw
+from qpenet_jax.runs.experiment import Experiment
+
+SHOWN = 12
+
+
+def main(config, sheet, overrides):
+    experiment = Experiment(load_config(config, overrides))
+    weights, val = experiment.backbone_weights(), experiment.dataset("val")
+    predictors = {
+        "cosine": experiment.cosine_predictor(weights),
+        "self-support": experiment.training_free_predictor(weights),
+    }
+    protocol, samplers, class_ids, _ = draw(experiment, val, experiment.protocol())
+    print(protocol)
+    scores = {
+        name: score_episodes(predict, val, protocol, samplers, label=name)
+        for name, predict in predictors.items()
+    }
+    found = {
+        name: summarize(each, protocol, class_ids) for name, each in scores.items()
+    }
+    print(table(found))
+    difference = paired_difference(scores["self-support"], scores["cosine"], class_ids)
+    value, low, high = (100 * v for v in difference)
+    print(f"paired difference, mIoU: {value:+.1f} [{low:+.1f}, {high:+.1f}]")
+    if sheet:
+        shown = [samplers[0](i) for i in range(SHOWN)]
+        drawn = {name: predict.as_scored for name, predict in predictors.items()}
+        figure = episode_figure(val, shown, drawn, protocol.side, protocol.resize)
+        save_image(figure, sheet)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--sheet", type=Path)
+    known, others = parser.parse_known_args()
+    main(known.config, known.sheet, others)

@@ -1,0 +1,131 @@
+"""Prototypes that the query mixes its own into, against numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qpenet_jax.evaluation.self_support import FEWEST, self_supported
+
+GRID, SIDE, CHANNELS = 9, 65, 6
+
+
+def by_hand(supports, masks, query, photo):
+    """Return the cosines [h, w, 2] of one episode."""
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    on_grid = masks[:, ::8, ::8]
+    pairs = [*zip(supports, on_grid, strict=True)]
+    of = [np.mean([x[mask == v].mean(0) for x, mask in pairs], 0) for v in (0, 1)]
+    background, foreground = (unit(query) @ unit(p) for p in of)
+    likely = 1 / (1 + np.exp(-10 * (foreground - background)))
+    cosines = []
+    for prototype, p, least in ((of[0], 1 - likely, 0.6), (of[1], likely, 0.7)):
+        sure = photo & (p > least)
+        if sure.sum() < 12:
+            order = np.argsort(-np.where(photo, p, -1), axis=None, kind="stable")[:12]
+            sure = np.zeros(photo.size, bool)
+            sure[order] = True
+            sure = sure.reshape(photo.shape)
+        mixed = unit(prototype) / 2 + unit(query[sure].mean(0)) / 2
+        cosines.append(unit(query) @ unit(mixed))
+    return np.stack(cosines, -1)
+
+
+def drawn(shots, seed=0, likeness=1.0):
+    """Maps of two textures, and masks of the second with pixels to be ignored."""
+    rng = np.random.default_rng(seed)
+    textures = rng.normal(size=(2, CHANNELS)) * [[1.0], [likeness]] + 0.3
+
+    def image():
+        inside = np.zeros((GRID, GRID), int)
+        top, left = rng.integers(0, 5, 2)
+        inside[top : top + 4, left : left + 4] = 1
+        noise = rng.normal(size=(GRID, GRID, CHANNELS))
+        return textures[inside] + noise, np.kron(inside, np.ones((8, 8), int))
+
+    images = [image() for _ in range(shots + 1)]
+    maps = np.stack([m for m, _ in images]).astype(np.float32)
+    masks = np.zeros((shots, SIDE, SIDE), np.uint8)
+    for mask, (_, inside) in zip(masks, images[:-1], strict=True):
+        mask[:] = inside[:SIDE, :SIDE]
+        mask[:, -1] = 255
+    return maps[:-1], masks, maps[-1]
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("likeness", [1.0, 0.1])  # 0.1: few pixels are sure
+@pytest.mark.parametrize("rows", [9, 4, 1])  # of the photo; below is padding
+def test_it_is_what_numpy_computes(shots, likeness, rows):
+    supports, masks, query = drawn(shots, 3, likeness)
+    photo = np.zeros((GRID, GRID), bool)
+    photo[:rows] = True
+    logits, out = self_supported(
+        supports[None], masks[None], query[None], jnp.asarray(photo[None])
+    )
+    assert logits.shape == (1, SIDE, SIDE, 2)
+    if photo.sum() >= FEWEST:
+        expected = by_hand(supports, masks, query, photo)
+        np.testing.assert_allclose(out["cosines"][0], expected, atol=2e-5)
+    for ground in ("background", "foreground"):
+        sure = np.asarray(out[f"sure_{ground}"][0])
+        assert min(FEWEST, photo.sum()) <= sure.sum()
+        assert not (sure & ~photo).any()
+    np.testing.assert_allclose(logits[0, ::8, ::8], out["cosines"][0], atol=1e-5)
+
+
+def test_episodes_of_a_batch_do_not_meet():
+    episodes = [drawn(2, seed) for seed in (1, 2)]
+    supports, masks, query = (np.stack(x) for x in zip(*episodes, strict=True))
+    photo = np.ones((2, GRID, GRID), bool)
+    both, _ = self_supported(supports, masks, query, photo)
+    for i in range(2):
+        part = slice(i, i + 1)
+        one, _ = self_supported(supports[part], masks[part], query[part], photo[part])
+        np.testing.assert_allclose(both[i], one[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0, 1, 255])
+def test_a_support_without_object_or_background_gives_finite_logits(value):
+    supports, masks, query = drawn(1)
+    photo = np.ones((1, GRID, GRID), bool)
+    masks = np.full_like(masks, value)
+    logits, _ = self_supported(supports[None], masks[None], query[None], photo)
+    assert np.isfinite(logits).all()
+
+
+def test_what_the_query_shows_of_itself_corrects_the_support():
+    """An object that is less like its support than like the rest of itself."""
+    rng = np.random.default_rng(0)
+    background, shared = np.eye(CHANNELS)[:2]
+    of_query = 0.6 * shared + 0.8 * np.eye(CHANNELS)[2]
+    inside = np.zeros((GRID, GRID), bool)
+    inside[2:7, 2:7] = True
+    noise = 0.45 * rng.normal(size=(2, GRID, GRID, CHANNELS))
+
+    def image(colour, noise):
+        return (np.where(inside[..., None], colour, background) + noise).astype("f4")
+
+    support, query = image(shared, noise[0]), image(of_query, noise[1])
+    mask = np.kron(inside, np.ones((8, 8), np.uint8))[:SIDE, :SIDE]
+    photo = np.ones((1, GRID, GRID), bool)
+    _, out = self_supported(support[None, None], mask[None, None], query[None], photo)
+
+    def wrong(lead):
+        return ((lead > 0) != inside).sum()
+
+    first = by_hand_first(support, inside, query)
+    assert wrong(np.asarray(out["cosines"][0, ..., 1] - out["cosines"][0, ..., 0])) < (
+        wrong(first)
+    )
+
+
+def by_hand_first(support, inside, query):
+    """Return the lead by the support's prototypes alone."""
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    means = [unit(support[where].mean(0)) for where in (inside, ~inside)]
+    return unit(query) @ means[0] - unit(query) @ means[1]
