@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer
 
 from qpenet_jax.core.types import Array
-from qpenet_jax.evaluation.cosine import nearest_prototype, prototypes
+from qpenet_jax.evaluation.cosine import prototypes
 from qpenet_jax.models.ops import resize_align_corners
 from qpenet_jax.models.prototypes import (
     NORM_EPSILON,
@@ -37,25 +37,25 @@ def self_supported(
 ) -> tuple[Float[Array, "b H W 2"], dict[str, Array]]:
     """Call a query pixel foreground if it is closer to the foreground's prototype.
 
-    Prototypes are halfway between those of `nearest_prototype` and those of the query,
-    all of length 1. `query_photo` is false beside the photo. Logits are cosines, to the
-    background (0) and to the foreground (1). It has no parameters.
+    Prototypes are halfway between the supports' means and those of the query, all of
+    length 1; `query_photo` is false beside the photo. Logits are cosines, to the
+    background (0) and to the foreground (1). `out` holds them on the grid, and which
+    pixels of the query were taken. It has no parameters.
     """
-    first, out = nearest_prototype(support_features, support_masks, query_features)
-    lead = out["cosines"][..., 1] - out["cosines"][..., 0]
-    likely = jax.nn.sigmoid(SHARPNESS * lead)
     of_supports = prototypes(support_features, support_masks)
-    cosines = []
-    for of_support, (ground, least), probability in zip(
-        of_supports, SURE.items(), (1 - likely, likely), strict=True
+    background, foreground = (activation_map(query_features, p) for p in of_supports)
+    likely = jax.nn.sigmoid(SHARPNESS * (foreground - background))
+    out, cosines = {}, []
+    for (ground, least), of_support, probability in zip(
+        SURE.items(), of_supports, (1 - likely, likely), strict=True
     ):
         sure = _sure(probability, query_photo, least)
         own = masked_average_pool(query_features, sure)
-        out[f"sure_{ground}"] = sure
-        mixed = _unit(of_support) + _unit(own)  # the cosine knows no length
+        mixed = _unit(of_support) + _unit(own)  # a cosine doesn't see the length
         cosines.append(activation_map(query_features, mixed))
+        out[f"sure_{ground}"] = sure
     out["cosines"] = jnp.stack(cosines, axis=-1)
-    height, width = first.shape[1:3]
+    height, width = support_masks.shape[-2:]
     return resize_align_corners(out["cosines"], (height, width)), out
 
 
