@@ -45,6 +45,10 @@ def test_it_mixes_prototypes_of_supports_and_query(segmenter):
         lead / SHARPNESS, (logits[0, :48, :64, 1] - logits[0, :48, :64, 0]), atol=1e-4
     )
     assert 0.5 < task.probability(query)[truth == 1].mean() < 1
+    seen = task.look(query)
+    assert {name: x.shape[:2] for name, x in seen.items()} == dict.fromkeys(
+        ("cosines", "sure_background", "sure_foreground"), (9, 9)
+    )
 
 
 def test_predict_needs_no_run(tmp_path, capsys):

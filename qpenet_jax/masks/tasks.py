@@ -81,9 +81,10 @@ class Task:
         return unpad(lead[0], view.height, view.width)
 
     def look(self, query: Image) -> dict[str, Any]:
-        """Return a trained network's named intermediates for a query, as arrays.
+        """Return the named intermediates for a query, as arrays without a batch axis.
 
-        They are those of `QPENet.__call__` without the batch axis. Raises as a call.
+        A trained network's are those of `QPENet.__call__`, those of the training-free
+        method of `self_supported`. Raises as a call.
         """
         encoded = self.view(query).encoded
         _, out = self.predict.decode(self.supports, self.masks, encoded, named=True)
