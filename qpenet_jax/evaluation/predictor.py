@@ -95,22 +95,21 @@ def cosine_predictor(
     backbone: Backbone, weights: PyTree[Array], dtype: str = "float32"
 ) -> Predictor:
     """Return the training-free baseline over the same features."""
-    net = backbone_in_dtype(backbone, dtype)
-    return Predictor(
-        Partial(functools.partial(_features, net), weights),
-        Partial(_decode_nearest_prototype),
-    )
+    return _of_features(_features, _decode_nearest_prototype, backbone, weights, dtype)
 
 
 def self_support_predictor(
     backbone: Backbone, weights: PyTree[Array], dtype: str = "float32"
 ) -> Predictor:
     """Return what segments best without training, over the same features."""
+    parts = _features_of_photo, _decode_self_supported
+    return _of_features(*parts, backbone, weights, dtype)
+
+
+def _of_features(encode, decode, backbone, weights, dtype) -> Predictor:
+    """Return the two parts as a predictor that has no parameters but the backbone's."""
     net = backbone_in_dtype(backbone, dtype)
-    return Predictor(
-        Partial(functools.partial(_features_of_photo, net), weights),
-        Partial(_decode_self_supported),
-    )
+    return Predictor(Partial(functools.partial(encode, net), weights), Partial(decode))
 
 
 def _encode(
