@@ -373,3 +373,14 @@ def test_who_is_gone_is_told_as_far_as_it_is_known(text, who, capsys):
     watch = types.SimpleNamespace(_spread=False)
     assert last_words.Watch._tell(watch, text) == last_words.GONE  # type: ignore
     assert f"error: {who} is gone" in capsys.readouterr().err
+
+
+def test_a_process_that_ends_for_a_reason_of_its_own_keeps_its_status(monkeypatch):
+    """The others end faster than this one: it isn't to be told that they are gone."""
+    done = []
+    watch = types.SimpleNamespace(stop=lambda: done.append("not watched any more"))
+    monkeypatch.setattr(cluster, "_watch", watch)
+    monkeypatch.setattr(cluster, "_let_others_end", lambda: done.append("others told"))
+    monkeypatch.setattr(os, "_exit", done.append)
+    cluster.leave(2)
+    assert done == ["not watched any more", "others told", 2]

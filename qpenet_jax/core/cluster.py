@@ -262,8 +262,8 @@ def leave(status: Any = 0) -> None:
         return
     if sys.exc_info()[0] not in (None, SystemExit):
         traceback.print_exc()
+    _watch.stop()  # what happens to the others from here on changes nothing in this one
     _let_others_end()
-    _watch.stop()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
