@@ -27,14 +27,8 @@ from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.images import read_image
 from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.prepare import builder
-from qpenet_jax.data.prepare.builder import (
-    Example,
-    SegmentationBuilder,
-    Source,
-    check_example,
-    encode_mask,
-    prepare,
-)
+from qpenet_jax.data.prepare.builder import SegmentationBuilder, encode_mask, prepare
+from qpenet_jax.data.prepare.source import Example, Source, check_example
 from qpenet_jax.data.sources.prepared import Prepared
 
 EXIF_ORIENTATION = 0x0112

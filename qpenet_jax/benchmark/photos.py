@@ -18,12 +18,8 @@ GRAIN, QUALITY = 16.0, (cv2.IMWRITE_JPEG_QUALITY, 90)
 def made_up_photos(folder: Path) -> Prepared:
     """Write 64 JPEGs of 500x375 and 375x500 with labels, as `qpenet prepare` does."""
     # TFDS is imported where it is needed: it takes most of a second.
-    from qpenet_jax.data.prepare.builder import (
-        Example,
-        SegmentationBuilder,
-        Source,
-        prepare,
-    )
+    from qpenet_jax.data.prepare.builder import SegmentationBuilder, prepare
+    from qpenet_jax.data.prepare.source import Example, Source
 
     class Photos(SegmentationBuilder, skip_registration=True):
         """Smooth noise with an ellipse, the size of photos."""

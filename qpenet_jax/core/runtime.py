@@ -2,6 +2,9 @@
 
 import contextlib
 import ctypes
+import functools
+import inspect
+import logging
 import platform
 import sys
 import types
@@ -131,3 +134,26 @@ def peak_memory() -> int:
     import resource  # Unix only
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@functools.cache
+def silence_late() -> None:
+    """Tell Python not to print how reads and writes end that a failed one left behind.
+
+    Orbax does all of a checkpoint at once, and where one fails it waits for no other.
+    """
+    unraisable, uncaught = sys.unraisablehook, sys.excepthook
+
+    def is_late(error) -> bool:
+        return str(error) == "Event loop is closed"
+
+    def on_unraisable(found: Any) -> None:
+        if not inspect.iscoroutine(found.object) and not is_late(found.exc_value):
+            unraisable(found)
+
+    def on_uncaught(kind, error, trace) -> None:
+        if not is_late(error):
+            uncaught(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = on_unraisable, on_uncaught
+    logging.getLogger("asyncio").addFilter(lambda record: "never" not in record.msg)

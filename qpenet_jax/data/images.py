@@ -5,9 +5,8 @@ Whoever checks an image and whoever uses it reads it here, so that both see one 
 
 import contextlib
 import io
-import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +17,16 @@ from PIL import Image
 
 from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.core.types import IGNORE
+from qpenet_jax.data.orientation import (
+    ORIENTATION,
+    SIDEWAYS,
+    TURNS,
+    orientation,
+    upright,
+)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 """What counts as an image in a user's folder."""
-
-ORIENTATION = 0x0112
-"""The EXIF tag, in an image's own metadata or in those of TIFF."""
-
-XMP_ORIENTATION = re.compile(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])\b")
-
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda x: x,
-    2: lambda x: x[:, ::-1],
-    3: lambda x: x[::-1, ::-1],
-    4: lambda x: x[::-1],
-    5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: np.rot90(x, -1),
-    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
-    8: lambda x: np.rot90(x),
-}
-"""What makes the stored pixels of each orientation upright."""
-
-SIDEWAYS = (5, 6, 7, 8)
-"""Orientations that swap height and width."""
 
 FULL_SCALE = 255
 """Foreground of a 0/255 mask, as drawing programs write it; there it isn't IGNORE."""
@@ -63,7 +49,7 @@ def read_image(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w 3"
         InputError: the file is missing, truncated or no image.
     """
     with _opened(file, name) as image:
-        return _upright(image, lambda: np.array(rgb(image, name or file)))
+        return upright(image, lambda: np.array(rgb(image, name or file)))
 
 
 def reread_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -101,24 +87,6 @@ def image_size(file: File, name: str | None = None) -> tuple[int, int]:
         return image.height, image.width
 
 
-def orientation(image: Image.Image) -> int:
-    """Return 1 to 8 as EXIF tells, in a tag of any type, or else XMP; 1 is upright."""
-    value: Any = image.getexif().get(ORIENTATION)
-    if value is None:
-        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
-        found = XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
-        value = found[1].decode() if found else 1
-    return _number(value) if _number(value) in TURNS else 1
-
-
-def _number(value: Any) -> int:
-    """Return an EXIF value as a number: BYTE comes as bytes, several as a tuple."""
-    try:
-        return int(value[0]) if isinstance(value, bytes | tuple) else int(value)
-    except (TypeError, ValueError, LookupError, ArithmeticError):
-        return 0
-
-
 def warn_of_turn(file: File, mask: File | None = None, name: str | None = None) -> None:
     """Warn where a mask's size can't tell whether it was drawn on the upright image.
 
@@ -145,17 +113,6 @@ def warn_of_turn(file: File, mask: File | None = None, name: str | None = None) 
     )
 
 
-def _upright(
-    image: Image.Image, pixels: Callable[[], np.ndarray]
-) -> UInt8[np.ndarray, "h w *c"]:
-    """Return what `pixels` reads of an image, turned unless Pillow has done so."""
-    turn, told = TURNS[orientation(image)], ORIENTATION in image.getexif()
-    image.load()
-    turned = told and ORIENTATION not in image.getexif()  # of a TIFF, while loading
-    found = pixels()
-    return found if turned else np.ascontiguousarray(turn(found))
-
-
 def read_label(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w"]:
     """Read a label map: the indices of a palette file, the values of a grey one.
 
@@ -173,7 +130,7 @@ def read_label(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w"]:
                 f"values are class ids, this one has mode {image.mode}; save it as such"
             )
         step = _scaled_by(image)
-        return _upright(image, lambda: np.array(image, np.uint8) // step)
+        return upright(image, lambda: np.array(image, np.uint8) // step)
 
 
 def _scaled_by(image: Image.Image) -> int:

@@ -9,23 +9,18 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, PyTree, UInt8
+from jaxtyping import Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
 from qpenet_jax.core import cluster
 from qpenet_jax.core.types import Array, SegmentationDataset
 from qpenet_jax.data.episode_lists import FrozenEpisodes
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
-from qpenet_jax.data.loader import ahead
 from qpenet_jax.data.transforms import (
-    Resize,
-    binary_mask,
-    fit,
-    fit_label,
-    padding,
     unpad,
 )
 from qpenet_jax.evaluation import metrics
+from qpenet_jax.evaluation.inputs import Inputs, loaded
 from qpenet_jax.evaluation.metrics import Scores
 from qpenet_jax.evaluation.plan import Turn, grouped, plan
 from qpenet_jax.evaluation.predictor import Lead, Predictor
@@ -80,7 +75,7 @@ def score_episodes(
     rows = np.zeros((len(drawn), len(metrics.SCORE_COLUMNS)), np.int64)
     turns = _in_turn([share.turns for share in shares], at_once)
     positions = _in_turn([share.positions for share in shares], at_once)
-    stream = _loaded(dataset, turns, protocol, workers)
+    stream = loaded(dataset, turns, protocol, workers)
     silent = not cluster.is_first()
     bar = tqdm(total=len(turns), desc=label, unit="episode", disable=silent)
     with contextlib.closing(stream), bar:
@@ -112,20 +107,6 @@ def _image_bytes(predict: Predictor, protocol: Protocol) -> int:
     image = jax.ShapeDtypeStruct(shape, np.uint8)
     leaves = jax.tree.leaves(jax.eval_shape(predict.encode, image))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
-class Inputs(NamedTuple):
-    """What an episode needs from files: the images that aren't encoded yet, masks.
-
-    `padding` says where the images' squares hold no photo.
-    `fitted_mask` is the query's as the network's input has it, `mask` at its own size.
-    """
-
-    images: list[UInt8[np.ndarray, "s s 3"]]
-    padding: list[Bool[np.ndarray, "s s"]]
-    support_masks: UInt8[np.ndarray, "k s s"]
-    fitted_mask: UInt8[np.ndarray, "s s"]
-    mask: UInt8[np.ndarray, "h w"]
 
 
 class Share(NamedTuple):
@@ -264,45 +245,6 @@ def _joined(trees: Sequence[PyTree[Array]]) -> PyTree[Array]:
 @jax.jit
 def _concatenated(*trees):
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
-
-
-def _loaded(
-    dataset: SegmentationDataset,
-    turns: Sequence[Turn],
-    protocol: Protocol,
-    workers: int,
-) -> Generator[Inputs, None, None]:
-    """Yield the inputs of every turn, loaded ahead by workers, or a thread if 0."""
-    side, resize = protocol.side, protocol.resize
-    load = functools.partial(_load, dataset, turns, side, resize)
-    return ahead(load, range(len(turns)), workers)
-
-
-# At module level, as what goes to a worker process is pickled.
-def _load(
-    dataset: SegmentationDataset,
-    turns: Sequence[Turn],
-    side: int,
-    resize: Resize,
-    position: int,
-) -> Inputs:
-    ids, images, _ = turns[position]
-
-    def mask_of(image: int) -> UInt8[np.ndarray, "h w"]:
-        return binary_mask(dataset.label(image), ids.class_id)
-
-    mask = mask_of(ids.query)
-    masks = [fit_label(mask_of(image), side, resize) for image in ids.supports]
-    photos = [dataset.image(image) for image in images]
-    return Inputs(
-        images=[fit(photo, side, resize) for photo in photos],
-        padding=[
-            padding(photo.shape[0], photo.shape[1], side, resize) for photo in photos
-        ],
-        support_masks=np.stack(masks),
-        fitted_mask=fit_label(mask, side, resize),
-        mask=mask,
-    )
 
 
 def score(

@@ -3,15 +3,11 @@
 import contextlib
 import functools
 import hashlib
-import inspect
 import io
 import json
-import logging
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
+from qpenet_jax.core.runtime import silence_late
 from qpenet_jax.core.types import BATCH_STATISTICS, Array
 from qpenet_jax.training.step import TrainState
 
@@ -89,7 +86,7 @@ def open_checkpoints(
         todelete_subdir=DELETED,
     )
     manager = ocp.CheckpointManager(folder, options=options)
-    _silence_late()
+    silence_late()
     try:
         yield manager
     finally:
@@ -299,29 +296,6 @@ def _read(manager: ocp.CheckpointManager, step: int, items: ocp.args.Composite):
     """Return what Orbax restores; where that fails, without pages of tracebacks."""
     with contextlib.redirect_stderr(io.StringIO()):
         return manager.restore(step, args=items)
-
-
-@functools.cache
-def _silence_late() -> None:
-    """Tell Python not to print how reads and writes end that a failed one left behind.
-
-    Orbax does all of a checkpoint at once, and where one fails it waits for no other.
-    """
-    unraisable, uncaught = sys.unraisablehook, sys.excepthook
-
-    def is_late(error) -> bool:
-        return str(error) == "Event loop is closed"
-
-    def on_unraisable(found: Any) -> None:
-        if not inspect.iscoroutine(found.object) and not is_late(found.exc_value):
-            unraisable(found)
-
-    def on_uncaught(kind, error, trace) -> None:
-        if not is_late(error):
-            uncaught(kind, error, trace)
-
-    sys.unraisablehook, sys.excepthook = on_unraisable, on_uncaught
-    logging.getLogger("asyncio").addFilter(lambda record: "never" not in record.msg)
 
 
 def _abstract(tree):

@@ -1,4 +1,4 @@
-"""The TFDS builder of every prepared data set: what an example keeps, how written.
+"""The TFDS builder of every prepared data set: how its examples are written.
 
 TFDS and ArrayRecord work without TensorFlow as long as images are given as bytes. The
 same files make the same bytes, so that the hash of a data set can be published. A
@@ -14,18 +14,16 @@ import math
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 from tensorflow_datasets.core.writer import ExampleWriter
 from tensorflow_datasets.proto import tf_example_pb2
@@ -34,8 +32,7 @@ from tqdm import tqdm
 from qpenet_jax.core.errors import MAKE_ROOM, InputError
 from qpenet_jax.core.files import check_room, locked
 from qpenet_jax.core.runtime import nameless_users
-from qpenet_jax.data.images import check_label, read_image, warn_of_turn
-from qpenet_jax.data.labels import check_numbered
+from qpenet_jax.data.prepare.source import Source, check_example, check_names
 from qpenet_jax.data.sources.prepared import Prepared, read_metadata
 from qpenet_jax.data.versions import ContentHash
 
@@ -44,36 +41,6 @@ SHARD_BYTES = 256_000_000
 
 DISK_SPARE = 1.1
 """Free disk needed per byte of images: masks and index take a few percent."""
-
-
-class Example(NamedTuple):
-    """One image as it came, and its label map: 0 background, 1..C, 255 ignore.
-
-    Messages name the image by `image_from` and the label by `label_from`, say
-    "archive: member", or by `name`.
-    """
-
-    name: str
-    image: bytes
-    label: UInt8[np.ndarray, "h w"]
-    image_from: str = ""
-    label_from: str = ""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a data set is made of: `splits[split]` are names, `example` loads one.
-
-    `facts` says how it came about (archives with their SHA-256, rules that were
-    chosen); preparing again with other facts is refused rather than ignored.
-    """
-
-    classes: tuple[str, ...]
-    splits: dict[str, Sequence[str]]
-    example: Callable[[str, str], Example]  # (split, name) -> Example
-    image_bytes: int
-    """About how many bytes all images take, for the check of the disk."""
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
@@ -184,21 +151,6 @@ def _in_order(example: bytes) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
-def check_example(example: Example, classes: int) -> Int[np.ndarray, " classes"]:
-    """Decode the image once and return the pixels of each class in its label.
-
-    Raises:
-        InputError: the image is broken, has another size than the label, or the label
-            holds a value that is no class, or 255 alone.
-    """
-    image_from = example.image_from or example.name
-    height, width = read_image(BytesIO(example.image), name=image_from).shape[:2]
-    warn_of_turn(BytesIO(example.image), name=image_from)
-    label_from = example.label_from or example.name
-    check_numbered(example.label, label_from)
-    return check_label(example.label, (height, width), classes, label_from)
-
-
 def encode_mask(label: UInt8[np.ndarray, "h w"]) -> bytes:
     """Return a grey PNG: no palette for a reader to stumble over."""
     # The default is tuned for photos: this halves the time to decode a label map.
@@ -220,7 +172,7 @@ def prepare(
             in two; no class in a split; too little free disk; an example that can't be
             used.
     """
-    _check_names(source)
+    check_names(source)
     with _quiet_tfds():
         made = builder(
             source=source,
@@ -270,27 +222,6 @@ def _quiet_tfds() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _check_names(source: Source) -> None:
-    split_of: dict[str, str] = {}
-    for split, names in source.splits.items():
-        if not names:
-            raise InputError(f"split {split!r} has no image; check the lists of images")
-        name, times = Counter(names).most_common(1)[0]
-        if times > 1:
-            raise InputError(
-                f"split {split!r} lists image {name} {times} times; keep one"
-            )
-        for name in names:
-            if name in split_of:
-                raise InputError(
-                    f"image {name} is in {split_of[name]} and in {split}: what is "
-                    "trained on can't be scored; take it out of one of them"
-                )
-            if name != name.encode(errors="ignore").decode():
-                raise InputError(f"image {name!r}: rename it, its name isn't Unicode")
-        split_of |= dict.fromkeys(names, split)
 
 
 def _check_same(folder: Path, source: Source) -> None:

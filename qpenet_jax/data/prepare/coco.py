@@ -13,13 +13,9 @@ from typing import Any
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import COCO_CLASSES
 from qpenet_jax.data.prepare.archives import Archive, fingerprint, open_archive
-from qpenet_jax.data.prepare.builder import (
-    Example,
-    SegmentationBuilder,
-    Source,
-    prepare,
-)
+from qpenet_jax.data.prepare.builder import SegmentationBuilder, prepare
 from qpenet_jax.data.prepare.instances import Instances
+from qpenet_jax.data.prepare.source import Example, Source
 
 LABEL_RULES = (
     "all polygons as pycocotools draws them; crowds skipped, and images that show "

@@ -18,13 +18,9 @@ from typing import NamedTuple
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import walk
 from qpenet_jax.data.images import IMAGE_SUFFIXES, read_label
-from qpenet_jax.data.prepare.builder import (
-    Example,
-    SegmentationBuilder,
-    Source,
-    prepare,
-)
+from qpenet_jax.data.prepare.builder import SegmentationBuilder, prepare
 from qpenet_jax.data.prepare.class_lists import read_classes, read_lines
+from qpenet_jax.data.prepare.source import Example, Source
 
 HASH_RANGE = 2**64
 """The split looks at 8 bytes of a name's SHA-256: the same on every machine."""

@@ -20,12 +20,8 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import PASCAL_CLASSES
 from qpenet_jax.data.images import read_label
 from qpenet_jax.data.prepare.archives import Archive, fingerprint, open_archive
-from qpenet_jax.data.prepare.builder import (
-    Example,
-    SegmentationBuilder,
-    Source,
-    prepare,
-)
+from qpenet_jax.data.prepare.builder import SegmentationBuilder, prepare
+from qpenet_jax.data.prepare.source import Example, Source
 from qpenet_jax.data.sources.voc import read_ids
 
 POOLS = {
