@@ -44,13 +44,14 @@ def gather(voc: Path, ccp: Path, coco: Path, out: Path) -> None:
     of_voc, of_ccp, of_coco = (
         _table(names, classes) for names in (PASCAL_CLASSES, clothes, named)
     )
+    voc_masks, ccp_masks = _masks(voc / "SegmentationClassAug"), _masks(ccp / "masks")
     for folder in ("images", "masks"):
         (out / folder).mkdir(parents=True)
     train, val = [], []
-    for mask in sorted((voc / "SegmentationClassAug").glob("*.png")):
+    for mask in voc_masks:
         image = voc / "JPEGImages" / f"{mask.stem}.jpg"
         train.append(_put(out, "voc", image, of_voc[read_label(mask)]))
-    for mask in sorted((ccp / "masks").glob("*.png")):
+    for mask in ccp_masks:
         image = ccp / "images" / f"{mask.stem}.jpg"
         train.append(_put(out, "ccp", image, of_ccp[read_label(mask)]))
     for name, file in sorted(instances.files.items()):
@@ -58,6 +59,13 @@ def gather(voc: Path, ccp: Path, coco: Path, out: Path) -> None:
         val.append(_put(out, "coco", image, of_coco[instances.label(name)]))
     for split, names in {"train": train, "val": val, "classes": classes}.items():
         (out / f"{split}.txt").write_text("\n".join(names) + "\n")
+
+
+def _masks(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("*.png"))
+    if not found:
+        raise SystemExit(f"{folder} holds no mask (*.png): see {__file__}")
+    return found
 
 
 def _table(names, classes) -> np.ndarray:
