@@ -1,6 +1,7 @@
 """TrainState and the jitted train step."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -70,17 +71,18 @@ def init_state(
     key: Array,
 ) -> TrainState:
     """Return the state at step 0; `channels` are the backbone's."""
+    params = _init(model, channels, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+# One trace serves all networks of a kind that a process makes or opens.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(model, channels, key):
     side, grid = 17, 3  # parameters depend on channels only: any small grid will do
     support = jnp.zeros((1, 1, grid, grid, channels))
     masks = jnp.zeros((1, 1, side, side), jnp.int32)
-
-    @jax.jit
-    def init(key):
-        params = model.init(key, support, masks, support[:, 0])["params"]
-        return {name: params[name] for name in params if name != DEEP}  # the backbone's
-
-    params = init(key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    params = model.init(key, support, masks, support[:, 0])["params"]
+    return {name: params[name] for name in params if name != DEEP}  # the backbone's
 
 
 def make_train_step(
