@@ -5,10 +5,12 @@
 
 scores both on the same episodes of the config's evaluation protocol, prints a table
 with 95 % intervals and the paired difference, and draws the first twelve episodes, not
-chosen: the tables of docs/starter.md. Any config will do, and no run is needed.
+chosen: the tables of docs/starter.md. Any config will do, and no run is needed; one that
+was trained is scored beside them with `--workdir RUN`.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -21,17 +23,21 @@ from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.drawn import draw
 from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.folder import open_run
 
 SHOWN = 12
 
 
-def main(config, sheet, overrides):
+def main(config, sheet, workdir, overrides):
     experiment = Experiment(load_config(config, overrides))
     weights, val = experiment.backbone_weights(), experiment.dataset("val")
     predictors = {
         "cosine": experiment.cosine_predictor(weights),
         "self-support": experiment.training_free_predictor(weights),
     }
+    if workdir:
+        run = open_run(workdir)
+        predictors["QPENet"] = experiment.predictor(run.params, run.weights)
     protocol, samplers, class_ids, _ = draw(experiment, val, experiment.protocol())
     print(protocol)
     scores = {
@@ -42,9 +48,10 @@ def main(config, sheet, overrides):
         name: summarize(each, protocol, class_ids) for name, each in scores.items()
     }
     print(table(found))
-    difference = paired_difference(scores["self-support"], scores["cosine"], class_ids)
-    value, low, high = (100 * v for v in difference)
-    print(f"paired difference, mIoU: {value:+.1f} [{low:+.1f}, {high:+.1f}]")
+    for ours, theirs in itertools.pairwise(reversed(scores)):
+        difference = paired_difference(scores[ours], scores[theirs], class_ids)
+        value, low, high = (100 * v for v in difference)
+        print(f"{ours} - {theirs}, mIoU: {value:+.1f} [{low:+.1f}, {high:+.1f}]")
     if sheet:
         shown = [samplers[0](i) for i in range(SHOWN)]
         drawn = {name: predict.as_scored for name, predict in predictors.items()}
@@ -56,5 +63,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--workdir", type=Path)
     known, others = parser.parse_known_args()
-    main(known.config, known.sheet, others)
+    main(known.config, known.sheet, known.workdir, others)
