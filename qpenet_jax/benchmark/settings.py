@@ -107,7 +107,7 @@ class Settings:
     """data: numbers of processes that load; 0 is a thread."""
 
     workdir: str = ""
-    """predict: the run; without one the training-free method."""
+    """predict: the run; without one the starter."""
 
     photos: int = 100
     """predict: number of photos."""

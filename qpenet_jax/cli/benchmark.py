@@ -142,7 +142,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         type=path,
         metavar="FOLDER",
-        help="predict: folder of a run; default: the training-free method",
+        help="predict: folder of a run; default: the starter",
     )
     parser.add_argument(
         "--photos",

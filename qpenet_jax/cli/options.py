@@ -28,7 +28,7 @@ SCORINGS = ("original", "input", "exact")
 ORDERS = ("shuffled", "list", "pairs", "classes")
 TARGETS = ("large", "any")
 RESIZES = ("pad", "squash")
-METHODS = ("qpenet", "prototype")
+METHODS = ("starter", "qpenet", "prototype")
 EXPORTED = ("stablehlo", "onnx")
 STORED = ("float32", "float16", "bfloat16")
 
@@ -75,16 +75,17 @@ def add_segmenter(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=METHODS,
-        help="qpenet, the trained network of a run, the default with --workdir; or "
-        "prototype, the default without, which needs no training: a pixel is of the "
-        "object if its feature is closer to the mean of the marked pixels than to the "
-        "mean of the others",
+        help="qpenet, the trained network of a run, the default with --workdir; "
+        "starter, the default without, a small network that comes with this program, "
+        "in the mean with prototype; or prototype, which needs no training: a pixel is "
+        "of the object if its feature is closer to the mean of the marked pixels than "
+        "to the mean of the others",
     )
     group.add_argument(
         "--backbone",
         choices=BACKBONES,
         metavar="NAME",
-        help="without --workdir, the network that the "
+        help="without --workdir, of method prototype: the network that the "
         f"features are of: {', '.join(BACKBONES)} (the last is the default)",
     )
     group.add_argument(
@@ -112,9 +113,9 @@ def load_segmenter(args: argparse.Namespace) -> "Segmenter":
 def about_segmenter(args: argparse.Namespace) -> dict[str, str | None]:
     """Return what a summary of results tells of how they were made."""
     from qpenet_jax import __version__
-    from qpenet_jax.segmenter import DEFAULT_BACKBONE
+    from qpenet_jax.segmenter import DEFAULT_BACKBONE, chosen_method
 
-    method = args.method or ("qpenet" if args.workdir else "prototype")
+    method = chosen_method(args.method, args.workdir, args.backbone or args.weights)
     about = {"version": __version__, "method": method, "run": args.workdir}
     if args.workdir is None:
         about["backbone"] = args.backbone or DEFAULT_BACKBONE

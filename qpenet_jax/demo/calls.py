@@ -36,7 +36,7 @@ class Calls:
     @property
     def trained(self) -> bool:
         """Whether there is a network with parts to look into."""
-        return self.about["method"] == "qpenet"
+        return self.about["method"] != "prototype"
 
     def show_marks(self, files: Files, text: str | None) -> str:
         """Return the value of the board for these files; strokes of others go."""

@@ -28,8 +28,8 @@ INSIDE = (
 )
 
 NOT_INSIDE = (
-    "Nothing to see: the training-free method has no such parts. Start `qpenet demo "
-    "--workdir RUN` with a trained run to see what PPG, DPE and GBC find."
+    "Nothing to see: the method prototype has no such parts. Start `qpenet demo` "
+    "without it to see what PPG, DPE and GBC find."
 )
 
 
@@ -164,6 +164,8 @@ def introduction(about: Mapping[str, Any]) -> str:
     """Return the page's first lines as Markdown: what it does, and by what."""
     if about["method"] == "qpenet":
         told = f"the trained network of `{about['run']}`"
+    elif about["method"] == "starter":
+        told = "a small network that comes with this program, with features compared"
     else:
         features = about.get("backbone") or f"the run {about['run']}"
         told = f"features of `{features}` are compared, nothing is trained for it"

@@ -17,7 +17,7 @@ from qpenet_jax.backbones.precision import backbone_in_dtype, in_dtype
 from qpenet_jax.backbones.registry import Backbone, deep_part, features, with_deep
 from qpenet_jax.core.types import FEATURE_STRIDE, Array, Episode
 from qpenet_jax.evaluation.cosine import nearest_prototype
-from qpenet_jax.evaluation.self_support import self_supported
+from qpenet_jax.evaluation.self_support import SHARPNESS, self_supported
 from qpenet_jax.models.prototypes import foreground_lead
 from qpenet_jax.models.qpenet import ROLES, QPENet, Role
 from qpenet_jax.models.released.network import ReleasedQPENet
@@ -106,6 +106,18 @@ def self_support_predictor(
     return _of_features(*parts, backbone, weights, dtype)
 
 
+def supported_predictor(network: Predictor, free: Predictor) -> Predictor:
+    """Return the mean of two probabilities: of a network, and of self-support.
+
+    Each finds what the other misses: the network, where it has seen the like in
+    training; features alone, where it hasn't (docs/starter.md).
+    """
+    return Predictor(
+        Partial(_encode_both, network.encode, free.encode),
+        Partial(_decode_mean, network.decode, free.decode),
+    )
+
+
 def _of_features(encode, decode, backbone, weights, dtype) -> Predictor:
     """Return the two parts as a predictor that has no parameters but the backbone's."""
     net = backbone_in_dtype(backbone, dtype)
@@ -147,6 +159,31 @@ def _features(backbone, weights, images, roles: Sequence[Role] = ROLES, padding=
 
 
 _backbone_features = jax.jit(features, static_argnums=0)
+
+
+def _encode_both(network, free, images, roles: Sequence[Role] = ROLES, padding=None):
+    return network(images, roles, padding), free(images, roles, padding)
+
+
+def _decode_mean(network, free, supports, masks, query, *, named=False):
+    (of_network, out), (of_free, more) = (
+        decode(tuple(part), masks, seen, named=True)
+        for decode, part, seen in zip(
+            (network, free), zip(*supports, strict=True), query, strict=True
+        )
+    )
+    lead = _mean_lead(of_network, SHARPNESS * of_free)
+    return (lead, out | more) if named else lead
+
+
+@jax.jit
+def _mean_lead(*leads):
+    """Return the logit of the mean probability of several leads."""
+    log_p, log_q = (
+        jax.nn.logsumexp(jax.nn.log_sigmoid(sign * jnp.stack(leads)), axis=0)
+        for sign in (1, -1)
+    )
+    return log_p - log_q
 
 
 @functools.partial(jax.jit, static_argnames="named")

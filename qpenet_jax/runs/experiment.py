@@ -31,6 +31,7 @@ from qpenet_jax.evaluation.predictor import (
     cosine_predictor,
     qpenet_predictor,
     self_support_predictor,
+    supported_predictor,
 )
 from qpenet_jax.evaluation.protocols import PRESETS, Protocol, preset_fields
 from qpenet_jax.models.losses import LossWeights, total_loss
@@ -312,3 +313,10 @@ class Experiment:
         """Return what `predict` uses without a run: better than the baseline."""
         whole = backbone(self.config.backbone.name)
         return self_support_predictor(whole, weights, self.config.dtype)
+
+    def supported_predictor(
+        self, learned: PyTree[Array], weights: PyTree[Array]
+    ) -> Predictor:
+        """Return the mean of the network and of what needs no training."""
+        network = self.predictor(learned, weights)
+        return supported_predictor(network, self.training_free_predictor(weights))
