@@ -106,15 +106,26 @@ def self_support_predictor(
     return _of_features(*parts, backbone, weights, dtype)
 
 
-def supported_predictor(network: Predictor, free: Predictor) -> Predictor:
+def supported_predictor(
+    model: QPENet,
+    backbone: Backbone,
+    params: PyTree[Array],
+    weights: PyTree[Array],
+    others: Sequence[str],
+    dtype: str = "float32",
+) -> Predictor:
     """Return the mean of two probabilities: of a network, and of self-support.
 
     Each finds what the other misses: the network, where it has seen the like in
-    training; features alone, where it hasn't (docs/starter.md).
+    training; features alone, where it hasn't (docs/starter.md). Self-support takes
+    the `others` of the backbone's stages as well; an image passes it once for both.
     """
+    whole = backbone._replace(stages=(*backbone.stages, *others))
+    computing, net = in_dtype(model, whole, dtype)
+    encode = functools.partial(_encode_both, computing, net, backbone.channels)
     return Predictor(
-        Partial(_encode_both, network.encode, free.encode),
-        Partial(_decode_mean, network.decode, free.decode),
+        Partial(encode, params, weights),
+        Partial(functools.partial(_decode_mean, computing), params),
     )
 
 
@@ -161,19 +172,35 @@ def _features(backbone, weights, images, roles: Sequence[Role] = ROLES, padding=
 _backbone_features = jax.jit(features, static_argnums=0)
 
 
-def _encode_both(network, free, images, roles: Sequence[Role] = ROLES, padding=None):
-    return network(images, roles, padding), free(images, roles, padding)
+def _encode_both(
+    model,
+    backbone,
+    channels,
+    params,
+    weights,
+    images,
+    roles: Sequence[Role] = ROLES,
+    padding=None,
+):
+    features = _features_of_photo(backbone, weights, images, padding=padding)
+    maps = features["maps"]
+    return _encode_maps(model, channels, tuple(roles), params, maps), features
 
 
-def _decode_mean(network, free, supports, masks, query, *, named=False):
-    (of_network, out), (of_free, more) = (
-        decode(tuple(part), masks, seen, named=True)
-        for decode, part, seen in zip(
-            (network, free), zip(*supports, strict=True), query, strict=True
-        )
-    )
-    lead = _mean_lead(of_network, SHARPNESS * of_free)
-    return (lead, out | more) if named else lead
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _encode_maps(model, channels, roles, params, maps):
+    inputs = {"params": params}, maps[..., :channels]  # the network's stages come first
+    return model.apply(*inputs, roles=roles, method="encode")
+
+
+def _decode_mean(model, params, supports, masks, query, *, named=False):
+    of_network, of_free = zip(*supports, strict=True)
+    found = _decode(model, params, {}, of_network, masks, query[0], named=named)
+    free = _decode_self_supported(of_free, masks, query[1], named=named)
+    if not named:
+        return _mean_lead(found, SHARPNESS * free)
+    (lead, out), (free_lead, more) = found, free
+    return _mean_lead(lead, SHARPNESS * free_lead), out | more
 
 
 @jax.jit

@@ -317,6 +317,18 @@ class Experiment:
     def supported_predictor(
         self, learned: PyTree[Array], weights: PyTree[Array]
     ) -> Predictor:
-        """Return the mean of the network and of what needs no training."""
-        network = self.predictor(learned, weights)
-        return supported_predictor(network, self.training_free_predictor(weights))
+        """Return the mean of the network and of what needs no training.
+
+        Raises InputError for the released network, which is made of other features.
+        """
+        if not isinstance(self.model, QPENet):
+            raise InputError(
+                f"config.variant={RELEASED!r} has no mean with self-support: "
+                "choose a run of another variant"
+            )
+        params, weights = settled(learned, weights)
+        known = backbone(self.config.backbone.name).stages
+        others = [stage for stage in known if stage not in self.backbone.stages]
+        return supported_predictor(
+            self.model, self.backbone, params, weights, others, self.config.dtype
+        )
