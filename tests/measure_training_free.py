@@ -38,8 +38,8 @@ def main(config, sheet, workdir, overrides):
     if workdir:
         run = open_run(workdir)
         learned = run.params, run.weights
-        predictors["QPENet"] = experiment.predictor(*learned)
-        predictors["mean"] = experiment.supported_predictor(*learned)
+        predictors["QPENet"] = run.experiment.predictor(*learned)
+        predictors["mean"] = run.experiment.supported_predictor(*learned)
     protocol, samplers, class_ids, _ = draw(experiment, val, experiment.protocol())
     print(protocol)
     scores = {

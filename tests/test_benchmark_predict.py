@@ -50,7 +50,7 @@ def test_it_times_what_predict_does(in_this_process, capsys):
     facts = {"device": "d", "platform": "cpu", "cpu": "c", "cores": 2, "python": "3"}
     facts |= {"versions": {}, "date": "today"}
     report = benchmark_report({"facts": facts, "cases": [], "predict": found})
-    assert "Training-free, 65 pixels: from the start of a process" in report
+    assert "Starter, 65 pixels: from the start of a process" in report
     assert "3 photos of 0.05 to 0.1 megapixels" in report
     assert report.count("\n| 1 ") == report.count("\n| 2 ") == 1
 
@@ -60,7 +60,8 @@ def test_masks_are_those_of_predict(tmp_path):
     query, _ = predict._photo(tmp_path / "queries", 1, 0.2)
     height, width = read_image(query).shape[:2]
     assert height * width == pytest.approx(2e5, rel=0.01)
-    tasks = predict.tasks_of(load(overrides=predict._side(SETTINGS)), [support])
+    segmenter = load(method="prototype", overrides=predict._side(SETTINGS))
+    tasks = predict.tasks_of(segmenter, [support])
     queries = find_queries([query], recursive=False)
     for name in "ab":
         results = Results(tmp_path / name, ("object",), ("png",))
