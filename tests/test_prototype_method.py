@@ -76,11 +76,7 @@ def test_the_weights_of_a_backbone_may_be_given(segmenter, tmp_path):
     arrays = jax.tree.map(np.asarray, params)
     save_weights(file, DEFAULT_BACKBONE, arrays, tmp_path / "source")
     image, mask = picture(50, 64)
-    own = load(
-        backbone=DEFAULT_BACKBONE,
-        weights=file,
-        overrides=OVERRIDES,  # the method
-    )
+    own = load(backbone=DEFAULT_BACKBONE, weights=file, overrides=OVERRIDES)
     np.testing.assert_array_equal(
         own(image, image, mask), segmenter(image, image, mask)
     )

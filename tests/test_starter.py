@@ -70,6 +70,7 @@ def test_predict_takes_it_where_nothing_is_said(tmp_path, capsys):
     words += [tmp_path / "a.png", "--out", tmp_path / "out"]
     main([str(w) for w in (*words, *OVERRIDES)])
     found = np.asarray(Image.open(tmp_path / "out/a.png"))
+    assert found.any()
     starter = load(overrides=OVERRIDES)
     np.testing.assert_array_equal(found == 255, starter(image, image, mask) == 1)
     summary = json.loads((tmp_path / "out/predictions.json").read_text())

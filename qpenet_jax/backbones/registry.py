@@ -93,12 +93,8 @@ def choose_stages(net: Backbone, stages: tuple[str, ...]) -> Backbone:
     for name in stages:
         if name not in net.stages:
             raise InputError(f"stage {name!r}: choose among {', '.join(net.stages)}")
-    image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-    with plain_formulations():  # shapes are the same, and a third of the time is saved
-        made: Any = jax.eval_shape(
-            net.module.init_with_output, jax.random.key(0), image
-        )
-    channels = sum(made[0][name].shape[-1] for name in stages)
+    made, _ = _shapes(net)
+    channels = sum(made[name].shape[-1] for name in stages)
     return net._replace(stages=stages, channels=channels)
 
 
@@ -107,14 +103,23 @@ def weight_shapes(net: Backbone, *, deep: bool) -> dict[str, PyTree]:
 
     Nothing is computed.
     """
-    key, image = jax.random.key(0), jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-    with plain_formulations():  # shapes are the same, and a third of the time is saved
-        made: Any = jax.eval_shape(net.module.init_with_output, key, image)
-        stages, params = made[0], dict(made[1]["params"])
-        if deep and net.deep is not None:
-            last = stages[net.stages[0]]
-            params[DEEP] = jax.eval_shape(net.deep.init, key, last)["params"]
+    stages, params = _shapes(net)
+    if deep and net.deep is not None:
+        last = stages[net.stages[0]]
+        with plain_formulations():
+            made = jax.eval_shape(net.deep.init, jax.random.key(0), last)
+        params[DEEP] = made["params"]
     return params
+
+
+def _shapes(net: Backbone) -> tuple[dict[str, Any], dict[str, PyTree]]:
+    """Return the shapes of the stages of a small image, and of the weights."""
+    image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+    with plain_formulations():  # shapes are the same, and a third of the time is saved
+        made: Any = jax.eval_shape(
+            net.module.init_with_output, jax.random.key(0), image
+        )
+    return made[0], dict(made[1]["params"])
 
 
 def deep_part(weights: PyTree[Array]) -> dict[str, PyTree[Array]]:

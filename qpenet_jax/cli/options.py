@@ -67,7 +67,7 @@ def add_new_folder(parser: argparse.ArgumentParser) -> None:
 
 
 def add_segmenter(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of what segments: a run's network, or one that needs no run."""
+    """Add the choice of what segments: a run's network, the starter, prototypes."""
     group = parser.add_argument_group("what segments")
     group.add_argument(
         "--workdir", type=path, metavar="FOLDER", help=f"{WORKDIR}; default: none"

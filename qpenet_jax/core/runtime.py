@@ -1,4 +1,4 @@
-"""What a process knows and sets up: its processor, memory and compilations."""
+"""What a process knows and sets up: processor, memory, compilations, libraries."""
 
 import contextlib
 import ctypes

@@ -106,7 +106,7 @@ def self_support_predictor(
     return _of_features(*parts, backbone, weights, dtype)
 
 
-def supported_predictor(
+def mean_predictor(
     model: QPENet,
     backbone: Backbone,
     params: PyTree[Array],

@@ -16,9 +16,7 @@ from qpenet_jax.core import cluster
 from qpenet_jax.core.types import Array, SegmentationDataset
 from qpenet_jax.data.episode_lists import FrozenEpisodes
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
-from qpenet_jax.data.transforms import (
-    unpad,
-)
+from qpenet_jax.data.transforms import unpad
 from qpenet_jax.evaluation import metrics
 from qpenet_jax.evaluation.inputs import Inputs, loaded
 from qpenet_jax.evaluation.metrics import Scores

@@ -69,6 +69,18 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     return values.config
 
 
+def refuse_others(overrides: Sequence[str], fields: Sequence[str], told: str) -> None:
+    """Refuse to change other fields than these.
+
+    Raises:
+        InputError: naming the override; `told` says why.
+    """
+    for word in overrides:
+        match = OVERRIDE.match(word)
+        if match and match[1] not in fields:
+            raise InputError(f"{word}: {told}")
+
+
 def _check_field(name: str, config: ConfigDict) -> None:
     """Refuse a name that is no field, and name those that are spelt alike."""
     known = flat(config.to_dict())

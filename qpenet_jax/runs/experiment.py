@@ -29,9 +29,9 @@ from qpenet_jax.data.folds import Fold
 from qpenet_jax.evaluation.predictor import (
     Predictor,
     cosine_predictor,
+    mean_predictor,
     qpenet_predictor,
     self_support_predictor,
-    supported_predictor,
 )
 from qpenet_jax.evaluation.protocols import PRESETS, Protocol, preset_fields
 from qpenet_jax.models.losses import LossWeights, total_loss
@@ -310,11 +310,11 @@ class Experiment:
         return cosine_predictor(whole, weights, self.config.dtype)
 
     def training_free_predictor(self, weights: PyTree[Array]) -> Predictor:
-        """Return what `predict` uses without a run: better than the baseline."""
+        """Return what segments best without any training: method prototype."""
         whole = backbone(self.config.backbone.name)
         return self_support_predictor(whole, weights, self.config.dtype)
 
-    def supported_predictor(
+    def mean_predictor(
         self, learned: PyTree[Array], weights: PyTree[Array]
     ) -> Predictor:
         """Return the mean of the network and of what needs no training.
@@ -329,6 +329,6 @@ class Experiment:
         params, weights = settled(learned, weights)
         known = backbone(self.config.backbone.name).stages
         others = [stage for stage in known if stage not in self.backbone.stages]
-        return supported_predictor(
+        return mean_predictor(
             self.model, self.backbone, params, weights, others, self.config.dtype
         )

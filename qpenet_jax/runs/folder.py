@@ -15,7 +15,7 @@ from qpenet_jax.core.fields import flat
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json
-from qpenet_jax.runs.config_files import OVERRIDE, override
+from qpenet_jax.runs.config_files import override, refuse_others
 from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
 from qpenet_jax.runs.hub import run_folder
 from qpenet_jax.runs.model_file import MODEL_FILE, read_facts, read_params
@@ -214,13 +214,12 @@ def read_config(workdir: Path) -> Any:
 
 def _moved(config: Any, overrides: Sequence[str]) -> Any:
     """Return the config with other paths, or another number of loading processes."""
-    for word in overrides:
-        match = OVERRIDE.match(word)
-        if match and match[1] not in NO_TRAINING:
-            raise InputError(
-                f"{word}: a finished run settles this; only workers, behaviour and the "
-                f"paths {', '.join(PATHS)} can be changed"
-            )
+    refuse_others(
+        overrides,
+        NO_TRAINING,
+        "a finished run settles this; only workers, behaviour and the paths "
+        f"{', '.join(PATHS)} can be changed",
+    )
     try:
         return override(config, overrides)
     except InputError as error:
