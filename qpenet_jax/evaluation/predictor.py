@@ -17,6 +17,7 @@ from qpenet_jax.backbones.precision import backbone_in_dtype, in_dtype
 from qpenet_jax.backbones.registry import Backbone, deep_part, features, with_deep
 from qpenet_jax.core.types import FEATURE_STRIDE, Array, Episode
 from qpenet_jax.evaluation.cosine import nearest_prototype
+from qpenet_jax.evaluation.focus import around_foreground
 from qpenet_jax.evaluation.self_support import SHARPNESS, self_supported
 from qpenet_jax.models.prototypes import foreground_lead
 from qpenet_jax.models.qpenet import ROLES, QPENet, Role
@@ -36,11 +37,14 @@ class Predictor(NamedTuple):
     `decode(supports, masks, query)` takes the encoded images of the K supports one
     after the other, the masks [b, K, s, s] and the query's, and returns the `Lead`;
     with `named=True` also the network's named intermediates, as `QPENet.__call__` does.
-    Both are trees of their parameters (`jax.tree_util.Partial`), which can be moved.
+    All are trees of their parameters (`jax.tree_util.Partial`), which can be moved.
+    `focus(supports, masks)` returns of encoded supports all that `decode` looks at for
+    the lead: for supports that meet many queries.
     """
 
     encode: Callable[..., PyTree[Array]]
     decode: Callable[..., Any]
+    focus: Callable[..., Any] = Partial(lambda supports, masks: supports)
 
     def __call__(self, episode: Episode) -> Lead:
         """Return the foreground's lead in a batch of episodes."""
@@ -88,6 +92,7 @@ def qpenet_predictor(
     return Predictor(
         Partial(functools.partial(_encode, computing, net), params, weights),
         Partial(functools.partial(_decode, computing), params, deep_part(weights)),
+        _focus_of(model),
     )
 
 
@@ -126,6 +131,7 @@ def mean_predictor(
     return Predictor(
         Partial(encode, params, weights),
         Partial(functools.partial(_decode_mean, computing), params),
+        Partial(functools.partial(_focus_one_of_two, _focus_of(model))),
     )
 
 
@@ -162,6 +168,16 @@ def _decode(model, params, weights, supports, masks, query, *, named=False):
     logits, out = model.apply(variables, stacked, masks, query, method="decode")
     lead = foreground_lead(logits)
     return (lead, out) if named else lead
+
+
+def _whole(supports, masks):
+    del masks
+    return supports
+
+
+def _focus_of(model):
+    """Return what a network looks at; a class of others may look at all."""
+    return Partial(around_foreground if type(model) is QPENet else _whole)
 
 
 def _features(backbone, weights, images, roles: Sequence[Role] = ROLES, padding=None):
@@ -201,6 +217,11 @@ def _decode_mean(model, params, supports, masks, query, *, named=False):
         return _mean_lead(found, SHARPNESS * free)
     (lead, out), (free_lead, more) = found, free
     return _mean_lead(lead, SHARPNESS * free_lead), out | more
+
+
+def _focus_one_of_two(focus, supports, masks):
+    of_network, of_free = zip(*supports, strict=True)
+    return tuple(zip(focus(of_network, masks), of_free, strict=True))
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """What was learned from supports: one class, or several that compete."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -75,9 +76,14 @@ class Task:
         )
         return View(encoded, height, width)
 
+    @functools.cached_property
+    def focused(self) -> tuple[PyTree[Array], ...]:
+        """The supports without what no lead depends on."""
+        return self.predict.focus(self.supports, self.masks)
+
     def lead(self, view: View) -> Lead:
         """Return how far the foreground leads at every pixel of an encoded query."""
-        lead = np.asarray(self.predict.decode(self.supports, self.masks, view.encoded))
+        lead = np.asarray(self.predict.decode(self.focused, self.masks, view.encoded))
         return unpad(lead[0], view.height, view.width)
 
     def look(self, query: Image) -> dict[str, Any]:

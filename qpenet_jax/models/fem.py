@@ -86,8 +86,8 @@ PRIOR_EPSILON = 1e-7
 
 
 def prior_mask(
-    support_features: Float[Array, "b k h w f"],
-    M_s: Bool[Array, "b k h w"],
+    support_features: Float[Array, "b k y x f"],
+    M_s: Bool[Array, "b k y x"],
     query_features: Float[Array, "b h w f"],
 ) -> Float[Array, "b h w"]:
     """Return PFENet's prior: each query cell's best cosine to a support foreground.

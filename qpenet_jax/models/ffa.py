@@ -32,8 +32,8 @@ class FFA(nn.Module):
     def __call__(
         self,
         F_q: Float[Array, "b h w c"],
-        F_s: Float[Array, "b k h w c"],
-        M_s: Bool[Array, "b k h w"],
+        F_s: Float[Array, "b k y x c"],
+        M_s: Bool[Array, "b k y x"],
         P_bg: Float[Array, "b c"],
         P_fg: Float[Array, "b p"],
         maps: Float[Array, "b h w m"],
@@ -78,8 +78,8 @@ class CrossAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b h w c"],
-        F_s: Float[Array, "b k h w c"],
-        M_s: Bool[Array, "b k h w"],
+        F_s: Float[Array, "b k y x c"],
+        M_s: Bool[Array, "b k y x"],
         *,
         train: bool,
     ) -> Float[Array, "b h w c"]:

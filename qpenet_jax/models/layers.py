@@ -1,6 +1,7 @@
 """The convolution blocks that the paper's equations share."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -86,6 +87,9 @@ class Convs(nn.Module):
     The paper leaves the layers open. As in the released system: 1x1 convolution, ReLU,
     channel dropout 0.5, a residual block of two 3x3 convolutions, then the head.
     """
+
+    REACH: ClassVar[int] = 3
+    """Cells that a logit sees beside its own: one a 3x3 convolution."""
 
     channel_dropout: float = 0.5
     head_dropout: float = 0.1

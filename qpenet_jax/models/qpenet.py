@@ -159,10 +159,15 @@ class QPENet(nn.Module):
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
-        """Return what `__call__` does, from encoded images: supports [b, k, ...]."""
+        """Return what `__call__` does, from encoded images: supports [b, k, ...].
+
+        Supports may be cut around their foreground, which is `M_s` [b, k, h, w] then;
+        nothing that lies further from it than `Convs.REACH` changes the logits.
+        """
         F_s = supports["F_s"] if "F_s" in supports else supports["F_q"]
         F_q, P_bg = query["F_q"], query["P_bg"]
-        M_s = foreground_on_grid(support_masks, (F_q.shape[1], F_q.shape[2]))
+        grid = F_q.shape[1], F_q.shape[2]
+        M_s = supports.get("M_s", foreground_on_grid(support_masks, grid))
         out: dict[str, Any] = {"F_s": F_s, "M_s": M_s}
         out |= {name: query[name] for name in ("F_q", "y_bg_q", "P_bg")}
 

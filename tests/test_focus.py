@@ -1,0 +1,125 @@
+"""Supports cut around their foreground give the masks that whole ones do."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_segmenter import picture
+
+from qpenet_jax import load
+from qpenet_jax.backbones.registry import backbone
+from qpenet_jax.evaluation.focus import around_foreground
+from qpenet_jax.evaluation.predictor import qpenet_predictor
+from qpenet_jax.models.layers import Convs
+from qpenet_jax.models.qpenet import QPENet
+
+pytestmark = pytest.mark.usefixtures("unoptimised_code")
+
+SIDE = 241
+BOXES = {  # in cells of the grid of 31: a corner, an edge, the middle, another corner
+    "corner": (0, 4, 0, 6),
+    "edge": (10, 17, 29, 31),
+    "middle": (12, 14, 9, 17),
+    "last": (25, 31, 28, 31),
+}
+
+
+def mask_of(*boxes):
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    for top, bottom, left, right in boxes:
+        mask[8 * top : 8 * bottom, 8 * left : 8 * right] = 1
+    return mask
+
+
+def sizes(supports):
+    return {x.shape[1:3] for x in jax.tree.leaves(supports)}
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("fields", [{}, {"decoder": "fem", "prior": True}])
+def test_the_lead_is_that_of_whole_supports(fields):
+    """Of DPE, FFA and the prior mask; FEM sees prototypes alone."""
+    masks = np.stack([mask_of(box) for box in BOXES.values()])[None]
+    features, query = random(1, 4, 31, 31, 8), random(1, 31, 31, 8, seed=1)
+    model = QPENet(channels=16, **fields)
+    params = model.init(jax.random.key(0), features, masks, query)
+
+    def encode(x, role):
+        return model.apply(params, x, (role,), method="encode")
+
+    supports = [encode(features[:, k], "support") for k in range(4)]
+    focused = around_foreground(supports, masks)
+    assert sizes(supports) == {(31, 31)}
+    assert sizes(focused) == {(16, 16)}
+    whole, part = (
+        model.apply(params, stacked, masks, encode(query, "query"), method="decode")[0]
+        for stacked in (
+            jax.tree.map(lambda *x: np.stack(x, axis=1), *some)
+            for some in (supports, focused)
+        )
+    )
+    np.testing.assert_allclose(part, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_logit_sees_so_many_cells_and_no_more():
+    convs = Convs()
+    features, prototype = np.ones((1, 15, 15, 4), np.float32), np.ones((1, 4), "f4")
+    params = convs.init(jax.random.key(0), features, prototype, train=False)
+
+    def middle(features):
+        return convs.apply(params, features, prototype, train=False)[0, 7, 7].sum()
+
+    seen = np.abs(jax.grad(middle)(features)[0]).sum(axis=2) > 0
+    reached = np.zeros((15, 15), bool)
+    reached[7 - Convs.REACH :, 7 - Convs.REACH :][:7, :7] = True
+    np.testing.assert_array_equal(seen, reached)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_supports_that_stay_whole(count):
+    """One alone, for which every photo would be compiled; or one without foreground."""
+    masks = np.stack([mask_of(BOXES["edge"]), mask_of()])[None, :count]
+    supports = [{"F_s": np.ones((1, 31, 31, 4), np.float32)}] * count
+    assert around_foreground(supports, masks) is supports
+
+
+def test_windows_hold_the_features_around_the_foreground():
+    masks = np.stack([mask_of(box) for box in BOXES.values()])[None]
+    place = np.arange(31 * 31, dtype=np.float32).reshape(1, 31, 31, 1)
+    parts = around_foreground([{"F_s": place}] * len(BOXES), masks)
+    for (top, bottom, left, right), part in zip(BOXES.values(), parts, strict=True):
+        expected = place[0, top:bottom, left:right, 0].ravel()
+        np.testing.assert_array_equal(part["F_s"][..., 0][part["M_s"]], expected)
+
+
+def test_a_window_reaches_from_one_object_to_another():
+    masks = np.stack([mask_of(BOXES["corner"], BOXES["last"])] * 2)[None]
+    supports = [{"F_s": np.ones((1, 31, 31, 4), np.float32)}] * 2
+    assert around_foreground(supports, masks)[0]["M_s"].shape == (1, 31, 31)
+
+
+def test_the_starter_learns_its_networks_part_alone():
+    images, masks = zip(*(picture(64, n) for n in (40, 80)), strict=True)
+    corner = [mask * (np.indices(mask.shape) < 20).all(axis=0) for mask in masks]
+    task = load(overrides=["--config.side=161"]).learn(images, corner)
+    network, free = zip(*task.focused, strict=True)
+    assert sizes(network) == {(16, 16)}
+    assert sizes(free) == {(21, 21)}
+    query, _ = picture(64, 64)
+    view = task.view(query)
+    unfocused = task.predict._replace(focus=lambda supports, masks: supports)
+    whole = dataclasses.replace(task, predict=unfocused).lead(view)
+    np.testing.assert_allclose(task.lead(view), whole, atol=1e-4)
+
+
+def test_a_network_of_others_may_look_at_all_of_a_support():
+    class Other(QPENet):
+        pass
+
+    focus = qpenet_predictor(Other(), backbone("resnet50"), {}, {}).focus
+    supports = [{"F_s": np.ones((1, 31, 31, 4), np.float32)}] * 2
+    assert focus(supports, np.stack([mask_of(BOXES["edge"])] * 2)[None]) is supports
