@@ -46,7 +46,6 @@ from qpenet_jax.runs.datasets import (
     open_split,
 )
 from qpenet_jax.runs.networks import network
-from qpenet_jax.training.drift import drifts
 from qpenet_jax.training.optimizer import Optimizer
 from qpenet_jax.training.recipes import resolved
 from qpenet_jax.training.sharding import shardings
@@ -291,10 +290,15 @@ class Experiment:
         _, split = shardings(self.config.batch_size, accumulate)
         weights = LossWeights(**self.config.loss)
         loss = released_loss if self.is_released_network else total_loss
-        drift = self.config.backbone.drift
-        when = functools.partial(drifts, epoch=max(epoch, 1)) if drift else None
+        drift_epoch = max(epoch, 1) if self.config.backbone.drift else None
         return make_train_step(
-            *computing, tx, weights, split.mesh, loss, when, accumulate=accumulate
+            *computing,
+            tx,
+            weights,
+            split.mesh,
+            loss,
+            drift_epoch,
+            accumulate=accumulate,
         )
 
     def predictor(self, learned: PyTree[Array], weights: PyTree[Array]) -> Predictor:

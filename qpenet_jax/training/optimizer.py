@@ -1,6 +1,7 @@
 """The optimiser and its schedule (paper IV.B)."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import optax
@@ -50,6 +51,7 @@ class Optimizer:
             return decay
         return lambda t: decay(t) * jnp.minimum(1.0, (t + 1) / self.warm_up)
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - of settings, which are few
     def build(self, steps: int) -> optax.GradientTransformation:
         """Return the optimiser for a run of `steps` steps."""
         schedule = self.schedule(steps)

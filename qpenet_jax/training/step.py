@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Bool, Float, Int, PyTree
+from jaxtyping import Float, PyTree
 
 from qpenet_jax.backbones.batch_norm import refolded
 from qpenet_jax.backbones.precision import InDtype
@@ -27,7 +27,7 @@ from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.network import ReleasedQPENet
 from qpenet_jax.training import health
-from qpenet_jax.training.drift import drifting_features
+from qpenet_jax.training.drift import drifting_features, drifts
 
 
 @struct.dataclass
@@ -85,6 +85,8 @@ def _init(model, channels, key):
     return {name: params[name] for name in params if name != DEEP}  # the backbone's
 
 
+# One trace serves all runs that are alike in a process, as with `_init`.
+@functools.lru_cache(maxsize=8)
 def make_train_step(
     model: QPENet | ReleasedQPENet | InDtype,
     backbone: Backbone,
@@ -92,28 +94,28 @@ def make_train_step(
     loss_weights: LossWeights,
     mesh: Mesh | AbstractMesh | None = None,
     loss: Callable[..., Any] = total_loss,
-    drifts: Callable[[Int[Array, ""]], Bool[Array, ""]] | None = None,
+    drift_epoch: int | None = None,
     accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """Return `train_step(state, weights, batch, key) -> (state, metrics)`, jitted.
 
     Pure: dropout of step t comes from `fold_in(key, t)`. The state is donated. `mesh`
     holds the devices that share the batch (`sharding.shardings`), if there are several;
-    `loss` is called as `total_loss` is. `drifts` says in which steps batch norm of the
-    backbone drifts; by default it never does. With `accumulate` a step goes through so
-    many equal parts of its batch, one after the other, and takes the mean of their
-    gradients; the dropout of part i comes from the step's key and i.
+    `loss` is called as `total_loss` is. With a `drift_epoch`, of so many steps, batch
+    norm of the backbone drifts as `drift.drifts` says. With `accumulate` a step goes
+    through so many equal parts of its batch, one after the other, and takes the mean of
+    their gradients; the dropout of part i comes from the step's key and i.
     """
 
     apply: Any = model.apply
 
     def train_step(state, weights, batch, key):
         with on_mesh():
-            if drifts is None:
+            if drift_epoch is None:
                 return one_step(state, weights, batch, key)
             inputs = state, weights, batch, key
             return jax.lax.cond(
-                drifts(state.step), drifting_step, settled_step, *inputs
+                drifts(state.step, drift_epoch), drifting_step, settled_step, *inputs
             )
 
     def settled_step(state, weights, batch, key):
