@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 import shutil
@@ -12,9 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.metrics import Scores, estimate
 from qpenet_jax.paper import cost, execute
@@ -27,7 +30,7 @@ from qpenet_jax.paper.measures import (
     pooled,
     verdict,
 )
-from qpenet_jax.paper.plan import Plan, PlannedRun
+from qpenet_jax.paper.plan import PROGRAM, Plan, PlannedRun
 from qpenet_jax.paper.reproduce import reproduce
 from qpenet_jax.paper.results import ABLATION_RESULTS, FOLD_COLUMNS, FOLD_RESULTS
 
@@ -73,10 +76,9 @@ TABLE1 = {
 def start(table, workdir, options, new_session=False):
     command = [sys.executable, "-m", "qpenet_jax.cli", "reproduce", table]
     command += ["--config", CONFIG, "--workdir", workdir]
-    for name in options.keys() - {"overrides", "dry_run"}:
+    for name in options.keys() - {"overrides"}:
         if options[name]:
             command += [f"--{name}", ",".join(map(str, options[name]))]
-    command += ["--dry-run"] if options.get("dry_run") else []
     command = [*map(str, command), *options["overrides"]]
     return subprocess.Popen(
         command,
@@ -86,12 +88,6 @@ def start(table, workdir, options, new_session=False):
         text=True,
         start_new_session=new_session,
     )
-
-
-def finish(process):
-    out, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return out
 
 
 def wait_for_training(process, folder):
@@ -113,19 +109,35 @@ def processes_of(folder):
     return found
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory, compiled_once):
-    """Table I, started early: it goes on while the others run."""
-    workdir = tmp_path_factory.mktemp("table1") / "runs"
-    process = start("table1", workdir, TABLE1)
-    yield workdir, process
-    if not process.stdout.closed:
-        process.terminate()
-        process.communicate()
+def run_here(command, log):
+    """Run a command of `qpenet` in this process, which has imported all of it."""
+    text = io.TextIOWrapper(log, write_through=True)
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            main([*map(str, command[len(PROGRAM) :])])
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            text.detach()
+    return 0
+
+
+def reproduced(table, workdir, options):
+    """Make a table, all of it in this process; return what was printed."""
+    out = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        patch.setattr(execute, "_run", run_here)
+        reproduce(table, CONFIG, workdir, **options)
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
-def killed(started, tmp_path_factory):
+def killed(compiled_once, tmp_path_factory):
     """Table III, stopped by Ctrl-C in the first step of its second run."""
     workdir = tmp_path_factory.mktemp("table3") / "runs"
     process = start("table3", workdir, TABLE3)
@@ -142,7 +154,7 @@ def finished(killed):
     first = workdir / "fgpe_ffa" / "seed0"
     (first / "results.json").unlink()
     episodes = (first / "episodes_qpenet.csv").read_text()
-    out = finish(start("table3", workdir, TABLE3))
+    out = reproduced("table3", workdir, TABLE3)
     assert (first / "episodes_qpenet.csv").read_text() == episodes
     return workdir, out
 
@@ -304,7 +316,7 @@ def test_a_run_of_another_config_is_told(finished, tmp_path, capsys):
 
 
 @pytest.fixture
-def endless(started, tmp_path):
+def endless(compiled_once, tmp_path):
     """A reproduction that trains for long, in a session of its own; its options."""
     rows = {"rows": ("full",), "seeds": (0,), "overrides": overrides(steps=100_000)}
     process = start("table3", tmp_path, rows, new_session=True)
@@ -352,7 +364,7 @@ def test_the_error_is_found_in_a_log(printed, error):
 def test_a_dry_run_tells_plan_and_cost_and_writes_nothing(finished):
     workdir = finished[0]
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-    out = finish(start("table3", workdir, TABLE3 | {"rows": (), "dry_run": True}))
+    out = reproduced("table3", workdir, TABLE3 | {"rows": (), "dry_run": True})
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
     lines = out.splitlines()
     cells = [[c.strip() for c in s.split("|")[1:-1]] for s in lines[2:12]]
@@ -378,9 +390,9 @@ def test_the_cost_counts_references_and_selection(monkeypatch, capsys):
     assert not Path("nowhere").exists()
 
 
-def test_table1_over_two_folds_and_five_shots(started):
-    workdir, process = started
-    out = finish(process)
+def test_table1_over_two_folds_and_five_shots(compiled_once, tmp_path):
+    workdir = tmp_path / "runs"
+    out = reproduced("table1", workdir, TABLE1)
     assert "[2/2] efficientnet_lite0 fold1 seed0: mIoU" in out
     content = json.loads((workdir / "table1.json").read_text())
     for shots in ("1", "5"):

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import jax
 
@@ -101,19 +102,24 @@ def run_logged(command: Sequence[str], log: Path) -> int:
     """
     message = f"{log.parent} is in use by another process: wait for it, or end it"
     with locked(log.with_name(LOCK), message), log.open("ab") as file, _timed(log):
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
-        )
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # Ctrl-C reached it as well, a signal to us alone did not. SIGTERM after
-            # SIGINT is no second Ctrl-C to a training: it saves its step, then ends.
-            process.terminate()
-            process.wait()
-            raise
-        finally:
-            process.kill()  # nothing where it has ended
+        return _run(command, file)
+
+
+def _run(command: Sequence[str], log: BinaryIO) -> int:
+    """Run a command as a process; return its exit code."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # Ctrl-C reached it as well, a signal to us alone did not. SIGTERM after
+        # SIGINT is no second Ctrl-C to a training: it saves its step, then ends.
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        process.kill()  # nothing where it has ended
 
 
 @contextlib.contextmanager
