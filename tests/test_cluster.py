@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.usefixtures("compiled_once"),
 ]
 
-START, STEPS, SCORED = 5, 25, 10
+START, STEPS, SCORED = 3, 14, 7
 """Steps of the common start, of all, and between two evaluations for the selection."""
 
 CHANGES = {
@@ -43,7 +43,7 @@ CHANGES = {
     "steps": STEPS,
     "save_every": 3,
     "eval__every": SCORED,
-    "eval__base_episodes": 40,
+    "eval__base_episodes": 20,
     "eval__references": False,
     "select_on": "base",
 }

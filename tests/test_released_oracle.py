@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from qpenet_jax.backbones.registry import DEEP, backbone
 from qpenet_jax.backbones.torch_layout import to_flax
-from qpenet_jax.models.prototypes import predicted
+from qpenet_jax.models.prototypes import foreground_lead, predicted
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.models.released.losses import released_loss
 from qpenet_jax.models.released.network import ReleasedQPENet
@@ -28,15 +28,24 @@ ROUNDING = 2e-5
 """Of a tensor's largest value, or of 1. On a CPU with AVX-512 differences are below
 1e-5; on one without it, which sums in another order, the prior's was 1.4e-5."""
 
+LOGITS = 5e-5
+"""Largest difference of logits."""
+
+
+def stored_case(name):
+    """Return the arrays of a file by their names."""
+    with np.load(ORACLE / f"{name}.npz") as file:
+        return dict(file)
+
 
 @pytest.fixture(scope="module")
 def tensors():
     """The state_dict of the released model with random weights."""
     if not ORACLE.is_dir():
         pytest.skip(f"no numbers of the released model at {ORACLE}")
-    stored = np.load(ORACLE / "weights_r50.npz")
-    whole = {k: stored[k] for k in stored.files if "|" not in k}
-    for name in (k.removesuffix("|codes") for k in stored.files if "|codes" in k):
+    stored = stored_case("weights_r50")
+    whole = {k: x for k, x in stored.items() if "|" not in k}
+    for name in (k.removesuffix("|codes") for k in stored if "|codes" in k):
         codes = stored[f"{name}|codes"].astype(np.float32)
         whole[name] = codes * stored[f"{name}|scale"]
     return whole
@@ -57,24 +66,26 @@ def oracle(tensors):
     )
 
 
+@jax.jit
+def maps(weights, images):
+    """Return the concatenated stages of images that are normalised."""
+    stages = DEEPSTEM.module.apply({"params": weights}, images)
+    return jnp.concatenate([stages[n] for n in DEEPSTEM.stages], axis=-1)
+
+
 class Oracle:
     """The released network with the authors' draws: identity permutations."""
 
     model = ReleasedQPENet(DEEPSTEM.deep, "released", **NO_DROPOUT)
 
     def __init__(self, weights, params):
-        self.weights, self.params = weights, params
+        self.weights, self.params = weights, {**params, DEEP: weights[DEEP]}
 
     def features(self, case):
         """Return support and query features of a case."""
         x = case["in.x"].astype(np.float32).transpose(0, 2, 3, 1) / 32
         s_x = case["in.s_x"].astype(np.float32).transpose(0, 1, 3, 4, 2) / 32
         b, k = s_x.shape[:2]
-
-        @jax.jit
-        def maps(weights, images):
-            stages = DEEPSTEM.module.apply({"params": weights}, images)
-            return jnp.concatenate([stages[n] for n in DEEPSTEM.stages], axis=-1)
 
         query = maps(self.weights, x)
         support = maps(self.weights, s_x.reshape(b * k, *s_x.shape[2:]))
@@ -90,7 +101,7 @@ class Oracle:
         )
         budget = jnp.array(int(300 * k * info["scale"]))
         return self.model.apply(
-            {"params": {**params, DEEP: self.weights[DEEP]}},
+            {"params": params},
             support,
             case["in.s_y"].astype(np.int32),
             query,
@@ -150,15 +161,19 @@ def thinned(found, stored, name):
 
 @pytest.mark.parametrize("name", ["eval97", "train97", "eval473_small"])
 def test_every_intermediate_of_the_released_model(oracle, name):
-    case = np.load(ORACLE / f"{name}.npz")
+    case = stored_case(name)
     support, query = oracle.features(case)
-    logits, out = jax.jit(lambda *x: oracle.apply(oracle.params, case, *x))(
-        support, query
+    logits, out = jax.jit(lambda params, *x: oracle.apply(params, case, *x))(
+        oracle.params, support, query
     )
-    layer4 = lambda x: DEEPSTEM.deep.apply({"params": oracle.weights[DEEP]}, x)  # noqa: E731
+
+    @jax.jit
+    def layer4(x):
+        return DEEPSTEM.deep.apply({"params": oracle.weights[DEEP]}, x)
+
     M_s = out["M_s"][:, 0, ..., None].astype(jnp.float32)
     masked = layer4(query[..., :1024]), layer4(support[:, 0, ..., :1024] * M_s)
-    for key in case.files:
+    for key in case:
         if not key.startswith("out.") or key.startswith(("out.loss", "out.mask")):
             continue
         what, stored = key.removeprefix("out."), case[key]
@@ -168,16 +183,21 @@ def test_every_intermediate_of_the_released_model(oracle, name):
         if stored.dtype == bool:
             np.testing.assert_array_equal(found, stored, what)
         elif what in ("logits", "y_final"):
-            np.testing.assert_allclose(found, stored, rtol=0, atol=5e-5, err_msg=what)
+            np.testing.assert_allclose(found, stored, rtol=0, atol=LOGITS, err_msg=what)
         else:
             bound = ROUNDING * max(1, np.abs(stored).max())
             np.testing.assert_allclose(found, stored, rtol=0, atol=bound, err_msg=what)
-    mask = case["out.predicted" if "out.predicted" in case else "out.mask"]
-    np.testing.assert_array_equal(np.packbits(predicted(logits), axis=-1), mask)
+    mask = np.asarray(predicted(logits))
+    stored = case["out.predicted" if "out.predicted" in case else "out.mask"]
+    theirs = np.unpackbits(stored, axis=-1, count=mask.shape[-1]).astype(bool)
+    differ = mask != theirs
+    # A pixel whose logits are closer to each other than to theirs may be called either.
+    assert np.abs(foreground_lead(logits))[differ].max(initial=0) < 2 * LOGITS
+    assert differ.sum() <= 2
 
 
 def test_the_head_from_the_released_models_features(oracle):
-    case, stored = (np.load(ORACLE / f"eval97{x}.npz") for x in ("", "_features"))
+    case, stored = (stored_case(f"eval97{x}") for x in ("", "_features"))
 
     def nhwc(name):
         return stored[name].transpose(0, 2, 3, 1)
@@ -186,8 +206,8 @@ def test_the_head_from_the_released_models_features(oracle):
         np.concatenate([nhwc(f"{image}.layer3"), nhwc(f"{image}.layer2")], axis=-1)
         for image in ("query", "support")
     )
-    logits, out = jax.jit(lambda *x: oracle.apply(oracle.params, case, *x))(
-        support[:, None], query
+    logits, out = jax.jit(lambda params, *x: oracle.apply(params, case, *x))(
+        oracle.params, support[:, None], query
     )
     for name in ("F_q", "T0", "pos", "T", "V"):
         bound = ROUNDING * max(1, np.abs(nhwc(name)).max())
@@ -197,17 +217,20 @@ def test_the_head_from_the_released_models_features(oracle):
 
 
 def test_losses_and_gradients_of_the_released_model(oracle):
-    case = np.load(ORACLE / "train97.npz")
+    case = stored_case("train97")
     support, query = oracle.features(case)
     masks = (case["in.y"].astype(np.int32), case["in.s_y"].astype(np.int32))
 
     @jax.jit
     @lambda f: jax.value_and_grad(f, has_aux=True)
-    def loss(params, support, query):
+    def loss(params, deep, support, query):
+        params = {**params, DEEP: deep}
         _, out = oracle.apply(params, case, support, query)
         return released_loss(out, *masks)
 
-    (total, terms), gradient = loss(oracle.params, support, query)
+    learned = {n: x for n, x in oracle.params.items() if n != DEEP}
+    deep = oracle.params[DEEP]
+    (total, terms), gradient = loss(learned, deep, support, query)
     stored = {k: float(case[f"out.loss.{k}"]) for k in ("total", "main", "init")}
     stored |= {k: float(case[f"out.loss.{k}"]) for k in ("cyc_pre", "cyc_rev")}
     for image in ("q", "s"):
