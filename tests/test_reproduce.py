@@ -73,15 +73,19 @@ TABLE1 = {
 }
 
 
-def start(table, workdir, options, new_session=False):
-    command = [sys.executable, "-m", "qpenet_jax.cli", "reproduce", table]
-    command += ["--config", CONFIG, "--workdir", workdir]
-    for name in options.keys() - {"overrides"}:
+def words(table, workdir, options):
+    """Return the words of `qpenet reproduce`."""
+    given = ["reproduce", table, "--config", CONFIG, "--workdir", workdir]
+    for name in options.keys() - {"overrides", "dry_run"}:
         if options[name]:
-            command += [f"--{name}", ",".join(map(str, options[name]))]
-    command = [*map(str, command), *options["overrides"]]
+            given += [f"--{name}", ",".join(map(str, options[name]))]
+    given += ["--dry-run"] if options.get("dry_run") else []
+    return [*map(str, given), *options["overrides"]]
+
+
+def start(table, workdir, options, new_session=False):
     return subprocess.Popen(
-        command,
+        [*PROGRAM, *words(table, workdir, options)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -123,7 +127,7 @@ def run_here(command, log):
 
 
 def reproduced(table, workdir, options):
-    """Make a table, all of it in this process; return what was printed."""
+    """Run the command to its end, all of it in this process; return what it printed."""
     out = io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -132,7 +136,7 @@ def reproduced(table, workdir, options):
         jax.numpy_rank_promotion("allow"),
     ):
         patch.setattr(execute, "_run", run_here)
-        reproduce(table, CONFIG, workdir, **options)
+        main(words(table, workdir, options))
     return out.getvalue()
 
 

@@ -30,8 +30,9 @@ def around_foreground(
     `M_s` says which are foreground. A support alone stays whole, as do those that have
     one without foreground among them.
     """
-    _, *grid, _ = next(iter(supports[0].values())).shape
-    M_s = np.asarray(foreground_on_grid(masks[0], (grid[0], grid[1])))
+    _, height, width, _ = next(iter(supports[0].values())).shape
+    grid = height, width
+    M_s = np.asarray(foreground_on_grid(masks[0], grid))
     if len(supports) == 1 or not M_s.any(axis=(1, 2)).all():
         return supports
     ranges = [_ranges(np.any(M_s, axis=axis)) for axis in (2, 1)]

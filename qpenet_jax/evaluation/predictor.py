@@ -28,6 +28,11 @@ Lead = Float[Array, "b s s"]
 """How far the foreground leads in the logits: positive means foreground."""
 
 
+def _whole(supports: Any, masks: Any) -> Any:
+    del masks
+    return supports
+
+
 class Predictor(NamedTuple):
     """A network in two parts, so that what an image alone tells is computed once.
 
@@ -44,7 +49,7 @@ class Predictor(NamedTuple):
 
     encode: Callable[..., PyTree[Array]]
     decode: Callable[..., Any]
-    focus: Callable[..., Any] = Partial(lambda supports, masks: supports)
+    focus: Callable[..., Any] = Partial(_whole)
 
     def __call__(self, episode: Episode) -> Lead:
         """Return the foreground's lead in a batch of episodes."""
@@ -168,11 +173,6 @@ def _decode(model, params, weights, supports, masks, query, *, named=False):
     logits, out = model.apply(variables, stacked, masks, query, method="decode")
     lead = foreground_lead(logits)
     return (lead, out) if named else lead
-
-
-def _whole(supports, masks):
-    del masks
-    return supports
 
 
 def _focus_of(model):
