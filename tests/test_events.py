@@ -1,12 +1,15 @@
 """TensorBoard's events: a full disk is told, and clocks may be turned back."""
 
+import io
 import time
 
 import numpy as np
 import pytest
 from conftest import no_file_above
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from qpenet_jax.evaluation.pictures import save_image
 from qpenet_jax.runs.events import Events
 
 
@@ -30,12 +33,16 @@ def test_a_resumed_run_replaces_the_steps_that_it_repeats(tmp_path, monkeypatch)
 
 
 def test_an_image_is_shown(tmp_path):
-    with Events(tmp_path) as events:
-        events.add_image("episodes", np.zeros((5, 7, 3), np.uint8), 3)
-    shown = EventAccumulator(str(tmp_path))
+    pixels = np.arange(105, dtype=np.uint8).reshape(5, 7, 3)
+    save_image(pixels, tmp_path / "episodes.png")
+    with Events(tmp_path / "run") as events:
+        events.add_image("episodes", tmp_path / "episodes.png", 3)
+    shown = EventAccumulator(str(tmp_path / "run"))
     shown.Reload()
     (image,) = shown.Images("episodes")
     assert (image.step, image.width, image.height) == (3, 7, 5)
+    with Image.open(io.BytesIO(image.encoded_image_string)) as written:
+        np.testing.assert_array_equal(written, pixels)
 
 
 def test_a_full_disk_raises_and_what_was_written_stays(tmp_path):

@@ -13,6 +13,9 @@ from qpenet_jax.backbones.batch_norm import Norm, Statistics, moved
 from qpenet_jax.core.types import BATCH_STATISTICS, Array
 from qpenet_jax.models import ops
 
+# Jitted: Flax traces initialisers whenever a network is applied, to compare shapes.
+kernel_init = jax.jit(nn.initializers.lecun_normal(), static_argnums=(1, 2))
+
 
 class Conv(nn.Module):
     """A k x k convolution with bias, padded symmetrically: stride 1 keeps the size."""
@@ -27,7 +30,7 @@ class Conv(nn.Module):
         """Convolve `x`; the output side is ceil(side / stride)."""
         window = () if self.size == 1 else (self.size, self.size)
         shape = (*window, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         y = self._convolve(x, kernel)
         if self.is_mutable_collection(BATCH_STATISTICS) and not self.is_initializing():
@@ -74,7 +77,7 @@ class DepthwiseConv(nn.Module):
         """Convolve `x`; the output side is ceil(side / stride)."""
         channels = x.shape[-1]
         shape = (self.size, self.size, channels)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         x = ops.depthwise_conv(x, kernel, stride=self.stride, dilation=self.dilation)
         return x + bias.reshape(1, 1, 1, -1)

@@ -155,7 +155,8 @@ def ahead(
         raise InputError(_end_of_worker(int(died[1]))) from None
     finally:
         iterator.close()
-        gc.collect()  # Grain's last arrays are in cycles, with the end of its iterators
+        if workers:
+            gc.collect()  # Grain's last arrays are in cycles: free their shared memory
 
 
 def _end_of_worker(code: int) -> str:

@@ -1,5 +1,6 @@
 """The convolution blocks that the paper's equations share."""
 
+import functools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -13,16 +14,20 @@ from qpenet_jax.models import ops
 
 # PyTorch's default for convolutions and linear layers, U(+-1 / sqrt(fan_in)): the
 # released system trains from it, and He's larger weights can collapse y_pre and y_rev.
-kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# Jitted: Flax traces initialisers whenever a network is applied, to compare shapes.
+kernel_init = jax.jit(
+    nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), static_argnums=(1, 2)
+)
 
 
+@functools.cache
 def bias_init(fan_in: int) -> Callable[..., Array]:
     """Return PyTorch's initialiser of biases, U(+-1 / sqrt(fan_in))."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -1.0, 1.0) * fan_in**-0.5
 
-    return init
+    return jax.jit(init, static_argnums=(1, 2))
 
 
 class Conv1x1(nn.Module):

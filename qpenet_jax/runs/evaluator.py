@@ -124,7 +124,7 @@ class Evaluator:
     def __call__(
         self,
         params: PyTree[Array],
-        tell: Callable[[dict[str, Any], UInt8[Any, "h w 3"]], None] | None = None,
+        tell: Callable[[dict[str, Any], Path], None] | None = None,
         **facts: Any,
     ) -> None:
         """Score the network; write the results and a figure.
@@ -147,8 +147,8 @@ class Evaluator:
         results["references"] = self._references()
         if "cosine" in results["references"]:
             results["gain_over_cosine"] = self._gain("cosine")
-        figure = self._figure(predict)
-        save_image(figure, self.folder / FIGURE)
+        figure = self.folder / FIGURE
+        save_image(self._figure(predict), figure)
         if tell is not None:
             tell(results, figure)
         write_report(self.folder, results)  # last: it says that all is done

@@ -10,14 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import UInt8
+from PIL import Image
 from tensorboardX import summary
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
 PREFIX = "events.out.tfevents."
 
+RGB = 3
+"""TensorBoard's number of an image's colours."""
+
 KINDS: Any = event_pb2  # whose classes are made when it is imported
+Summary: Any = vars(summary_pb2)["Summary"]  # as above
 
 
 class Events(contextlib.AbstractContextManager):
@@ -50,10 +54,18 @@ class Events(contextlib.AbstractContextManager):
         """Write a value."""
         self._write(summary=summary.scalar(name, value), step=step)
 
-    def add_image(self, name: str, pixels: UInt8[Any, "h w 3"], step: int) -> None:
-        """Write an image."""
-        shown = summary.image(name, pixels, dataformats="HWC")
-        self._write(summary=shown, step=step)
+    def add_image(self, name: str, png: Path, step: int) -> None:
+        """Write the image of a PNG file."""
+        with Image.open(png) as picture:
+            width, height = picture.size
+        shown = Summary.Image(
+            height=height,
+            width=width,
+            colorspace=RGB,
+            encoded_image_string=png.read_bytes(),
+        )
+        value = Summary.Value(tag=name, image=shown)
+        self._write(summary=Summary(value=[value]), step=step)
 
     def _write(self, **fields: Any) -> None:
         event = KINDS.Event(wall_time=time.time(), **fields)

@@ -57,12 +57,10 @@ class Shapes:
         """Split and number of every image."""
         return tuple(f"{self.split}_{i:06d}" for i in range(self.size))
 
-    @functools.cached_property
+    @property
     def counts(self) -> Int[np.ndarray, "images classes"]:
         """Pixels of each class in each label, found without drawing the images."""
-        bins = len(OUTLINES) + 1
-        labels = (self.label(i) for i in range(self.size))
-        return np.stack([np.bincount(x.ravel(), minlength=bins)[1:] for x in labels])
+        return _counts(self)
 
     def __len__(self) -> int:
         return self.size
@@ -94,3 +92,13 @@ class Shapes:
         word = index * 4 + SPLITS.index(self.split) * 2 + (stream == "texture")
         key = np.array([self.seed, word], np.uint64)
         return np.random.Generator(np.random.Philox(key=key))
+
+
+@functools.lru_cache(maxsize=8)  # for all that opens the same set in a process
+def _counts(shapes: Shapes) -> Int[np.ndarray, "images classes"]:
+    bins = len(OUTLINES) + 1
+    labels = (shapes.label(i) for i in range(shapes.size))
+    rows = [np.bincount(label.ravel(), minlength=bins)[1:] for label in labels]
+    counts = np.stack(rows)
+    counts.flags.writeable = False
+    return counts
