@@ -1,6 +1,7 @@
 """Config files: where they may lie, and what is told of their errors."""
 
 import os
+import sys
 
 import pytest
 
@@ -39,6 +40,18 @@ def test_fields_are_changed_in_all_spellings(tmp_path):
     assert config.seed == 3
     assert config.is_locked
     assert load_config(file).seed == 0
+
+
+def test_an_edit_within_the_same_second_is_seen(tmp_path, monkeypatch):
+    """Nor does Python's bytecode appear beside the file."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = written(tmp_path, GOOD)
+    assert load_config(file).optimizer.lr == 0.1
+    times = file.stat()
+    file.write_text(GOOD.replace("0.1", "0.2"))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert load_config(file).optimizer.lr == 0.2
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,10 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         spec = importlib.util.spec_from_loader(loader.name, loader)
         assert spec  # of a loader that is given, never None
         module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
+        # Not `exec_module`, which keeps bytecode beside the file: it overlooks an edit
+        # within the same second, and the folder may be one of data.
+        code = loader.source_to_code(loader.get_data(str(path)), str(path))
+        exec(code, module.__dict__)
         config = module.get_config()
     if not isinstance(config, ConfigDict):
         raise InputError(
