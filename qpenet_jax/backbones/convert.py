@@ -128,7 +128,7 @@ def load_weights(
         params = _from_converted(name, source, metadata, deep, norms)
     else:
         params = _from_original(name, source, deep, norms)
-    return jax.tree.map(jnp.asarray, params)
+    return jax.device_put(params)  # `jnp.asarray` compiles a copy for every shape
 
 
 def _from_original(name: str, source: Path, deep: bool | None, norms: bool):

@@ -3,6 +3,7 @@
 For an image of side 8n + 1, cell (i, j) of every feature is centred on pixel (8i, 8j).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ops.devices import (
     by_platform,
+    is_plain,
     on_each_device,
     plain_formulations,
 )
@@ -42,9 +44,14 @@ class Backbone(NamedTuple):
         self, weights: PyTree, images: UInt8[Array, "b height width 3"]
     ) -> dict[str, Float[Array, "b _ _ _"]]:
         """Return the stages of RGB images 0..255."""
-        x = normalize(images, self.mean, self.std)
-        stages: Any = self.module.apply({"params": weights}, x)
-        return stages
+        return _stages(self, is_plain(), weights, images)
+
+
+# Jitted: training, evaluation and baselines of a process share one trace an image size.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _stages(net, plain, weights, images):
+    del plain  # `module` asks for it, which JAX can't know
+    return net.module.apply({"params": weights}, normalize(images, net.mean, net.std))
 
 
 DEEP = "layer4"
@@ -104,14 +111,15 @@ def weight_shapes(net: Backbone, *, deep: bool) -> dict[str, PyTree]:
     Nothing is computed.
     """
     stages, params = _shapes(net)
-    if deep and net.deep is not None:
-        last = stages[net.stages[0]]
-        with plain_formulations():
-            made = jax.eval_shape(net.deep.init, jax.random.key(0), last)
-        params[DEEP] = made["params"]
-    return params
+    if not deep or net.deep is None:
+        return params
+    last = stages[net.stages[0]]
+    with plain_formulations():
+        made = jax.eval_shape(net.deep.init, jax.random.key(0), last)
+    return params | {DEEP: made["params"]}
 
 
+@functools.cache
 def _shapes(net: Backbone) -> tuple[dict[str, Any], dict[str, PyTree]]:
     """Return the shapes of the stages of a small image, and of the weights."""
     image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)

@@ -75,7 +75,7 @@ def adopt(
             raise InputError(
                 f"{source} is no checkpoint of the released QPENet: {error}"
             ) from None
-        params = jax.tree.map(jnp.asarray, state_dict.to_params(head))
+        params = jax.device_put(state_dict.to_params(head))
         state = TrainState(jnp.zeros((), jnp.int32), params, initial.opt_state)
         _write(made, experiment, state, weights, source)
     return folder

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -109,8 +110,8 @@ def read_params(path: Path, like: PyTree[Any]) -> PyTree[Array]:
     check_tensors(f"{path} doesn't fit its config", expected, tensors)
     if values_hash(tensors) != facts.sha256:
         raise InputError(f"{path}: its values aren't what was written: get it again")
-    wide = {name: jnp.asarray(x, jnp.float32) for name, x in tensors.items()}
-    return unflatten_dict(wide, sep="/")
+    wide = {name: x.astype(np.float32) for name, x in tensors.items()}
+    return jax.device_put(unflatten_dict(wide, sep="/"))
 
 
 def _flat(tree: PyTree[Any]) -> dict[str, Any]:
