@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
-from scipy import sparse
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
@@ -227,6 +226,8 @@ def _whole(scores: Scores, classes: Sequence[int]) -> Float[np.ndarray, " measur
 
 def _measures(scores: Scores, classes: Sequence[int]) -> tuple[Measures, int]:
     """Sum the counts of each image; return the measures and the number of images."""
+    from scipy import sparse  # Here: whoever only predicts does without it.
+
     queries, image = np.unique(scores.column("query"), return_inverse=True)
     seeds, seed = np.unique(scores.column("seed"), return_inverse=True)
     member, position = np.nonzero(scores.column("class_id")[:, None] == list(classes))

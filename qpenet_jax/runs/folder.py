@@ -20,8 +20,8 @@ from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
 from qpenet_jax.runs.hub import run_folder
 from qpenet_jax.runs.model_file import MODEL_FILE, read_facts, read_params
 from qpenet_jax.runs.saved_config import merged
-from qpenet_jax.training.checkpoints import LAST, restore_params, values_hash
 from qpenet_jax.training.recipes import resolved
+from qpenet_jax.training.step import values_hash
 
 CONFIG_FILE = "config.json"
 
@@ -182,6 +182,9 @@ def open_run(
         )
         params = read_params(model, experiment.learned_like())
         return TrainedRun(folder, experiment, params, facts.step)
+    # Here: Orbax takes half a second, and models of one file do without it.
+    from qpenet_jax.training.checkpoints import LAST, restore_params
+
     kept = dict.fromkeys([*experiment.selections, LAST])
     chosen = selection or experiment.selections[0]
     check_choice(f"{folder} kept no checkpoint by ", chosen, kept)

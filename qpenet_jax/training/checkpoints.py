@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import shutil
@@ -10,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
@@ -20,7 +18,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.runtime import silence_late
 from qpenet_jax.core.types import BATCH_STATISTICS, Array
-from qpenet_jax.training.step import TrainState
+from qpenet_jax.training.step import TrainState, values_hash
 
 FOLDER = "checkpoints"
 
@@ -166,14 +164,6 @@ def save(
             metrics=dict(scores) if scores else None,
             custom_metadata={HASHES: hashes},
         )
-
-
-def values_hash(tree: PyTree[Array]) -> str:
-    """Return the SHA-256 of the values of a tree, in its order."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:

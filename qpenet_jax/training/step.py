@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh
@@ -48,6 +50,14 @@ class TrainState:
         if not self.statistics:
             return self.params
         return {**self.params, BATCH_STATISTICS: self.statistics}
+
+
+def values_hash(tree: PyTree[Array]) -> str:
+    """Return the SHA-256 of the values of a tree, in its order."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def episode_features(
