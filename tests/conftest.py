@@ -43,7 +43,13 @@ PARITY = ("torch", "torchvision", "efficientnet_lite_pytorch")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-LONG = ("test_train.py", "test_cluster.py", "test_reproduce.py", "test_loop.py")
+LONG = (
+    "test_train.py",
+    "test_cluster.py",
+    "test_reproduce.py",
+    "test_loop.py",
+    "test_twin.py",
+)
 """Files that take more than a minute."""
 
 
