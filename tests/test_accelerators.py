@@ -58,9 +58,8 @@ def exported(what, platform, dtype="float32"):
 def test_steps_export_and_leave_the_cpus_paths_out(what, platform):
     text = exported(what, platform)
     # 14 of the backbone aren't 1x1, in a function that evaluation calls for support and
-    # for query. QPENet:
-    # 3 each in PPG, DPE and GBC, 5 in FFA; in training 3 more in GBC, 1 in FFA, and of
-    # each the gradients of input and kernel.
+    # for query. QPENet: 3 each in PPG, DPE and GBC, 5 in FFA; in training 3 more in
+    # GBC, 1 in FFA, and of each the gradients of input and kernel.
     count = {"eval": 14 + 14, "train": 14 + 3 * 18}[what]
     assert text.count("stablehlo.convolution") == count
     assert text.count("call @_stages(") == {"eval": 2, "train": 1}[what]

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from qpenet_jax.backbones.batch_norm import Norm, Statistics, moved
 from qpenet_jax.core.types import BATCH_STATISTICS, Array
 from qpenet_jax.models import ops
+from qpenet_jax.models.layers import traced_once
 
-# Jitted: Flax traces initialisers whenever a network is applied, to compare shapes.
-kernel_init = jax.jit(nn.initializers.lecun_normal(), static_argnums=(1, 2))
+kernel_init = traced_once(nn.initializers.lecun_normal())
 
 
 class Conv(nn.Module):

@@ -12,12 +12,18 @@ from jaxtyping import Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models import ops
 
+
+def traced_once(init: Callable[..., Array]) -> Callable[..., Array]:
+    """Return an initialiser that JAX traces once a shape.
+
+    Flax traces initialisers whenever a network is applied, to compare shapes.
+    """
+    return jax.jit(init, static_argnums=(1, 2))
+
+
 # PyTorch's default for convolutions and linear layers, U(+-1 / sqrt(fan_in)): the
 # released system trains from it, and He's larger weights can collapse y_pre and y_rev.
-# Jitted: Flax traces initialisers whenever a network is applied, to compare shapes.
-kernel_init = jax.jit(
-    nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), static_argnums=(1, 2)
-)
+kernel_init = traced_once(nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
 
 
 @functools.cache
@@ -27,7 +33,7 @@ def bias_init(fan_in: int) -> Callable[..., Array]:
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -1.0, 1.0) * fan_in**-0.5
 
-    return jax.jit(init, static_argnums=(1, 2))
+    return traced_once(init)
 
 
 class Conv1x1(nn.Module):

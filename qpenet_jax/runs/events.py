@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 from tensorboardX import summary
-from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 PREFIX = "events.out.tfevents."
@@ -21,7 +21,7 @@ RGB = 3
 """TensorBoard's number of an image's colours."""
 
 KINDS: Any = event_pb2  # whose classes are made when it is imported
-Summary: Any = vars(summary_pb2)["Summary"]  # as above
+Summary: Any = summary.Summary
 
 
 class Events(contextlib.AbstractContextManager):
