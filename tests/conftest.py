@@ -10,6 +10,9 @@ from pathlib import Path
 
 # Before anything imports jax; JAX_PLATFORMS=cuda on the command line overrules it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# To compile takes far longer than to run what most tests run, in processes of theirs as
+# well. JAX_DISABLE_MOST_OPTIMIZATIONS=0 lets all tests run the code that users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import cv2
 import jax
@@ -21,6 +24,14 @@ from jaxtyping import install_import_hook
 from PIL import Image
 
 from qpenet_jax.core.files import cache_folder
+
+# Fusion emitters take half of the time that little effort takes. Newer versions of XLA
+# don't know the flag, and end the process that has it.
+NO_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+LITTLE_EFFORT = jax.config.values["jax_disable_most_optimizations"]
+if LITTLE_EFFORT and jax.__version_info__[:2] == (0, 10):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} {NO_EMITTERS}".strip()
 
 # Every call in these rooms is checked against its annotations, shapes included, and JAX
 # refuses to promote dtypes and ranks. What a test starts as a process runs unchecked.
@@ -101,37 +112,34 @@ def no_file_above(size):
 
 
 @contextlib.contextmanager
-def _without_fusion_emitters():
-    """Let XLA leave out what takes half of the time that little effort takes.
-
-    Newer versions don't know the flag, and end the process where it is in XLA_FLAGS.
-    """
-    if jax.__version_info__[:2] != (0, 10):
+def _with_fusion_emitters():
+    """Take NO_EMITTERS back, here and of processes that are started meanwhile."""
+    flags, options_of = os.environ.get("XLA_FLAGS", ""), compiler.get_compile_options
+    if NO_EMITTERS not in flags:
         yield
         return
-    name, options_of = "xla_cpu_use_fusion_emitters", compiler.get_compile_options
+    name = NO_EMITTERS.removeprefix("--").removesuffix("=false")
 
     def options(*given, **named):
         made = options_of(*given, **named)
-        made.env_option_overrides = [*(made.env_option_overrides or ()), (name, False)]
+        made.env_option_overrides = [*(made.env_option_overrides or ()), (name, True)]
         return made
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", options)
-        flags = os.environ.get("XLA_FLAGS", "")
-        patch.setenv("XLA_FLAGS", f"{flags} --{name}=false")  # of other processes
+        patch.setenv("XLA_FLAGS", flags.replace(NO_EMITTERS, "").strip())
         yield
 
 
 @pytest.fixture(scope="module")
-def unoptimised_code():
-    """Compile with little effort: where that takes far longer than what is run."""
-    with _settings(jax_disable_most_optimizations=True), _without_fusion_emitters():
+def optimised_code():
+    """Compile with all effort, where much is computed or the last digits matter."""
+    with _settings(jax_disable_most_optimizations=False), _with_fusion_emitters():
         yield
 
 
 @pytest.fixture(scope="module")
-def compiled_once(unoptimised_code):
+def compiled_once():
     """Compile once for all runs that are alike, here and in processes.
 
     Most of a run of few steps is compilation, of many parts that take less than the

@@ -17,8 +17,6 @@ from qpenet_jax.runs.adopt import adopt
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.segmenter import load
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
-
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
 
 C = 256

@@ -14,8 +14,6 @@ from qpenet_jax.masks.files import segment_files
 from qpenet_jax.masks.queries import find_queries
 from qpenet_jax.masks.results import Results
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
-
 SETTINGS = Settings(("predict",), shots=(1, 2), photos=3, size=65)
 
 

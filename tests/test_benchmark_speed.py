@@ -40,7 +40,7 @@ BACKBONE = dataclasses.replace(EVAL, what="backbone")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly_done(unoptimised_code):
+def quickly_done():
     """What is measured here runs for milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "PEAK_ROWS", {"cpu": 64})

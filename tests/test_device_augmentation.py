@@ -36,7 +36,7 @@ from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.runs import experiment, loading
 from qpenet_jax.runs.config_files import load_config
 
-pytestmark = pytest.mark.standard_promotion
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("optimised_code")]
 
 NARROW, WIDE = (0.9, 1.1), (0.8, 1.25)
 OPERATIONS = {

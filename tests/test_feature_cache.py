@@ -32,8 +32,6 @@ from qpenet_jax.evaluation.scoring import score, score_episodes
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.training.step import episode_features
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
-
 SIDE, FEATURES, CLASSES = 33, 12, (1, 2, 3)
 
 

@@ -35,8 +35,6 @@ from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import TrainedRun, claim, inputs_of
 from qpenet_jax.training.step import episode_features
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
-
 SIDE, GRID = 65, 9
 SHRUNK = {
     "side": SIDE,

@@ -14,8 +14,6 @@ from qpenet_jax.evaluation.predictor import qpenet_predictor
 from qpenet_jax.models.layers import Convs
 from qpenet_jax.models.qpenet import QPENet
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
-
 SIDE = 241
 BOXES = {  # in cells of the grid of 31: a corner, an edge, the middle, another corner
     "corner": (0, 4, 0, 6),

@@ -42,7 +42,6 @@ def test_attention_off_the_cpu_holds_some_of_its_scores():
     assert found["inputs"] == 4 * (4 * 256 * 11 * 3600) + 4 * 5 * 3600
 
 
-@pytest.mark.usefixtures("unoptimised_code")
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_the_inputs_are_weights_and_batch(platform):
     case = Case("eval", shots=2, batch=3, size=33, network=NETWORK)

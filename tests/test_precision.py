@@ -13,10 +13,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.loader import load_episode
 from qpenet_jax.runs.experiment import Experiment
 
-pytestmark = [
-    pytest.mark.standard_promotion,
-    pytest.mark.usefixtures("unoptimised_code"),
-]
+pytestmark = pytest.mark.standard_promotion
 
 SIDE = 65
 
@@ -56,7 +53,7 @@ def test_products_on_a_gpu_are_what_the_dtype_says(dtype, named, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained(unoptimised_code):
+def trained():
     """One step of the quick start's network, small, in every dtype."""
 
     def train(dtype):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 
 from qpenet_jax.models.losses import total_loss
 from qpenet_jax.models.qpenet import QPENet
@@ -151,6 +152,14 @@ def upsample(x):
     grid, pixels = np.arange(GRID) * 8, np.arange(SIDE)
     lines = [np.interp(pixels, grid, np.eye(GRID)[i]) for i in range(GRID)]
     return np.einsum("iy,ijc,jx->yxc", lines, x, lines)
+
+
+def test_parameters_of_other_features_are_refused_as_flax_does(evaluate, params):
+    supports, masks, query = draw_episodes(1)
+    wider = [np.concatenate([f, f], axis=-1) for f in (supports, query)]
+    told = r'"kernel" in "reduce_support", .* \(24, 16\), .* has shape \(12, 16\)'
+    with pytest.raises(ScopeParamShapeError, match=told):
+        evaluate(params, wider[0], masks, wider[1])
 
 
 def paper_forward(params, support, masks, query):

@@ -31,8 +31,6 @@ from qpenet_jax.models.released.transformer import (
 NO_DROPOUT = {f"{k}_dropout": 0.0 for k in ("channel", "head", "gate", "attention")}
 DEEPSTEM = backbone("resnet50_deepstem")
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
-
 
 # --- Tokens -------------------------------------------------------------------------
 

@@ -22,8 +22,6 @@ from qpenet_jax.runs.folder import claim, inputs_of, open_run
 from qpenet_jax.runs.saved_config import merged
 from qpenet_jax.training.recipes import resolved
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
-
 OLD = Path(__file__).parent / "goldens" / "run_dbf7d53"
 """The quick start of commit dbf7d53, before configs had a version: 3 steps of a network
 of 8 channels at 65 pixels, scored on 10 episodes; without the optimiser's state."""

@@ -80,7 +80,6 @@ print(json.dumps(told))
 """
 
 
-@pytest.mark.usefixtures("unoptimised_code")
 def test_only_gradients_and_sums_move_between_devices():
     flags = os.environ.get("XLA_FLAGS", "")
     flags += " --xla_force_host_platform_device_count=4"

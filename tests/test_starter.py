@@ -19,14 +19,12 @@ from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.model_file import MODEL_FILE
 from qpenet_jax.segmenter import STARTER
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
-
 SIDE = 65
 OVERRIDES = [f"--config.side={SIDE}"]
 
 
 @pytest.fixture(scope="module")
-def starter(unoptimised_code):
+def starter():
     return load(overrides=OVERRIDES)
 
 

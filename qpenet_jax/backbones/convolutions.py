@@ -12,7 +12,7 @@ from jaxtyping import Float
 from qpenet_jax.backbones.batch_norm import Norm, Statistics, moved
 from qpenet_jax.core.types import BATCH_STATISTICS, Array
 from qpenet_jax.models import ops
-from qpenet_jax.models.layers import traced_once
+from qpenet_jax.models.layers import parameter, traced_once
 
 kernel_init = traced_once(nn.initializers.lecun_normal())
 
@@ -30,8 +30,8 @@ class Conv(nn.Module):
         """Convolve `x`; the output side is ceil(side / stride)."""
         window = () if self.size == 1 else (self.size, self.size)
         shape = (*window, x.shape[-1], self.features)
-        kernel = self.param("kernel", kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = parameter(self, "kernel", kernel_init, shape)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         y = self._convolve(x, kernel)
         if self.is_mutable_collection(BATCH_STATISTICS) and not self.is_initializing():
             return self._normalise(y)
@@ -77,7 +77,7 @@ class DepthwiseConv(nn.Module):
         """Convolve `x`; the output side is ceil(side / stride)."""
         channels = x.shape[-1]
         shape = (self.size, self.size, channels)
-        kernel = self.param("kernel", kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        kernel = parameter(self, "kernel", kernel_init, shape)
+        bias = parameter(self, "bias", nn.initializers.zeros, (channels,))
         x = ops.depthwise_conv(x, kernel, stride=self.stride, dilation=self.dilation)
         return x + bias.reshape(1, 1, 1, -1)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeParamShapeError
 from jaxtyping import Float
 
 from qpenet_jax.core.types import Array
@@ -14,11 +15,28 @@ from qpenet_jax.models import ops
 
 
 def traced_once(init: Callable[..., Array]) -> Callable[..., Array]:
-    """Return an initialiser that JAX traces once a shape.
-
-    Flax traces initialisers whenever a network is applied, to compare shapes.
-    """
+    """Return an initialiser that JAX traces once a shape."""
     return jax.jit(init, static_argnums=(1, 2))
+
+
+def parameter(
+    module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]
+) -> Array:
+    """Return a parameter of a module, or make it: `module.param` in less time.
+
+    Flax traces the initialiser whenever a network is applied, to compare shapes: of a
+    backbone with parameters of many shapes that is a quarter of what tracing takes.
+
+    Raises:
+        ScopeParamShapeError: it has another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    value = module.get_variable("params", name)
+    if value.shape != shape:
+        path = "/".join(module.path)
+        raise ScopeParamShapeError(name, path, value.shape, shape)
+    return value
 
 
 # PyTorch's default for convolutions and linear layers, U(+-1 / sqrt(fan_in)): the
@@ -44,7 +62,7 @@ class Conv1x1(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """Return ReLU(conv(x))."""
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
+        kernel = parameter(self, "kernel", kernel_init, (x.shape[-1], self.features))
         return nn.relu(ops.conv1x1(x, kernel))
 
 
@@ -56,7 +74,9 @@ class Conv3x3(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """Return ReLU(conv(x))."""
-        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
+        kernel = parameter(
+            self, "kernel", kernel_init, (3, 3, x.shape[-1], self.features)
+        )
         return nn.relu(ops.conv3x3(x, kernel))
 
 
@@ -136,7 +156,7 @@ class MergePrototype(nn.Module):
         """Return ReLU(conv(concat)); kernel rows: features first, prototype second."""
         c = features.shape[-1]
         rows = c + prototype.shape[-1]
-        kernel = self.param("kernel", kernel_init, (rows, self.features))
+        kernel = parameter(self, "kernel", kernel_init, (rows, self.features))
         constant = (prototype @ kernel[c:])[:, None, None]
         return nn.relu(ops.conv1x1(features, kernel[:c]) + constant)
 
