@@ -7,6 +7,7 @@ processes of two devices each, so that most of them can be compared with each ot
 import contextlib
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -378,9 +379,36 @@ def test_who_is_gone_is_told_as_far_as_it_is_known(text, who, capsys):
 def test_a_process_that_ends_for_a_reason_of_its_own_keeps_its_status(monkeypatch):
     """The others end faster than this one: it isn't to be told that they are gone."""
     done = []
-    watch = types.SimpleNamespace(stop=lambda: done.append("not watched any more"))
+    watch = types.SimpleNamespace(
+        settle=lambda status: done.append(f"ends with {status}")
+    )
     monkeypatch.setattr(cluster, "_watch", watch)
     monkeypatch.setattr(cluster, "_let_others_end", lambda: done.append("others told"))
     monkeypatch.setattr(os, "_exit", done.append)
     cluster.leave(2)
-    assert done == ["not watched any more", "others told", 2]
+    assert done == ["ends with 2", "others told", 2]
+
+
+ABORTED = """
+import ctypes
+from qpenet_jax.core import cluster, last_words
+
+c = ctypes.CDLL(None)
+
+def aborted():
+    c.perror(last_words.FATAL.encode())
+    c.abort()
+
+cluster._let_others_end = aborted
+cluster._watch = last_words.Watch(lambda: False)
+cluster._watch.start()
+cluster.leave(last_words.GONE)
+"""
+"""A process that JAX aborts while it waits for the others to end."""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's abort can wait")
+def test_an_abort_while_others_are_told_keeps_the_status():
+    run = [sys.executable, "-c", ABORTED]
+    ended = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (last_words.GONE, "")

@@ -321,10 +321,12 @@ def test_a_run_of_another_config_is_told(finished, tmp_path, capsys):
 
 @pytest.fixture
 def endless(compiled_once, tmp_path):
-    """A reproduction that trains for long, in a session of its own; its options."""
+    """A reproduction in a session of its own, held while it trains; its options."""
     rows = {"rows": ("full",), "seeds": (0,), "overrides": overrides(steps=100_000)}
     process = start("table3", tmp_path, rows, new_session=True)
     wait_for_training(process, tmp_path / "full" / "seed0")
+    (training,) = processes_of(tmp_path / "full" / "seed0")
+    os.kill(training, signal.SIGSTOP)  # else it takes the time of all other tests
     yield process, rows
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

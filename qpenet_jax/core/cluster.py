@@ -262,9 +262,10 @@ def leave(status: Any = 0) -> None:
         return
     if sys.exc_info()[0] not in (None, SystemExit):
         traceback.print_exc()
-    _watch.stop()  # what happens to the others from here on changes nothing in this one
-    _let_others_end()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(status if isinstance(status, int) else 1)
+    status = status if isinstance(status, int) else 1
+    _watch.settle(status)
+    _let_others_end()
+    os._exit(status)

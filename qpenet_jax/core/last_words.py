@@ -65,6 +65,14 @@ class Watch:
         """End the watch."""
         self._ended.set()
 
+    def settle(self, status: int) -> None:
+        """Let the process end with `status` and no word of others from here on.
+
+        JAX may still abort it, while it waits for a service that is gone.
+        """
+        with self._speaking:
+            self._status = self._status or status
+
     def _read(self) -> None:
         """Tell what C's standard error gets; end the process where JAX aborts it."""
         while not self._ended.wait(PAUSE):
@@ -72,12 +80,12 @@ class Watch:
             if FATAL in text:
                 self.end(text)
             for line in text.splitlines():
-                if not NOISE.search(line):
+                if not (self._status or NOISE.search(line)):
                     print(line, file=sys.stderr)
 
     def _listen(self) -> None:
         """Give this process SPREAD, once, where another was asked to stop."""
-        while not self._ended.wait(PAUSE):
+        while not (self._ended.wait(PAUSE) or self._status):
             if self._stop_told():
                 self._spread = True
                 if callable(signal.getsignal(SPREAD)):  # else it would end us unsaved
