@@ -12,6 +12,9 @@ from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.cli.main import main
 from qpenet_jax.models import ops
 
+# Of the plans that users get.
+pytestmark = pytest.mark.usefixtures("optimised_code")
+
 GIB = 2**30
 NETWORK = {"channels": 16, "heads": 2, "ffn_features": 24}
 

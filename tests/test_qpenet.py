@@ -9,6 +9,9 @@ from flax.errors import ScopeParamShapeError
 from qpenet_jax.models.losses import total_loss
 from qpenet_jax.models.qpenet import QPENet
 
+# Bits are compared.
+pytestmark = pytest.mark.usefixtures("optimised_code")
+
 CHANNELS, FEATURES, SIDE, GRID = 16, 12, 33, 5
 MODEL = QPENet(channels=CHANNELS, heads=2, ffn_features=24)
 
@@ -152,14 +155,6 @@ def upsample(x):
     grid, pixels = np.arange(GRID) * 8, np.arange(SIDE)
     lines = [np.interp(pixels, grid, np.eye(GRID)[i]) for i in range(GRID)]
     return np.einsum("iy,ijc,jx->yxc", lines, x, lines)
-
-
-def test_parameters_of_other_features_are_refused_as_flax_does(evaluate, params):
-    supports, masks, query = draw_episodes(1)
-    wider = [np.concatenate([f, f], axis=-1) for f in (supports, query)]
-    told = r'"kernel" in "reduce_support", .* \(24, 16\), .* has shape \(12, 16\)'
-    with pytest.raises(ScopeParamShapeError, match=told):
-        evaluate(params, wider[0], masks, wider[1])
 
 
 def paper_forward(params, support, masks, query):
@@ -327,3 +322,11 @@ def test_masks_that_do_not_fit_are_refused(evaluate, params):
     support, masks, query = draw_episodes(1)
     with pytest.raises(ValueError, match="32 x 33 do not fit"):
         jax.eval_shape(evaluate, params, support, masks[:, :, :-1], query)
+
+
+def test_parameters_of_other_features_are_refused_as_flax_does(evaluate, params):
+    supports, masks, query = draw_episodes(1)
+    wider = [np.concatenate([f, f], axis=-1) for f in (supports, query)]
+    told = r'"kernel" in "reduce_support", .* \(24, 16\), .* has shape \(12, 16\)'
+    with pytest.raises(ScopeParamShapeError, match=told):
+        evaluate(params, wider[0], masks, wider[1])

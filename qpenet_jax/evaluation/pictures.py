@@ -41,7 +41,7 @@ Row = tuple[str, Sequence[Image.Image]]
 def save_image(pixels: RGB, path: Path) -> None:
     """Write a PNG whole or not at all; raises InputError where it can't be written."""
     content = io.BytesIO()
-    # Higher levels take three times as long for a file that is a sixth smaller.
+    # The default takes three times as long, for a file that is a sixth smaller.
     Image.fromarray(pixels).save(content, "PNG", compress_level=1)
     write_whole(path, content.getvalue())
 

@@ -15,7 +15,10 @@ from qpenet_jax.models import ops
 
 
 def traced_once(init: Callable[..., Array]) -> Callable[..., Array]:
-    """Return an initialiser that JAX traces once a shape."""
+    """Return an initialiser that JAX traces once a shape.
+
+    Flax's own layers trace theirs whenever a network is applied; see `parameter`.
+    """
     return jax.jit(init, static_argnums=(1, 2))
 
 
