@@ -34,7 +34,7 @@ KNOWN_AS = {
 
 
 def gather(voc: Path, ccp: Path, coco: Path, out: Path) -> None:
-    """Write the images, masks of one numbering, class names and lists below `out`."""
+    """Writes the images, masks of one numbering, class names and lists below `out`."""
     clothes = (ccp / "classes.txt").read_text().split()
     classes = [*PASCAL_CLASSES, *clothes]
     named = [KNOWN_AS.get(name, name) for name in COCO_CLASSES]
@@ -69,7 +69,7 @@ def _masks(folder: Path) -> list[Path]:
 
 
 def _table(names, classes) -> np.ndarray:
-    """Return our number of every number of a data set; 0 and 255 stay."""
+    """Returns our number of every number of a data set; 0 and 255 stay."""
     table = np.arange(256, dtype=np.uint8)
     table[1 : len(names) + 1] = [classes.index(name) + 1 for name in names]
     return table

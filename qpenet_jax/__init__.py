@@ -23,7 +23,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name (PEP 562); the version is that of the installed package."""
+    """Imports a public name (PEP 562); the version is that of the installed package."""
     if name == "__version__":
         return importlib.metadata.version("qpenet-jax")
     if name not in _MODULES:
@@ -32,5 +32,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the public names, imported or not."""
+    """Returns the public names, imported or not."""
     return sorted({*globals(), *__all__})

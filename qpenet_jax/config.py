@@ -63,7 +63,7 @@ SECTIONS = {
 
 
 def default_config() -> Any:
-    """Return the config of PASCAL-5i fold 0 with ResNet-50, to be changed."""
+    """Returns the config of PASCAL-5i fold 0 with ResNet-50, to be changed."""
     config: Any = ConfigDict()
     config.version = VERSION
     config.seed = 0
@@ -173,7 +173,7 @@ def default_config() -> Any:
 
 
 def _fields_of(name: str, section: type) -> ConfigDict:
-    """Return a dataclass' fields with its defaults; the recipe's are without value."""
+    """Returns a dataclass' fields with its defaults; the recipe's are without value."""
     fields = ConfigDict()
     for field in dataclasses.fields(section):
         if field.name in ("parent", "name") and section is QPENet:
@@ -185,7 +185,7 @@ def _fields_of(name: str, section: type) -> ConfigDict:
 
 
 def for_coco(config: Any) -> Any:
-    """Change what the paper does differently on COCO-20i."""
+    """Changes what the paper does differently on COCO-20i."""
     config.dataset.name = "COCO-20i"
     config.dataset.root = "data/coco20i/2014/1.0.0"
     config.dataset.split = "coco_fwb"
@@ -203,7 +203,7 @@ RELEASED_EPOCHS = {
 
 
 def for_released(config: Any) -> Any:
-    """Make a config of the authors' released system, of their training and test.
+    """Makes a config of the authors' released system, of their training and test.
 
     The data set, the fold and the backbone are set before.
     """
@@ -224,19 +224,19 @@ def for_released(config: Any) -> Any:
 
 
 def released_epochs(data: Any, backbone: str, fold: int) -> int | None:
-    """Return what the authors trained for; None for what they didn't train."""
+    """Returns what the authors trained for; None for what they didn't train."""
     resnet = backbone.removesuffix("_deepstem")
     epochs = RELEASED_EPOCHS.get(data.split, {}).get(resnet)
     return epochs[fold] if epochs else None
 
 
 def selections(config: Any) -> tuple[str, ...]:
-    """Return the selections of checkpoints, each once; the first is the result's."""
+    """Returns the selections of checkpoints, each once; the first is the result's."""
     return tuple(dict.fromkeys(config.select_on.split(",")))
 
 
 def check_fields(config: Any) -> None:
-    """Refuse fields that don't exist, are missing or hold nothing, and odd numbers.
+    """Refuses fields that don't exist, are missing or hold nothing, and odd numbers.
 
     Fields that the recipe settles may hold nothing before it does.
 
@@ -262,7 +262,7 @@ def check_fields(config: Any) -> None:
 
 
 def check(config: Any) -> None:
-    """Refuse values that could only fail later, whatever the data are.
+    """Refuses values that could only fail later, whatever the data are.
 
     Raises:
         InputError: naming the field.
@@ -311,7 +311,7 @@ LISTS = {
 
 
 def _check_tuples(config: Any) -> None:
-    """Refuse ranges without room, lists of another type or with repeats."""
+    """Refuses ranges without room, lists of another type or with repeats."""
     check_ranges(config.augmentation.scale, config.augmentation.rotate)
     for name, kind in LISTS.items():
         section, field = name.split(".")

@@ -52,7 +52,7 @@ class Segmenter:
     def learn(
         self, images: Image | Sequence[Image], masks: GivenMask | Sequence[GivenMask]
     ) -> Task:
-        """Return a task that segments in any query what the masks mark in the images.
+        """Returns a task that segments in any query what the masks mark in the images.
 
         Images are RGB of any size, one support or K. A mask means what its file means
         to `qpenet predict`: one value is the object, 0 background, and 255 beside
@@ -80,7 +80,7 @@ class Segmenter:
             tuple[Image | Sequence[Image], GivenMask | Sequence[GivenMask]],
         ],
     ) -> Tasks:
-        """Return the tasks of several classes, from (images, masks) by their names.
+        """Returns the tasks of several classes, from (images, masks) by their names.
 
         Raises InputError as `learn` does.
         """
@@ -92,7 +92,7 @@ class Segmenter:
         supports: Image | Sequence[Image],
         masks: GivenMask | Sequence[GivenMask],
     ) -> Mask:
-        """Return the mask of one query: `learn(supports, masks)(query)`.
+        """Returns the mask of one query: `learn(supports, masks)(query)`.
 
         Raises InputError as `learn` and the task do.
         """
@@ -108,7 +108,7 @@ def load(
     backbone: str | None = None,
     weights: str | Path | None = None,
 ) -> Segmenter:
-    """Return what segments: a run's network, or without a run the package's starter.
+    """Returns what segments: a run's network, or without a run the package's starter.
 
     The run is one of train.py, of which the selected checkpoint is taken, or one of
     `qpenet publish`, by its folder or its name on the Hugging Face hub, "org/name" or
@@ -154,12 +154,12 @@ def load(
 
 
 def chosen_method(method: str | None, workdir: Any, other: Any) -> str:
-    """Return the method, by default as a run or `other` features are given."""
+    """Returns the method, by default as a run or `other` features are given."""
     return method or ("qpenet" if workdir else "prototype" if other else "starter")
 
 
 def _starter(overrides, other) -> Segmenter:
-    """Return the package's own network in the mean with self-support."""
+    """Returns the package's own network in the mean with self-support."""
     if other:
         raise InputError(
             "method starter has a backbone of its own: give no other, or choose method "
@@ -180,7 +180,7 @@ def _starter(overrides, other) -> Segmenter:
 
 
 def _prototypes(method, overrides, backbone, weights) -> Segmenter:
-    """Return the training-free segmenter over a backbone without a run."""
+    """Returns the training-free segmenter over a backbone without a run."""
     if method == "qpenet":
         raise InputError(
             "method qpenet needs the folder of a trained run, --workdir; without one, "
@@ -197,14 +197,14 @@ def _of_prototypes(experiment: Experiment, weights: PyTree[Array]) -> Segmenter:
     predict = experiment.training_free_predictor(weights)
 
     def decode(*inputs: Any, named: bool = False) -> Any:
-        lead, out = predict.decode(*inputs, named=True)
-        return (SHARPNESS * lead, out) if named else SHARPNESS * lead
+        margin, out = predict.decode(*inputs, named=True)
+        return (SHARPNESS * margin, out) if named else SHARPNESS * margin
 
     return Segmenter(predict._replace(decode=decode), experiment.config.side)
 
 
 def _supports(images: Any, masks: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return image and mask of every support, checked."""
+    """Returns image and mask of every support, checked."""
     if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) == 3:
         images, masks = [images], [masks]
     if len(images) != len(masks) or not len(images):

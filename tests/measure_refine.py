@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import qpenet_jax
 from qpenet_jax.data.images import read_image, read_label
 from qpenet_jax.data.transforms import binary_mask, fit_label, unpad
-from qpenet_jax.masks.leads import probability
+from qpenet_jax.masks.margins import probability
 from qpenet_jax.masks.refine import Edges
 
 MIN_PIXELS, MIN_IMAGES, TOLERANCE = 2048, 10, 0.008
@@ -102,7 +102,7 @@ def main():
         else:
             image = read_image(voc / "JPEGImages" / f"{support}.jpg")
             task = segmenter.learn(image, binary_mask(labels[support], c))
-            plain = probability(task.lead(task.view(photo)))
+            plain = probability(task.margin(task.view(photo)))
         refined = Edges(photo, 8 * max(truth.shape) / side)(plain)
         masks = plain > 0.5, refined > 0.5
         rows.append(

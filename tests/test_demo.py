@@ -344,8 +344,8 @@ def test_a_network_is_looked_into(ring, tmp_path):
     decode = network.decode
 
     def named(*given, named=False):
-        lead = decode(*given)
-        return (lead, {"y_bg_q": on_grid(LEFT)[None]}) if named else lead
+        margin = decode(*given)
+        return (margin, {"y_bg_q": on_grid(LEFT)[None]}) if named else margin
 
     segmenter = network.segmenter
     segmenter = type(segmenter)(segmenter.predict._replace(decode=named), 65)

@@ -173,7 +173,7 @@ class Patches(nn.Module):
         return {"stage": nn.Dense(6, name="dense")(images[:, ::8, ::8])}
 
 
-def test_a_prediction_is_the_lead_of_the_foreground_logit():
+def test_a_prediction_is_the_margin_of_the_foreground_logit():
     backbone = Backbone(Patches(), ("stage",), 6)
     rng = np.random.default_rng(0)
     batch = Episode(

@@ -154,11 +154,11 @@ def test_a_variant_by_code_and_one_by_fields(examples):
     variables = {"params": experiment.untrained()}
 
     @jax.jit
-    def leads(shift):
+    def margins(shift):
         inputs = support + shift, masks, query[0] + shift
         return experiment.model.apply(variables, *inputs)[0]
 
-    np.testing.assert_allclose(leads(0.0), leads(3.0), atol=1e-4)
+    np.testing.assert_allclose(margins(0.0), margins(3.0), atol=1e-4)
 
     config.variant = "main_prior"
     fields = Experiment(config).model

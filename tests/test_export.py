@@ -65,14 +65,14 @@ def episode(photos, labels, shots):
 
 
 def through(call, episode, shots):
-    """Return lead and probability of an episode by an exported network."""
+    """Return margin and probability of an episode by an exported network."""
     supports = [
         call("encode_support", image=episode.support_images[:, k]) for k in range(shots)
     ]
     stacked = {n: np.stack([s[n] for s in supports], 1) for n in supports[0]}
     query = call("encode_query", image=episode.query_image)
     found = call(f"decode_{shots}shot", masks=episode.support_masks, **stacked, **query)
-    return np.asarray(found["lead"]), np.asarray(found["probability"])
+    return np.asarray(found["margin"]), np.asarray(found["probability"])
 
 
 def loaded(folder, block):
@@ -109,9 +109,9 @@ def check(call, predict, photos, masks, tolerance):
     for shots in (1, 5):
         given = episode(photos, masks, shots)
         expected = np.asarray(predict(given))
-        lead, probability = through(call, given, shots)
-        assert lead.shape == probability.shape == expected.shape
-        assert np.abs(lead - expected).max() < tolerance * max(
+        margin, probability = through(call, given, shots)
+        assert margin.shape == probability.shape == expected.shape
+        assert np.abs(margin - expected).max() < tolerance * max(
             np.abs(expected).max(), 1
         )
         assert np.abs(probability - 1 / (1 + np.exp(-expected))).max() < tolerance
@@ -236,7 +236,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parity
-def test_onnx_attends_to_the_true_keys_where_others_lead_by_far():
+def test_onnx_attends_to_the_true_keys_where_others_are_far_larger():
     """jax2onnx's own attention lets these take all the weight before it masks them."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="no onnxruntime")
     pytest.importorskip("jax2onnx", reason="no jax2onnx: see docs/export.md")

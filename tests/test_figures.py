@@ -392,8 +392,8 @@ def test_the_background_by_p_bg_is_the_heads_answer_to_it(runs):
     for name, logits in expected().items():
         np.testing.assert_allclose(out[name], logits, rtol=1e-4, atol=1e-5)
     assert np.abs(out["y_bg_clean"] - out["y_bg_q"]).max() > 1e-3
-    lead = out["y_final"][..., 1] - out["y_final"][..., 0]
-    np.testing.assert_allclose(margin[::8, ::8], lead, rtol=1e-4, atol=1e-5)
+    margin = out["y_final"][..., 1] - out["y_final"][..., 0]
+    np.testing.assert_allclose(margin[::8, ::8], margin, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_written_if_a_sheet_fails(runs, tmp_path, monkeypatch):

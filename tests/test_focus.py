@@ -39,7 +39,7 @@ def random(*shape, seed=0):
 
 
 @pytest.mark.parametrize("fields", [{}, {"decoder": "fem", "prior": True}])
-def test_the_lead_is_that_of_whole_supports(fields):
+def test_the_margin_is_that_of_whole_supports(fields):
     """Of DPE, FFA and the prior mask; FEM sees prototypes alone."""
     masks = np.stack([mask_of(box) for box in BOXES.values()])[None]
     features, query = random(1, 4, 31, 31, 8), random(1, 31, 31, 8, seed=1)
@@ -110,8 +110,8 @@ def test_the_starter_learns_its_networks_part_alone():
     query, _ = picture(64, 64)
     view = task.view(query)
     unfocused = task.predict._replace(focus=lambda supports, masks: supports)
-    whole = dataclasses.replace(task, predict=unfocused).lead(view)
-    np.testing.assert_allclose(task.lead(view), whole, atol=1e-4)
+    whole = dataclasses.replace(task, predict=unfocused).margin(view)
+    np.testing.assert_allclose(task.margin(view), whole, atol=1e-4)
 
 
 def test_a_network_of_others_may_look_at_all_of_a_support():

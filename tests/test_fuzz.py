@@ -43,7 +43,7 @@ from qpenet_jax.data.prepare.class_lists import read_classes
 from qpenet_jax.data.prepare.instances import Instances
 from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.masks.leads import compete
+from qpenet_jax.masks.margins import compete
 from qpenet_jax.masks.marks import parse_support, read_support
 from qpenet_jax.runs.config_files import load_config, override
 from qpenet_jax.runs.experiment import Experiment

@@ -40,9 +40,9 @@ def test_it_mixes_prototypes_of_supports_and_query(segmenter):
     photo = np.zeros((1, 9, 9), bool)
     photo[:, :6, :8] = True  # beside and below there is no photo
     logits, _ = self_supported(maps[None, :2], squares, maps[2:], photo)
-    lead = np.asarray(task.lead(task.view(query)))
+    margin = np.asarray(task.margin(task.view(query)))
     np.testing.assert_allclose(
-        lead / SHARPNESS, (logits[0, :48, :64, 1] - logits[0, :48, :64, 0]), atol=1e-4
+        margin / SHARPNESS, (logits[0, :48, :64, 1] - logits[0, :48, :64, 0]), atol=1e-4
     )
     assert 0.5 < task.probability(query)[truth == 1].mean() < 1
     seen = task.look(query)

@@ -21,7 +21,7 @@ from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks import results
 from qpenet_jax.masks.coco import polygons
 from qpenet_jax.masks.labelme import draw_shapes
-from qpenet_jax.masks.leads import Tiles, compete, probability, tiled
+from qpenet_jax.masks.margins import Tiles, compete, probability, tiled
 from qpenet_jax.masks.outlines import fill, outlines
 from qpenet_jax.masks.queries import find_queries, frames
 from qpenet_jax.masks.tasks import Tasks
@@ -128,13 +128,13 @@ def test_supports_and_queries_are_encoded_once_for_all_classes(
     assert network.encoded == [("support",)] * 2 + [("query",)] * 3
 
 
-def test_classes_compete_by_their_leads():
-    leads = np.array([[[2, -1, 1, 3]], [[1, -2, 1, 4]], [[0, 0, 0.5, 4]]], np.float32)
-    found = compete(leads, probabilities=True)
+def test_classes_compete_by_their_margins():
+    margins = np.array([[[2, -1, 1, 3]], [[1, -2, 1, 4]], [[0, 0, 0.5, 4]]], np.float32)
+    found = compete(margins, probabilities=True)
     np.testing.assert_array_equal(found.index, [[1, 0, 1, 2]])
     np.testing.assert_allclose(found.scores[0], (1 / (1 + np.exp([-2, -1]))).mean())
     assert found.scores[2] is None
-    np.testing.assert_allclose(found.probabilities[1], probability(leads[1]))
+    np.testing.assert_allclose(found.probabilities[1], probability(margins[1]))
 
 
 def test_tasks_are_of_one_segmenter():
@@ -365,15 +365,19 @@ def test_tiles_cover_every_pixel_with_the_overlap_that_is_asked_for():
 
 
 def test_one_tile_is_the_whole_and_many_agree(network, photos, tmp_path):
-    def leads(image):  # what needs no surroundings is found alike in every tile
+    def margins(image):  # what needs no surroundings is found alike in every tile
         yield image[..., 0] - np.float32(127.5)
         yield image[..., 2] / np.float32(64) - 2
 
     image, _ = scene()
     for tiles in (Tiles(120), Tiles(5000)):
-        for whole, part in zip(leads(image), tiled(leads, image, tiles), strict=True):
+        for whole, part in zip(
+            margins(image), tiled(margins, image, tiles), strict=True
+        ):
             np.testing.assert_array_equal(part, whole)
-    for whole, part in zip(leads(image), tiled(leads, image, Tiles(32)), strict=True):
+    for whole, part in zip(
+        margins(image), tiled(margins, image, Tiles(32)), strict=True
+    ):
         np.testing.assert_allclose(probability(part), probability(whole), atol=1e-5)
     plain = indices(run(tmp_path, photos) / "a.png")[0]
     one = indices(run(tmp_path, photos, "--tiles=120") / "a.png")[0]

@@ -28,8 +28,8 @@ def starter():
     return load(overrides=OVERRIDES)
 
 
-def probability(lead):
-    return 1 / (1 + np.exp(-np.asarray(lead, np.float64)))
+def probability(margin):
+    return 1 / (1 + np.exp(-np.asarray(margin, np.float64)))
 
 
 def test_its_probability_is_the_mean_of_two(starter):
@@ -48,17 +48,17 @@ def test_its_probability_is_the_mean_of_two(starter):
         )
     )
     mean = (probability(of_network) + probability(SHARPNESS * of_free)) / 2
-    np.testing.assert_allclose(probability(task.lead(view)), mean, atol=1e-5)
+    np.testing.assert_allclose(probability(task.margin(view)), mean, atol=1e-5)
     np.testing.assert_allclose(task.probability(query), mean, atol=1e-5)
     np.testing.assert_array_equal(task(query), mean > 0.5)
     assert {"y_pre", "A_main", "y_bg_q", "y_rev", "cosines"} <= task.look(query).keys()
 
 
-def test_far_leads_stay_finite():
+def test_far_margins_stay_finite():
     """A logit of 200 is a probability of 1 in float32, and its logit infinite."""
-    leads = np.float32([[200.0, -200.0, 200.0], [200.0, -200.0, 0.0]])
-    lead = predictor._mean_lead(*leads)
-    np.testing.assert_allclose(lead, [200, -200, math.log(3)], rtol=1e-6)
+    margins = np.float32([[200.0, -200.0, 200.0], [200.0, -200.0, 0.0]])
+    margin = predictor._mean_margin(*margins)
+    np.testing.assert_allclose(margin, [200, -200, math.log(3)], rtol=1e-6)
 
 
 def test_predict_takes_it_where_nothing_is_said(tmp_path, capsys):

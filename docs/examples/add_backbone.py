@@ -21,7 +21,7 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        """Return the stages of normalised images [b, 8 n + 1, 8 m + 1, 3]."""
+        """Returns the stages of normalised images [b, 8 n + 1, 8 m + 1, 3]."""
         return {"patches": nn.relu(nn.Conv(32, (9, 9), strides=8, padding=4)(images))}
 
 
@@ -29,13 +29,13 @@ BACKBONES["patches"] = Backbone(Patches(), stages=("patches",), channels=32)
 
 
 def write_weights(path=WEIGHTS):
-    """Write random weights; yours come from where the network was trained."""
+    """Writes random weights; yours come from where the network was trained."""
     made = Patches().init(jax.random.key(0), jnp.zeros((1, 17, 17, 3)))
     save_weights(path, "patches", made["params"], source=Path(__file__))
 
 
 def get_config():
-    """Return the default config with the new backbone."""
+    """Returns the default config with the new backbone."""
     config = default_config()
     config.backbone.name, config.backbone.weights = "patches", str(WEIGHTS)
     return config

@@ -12,7 +12,7 @@ class Centred(QPENet):
     """QPENet on features from which each image's mean is taken away."""
 
     def encode(self, features, roles=ROLES, *, train=False):
-        """Return what QPENet does, of centred features [n, h, w, f]."""
+        """Returns what QPENet does, of centred features [n, h, w, f]."""
         centred = features - features.mean((1, 2), keepdims=True)
         return super().encode(centred, roles, train=train)
 
@@ -22,7 +22,7 @@ VARIANTS["main_prior"] = Variant({"prototypes": ("main",), "prior": True}, "Fiel
 
 
 def get_config():
-    """Return the default config with a new row."""
+    """Returns the default config with a new row."""
     config = default_config()
     config.variant = "centred"
     return config

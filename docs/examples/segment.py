@@ -11,7 +11,7 @@ import qpenet_jax
 
 
 def segment(run, photo, mask, query, out):
-    """Write the query's mask, 255 where the object is."""
+    """Writes the query's mask, 255 where the object is."""
     segmenter = qpenet_jax.load(run)
     task = segmenter.learn([Image.open(photo)], [Image.open(mask)])  # or several
     found = task(Image.open(query))  # uint8 [height, width]: 1 object, 0 background

@@ -12,7 +12,7 @@ from qpenet_jax.runs.loop import train
 
 
 def train_on(folder, workdir, novel, **fields):
-    """Prepare FOLDER (its layout: data/README.md), train and score a network."""
+    """Prepares FOLDER (its layout: data/README.md), train and score a network."""
     config = default_config()
     config.dataset.root = str(prepare_folder(Path(folder), Path(workdir) / "data"))
     config.dataset.name = Path(folder).name

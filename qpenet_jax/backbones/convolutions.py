@@ -27,7 +27,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """Convolve `x`; the output side is ceil(side / stride)."""
+        """Convolves `x`; the output side is ceil(side / stride)."""
         window = () if self.size == 1 else (self.size, self.size)
         shape = (*window, x.shape[-1], self.features)
         kernel = parameter(self, "kernel", kernel_init, shape)
@@ -38,7 +38,7 @@ class Conv(nn.Module):
         return y + bias.reshape(1, 1, 1, -1)
 
     def _normalise(self, y):
-        """Normalise by the batch, and move the statistics."""
+        """Normalises by the batch, and move the statistics."""
 
         def read(collection, kind):
             return kind(*(self.get_variable(collection, f) for f in kind._fields))
@@ -74,7 +74,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        """Convolve `x`; the output side is ceil(side / stride)."""
+        """Convolves `x`; the output side is ceil(side / stride)."""
         channels = x.shape[-1]
         shape = (self.size, self.size, channels)
         kernel = parameter(self, "kernel", kernel_init, shape)

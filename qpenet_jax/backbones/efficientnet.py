@@ -19,7 +19,7 @@ class MBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """Return `[b, ceil(h / stride), ceil(w / stride), features]`."""
+        """Returns `[b, ceil(h / stride), ceil(w / stride), features]`."""
         channels = x.shape[-1]
         y = x
         if self.expansion > 1:
@@ -58,7 +58,7 @@ class EfficientNetLite0(nn.Module):
     def __call__(
         self, images: Float[Array, "b height width 3"]
     ) -> dict[str, Float[Array, "b _ _ _"]]:
-        """Return block4 (40 channels), block10 (112) and block14 (192)."""
+        """Returns block4 (40 channels), block10 (112) and block14 (192)."""
         x = jax.nn.relu6(Conv(32, 3, stride=2, name="stem")(images))
         blocks, reached, dilation = [], 2, 1
         for expansion, size, features, count, first_stride in LITE0_STAGES:

@@ -17,7 +17,7 @@ NAMED, NAME_CHARACTERS = 3, 120
 def check_tensors(
     what: str, expected: dict[str, tuple[int, ...]], tensors: Tensors
 ) -> None:
-    """Raise one InputError with what is wrong: the first names, and how many more."""
+    """Raises one InputError with what is wrong: the first names, and how many more."""
     common = [name for name in expected if name in tensors]
     shapes = {name: tuple(tensors[name].shape) for name in common}
     problems = {
@@ -42,14 +42,14 @@ def check_tensors(
 
 
 def listed(names: list[str]) -> str:
-    """Return the first names, each in one short line, and how many more there are."""
+    """Returns the first names, each in one short line, and how many more there are."""
     first = (" ".join(name.split())[:NAME_CHARACTERS] for name in names[:NAMED])
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(first) + more
 
 
 def under_prefix(tensors: Tensors, expected: Collection[str]) -> Tensors:
-    """Return the tensors whose names follow the prefix that most expected names have.
+    """Returns the tensors whose names follow the prefix that most expected names have.
 
     Training codes put a network into another, and "backbone.", "module.encoder." and
     the like before its names; what lies outside is no part of it. Without such a prefix

@@ -37,7 +37,7 @@ class InDtype:
         return getattr(self.module, "sees_padding", False)
 
     def apply(self, variables: PyTree, *inputs: Any, **options: Any) -> Any:
-        """Return what the module's apply does."""
+        """Returns what the module's apply does."""
         if self.dtype != "bfloat16":
             with products(self.dtype):
                 return self.module.apply(variables, *inputs, **options)
@@ -47,7 +47,7 @@ class InDtype:
 
 
 def in_dtype(model: nn.Module, net: Backbone, dtype: str) -> tuple[Any, Any]:
-    """Return a network and its backbone as they compute in `dtype`, AUTO or of DTYPES.
+    """Returns a network and its backbone as they compute in `dtype`, AUTO or of DTYPES.
 
     Features pass from one to the other in it; what the network returns is float32.
     """
@@ -55,20 +55,20 @@ def in_dtype(model: nn.Module, net: Backbone, dtype: str) -> tuple[Any, Any]:
 
 
 def backbone_in_dtype(net: Backbone, dtype: str) -> Backbone:
-    """Return a backbone as it computes in `dtype`, and returns its features."""
+    """Returns a backbone as it computes in `dtype`, and returns its features."""
     module: Any = InDtype(net.module, meant(dtype), returned=jnp.bfloat16)
     return net._replace(module=module)
 
 
 def meant(dtype: str) -> str:
-    """Return which of DTYPES AUTO means on this device, or the dtype that is given."""
+    """Returns which of DTYPES AUTO means on this device, or the dtype that is given."""
     if dtype != AUTO:
         return dtype
     return "tf32" if from_ampere_on() else "float32"
 
 
 def products(dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """Choose what float32 products are made of on a GPU; a CPU has no choice."""
+    """Chooses what float32 products are made of on a GPU; a CPU has no choice."""
     if jax.default_backend() == "cpu":
         return contextlib.nullcontext()
     name = "tensorfloat32" if dtype == "tf32" else "float32"
@@ -76,7 +76,7 @@ def products(dtype: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def cast(tree: PyTree, dtype: Any) -> Any:
-    """Turn floating-point leaves into another dtype."""
+    """Turns floating-point leaves into another dtype."""
 
     def leaf(x):
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x

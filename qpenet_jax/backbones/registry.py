@@ -43,7 +43,7 @@ class Backbone(NamedTuple):
     def __call__(
         self, weights: PyTree, images: UInt8[Array, "b height width 3"]
     ) -> dict[str, Float[Array, "b _ _ _"]]:
-        """Return the stages of RGB images 0..255."""
+        """Returns the stages of RGB images 0..255."""
         return _stages(self, is_plain(), weights, images)
 
 
@@ -86,13 +86,13 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def backbone(name: str) -> Backbone:
-    """Return the backbone called `name`; another name raises InputError."""
+    """Returns the backbone called `name`; another name raises InputError."""
     check_choice("unknown backbone ", name, BACKBONES)
     return BACKBONES[name]
 
 
 def choose_stages(net: Backbone, stages: tuple[str, ...]) -> Backbone:
-    """Return a backbone of which only some stages are taken, in the given order.
+    """Returns a backbone of which only some stages are taken, in the given order.
 
     Raises:
         InputError: it has no such stage.
@@ -106,7 +106,7 @@ def choose_stages(net: Backbone, stages: tuple[str, ...]) -> Backbone:
 
 
 def weight_shapes(net: Backbone, *, deep: bool) -> dict[str, PyTree]:
-    """Return the shapes of a backbone's weights; with `deep` its deep stage's, too.
+    """Returns the shapes of a backbone's weights; with `deep` its deep stage's, too.
 
     Nothing is computed.
     """
@@ -121,7 +121,7 @@ def weight_shapes(net: Backbone, *, deep: bool) -> dict[str, PyTree]:
 
 @functools.cache
 def _shapes(net: Backbone) -> tuple[dict[str, Any], dict[str, PyTree]]:
-    """Return the shapes of the stages of a small image, and of the weights."""
+    """Returns the shapes of the stages of a small image, and of the weights."""
     image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
     with plain_formulations():  # shapes are the same, and a third of the time is saved
         made: Any = jax.eval_shape(
@@ -131,12 +131,12 @@ def _shapes(net: Backbone) -> tuple[dict[str, Any], dict[str, PyTree]]:
 
 
 def deep_part(weights: PyTree[Array]) -> dict[str, PyTree[Array]]:
-    """Return the weights of the deep stage under its name, or nothing."""
+    """Returns the weights of the deep stage under its name, or nothing."""
     return {name: weights[name] for name in (DEEP,) if name in weights}
 
 
 def with_deep(params: PyTree[Array], weights: PyTree[Array]) -> dict[str, Any]:
-    """Return a network's variables, in which its deep stage is the backbone's."""
+    """Returns a network's variables, in which its deep stage is the backbone's."""
     return {"params": {**params, **deep_part(weights)}}
 
 
@@ -145,7 +145,7 @@ def normalize(
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
 ) -> Float[Array, "*b h w 3"]:
-    """Map RGB 0..255 to 0..1, then to mean 0 and deviation 1 a channel."""
+    """Maps RGB 0..255 to 0..1, then to mean 0 and deviation 1 a channel."""
     shape = (1,) * (images.ndim - 1) + (3,)
     centre, scale = (jnp.array(v).reshape(shape) for v in (mean, std))
     return (images.astype(jnp.float32) / 255 - centre) / scale
@@ -154,7 +154,7 @@ def normalize(
 def features(
     network: str | Backbone, weights: PyTree, images: UInt8[Array, "b height width 3"]
 ) -> Float[Array, "b h w c"]:
-    """Return the concatenated stages of RGB images; no gradient passes.
+    """Returns the concatenated stages of RGB images; no gradient passes.
 
     `weights` are the parameters of the module (`weights.load_weights`, or the "params"
     of its `init`); h = ceil(height / 8), w = ceil(width / 8).

@@ -18,7 +18,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """Return `[b, ceil(h / stride), ceil(w / stride), 4 * width]`."""
+        """Returns `[b, ceil(h / stride), ceil(w / stride), 4 * width]`."""
         width, stride = self.width, self.stride
         y = nn.relu(Conv(width, name="conv1")(x))
         y = nn.relu(Conv(width, 3, stride, self.dilation, name="conv2")(y))
@@ -47,7 +47,7 @@ class ResNet(nn.Module):
     def __call__(
         self, images: Float[Array, "b height width 3"]
     ) -> dict[str, Float[Array, "b h w _"]]:
-        """Return layer2 (512 channels) and layer3 (1024) of normalised images."""
+        """Returns layer2 (512 channels) and layer3 (1024) of normalised images."""
         deep = ((64, 3, 2), (64, 3, 1), (128, 3, 1))
         x = images
         for i, layer in enumerate(deep if self.deep_stem else ((64, 7, 2),), start=1):
@@ -72,14 +72,14 @@ class Layer4(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 1024"]) -> Float[Array, "b h w 2048"]:
-        """Return layer4 of layer3's output."""
+        """Returns layer4 of layer3's output."""
         for j in range(self.blocks):
             x = Bottleneck(512, 1, 4, name=f"layer4_{j}")(x)
         return x
 
 
 def _max_pool(x):
-    """Take 3x3 maxima at stride 2; the border counts as minus infinity.
+    """Takes 3x3 maxima at stride 2; the border counts as minus infinity.
 
     Rows, then columns, as maxima of three slices: on a CPU a third of the time of XLA's
     window, and run times of ONNX know no windows over channels that come last.

@@ -24,7 +24,7 @@ Tensors = dict[str, Shaped[np.ndarray, "..."]]
 
 
 def read_tensors(path: str | Path) -> Tensors:
-    """Read the state_dict of a .safetensors, .pth or .pt file without PyTorch.
+    """Reads the state_dict of a .safetensors, .pth or .pt file without PyTorch.
 
     A PyTorch file is a pickle, which can run any code: here it can only name tensors.
     One of the WRAPPERS and a common "module." prefix are taken off. Raises
@@ -60,7 +60,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _without_prefix(tensors: Tensors) -> Tensors:
-    """Take off the "module." that PyTorch's data-parallel wrappers put on."""
+    """Takes off the "module." that PyTorch's data-parallel wrappers put on."""
     if not all(name.startswith("module.") for name in tensors):
         return tensors
     return {name.removeprefix("module."): array for name, array in tensors.items()}
@@ -82,7 +82,7 @@ def _from_safetensors(data: bytes) -> Tensors:
 
 
 def _from_zip(data: bytes) -> Tensors:
-    """Read torch.save's format since 1.6: <root>/data.pkl, <root>/data/<key>."""
+    """Reads torch.save's format since 1.6: <root>/data.pkl, <root>/data/<key>."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         # torch stores without compression: then nothing can be larger than the file
@@ -107,7 +107,7 @@ LEGACY_START = (0x1950A86A20F9469CFC6C, 1001)
 
 
 def _from_legacy(data: bytes) -> Tensors:
-    """Read torch.save's format before 1.6: five pickles, then the storages in a row."""
+    """Reads torch.save's format before 1.6: five pickles, then the storages in a row."""
     stream = io.BytesIO(data)
     magic, version, system = (_unpickle(stream)[0] for _ in range(3))
     if (magic, version) != LEGACY_START or not system["little_endian"]:
@@ -208,7 +208,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(stream: io.BytesIO) -> tuple:
-    """Return the next pickle of `stream` and the types of the storages it names."""
+    """Returns the next pickle of `stream` and the types of the storages it names."""
     start = stream.tell()
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name not in ALLOWED_OPCODES:
@@ -234,7 +234,7 @@ def _arrays(tree, content: dict[str, bytes]) -> Tensors:
 
 
 def _array(tensor: _Tensor, content: bytes) -> Shaped[np.ndarray, "..."]:
-    """View the bytes of a storage as a tensor: no copy, so nothing large is made."""
+    """Views the bytes of a storage as a tensor: no copy, so nothing large is made."""
     storage, offset, size, stride = tensor
     dtype = np.dtype(storage.dtype)
     if min(storage.numel, offset, *size, *stride) < 0:

@@ -22,7 +22,7 @@ from qpenet_jax.backbones.torch_files import Tensors
 
 
 def _resnet_names(layer: str) -> tuple[str, str]:
-    """Name convolution and norm: "layer1_0/conv2" -> layer1.0.conv2, layer1.0.bn2."""
+    """Names convolution and norm: "layer1_0/conv2" -> layer1.0.conv2, layer1.0.bn2."""
     block, _, conv = layer.removeprefix(f"{DEEP}/").rpartition("/")
     prefix = block.replace("_", ".") + "." if block else ""
     if conv == "downsample":
@@ -31,7 +31,7 @@ def _resnet_names(layer: str) -> tuple[str, str]:
 
 
 def _lite0_names(layer: str) -> tuple[str, str]:
-    """Name convolution and norm: "block1/project" -> _blocks.1._project_conv, _bn2."""
+    """Names convolution and norm: "block1/project" -> _blocks.1._project_conv, _bn2."""
     block, _, conv = layer.rpartition("/")
     if conv == "stem":
         return "_conv_stem", "_bn0"
@@ -60,7 +60,7 @@ NORM_FIELDS = ("weight", "bias", "running_mean", "running_var")
 def to_flax(
     name: str, tensors: Tensors, *, deep: bool = False, norms: bool = False
 ) -> PyTree[Float[np.ndarray, "..."]]:
-    """Turn a PyTorch state_dict into the parameters of backbone `name`, float32.
+    """Turns a PyTorch state_dict into the parameters of backbone `name`, float32.
 
     With `deep` those of its deep stage are in it as well, under DEEP. Batch norm is
     folded into the convolution before it; with `norms` its vectors are beside that,
@@ -100,7 +100,7 @@ def to_flax(
 
 @functools.cache
 def shapes_of(name: str, deep: bool, norms: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter by its path, without computing anything."""
+    """Returns the shape of every parameter by its path, without computing anything."""
     params = weight_shapes(backbone(name), deep=deep)
     flat: dict = flatten_dict(params, sep="/")
     shapes = {path: leaf.shape for path, leaf in flat.items()}
@@ -111,14 +111,14 @@ def shapes_of(name: str, deep: bool, norms: bool = False) -> dict[str, tuple[int
 
 
 def no_statistics(name: str) -> PyTree[Float[np.ndarray, "..."]]:
-    """Return zeros in place of the statistics of backbone `name`, all stages'."""
+    """Returns zeros in place of the statistics of backbone `name`, all stages'."""
     shapes = shapes_of(name, True, True)
     zeros = {k: np.zeros(s, np.float32) for k, s in shapes.items() if len(s) == 1}
     return statistics_of(unflatten_dict(zeros, sep="/"))
 
 
 def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Map a kernel's shape ([c, o], [kh, kw, c, o] or depthwise [kh, kw, c])."""
+    """Maps a kernel's shape ([c, o], [kh, kw, c, o] or depthwise [kh, kw, c])."""
     if len(shape) == 3:
         return shape[2], 1, *shape[:2]
     return (*shape[:-3:-1], *(shape[:-2] or (1, 1)))

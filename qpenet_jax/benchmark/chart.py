@@ -31,7 +31,7 @@ class Bar(NamedTuple):
 
 
 def bar_chart(result: dict[str, Any], path: str | Path) -> None:
-    """Draw the seconds of every step as bars and save them as an image.
+    """Draws the seconds of every step as bars and saves them as an image.
 
     Every kind of step has a scale of its own, from 0. Raises ValueError if no step was
     measured.
@@ -76,7 +76,7 @@ def _bars(case: dict[str, Any]) -> list[Bar]:
 
 
 def _draw(axes: "Axes", cases: list[dict[str, Any]]) -> None:
-    """Draw the bars of all cases from top to bottom, with a gap between the cases."""
+    """Draws the bars of all cases from top to bottom, with a gap between the cases."""
     middles, top = [], 0
     for case in cases:
         bars = _bars(case)

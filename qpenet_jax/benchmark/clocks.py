@@ -26,7 +26,7 @@ def interleave(
     rounds: int = ROUNDS,
     clock: Callable[[], float] | None = None,
 ) -> list[Float[np.ndarray, "n"]]:
-    """Let all take turns, A B A B; return the seconds of a call in each of n rounds.
+    """Lets all take turns, A B A B; return the seconds of a call in each of n rounds.
 
     It goes on for `seconds`, and for `rounds` at least, after a round of warm-up. With
     `time.process_time` as `clock` they are those of all cores together, which other
@@ -54,11 +54,11 @@ def _turn(
 
 
 def quartiles(values: Float[np.ndarray, "n"]) -> list[float]:
-    """Return the first, second and third quartile."""
+    """Returns the first, second and third quartile."""
     return np.quantile(values, (0.25, 0.5, 0.75)).tolist()
 
 
 def matmul_rate(product: Callable[[], Any], rows: int) -> float:
-    """Return the best FLOP/s of five products of two square matrices."""
+    """Returns the best FLOP/s of five products of two square matrices."""
     product()
     return 2 * rows**3 / min(_turn(product, 1) for _ in range(5))

@@ -34,7 +34,7 @@ SHARES = (0.02, 0.4)
 
 
 def made_up_episodes(case: Case) -> Episode:
-    """Return the case's batch of episodes; the images are photos of noise."""
+    """Returns the case's batch of episodes; the images are photos of noise."""
     rng = np.random.default_rng(case.seed)
     drawn = [_photo(i, case.size, rng) for i in range(case.images)]
     images, masks = map(np.stack, zip(*drawn, strict=True))
@@ -46,7 +46,7 @@ def made_up_episodes(case: Case) -> Episode:
 def _photo(
     index: int, side: int, rng: np.random.Generator
 ) -> tuple[UInt8[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"]]:
-    """Return a photo with a tinted ellipse, and the mask of the ellipse."""
+    """Returns a photo with a tinted ellipse, and the mask of the ellipse."""
     image, label = made_up_photo(index)
     height, width = label.shape
     scale = math.sqrt(rng.uniform(*SHARES) / math.pi)  # of the half axes
@@ -79,7 +79,7 @@ LIMITS = {  # in float32, and in the others, whose numbers have 8 or 11 bits
 def differences_between(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], case: Case
 ) -> dict[str, float]:
-    """Return how far the results differ; refuse a comparison of different things.
+    """Returns how far the results differ; refuse a comparison of different things.
 
     Differences are relative: of margins, features and loss to the largest, of gradients
     to their norm. "masks" is the share of pixels, without ties, of another class.

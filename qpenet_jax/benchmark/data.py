@@ -47,7 +47,7 @@ def benchmark_data(
     workers: Sequence[int] = (0, 1, 2),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure training episodes of a data set, or of made-up photos without one.
+    """Measures training episodes of a data set, or of made-up photos without one.
 
     For every shot count the comparison with the plain pipeline takes `seconds`, and so
     does every number of workers. `side` is in pixels. The result holds numbers and
@@ -99,7 +99,7 @@ def benchmark_data(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep OpenCV from using threads of its own: what is measured is one core."""
+    """Keeps OpenCV from using threads of its own: what is measured is one core."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(0)
     try:
@@ -111,7 +111,7 @@ def _one_thread() -> Iterator[None]:
 def _compare(
     sampler: EpisodeSampler, ours: Load, raw: Load, plain: Load, seconds: float
 ) -> dict[str, Any]:
-    """Let all make the same episodes in turn; rates are those of the median round.
+    """Lets all make the same episodes in turn; rates are those of the median round.
 
     `raw` leaves augmentation to the device.
     """
@@ -147,7 +147,7 @@ def _time(load: Load, sampler: EpisodeSampler, first: int) -> float:
 def _throughput(
     load: Load, sampler: EpisodeSampler, workers: int, seconds: float
 ) -> dict[str, Any]:
-    """Count the episodes of a stream from when its workers and buffers run."""
+    """Counts the episodes of a stream from when its workers and buffers run."""
     stream = training_batches(load, sampler, batch_size=BATCH, workers=workers)
     with contextlib.closing(stream) as batches:
         for _ in range(WARM_UP * max(workers, 1)):

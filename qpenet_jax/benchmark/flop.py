@@ -8,7 +8,7 @@ from jax.extend import core
 
 
 def flop(jaxpr: Any, used: Sequence[bool] | None = None) -> int:
-    """Count the FLOP of the convolutions and matrix products that a jaxpr needs.
+    """Counts the FLOP of the convolutions and matrix products that a jaxpr needs.
 
     A multiplication and an addition are two. Padding counts, zeros put between pixels
     don't. Of `platform_dependent` the default counts, which is the plain formulation:

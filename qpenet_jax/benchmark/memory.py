@@ -20,7 +20,7 @@ from qpenet_jax.models.qpenet import QPENet
 
 
 def memory_plans(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yield what every evaluation and train step of the settings needs, by platform.
+    """Yields what every evaluation and train step of the settings needs, by platform.
 
     On a CPU the plans are for it and for GPUs, else for the device that is here.
     """
@@ -33,7 +33,7 @@ def memory_plans(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def plan(case: Case, platform: str) -> dict[str, int]:
-    """Return `planned` of a case, with dropout, as networks are trained."""
+    """Returns `planned` of a case, with dropout, as networks are trained."""
     dropout = {name: getattr(QPENet, name) for name in ours.NO_DROPOUT}
     case = dataclasses.replace(case, network={**dropout, **case.network})
     inputs = jax.eval_shape(
@@ -46,7 +46,7 @@ def plan(case: Case, platform: str) -> dict[str, int]:
 def planned(
     step: Callable[..., Any], inputs: Sequence[Any], platform: str
 ) -> dict[str, int]:
-    """Return the bytes of a step's temporaries, and of its inputs.
+    """Returns the bytes of a step's temporaries, and of its inputs.
 
     `inputs` are arrays or their shapes; `platform` is one of JAX's, such as "cuda".
     What a step returns isn't counted: a train step's takes the place of its inputs.
@@ -72,11 +72,11 @@ def planned(
 
 
 def _episodes(case: Case) -> Episode:
-    """Return the shapes of a case's batch."""
+    """Returns the shapes of a case's batch."""
     square = case.size, case.size
 
-    def shape(*lead: int, dtype: Any = np.uint8) -> Any:
-        return jax.ShapeDtypeStruct(lead, dtype)
+    def shape(*margin: int, dtype: Any = np.uint8) -> Any:
+        return jax.ShapeDtypeStruct(margin, dtype)
 
     query, supports = (case.batch, *square), (case.batch, case.shots, *square)
     return Episode(

@@ -30,12 +30,12 @@ from qpenet_jax.models.qpenet import QPENet
 
 
 def threads() -> int:
-    """Return how many threads PyTorch computes with."""
+    """Returns how many threads PyTorch computes with."""
     return torch.get_num_threads()
 
 
 def device_for(platform: str) -> str:
-    """Return PyTorch's device for a platform of JAX; InputError if it has none."""
+    """Returns PyTorch's device for a platform of JAX; InputError if it has none."""
     if platform == "cpu":
         return "cpu"
     if platform == "gpu" and torch.cuda.is_available():
@@ -53,7 +53,7 @@ def contender(
     episodes: Episode,
     weights: Weights | None = None,
 ) -> Contender:
-    """Return the twin as a contender of a case.
+    """Returns the twin as a contender of a case.
 
     Without `weights` they are those that PyTorch initialises. Raises InputError for a
     backbone that the twin doesn't have.
@@ -88,7 +88,7 @@ def contender(
 
 
 def _networks(case: Case, weights: Weights | None) -> tuple[twin.Backbone, twin.QPENet]:
-    """Build backbone and network, without dropout, with the given weights."""
+    """Builds backbone and network, without dropout, with the given weights."""
     torch.manual_seed(case.seed)
     net = twin.backbone(case.backbone)
     ours = QPENet(**{**NO_DROPOUT, **case.network})
@@ -106,7 +106,7 @@ def _networks(case: Case, weights: Weights | None) -> tuple[twin.Backbone, twin.
 
 
 def backbone_state(name: str, weights: PyTree[Array]) -> dict[str, Tensor]:
-    """Turn a Flax backbone's folded weights into PyTorch's state_dict.
+    """Turns a Flax backbone's folded weights into PyTorch's state_dict.
 
     Batch norm is left with the shift alone; it is computed all the same. Layers that
     only PyTorch's network has are not in it.
@@ -133,7 +133,7 @@ def backbone_state(name: str, weights: PyTree[Array]) -> dict[str, Tensor]:
 
 
 def _place(array: np.ndarray, variant: str, device: str) -> Tensor:
-    """Put images or masks on the device; images lie in memory as the variant asks."""
+    """Puts images or masks on the device; images lie in memory as the variant asks."""
     tensor = torch.tensor(array, device=device)
     if variant == "eager" and array.shape[-1] == 3:
         return tensor.movedim(-1, -3).contiguous().movedim(-3, -1)
@@ -142,7 +142,7 @@ def _place(array: np.ndarray, variant: str, device: str) -> Tensor:
 
 @contextlib.contextmanager
 def precision(dtype: str, device: str) -> Iterator[None]:
-    """Compute in bfloat16 where that is safe, or choose float32 or TF32 products."""
+    """Computes in bfloat16 where that is safe, or choose float32 or TF32 products."""
     fast = dtype == "tf32"
     torch.set_float32_matmul_precision("high" if fast else "highest")
     torch.backends.cudnn.allow_tf32 = fast
@@ -155,7 +155,7 @@ def precision(dtype: str, device: str) -> Iterator[None]:
 
 
 def _images(batch: Episode) -> Any:
-    """Return supports and queries as one batch: fewer, larger convolutions."""
+    """Returns supports and queries as one batch: fewer, larger convolutions."""
     supports: Any = batch.support_images
     return torch.cat([supports.flatten(0, 1), batch.query_image])  # pyright: ignore
 
@@ -203,7 +203,7 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def peak_rate(dtype: str, device: str, n: int) -> float:
-    """Return the FLOP/s of a product of two n x n matrices."""
+    """Returns the FLOP/s of a product of two n x n matrices."""
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     a = torch.ones(n, n, dtype=kind, device=device)
 
@@ -217,7 +217,7 @@ def peak_rate(dtype: str, device: str, n: int) -> float:
 
 
 def main() -> None:
-    """Run the case of the JSON argument `{case, variant, device, started}`."""
+    """Runs the case of the JSON argument `{case, variant, device, started}`."""
     told = json.loads(sys.argv[1])
     keep_freed_memory()
     on_cpu = told["device"] == "cpu"

@@ -52,7 +52,7 @@ class Weights(NamedTuple):
 
 
 def draw_weights(case: Case) -> Weights:
-    """Read the backbone's weights, or draw them with the case's seed; draw QPENet's.
+    """Reads the backbone's weights, or draw them with the case's seed; draw QPENet's.
 
     Raises InputError as `load_weights` and `backbone` do.
     """
@@ -66,7 +66,7 @@ def draw_weights(case: Case) -> Weights:
 
 
 def _draw(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:
-    """Draw parameters that keep the variance from layer to layer.
+    """Draws parameters that keep the variance from layer to layer.
 
     So rounding errors grow in no layer more than in the others.
     """
@@ -88,14 +88,14 @@ def _draw(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:
 
 
 def _initial(case: Case) -> PyTree[Array]:
-    """Return QPENet's parameters as training initialises them."""
+    """Returns QPENet's parameters as training initialises them."""
     model, channels = network_of(case), backbone(case.backbone).channels
     key = jax.random.key(case.seed)
     return init_state(model, optax.identity(), channels=channels, key=key).params
 
 
 def network_of(case: Case) -> QPENet | ReleasedQPENet:
-    """Return the network of a case, without dropout."""
+    """Returns the network of a case, without dropout."""
     fields = {**NO_DROPOUT, **case.network}
     if not case.released:
         return QPENet(**fields)
@@ -105,12 +105,12 @@ def network_of(case: Case) -> QPENet | ReleasedQPENet:
 def prepare(
     case: Case, weights: Weights, episodes: Episode
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Return the step of a case, and its arguments."""
+    """Returns the step of a case, and its arguments."""
     return step_of(case), inputs_of(case, weights, episodes)
 
 
 def step_of(case: Case) -> Callable[..., Any]:
-    """Return the step of a case, compiled when called; it closes over no arrays."""
+    """Returns the step of a case, compiled when called; it closes over no arrays."""
     network, bare = network_of(case), backbone(case.backbone)
     model, net = in_dtype(network, bare, case.dtype)
     if case.what == "backbone":
@@ -126,7 +126,7 @@ def step_of(case: Case) -> Callable[..., Any]:
 
 
 def inputs_of(case: Case, weights: Weights, episodes: Episode) -> tuple[Any, ...]:
-    """Return what the step of a case is called with."""
+    """Returns what the step of a case is called with."""
     frozen, params = weights
     batch = jax.tree.map(jnp.asarray, episodes)
     if case.dtype == "bfloat16":
@@ -148,7 +148,7 @@ def _optimizer() -> optax.GradientTransformation:
 
 
 def contender(case: Case, weights: Weights, episodes: Episode) -> Contender:
-    """Return JAX as a contender of a case."""
+    """Returns JAX as a contender of a case."""
     step, args = prepare(case, weights, episodes)
 
     def call():
@@ -170,24 +170,24 @@ def contender(case: Case, weights: Weights, episodes: Episode) -> Contender:
 
 
 def _momentum(state: Any) -> np.ndarray:
-    """Return SGD's momentum, which after one step is the gradient with its decay."""
+    """Returns SGD's momentum, which after one step is the gradient with its decay."""
     return flat(optax.tree.get(state.opt_state, "trace"))
 
 
 def flat(tree: PyTree) -> np.ndarray:
-    """Return all numbers of a tree as a vector, by sorted names."""
+    """Returns all numbers of a tree as a vector, by sorted names."""
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def count_flop(case: Case, weights: Weights, episodes: Episode) -> int:
-    """Count the FLOP of one step in float32, written plainly."""
+    """Counts the FLOP of one step in float32, written plainly."""
     case = dataclasses.replace(case, dtype="float32")
     step, args = prepare(case, weights, episodes)
     return flop(jax.make_jaxpr(step)(*args))
 
 
 def peak_rate(dtype: str, n: int) -> float:
-    """Return the FLOP/s of a product of two n x n matrices."""
+    """Returns the FLOP/s of a product of two n x n matrices."""
     kind = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
     a = jnp.ones((n, n), kind)
     product = jax.jit(jnp.matmul)
@@ -195,7 +195,7 @@ def peak_rate(dtype: str, n: int) -> float:
 
 
 def device_memory() -> int:
-    """Return the peak in bytes: of the device, or of the process on a CPU."""
+    """Returns the peak in bytes: of the device, or of the process on a CPU."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return peak_memory()
@@ -203,7 +203,7 @@ def device_memory() -> int:
 
 
 def main() -> None:
-    """Run the case of the JSON argument `{case, cache, started}` and print JSON."""
+    """Runs the case of the JSON argument `{case, cache, started}` and prints JSON."""
     told = json.loads(sys.argv[1])
     keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", told["cache"])

@@ -16,7 +16,7 @@ GRAIN, QUALITY = 16.0, (cv2.IMWRITE_JPEG_QUALITY, 90)
 
 
 def made_up_photos(folder: Path) -> Prepared:
-    """Write 64 JPEGs of 500x375 and 375x500 with labels, as `qpenet prepare` does."""
+    """Writes 64 JPEGs of 500x375 and 375x500 with labels, as `qpenet prepare` does."""
     # TFDS is imported where it is needed: it takes most of a second.
     from qpenet_jax.data.prepare.builder import SegmentationBuilder, prepare
     from qpenet_jax.data.prepare.source import Example, Source
@@ -40,7 +40,7 @@ def made_up_photos(folder: Path) -> Prepared:
 def made_up_photo(
     index: int,
 ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
-    """Return image `index` and its label: an object of class index % 4 + 1."""
+    """Returns image `index` and its label: an object of class index % 4 + 1."""
     rng = np.random.default_rng(index)
     width, height = [(500, 375), (375, 500)][index % 2]
     image = np.full((height, width, 3), 128, np.float32)

@@ -40,7 +40,7 @@ def plain_episode(
     augmentation: Augmentation,
     seed: int,
 ) -> tuple[Sample, Sample]:
-    """Make the episode of `load_episode` in float32, normalised: query and supports."""
+    """Makes the episode of `load_episode` in float32, normalised: query and supports."""
 
     def load(slot: int, item: int) -> Sample:
         image, label = _image(dataset, item), _label(dataset, item)
@@ -60,7 +60,7 @@ def plain_augment(
     augmentation: Augmentation,
     rng: np.random.Generator,
 ) -> Sample:
-    """Scale, rotate, blur, flip, crop and normalise, as `draw` says."""
+    """Scales, rotate, blur, flip, crop and normalises, as `draw` says."""
     draws = draw(rng, augmentation, mask.shape, side)
     sample = _scale(Sample(image, mask, np.zeros_like(mask)), draws.scaled)
     if draws.angle:

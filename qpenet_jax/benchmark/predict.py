@@ -34,7 +34,7 @@ PARTS = ("read", "network", "save")
 
 
 def prediction(settings: Settings) -> dict[str, Any]:
-    """Return seconds to the first mask, and of every photo's parts by number of shots.
+    """Returns seconds to the first mask, and of every photo's parts by number of shots.
 
     Raises:
         InputError: `settings.workdir` holds no run, or a process failed.
@@ -55,7 +55,7 @@ def prediction(settings: Settings) -> dict[str, Any]:
 
 
 def _photo(folder: Path, index: int, megapixels: int) -> tuple[Path, Path]:
-    """Write a photo as JPEG, and its mask; return both files."""
+    """Writes a photo as JPEG, and its mask; return both files."""
     pixels, label = made_up_photo(index)
     scale = (megapixels * 1e6 / label.size) ** 0.5
     size = tuple(round(scale * length) for length in label.shape[::-1])
@@ -78,7 +78,7 @@ def _photo(folder: Path, index: int, megapixels: int) -> tuple[Path, Path]:
 def _first_masks(
     settings: Settings, folder: Path, support: tuple[Path, Path]
 ) -> dict[str, Any]:
-    """Return seconds from a process' start to its first mask: cold, and all others."""
+    """Returns seconds from a process' start to its first mask: cold, and all others."""
     first, *others = (
         _first_mask(settings, folder, support)
         for _ in tqdm(range(1 + STARTS), desc="starting processes", unit="process")
@@ -101,7 +101,7 @@ def _first_mask(settings: Settings, folder: Path, support: tuple[Path, Path]) ->
 
 
 def _side(settings: Settings) -> list[str]:
-    """Return the option of what has no run that would say how large it sees photos."""
+    """Returns the option of what has no run that would say how large it sees photos."""
     return [] if settings.workdir else [f"--config.side={settings.size}"]
 
 
@@ -111,7 +111,7 @@ def _side(settings: Settings) -> list[str]:
 def _each_photo(
     settings: Settings, folder: Path, supports: Sequence[tuple[Path, Path]]
 ) -> dict[int, dict[str, list[float]]]:
-    """Return seconds of all photos by shots and part; shots take turns at a photo."""
+    """Returns seconds of all photos by shots and part; shots take turns at a photo."""
     segmenter = load(settings.workdir or None, _side(settings))
     tasks = {k: tasks_of(segmenter, supports[:k]) for k in settings.shots}
     results = {k: Results(folder / f"masks_{k}", ("object",), ("png",)) for k in tasks}
@@ -129,13 +129,13 @@ def _each_photo(
 
 
 def tasks_of(segmenter: Segmenter, supports: Sequence[tuple[Path, Path]]) -> Tasks:
-    """Return what is learned from photos and masks, read as `qpenet predict` does."""
+    """Returns what is learned from photos and masks, reads as `qpenet predict` does."""
     named = [parse_support(f"object={photo}:{mask}") for photo, mask in supports]
     return segmenter.learn_classes(read_supports(named))
 
 
 def _timed(tasks: Tasks, query: Query, results: Results) -> list[float]:
-    """Return the seconds of the PARTS of one photo, as `qpenet predict` does them."""
+    """Returns the seconds of the PARTS of one photo, as `qpenet predict` does them."""
     times = [time.perf_counter()]
     (frame,) = frames(query)
     times.append(time.perf_counter())
@@ -150,7 +150,7 @@ def _timed(tasks: Tasks, query: Query, results: Results) -> list[float]:
 
 
 def prediction_report(found: dict[str, Any]) -> str:
-    """Return what `prediction` measured as Markdown."""
+    """Returns what `prediction` measured as Markdown."""
     first, photos = found["first_mask"], found["photos"]
     low, middle, high = first["cached"]
     seconds = {k: np.array([parts[p] for p in PARTS]) for k, parts in photos.items()}

@@ -13,7 +13,7 @@ from qpenet_jax.core.errors import InputError
 
 
 def run_child(module: str, **told: Any) -> dict[str, Any]:
-    """Run `python -m module` with a JSON object; return the one that it prints last.
+    """Runs `python -m module` with a JSON object; return the one that it prints last.
 
     The child also gets the time of its start, in seconds since the epoch.
 
@@ -34,7 +34,7 @@ def run_child(module: str, **told: Any) -> dict[str, Any]:
 def run_module(
     words: Sequence[str], told: Callable[[str], str], **environment: str
 ) -> str:
-    """Run `python -m` with these words in a new process; return what it printed.
+    """Runs `python -m` with these words in a new process; return what it printed.
 
     Raises:
         InputError: it failed; what `told` makes of its last line.
@@ -55,7 +55,7 @@ def run_module(
 def child_report(
     contender: Contender, started: float, at_import: int, memory: Callable[[], int]
 ) -> None:
-    """Do three steps and print what `run_child` returns.
+    """Does three steps and prints what `run_child` returns.
 
     `start_s` is from the start of the process to the end of its first step; `memory`
     returns the peak in bytes, of which the libraries took `at_import`.

@@ -52,7 +52,7 @@ class Workload(NamedTuple):
 def protocol_runs(
     settings: Settings, experiment: Experiment | None
 ) -> Iterator[dict[str, Any]]:
-    """Time an evaluation for every number of shots.
+    """Times an evaluation for every number of shots.
 
     It is the experiment's protocol and dtype, with the episodes of the settings if they
     give a number; without an experiment the settings' network on made-up photos, in
@@ -69,7 +69,7 @@ def protocol_runs(
 
 
 def time_workload(workload: Workload) -> dict[str, Any]:
-    """Time the evaluation and, before and after it, uncached steps of some episodes."""
+    """Times the evaluation and, before and after it, uncached steps of some episodes."""
     _evaluate(workload, dataclasses.replace(workload.protocol, episodes=1))  # compiles
     time_steps = _steps(workload)
     steps = time_steps()
@@ -94,7 +94,7 @@ def time_workload(workload: Workload) -> dict[str, Any]:
 def of_experiment(
     experiment: Experiment, shots: int, episodes: int | None = None
 ) -> Workload:
-    """Return the experiment's evaluation, by an untrained network of its dtype."""
+    """Returns the experiment's evaluation, by an untrained network of its dtype."""
     changes: dict[str, Any] = {"shots": shots}
     if episodes:
         changes["episodes"] = episodes
@@ -115,7 +115,7 @@ def of_experiment(
 
 @contextlib.contextmanager
 def made_up(case: Case, episodes: int) -> Iterator[Workload]:
-    """Yield an evaluation of the case's network on made-up photos."""
+    """Yields an evaluation of the case's network on made-up photos."""
     weights = ours.draw_weights(case)
     predictor = qpenet_predictor(
         QPENet(**case.network),
@@ -151,7 +151,7 @@ def made_up(case: Case, episodes: int) -> Iterator[Workload]:
 
 
 def _evaluate(workload: Workload, protocol: Protocol) -> float:
-    """Return the seconds of an evaluation as the library does it."""
+    """Returns the seconds of an evaluation as the library does it."""
     start = perf_counter()
     score_episodes(
         workload.predictor,
@@ -164,7 +164,7 @@ def _evaluate(workload: Workload, protocol: Protocol) -> float:
 
 
 def _steps(workload: Workload) -> Callable[[], list[float]]:
-    """Return what predicts whole episodes and returns the seconds of each."""
+    """Returns what predicts whole episodes and returns the seconds of each."""
     side, resize = workload.protocol.side, workload.protocol.resize
 
     def batch_of(index):

@@ -29,18 +29,18 @@ from qpenet_jax.runs.parts import network_parts
 
 
 def threads() -> int:
-    """Return how many cores this process may use: `taskset` can lower it."""
+    """Returns how many cores this process may use: `taskset` can lower it."""
     return len(os.sched_getaffinity(0))
 
 
 Call = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 
 EQUAL = 1e-3
-"""Largest difference of leads, as a share of the largest lead, that is compared."""
+"""Largest difference of margins, as a share of the largest margin, that is compared."""
 
 
 def runtimes(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yield what the parts of a prediction take, by number of shots and run time.
+    """Yields what the parts of a prediction take, by number of shots and run time.
 
     Raises:
         InputError: no CPU, no run time of ONNX, or one that computes something else.
@@ -71,7 +71,7 @@ def _beside(
     )
     query = predict.encode(episode.query_image, ("query",))
     jax.block_until_ready((supports, query))
-    lead = np.asarray(predict.decode(supports, episode.support_masks, query))
+    margin = np.asarray(predict.decode(supports, episode.support_masks, query))
 
     parts = network_parts(
         networks, weights.params, weights.backbone, case.size, (case.shots,)
@@ -95,7 +95,9 @@ def _beside(
         }
         if name.startswith("decode"):
             result["differences"] = {
-                n: float(np.abs(other()["lead"] - lead).max() / np.abs(lead).max())
+                n: float(
+                    np.abs(other()["margin"] - margin).max() / np.abs(margin).max()
+                )
                 for n, other in theirs.items()
             }
         calls = {"ours": lambda call=call: jax.block_until_ready(call()), **theirs}
@@ -103,7 +105,7 @@ def _beside(
     for runtime, difference in result["differences"].items():
         if not difference <= EQUAL:
             raise InputError(
-                f"{case}: leads of {runtime} differ from ours by {difference:.2g} of "
+                f"{case}: margins of {runtime} differ from ours by {difference:.2g} of "
                 "the largest, so their speed can't be compared"
             )
     return result
@@ -113,7 +115,7 @@ CLOCKS = {"seconds": time.perf_counter, "core_seconds": time.process_time}
 
 
 def _timed(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
-    """Return what each takes, and what we take as a share of each, by both CLOCKS."""
+    """Returns what each takes, and what we take as a share of each, by both CLOCKS."""
     found: dict[str, Any] = {}
     for what, clock in CLOCKS.items():
         times = interleave(list(calls.values()), seconds / len(CLOCKS), clock=clock)
@@ -158,7 +160,7 @@ RUNTIMES = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 
 
 def runtimes_report(found: Sequence[dict[str, Any]]) -> str:
-    """Return the table of `runtimes`, with the ratios' quartiles in brackets."""
+    """Returns the table of `runtimes`, with the ratios' quartiles in brackets."""
     names = list(found[0]["differences"])
     rows = []
     for case in found:
@@ -177,7 +179,7 @@ def runtimes_report(found: Sequence[dict[str, Any]]) -> str:
     largest = max(max(case["differences"].values()) for case in found)
     return (
         f"One photo at a time, in turns; medians and quartiles. {versions}; "
-        f"{threads()} thread(s). Leads differ by {largest:.1g} of the largest at "
+        f"{threads()} thread(s). Margins differ by {largest:.1g} of the largest at "
         f"most.\n\n{table(header, rows, numbers=True)}"
     )
 

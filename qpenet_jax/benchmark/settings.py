@@ -47,11 +47,11 @@ class Case:
 
     @property
     def images(self) -> int:
-        """Number of images that pass the backbone in a step."""
+        """Numbers of images that pass the backbone in a step."""
         return self.batch * (self.shots + 1)
 
     def __str__(self) -> str:
-        """Return a name for tables and messages."""
+        """Returns a name for tables and messages."""
         shots = f"{self.shots} shot{'s' if self.shots > 1 else ''}"
         network = "released " if self.released else ""
         return f"{network}{self.what}, {shots}, batch {self.batch}, {self.dtype}"
@@ -123,13 +123,13 @@ class Settings:
     the first step and the peak memory."""
 
     def __post_init__(self):
-        """Refuse what would fail later, or measure nothing."""
+        """Refuses what would fail later, or measure nothing."""
         self._check_names()
         self._check_numbers()
         self._check_network()
 
     def cases(self, steps: Sequence[str] | None = None) -> Iterator[Case]:
-        """Yield the single steps, those of `what` by default, in the order of STEPS."""
+        """Yields the single steps, those of `what` by default, in the order of STEPS."""
         chosen = self.what if steps is None else steps
         sizes = itertools.product(STEPS, self.dtype, self.shots, self.batch)
         for what, dtype, shots, batch in sizes:
@@ -137,7 +137,7 @@ class Settings:
                 yield self.case(what, shots, batch, dtype)
 
     def case(self, what: str, shots: int, batch: int, dtype: str) -> Case:
-        """Return one step of these settings."""
+        """Returns one step of these settings."""
         return Case(
             what,
             self.backbone,

@@ -48,7 +48,7 @@ TRIED = 3
 def benchmark(
     settings: Settings, experiment: Experiment | None = None
 ) -> dict[str, Any]:
-    """Measure what the settings say; return numbers and strings alone, for JSON.
+    """Measures what the settings say; return numbers and strings alone, for JSON.
 
     The images of "protocol" and "data" are the experiment's; without one they are made
     up. As in training, the process keeps freed memory from then on.
@@ -117,7 +117,7 @@ def _opponent(settings: Settings) -> Opponent | None:
 
 
 def _facts(given: Settings, opponent: Opponent | None) -> dict[str, Any]:
-    """Return where, when and with what was measured."""
+    """Returns where, when and with what was measured."""
     packages = ["jax", "jaxlib", "flax", "numpy"]
     facts: dict[str, Any] = {
         "cpu": processor(),
@@ -140,7 +140,7 @@ def _facts(given: Settings, opponent: Opponent | None) -> dict[str, Any]:
 
 
 def _peak(dtype: str, opponent: Opponent | None) -> dict[str, float]:
-    """Return the FLOP/s of a large matrix product in every framework."""
+    """Returns the FLOP/s of a large matrix product in every framework."""
     n = PEAK_ROWS[jax.default_backend()]
     with products(dtype):
         peak = {"jax": ours.peak_rate(dtype, n)}
@@ -153,7 +153,7 @@ def _peak(dtype: str, opponent: Opponent | None) -> dict[str, float]:
 
 
 def _case(case: Case, opponent: Opponent | None, settings: Settings) -> dict[str, Any]:
-    """Measure one case: speed, and in new processes start and memory."""
+    """Measures one case: speed, and in new processes start and memory."""
     found = _speed(case, opponent, settings)
     gc.collect()  # the next case, or a process of its own, may need the memory
     if settings.processes and case.what != "backbone":
@@ -162,7 +162,7 @@ def _case(case: Case, opponent: Opponent | None, settings: Settings) -> dict[str
 
 
 def _speed(case: Case, opponent: Opponent | None, settings: Settings) -> dict[str, Any]:
-    """Time our step, in turns with the fastest variant of the twin if there is one."""
+    """Times our step, in turns with the fastest variant of the twin if there is one."""
     weights, episodes = ours.draw_weights(case), made_up_episodes(case)
     jaxs = ours.contender(case, weights, episodes)
     first = jaxs.first()
@@ -201,7 +201,7 @@ def _fastest(
     first: Mapping[str, np.ndarray],
     inputs: tuple[Episode, ours.Weights],
 ) -> tuple[Contender, dict[str, Any]]:
-    """Return the twin's fastest variant, and what all of them took in seconds.
+    """Returns the twin's fastest variant, and what all of them took in seconds.
 
     Every variant must compute what we do. torch.compile may fail; the reason is then
     part of the result.
@@ -247,7 +247,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _processes(case: Case, variant: str, opponent: Opponent | None) -> dict[str, Any]:
-    """Return time to the first step and peak memory in new processes.
+    """Returns time to the first step and peak memory in new processes.
 
     "cold" finds no compilation of earlier processes, "cached" that of the first.
     """

@@ -25,7 +25,7 @@ EPISODES = 40
 def stages(
     dataset: SegmentationDataset, sampler: EpisodeSampler, ours: Load, opponent: Load
 ) -> dict[str, list[float]]:
-    """Return the milliseconds per image of every stage: ours, the plain pipeline's.
+    """Returns the milliseconds per image of every stage: ours, the plain pipeline's.
 
     "all" is the whole episode, stages and what lies between them.
     """
@@ -46,7 +46,7 @@ def stages(
 
 
 def _functions(dataset: Any) -> dict[str, tuple[Functions, Functions]]:
-    """Return the functions of every stage: ours, the plain pipeline's."""
+    """Returns the functions of every stage: ours, the plain pipeline's."""
     source = type(dataset)
 
     def of(module: Any, *names: str) -> Functions:
@@ -68,7 +68,7 @@ def _functions(dataset: Any) -> dict[str, tuple[Functions, Functions]]:
 def stage_seconds(
     load: Load, ids: EpisodeIds, functions: Mapping[str, Functions]
 ) -> dict[str, float]:
-    """Load an episode; return the seconds of every stage, and of "all".
+    """Loads an episode; return the seconds of every stage, and of "all".
 
     For the time of the loading each function is replaced by one that is timed. (A
     profiler would slow down what makes many calls, and since Python 3.12 it also sees
@@ -87,7 +87,7 @@ def stage_seconds(
 def _timed(
     function: Callable[..., Any], stage: str, seconds: dict[str, float]
 ) -> Callable[..., Any]:
-    """Return the function, its time in this thread being added to that of a stage."""
+    """Returns the function, its time in this thread being added to that of a stage."""
     thread = threading.get_ident()
 
     @functools.wraps(function)

@@ -15,7 +15,7 @@ NONE = "-"
 
 
 def benchmark_report(result: dict[str, Any]) -> str:
-    """Return what `benchmark` measured as Markdown: what, where, and the tables."""
+    """Returns what `benchmark` measured as Markdown: what, where, and the tables."""
     cases = result["cases"]
     plans = result.get("memory", [])
     # The others name their network.
@@ -229,7 +229,7 @@ def _protocol(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def loading_report(result: dict[str, Any]) -> str:
-    """Return what `benchmark_data` measured as Markdown."""
+    """Returns what `benchmark_data` measured as Markdown."""
     return "\n\n".join(
         [
             f"Training episodes at {result['side']} pixels from {result['data']}, "
@@ -309,7 +309,7 @@ def _stages(stages: dict[str, list[float]]) -> str:
 
 
 def duration(seconds: float | str) -> str:
-    """Return seconds for readers; words, which tell why there are none, as they are."""
+    """Returns seconds for readers; words, which tell why there are none, as they are."""
     if isinstance(seconds, str):
         return seconds
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -44,7 +44,7 @@ class ResNetFeatures(nn.Module):
         self.net = create_feature_extractor(net, ["layer2", "layer3"])
 
     def forward(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 1536 h w"]:
-        """Concatenate layer3 and layer2 of normalised images."""
+        """Concatenates layer3 and layer2 of normalised images."""
         stages = self.net(x)
         return torch.cat([stages["layer3"], stages["layer2"]], 1)
 
@@ -72,7 +72,7 @@ class EfficientNetLiteFeatures(nn.Module):
                 conv.static_padding = nn.Identity()  # it depends on the image's size
 
     def forward(self, x: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 344 h w"]:
-        """Concatenate the three blocks of normalised images."""
+        """Concatenates the three blocks of normalised images."""
         net, taken = self.net, []
         x = net._swish(net._bn0(net._conv_stem(x)))
         for i, block in enumerate(net._blocks[:15]):
@@ -86,7 +86,7 @@ Backbone = ResNetFeatures | EfficientNetLiteFeatures
 
 
 def backbone(name: str) -> Backbone:
-    """Build "resnet50", "resnet101" or "efficientnet_lite0", frozen, random weights.
+    """Builds "resnet50", "resnet101" or "efficientnet_lite0", frozen, random weights.
 
     Its `.net` has PyTorch's original names. Another name raises InputError.
     """
@@ -104,7 +104,7 @@ def backbone(name: str) -> Backbone:
 def features(
     net: Backbone, images: UInt8[Tensor, "*b H W 3"]
 ) -> Float[Tensor, "*b c h w"]:
-    """Return a backbone's features of RGB images in 0..255, any leading axes."""
+    """Returns a backbone's features of RGB images in 0..255, any leading axes."""
     x = images.flatten(0, -4).permute(0, 3, 1, 2).float() / 255
     mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (net.mean, net.std))
     return net((x - mean) / std).unflatten(0, images.shape[:-3])
@@ -116,7 +116,7 @@ def features(
 def masked_average_pooling(
     features: Float[Tensor, "*b c h w"], mask: Bool[Tensor, "*b h w"]
 ) -> Float[Tensor, "*b c"]:
-    """Average the features under a mask; zeros where it is empty. MAP of eq 1."""
+    """Averages the features under a mask; zeros where it is empty. MAP of eq 1."""
     weights = mask.unsqueeze(-3).to(features.dtype)
     return (features * weights).sum((-2, -1)) / (weights.sum((-2, -1)) + 5e-4)
 
@@ -124,7 +124,7 @@ def masked_average_pooling(
 def broadcast_concat(
     features: Float[Tensor, "*b c h w"], prototype: Float[Tensor, "*b c"]
 ) -> Float[Tensor, "*b 2*c h w"]:
-    """Put the prototype beside every position: Concat(F, BC(P)) of eq 2."""
+    """Puts the prototype beside every position: Concat(F, BC(P)) of eq 2."""
     p = prototype[..., None, None].expand(*prototype.shape, *features.shape[-2:])
     return torch.cat([features, p], -3)
 
@@ -132,14 +132,14 @@ def broadcast_concat(
 def over_supports(
     layer: Callable[[Tensor], Tensor], x: Float[Tensor, "b k c h w"]
 ) -> Float[Tensor, "b k d h w"]:
-    """Apply a layer to the supports of all episodes as to one batch of images."""
+    """Applies a layer to the supports of all episodes as to one batch of images."""
     return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def resize(
     logits: Float[Tensor, "b 2 h w"], labels: Int[Tensor, "*b H W"]
 ) -> Float[Tensor, "b 2 H W"]:
-    """Bring logits to the size of the labels."""
+    """Brings logits to the size of the labels."""
     size = labels.shape[-2], labels.shape[-1]
     return F.interpolate(logits, size, mode="bilinear", align_corners=True)
 
@@ -157,7 +157,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x):
-        """Keep the shape."""
+        """Keeps the shape."""
         return x + self.block(x)
 
 
@@ -203,7 +203,7 @@ class Cross(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def split(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n c/heads"]:
-        """Deal the channels out to the heads."""
+        """Deals the channels out to the heads."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(
@@ -212,7 +212,7 @@ class Cross(nn.Module):
         context: Float[Tensor, "b m c"],
         mask: Bool[Tensor, "b m"],
     ) -> Float[Tensor, "b n c"]:
-        """Attend to the positions of `context` under the mask, to all if it's empty."""
+        """Attends to the positions of `context` under the mask, to all if it's empty."""
         allowed = (mask | ~mask.any(1, keepdim=True))[:, None, None]
         q, k, v = (
             self.split(layer(t))
@@ -264,7 +264,7 @@ class QPENet(nn.Module):
         support_masks: Int[Tensor, "b k H W"],
         query_features: Float[Tensor, "b C h w"],
     ) -> tuple[Float[Tensor, "b 2 H W"], dict[str, Tensor]]:
-        """Return the query's logits at image size and every named intermediate.
+        """Returns the query's logits at image size and every named intermediate.
 
         `out` holds F_q [b, c, h, w], F_s [b, k, c, h, w]; P_* [b, c]; the logits y_*
         [b, 2, h, w] (y_rev, y_bg_s with an axis for the supports), A_* [b, h, w] and
@@ -369,7 +369,7 @@ def total_loss(
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Return L of eq 19 and its terms; the auxiliary head counts 0.6 in L_fg."""
+    """Returns L of eq 19 and its terms; the auxiliary head counts 0.6 in L_fg."""
     terms = {
         "loss_pre": cross_entropy(out["y_pre"], query_mask),
         "loss_rev": cross_entropy(out["y_rev"], support_masks),
@@ -386,7 +386,7 @@ def total_loss(
 def build_optimizer(
     parameters: Iterable[nn.Parameter], steps: int, lr: float = 0.0025
 ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
-    """Return the paper's SGD and its poly decay (1 - t / steps)^0.9, both per step."""
+    """Returns the paper's SGD and its poly decay (1 - t / steps)^0.9, both per step."""
     sgd = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4)
     decay = torch.optim.lr_scheduler.LambdaLR(sgd, lambda t: (1 - t / steps) ** 0.9)
     return sgd, decay
@@ -398,7 +398,7 @@ def train_step(
     optimizer: tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR],
     batch: Episode,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Do one step of training on a batch of numpy episodes; return the loss terms."""
+    """Does one step of training on a batch of numpy episodes; return the loss terms."""
     device = model.p_global.device
     query, truth, supports, masks = (torch.as_tensor(x).to(device) for x in batch[:4])
     _, out = model(features(net, supports), masks, features(net, query))
@@ -466,7 +466,7 @@ class Entry(NamedTuple):
 
 
 def to_flax(state_dict: Mapping[str, Tensor]) -> PyTree[Float[np.ndarray, "..."]]:
-    """Turn the twin's state_dict into the parameters of the Flax QPENet.
+    """Turns the twin's state_dict into the parameters of the Flax QPENet.
 
     Missing, extra and misshapen tensors are one InputError that lists them all.
     """
@@ -490,7 +490,7 @@ def to_flax(state_dict: Mapping[str, Tensor]) -> PyTree[Float[np.ndarray, "..."]
 
 
 def from_flax(params: PyTree[Float[Array, "..."]]) -> dict[str, Tensor]:
-    """Turn parameters of the Flax QPENet into the twin's state_dict.
+    """Turns parameters of the Flax QPENet into the twin's state_dict.
 
     Missing, extra and misshapen arrays are one InputError that lists them all.
     """
@@ -515,14 +515,14 @@ def from_flax(params: PyTree[Float[Array, "..."]]) -> dict[str, Tensor]:
 
 
 def _activate_rows(width: int) -> list[int]:
-    """Order eq 15's inputs as Flax does, the prototype (one a row of c) at the end."""
+    """Orders eq 15's inputs as Flax does, the prototype (one a row of c) at the end."""
     return [*range(width), 2 * width, 2 * width + 1, *range(width, 2 * width)]
 
 
 def _entries(
     reducer: tuple[int, ...], ffn: int, *, shared_reducer: bool
 ) -> list[Entry]:
-    """List what a network of these sizes holds; `reducer` is (channels, width)."""
+    """Lists what a network of these sizes holds; `reducer` is (channels, width)."""
     channels, width = reducer
     with torch.device("meta"):  # shapes without memory
         model = QPENet(channels, width, 1, ffn, shared_reducer)
@@ -545,13 +545,13 @@ def _flax_name(name: str, shape: tuple[int, ...]) -> str:
 
 
 def _get(shapes, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a shape that tells the network's sizes, the paper's if it is no help."""
+    """Returns a shape that tells the network's sizes, the paper's if it is no help."""
     shape = shapes.get(name, default)
     return shape if len(shape) == len(default) else default
 
 
 def _check(what: str, expected: dict, found: dict) -> None:
-    """Raise one InputError with what does not fit: first names, and how many more."""
+    """Raises one InputError with what does not fit: first names, and how many more."""
     problems = {
         "missing": [k for k in expected if k not in found],
         "not known": [k for k in found if k not in expected],

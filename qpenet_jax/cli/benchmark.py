@@ -14,7 +14,7 @@ TORCH_VARIANTS = ("eager", "channels_last", "compile")
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "benchmark",
         help="measure speed and memory on this machine",
@@ -154,7 +154,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print a table, and write it if asked to."""
+    """Measures, print a table, and write it if asked to."""
     from qpenet_jax.benchmark.settings import Settings
     from qpenet_jax.benchmark.speed import benchmark
 

@@ -8,7 +8,7 @@ from qpenet_jax.core.files import refuse_overwriting
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "compare",
         help="compare two results on the episodes that both scored",
@@ -37,7 +37,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the comparison."""
+    """Prints the comparison."""
     from qpenet_jax.evaluation.compare import (
         compare_results,
         comparison_table,

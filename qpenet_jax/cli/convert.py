@@ -7,7 +7,7 @@ from qpenet_jax.core.errors import InputError
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     text = "convert pretrained backbone weights, or a checkpoint of QPENet's authors"
     parser = commands.add_parser(
         "convert",
@@ -52,7 +52,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert and print where the result is."""
+    """Converts and prints where the result is."""
     if args.as_run is not None:
         _as_run(args)
         return

@@ -11,7 +11,7 @@ from qpenet_jax.cli.options import (
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "demo",
         help="a page to mark and segment photos in the browser",
@@ -32,14 +32,14 @@ def add_parser(commands) -> None:
 
 
 def port(text: str) -> int:
-    """Return a port's number."""
+    """Returns a port's number."""
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number from 1 to 65535")
     return int(text)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Show the page until Ctrl-C."""
+    """Shows the page until Ctrl-C."""
     from qpenet_jax.demo.serve import check_gradio, serve
 
     check_gradio()  # before a network is loaded in vain

@@ -6,7 +6,7 @@ from qpenet_jax.cli.options import BACKBONES
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     text = "print the layers of the network"
     parser = commands.add_parser(
         "describe",
@@ -44,7 +44,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table of layers."""
+    """Prints the table of layers."""
     import jax
     import jax.numpy as jnp
     from flax.linen.summary import tabulate

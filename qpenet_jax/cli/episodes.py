@@ -14,7 +14,7 @@ from qpenet_jax.core.files import refuse_overwriting
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "episodes",
         help="write the episodes of a protocol into a file",
@@ -46,7 +46,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw the episodes, write them, print the protocol and the file's hash."""
+    """Draws the episodes, writes them, prints the protocol and the file's hash."""
     from qpenet_jax.data.episode_lists import export_episodes
     from qpenet_jax.evaluation.protocols import of_dataset
     from qpenet_jax.runs.config_files import load_config

@@ -19,7 +19,7 @@ from qpenet_jax.core.files import refuse_overwriting
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "evaluate",
         help="score a trained run on its novel classes",
@@ -63,7 +63,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score the run once for each number of shots."""
+    """Scores the run once for each number of shots."""
     from qpenet_jax.data.episode_lists import read_episodes
     from qpenet_jax.runs import retries
     from qpenet_jax.runs.drawn import folder_name

@@ -12,7 +12,7 @@ from qpenet_jax.cli.options import (
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "export",
         help="write a run's network for other run times",
@@ -39,7 +39,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export and print what was written."""
+    """Exports and prints what was written."""
     from qpenet_jax.runs.export import export
 
     folder = export(

@@ -7,7 +7,7 @@ from qpenet_jax.cli.options import WORKDIR, add_overrides, numbers, path
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "figures",
         help="draw what trained runs do with some episodes",
@@ -60,7 +60,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw the figures and print their paths."""
+    """Draws the figures and prints their paths."""
     from qpenet_jax.paper.figures import draw_figures
 
     paths = draw_figures(

@@ -51,7 +51,7 @@ JOINING = (train.run, evaluate.run)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; bad input is one line on stderr and exit code 2."""
+    """Runs one command; bad input is one line on stderr and exits code 2."""
     _set_up_terminal()
     try:
         with exit_on_input_error():
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def program(argv: Sequence[str] | None = None) -> None:
-    """Run one command as all that this process does; see `main`."""
+    """Runs one command as all that this process does; see `main`."""
     sys.unraisablehook = _told_of_lost_stop
     status: Any = 1  # of an error that nobody foresaw
     try:
@@ -83,7 +83,7 @@ def program(argv: Sequence[str] | None = None) -> None:
 
 
 def _told_of_lost_stop(unraisable: Any) -> None:
-    """Tell in one line of a Ctrl-C that came where Python can't act on it."""
+    """Tells in one line of a Ctrl-C that came where Python can't act on it."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         lost = "Ctrl-C came while Python was cleaning up: press it again to stop"
         print(f"\n{lost}", file=sys.stderr)
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _set_up_terminal() -> None:
-    """Print what its encoding can't hold as "?", and our warnings as one line."""
+    """Prints what its encoding can't hold as "?", and our warnings as one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     warnings.formatwarning = _one_line
@@ -131,7 +131,7 @@ _python_format = warnings.formatwarning
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Run the command; one of several processes tells if another is lost."""
+    """Runs the command; one of several processes tells if another is lost."""
     if args.run not in JOINING:
         args.run(args)
         return
@@ -167,7 +167,7 @@ class _Parser(argparse.ArgumentParser):
     """Tells what is wrong in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
+        """Exits with code 2."""
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 

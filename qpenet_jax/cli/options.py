@@ -41,7 +41,7 @@ OVERRIDE = re.compile(r"--?(no)?config\.")
 
 
 def path(text: str) -> str:
-    """Return the path of a file or folder of this machine, `~` written out."""
+    """Returns the path of a file or folder of this machine, `~` written out."""
     try:
         return str(local_path(text))
     except InputError as error:
@@ -49,14 +49,14 @@ def path(text: str) -> str:
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names the run a command works on."""
+    """Adds the option that names the run a command works on."""
     parser.add_argument(
         "--workdir", required=True, type=path, metavar="FOLDER", help=WORKDIR
     )
 
 
 def add_new_folder(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names a folder which the command makes."""
+    """Adds the option that names a folder which the command makes."""
     parser.add_argument(
         "--out",
         required=True,
@@ -67,7 +67,7 @@ def add_new_folder(parser: argparse.ArgumentParser) -> None:
 
 
 def add_segmenter(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of what segments: a run's network, the starter, prototypes."""
+    """Adds the choice of what segments: a run's network, the starter, prototypes."""
     group = parser.add_argument_group("what segments")
     group.add_argument(
         "--workdir", type=path, metavar="FOLDER", help=f"{WORKDIR}; default: none"
@@ -98,7 +98,7 @@ def add_segmenter(parser: argparse.ArgumentParser) -> None:
 
 
 def load_segmenter(args: argparse.Namespace) -> "Segmenter":
-    """Return what `add_segmenter`'s options choose; raises InputError as `load`."""
+    """Returns what `add_segmenter`'s options choose; raises InputError as `load`."""
     from qpenet_jax.segmenter import load
 
     return load(
@@ -111,7 +111,7 @@ def load_segmenter(args: argparse.Namespace) -> "Segmenter":
 
 
 def about_segmenter(args: argparse.Namespace) -> dict[str, str | None]:
-    """Return what a summary of results tells of how they were made."""
+    """Returns what a summary of results tells of how they were made."""
     from qpenet_jax import __version__
     from qpenet_jax.segmenter import DEFAULT_BACKBONE, chosen_method
 
@@ -123,7 +123,7 @@ def about_segmenter(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Return whole numbers that are separated by commas."""
+    """Returns whole numbers that are separated by commas."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -133,12 +133,12 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Return words that are separated by commas."""
+    """Returns words that are separated by commas."""
     return tuple(text.split(","))
 
 
 def add_protocol(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of an evaluation protocol, and of its fields."""
+    """Adds the choice of an evaluation protocol, and of its fields."""
     group = parser.add_argument_group(
         "evaluation protocol", "how episodes are drawn and scored"
     )
@@ -182,14 +182,14 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
 
 
 def protocol_changes(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the protocol's fields that were given."""
+    """Returns the protocol's fields that were given."""
     fields = ("episodes", "seeds", "scoring", "order", "targets", "resize", "side")
     given = {name: getattr(args, name) for name in fields}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Let a command take fields of the config, as `split_overrides` finds them."""
+    """Lets a command take fields of the config, as `split_overrides` finds them."""
     parser.set_defaults(overrides=[])
     parser.epilog = (
         "Every field of the config can be changed as well, for example "
@@ -198,7 +198,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a process that is one of several."""
+    """Adds the options of a process that is one of several."""
     group = parser.add_argument_group(
         "several processes",
         "started by SLURM, Open MPI, on a TPU pod or as a job of Kubernetes, they find "
@@ -216,7 +216,7 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words of a command line, and apart from them all `--config.x=y`.
+    """Returns the words of a command line, and apart from them all `--config.x=y`.
 
     The value may also be the next word: `--config.x y`.
     """

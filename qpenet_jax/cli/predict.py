@@ -17,7 +17,7 @@ FORMATS = ("png", "voc", "coco", "coco_polygons", "labelme")
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "predict",
         help="segment images, given annotated examples",
@@ -115,11 +115,11 @@ def _add_results(parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Segment every query image."""
+    """Segments every query image."""
     from tqdm import tqdm
 
     from qpenet_jax.masks.files import segment_files
-    from qpenet_jax.masks.leads import Tiles
+    from qpenet_jax.masks.margins import Tiles
     from qpenet_jax.masks.marks import parse_support, read_supports
     from qpenet_jax.masks.queries import find_queries
     from qpenet_jax.masks.results import Results
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _query_folders(out: Path, args: argparse.Namespace) -> list[Path]:
-    """Return the folders of --query into whose subfolders nothing may be written.
+    """Returns the folders of --query into whose subfolders nothing may be written.
 
     Raises:
         InputError: --out is such a folder itself.

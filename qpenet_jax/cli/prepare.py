@@ -12,7 +12,7 @@ from qpenet_jax.core.markdown import table
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     text = "make a data set from the official archives or from your own images"
     parser = commands.add_parser(
         "prepare",
@@ -159,12 +159,12 @@ def _folder(args: argparse.Namespace) -> None:
 
 
 def _refuse_inputs(out: str | Path, inputs: Sequence[str | Path | None]) -> None:
-    """Refuse to write a data set among the files that it is made of."""
+    """Refuses to write a data set among the files that it is made of."""
     refuse_overwriting([Path(out)], [Path(given) for given in inputs if given])
 
 
 def _print_prepared(folder: Path) -> None:
-    """Print what is in a data set, what is odd about it, and its hash."""
+    """Prints what is in a data set, what is odd about it, and its hash."""
     from qpenet_jax.data.prepare.archives import fingerprint
     from qpenet_jax.data.sources.prepared import Prepared, read_metadata
     from qpenet_jax.data.versions import shared_photos
@@ -194,7 +194,7 @@ def _print_prepared(folder: Path) -> None:
 
 
 def _class_table(classes: Sequence[str], splits: Mapping[str, Any]) -> str:
-    """Return a table: a row a class, images that show it and pixels in each split."""
+    """Returns a table: a row a class, images that show it and pixels in each split."""
     head = ["class", *(f"{s} {what}" for s in splits for what in ("images", "pixels"))]
     columns: list[Any] = []
     for data in splits.values():

@@ -6,7 +6,7 @@ from qpenet_jax.cli.options import STORED, add_new_folder, add_workdir
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "publish",
         help="write a run as a folder that can be shared",
@@ -46,7 +46,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Publish and print where the result is."""
+    """Publishes and prints where the result is."""
     from qpenet_jax.runs.publish import publish
 
     folder = publish(

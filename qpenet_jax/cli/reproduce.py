@@ -6,7 +6,7 @@ from qpenet_jax.cli.options import add_overrides, names, numbers, path
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "reproduce",
         help="train and score a table of the paper",
@@ -65,7 +65,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train and score what is missing, then write the table."""
+    """Trains and score what is missing, then write the table."""
     from qpenet_jax.paper.reproduce import reproduce
 
     reproduce(

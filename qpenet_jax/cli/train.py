@@ -9,7 +9,7 @@ from qpenet_jax.core.errors import InputError
 
 
 def add_parser(commands) -> None:
-    """Add the command and its options."""
+    """Adds the command and its options."""
     parser = commands.add_parser(
         "train",
         help="train a network and score it",
@@ -49,7 +49,7 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, or check the first steps."""
+    """Trains, or checks the first steps."""
     from qpenet_jax.runs.config_files import load_config
 
     if args.profile < 0 or (args.profile and args.check):

@@ -38,17 +38,17 @@ T = TypeVar("T")
 
 
 def index() -> int:
-    """Return which of the processes this is; 0 in a process alone."""
+    """Returns which of the processes this is; 0 in a process alone."""
     return distributed.global_state.process_id
 
 
 def count() -> int:
-    """Return the number of processes that work as one."""
+    """Returns the number of processes that work as one."""
     return distributed.global_state.num_processes
 
 
 def is_first() -> bool:
-    """Return whether this process writes files and prints, for all."""
+    """Returns whether this process writes files and prints, for all."""
     return index() == 0
 
 
@@ -57,7 +57,7 @@ def join(
     processes: int | None = None,
     process: int | None = None,
 ) -> None:
-    """Become one of several processes, as given or as JAX detects a cluster.
+    """Becomes one of several processes, as given or as JAX detects a cluster.
 
     To be called before JAX's first computation. A process alone stays as it is.
 
@@ -122,7 +122,7 @@ def _checked(
 
 
 def _detected() -> tuple[str | None, int | None, int | None]:
-    """Return what JAX detects of a cluster: address, processes, process."""
+    """Returns what JAX detects of a cluster: address, processes, process."""
     find = clusters.ClusterEnv.auto_detect_unset_distributed_params
     try:
         with warnings.catch_warnings():  # in every pod without Kubernetes' package
@@ -139,7 +139,7 @@ def _detected() -> tuple[str | None, int | None, int | None]:
 
 
 def gather(value: bytes, topic: str) -> list[bytes]:
-    """Return the values of all processes, in their order, once all have given theirs.
+    """Returns the values of all processes, in their order, once all have given theirs.
 
     All call it equally often for a `topic`, whatever else they do. Signals are acted on
     while it waits.
@@ -170,7 +170,7 @@ def _client() -> Any:
 
 
 def by_first(decide: Callable[[], T], topic: str) -> T:
-    """Return what process 0 finds by `decide`, in all processes.
+    """Returns what process 0 finds by `decide`, in all processes.
 
     It has to be what JSON can tell. Raises InputError in all if it does there.
     """
@@ -189,12 +189,12 @@ def by_first(decide: Callable[[], T], topic: str) -> T:
 
 
 def any_of(flag: bool, topic: str) -> bool:
-    """Return whether the flag is set in any of the processes."""
+    """Returns whether the flag is set in any of the processes."""
     return b"1" in gather(b"1" if flag else b"0", topic)
 
 
 def warn(text: str) -> None:
-    """Print a warning, if there is one, to the standard error of the first process."""
+    """Prints a warning, if there is one, to the standard error of the first process."""
     if text and is_first():
         print(f"warning: {text}", file=sys.stderr)
 
@@ -204,14 +204,14 @@ STOP = "qpenet-stop"
 
 
 def tell_stop() -> None:
-    """Ask all other processes to stop, as this one was asked."""
+    """Asks all other processes to stop, as this one was asked."""
     if count() > 1:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _client().key_value_set(f"{STOP}/{index()}", "", allow_overwrite=True)
 
 
 def _stop_told() -> bool:
-    """Return whether any process was asked to stop, as far as can be known."""
+    """Returns whether any process was asked to stop, as far as can be known."""
     try:
         return bool(_client().key_value_dir_get(STOP))
     except jax.errors.JaxRuntimeError:
@@ -219,7 +219,7 @@ def _stop_told() -> bool:
 
 
 def _let_others_end() -> None:
-    """Give the others time to end as this one does: JAX aborts them without it."""
+    """Gives the others time to end as this one does: JAX aborts them without it."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(f"qpenet-left/{index()}", "")
         deadline = time.monotonic() + GRACE
@@ -231,7 +231,7 @@ def _let_others_end() -> None:
 
 @contextlib.contextmanager
 def losses_told() -> Iterator[None]:
-    """Turn what a computation fails with that a lost process took part in to a line.
+    """Turns what a computation fails with that a lost process took part in to a line.
 
     It raises SystemExit then.
     """
@@ -244,7 +244,7 @@ def losses_told() -> Iterator[None]:
 
 
 def leave(status: Any = 0) -> None:
-    """End this process' part: with the others if all went well, else at once.
+    """Ends this process' part: with the others if all went well, else at once.
 
     With another status than 0 it ends the process; the others, who may wait for it in a
     computation, end when JAX notices. In a process alone it does nothing.

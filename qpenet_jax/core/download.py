@@ -23,7 +23,7 @@ BAR_BYTES = 50_000_000
 def download(
     url: str, dest: str | Path, checksum: str | None, progress: bool = True
 ) -> Path:
-    """Fetch `url` into the file `dest`, going on where an earlier try broke off.
+    """Fetches `url` into the file `dest`, going on where an earlier try broke off.
 
     `checksum` is "sha256:..." or "md5:..." in hexadecimal, the start of it being
     enough; None where none is published: then the length that the server tells is
@@ -54,7 +54,7 @@ def download(
 
 
 def check_download_room(sizes: Mapping[Path, int]) -> None:
-    """Check that all files, less what earlier tries left of them, have room.
+    """Checks that all files, less what earlier tries left of them, have room.
 
     Raises:
         InputError: there is less free space where the first is to go.
@@ -66,7 +66,7 @@ def check_download_room(sizes: Mapping[Path, int]) -> None:
 
 
 def _mismatch(path: Path, checksum: str | None) -> str | None:
-    """Return how the file's hash differs from `checksum`, None if it doesn't."""
+    """Returns how the file's hash differs from `checksum`, None if it doesn't."""
     if checksum is None:
         return None
     algorithm, _, expected = checksum.partition(":")
@@ -77,7 +77,7 @@ def _mismatch(path: Path, checksum: str | None) -> str | None:
 
 
 def _fetch(url: str, part: Path, checksum: str | None, progress: bool) -> bool:
-    """Append what is missing to `part`; tell whether the end was reached."""
+    """Appends what is missing to `part`; tell whether the end was reached."""
     have = _size(part)
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:
@@ -109,7 +109,7 @@ def _fetch(url: str, part: Path, checksum: str | None, progress: bool) -> bool:
 
 
 def _is_whole(part: Path, content_range: str | None) -> bool:
-    """Judge a part behind which the server has nothing; start again unless it fits."""
+    """Judges a part behind which the server has nothing; start again unless it fits."""
     total = (content_range or "").rpartition("/")[2]
     if total == str(_size(part)):
         return True
@@ -118,7 +118,7 @@ def _is_whole(part: Path, content_range: str | None) -> bool:
 
 
 def _copy(response, part: Path, have: int, total: int | None, progress: bool) -> None:
-    """Write the response behind the first `have` bytes, until it ends or breaks."""
+    """Writes the response behind the first `have` bytes, until it ends or breaks."""
     bar = tqdm(
         desc=part.stem,
         initial=have,
@@ -146,12 +146,12 @@ def _size(path: Path) -> int:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+    """Returns the SHA-256 of a file in hexadecimal."""
     return digest(path, "sha256")
 
 
 def digest(path: Path, algorithm: str) -> str:
-    """Return the hash of a file in hexadecimal, with a progress bar if it is large."""
+    """Returns the hash of a file in hexadecimal, with a progress bar if it is large."""
     hasher = hashlib.new(algorithm, usedforsecurity=False)
     size = path.stat().st_size
     bar = tqdm(

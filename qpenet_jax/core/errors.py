@@ -31,7 +31,7 @@ class InputWarning(UserWarning):
 
 
 def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:
-    """Refuse a value that is none of the choices; `what` names it, say "config.dtype=".
+    """Refuses a value that is none of the choices; `what` names it, says "config.dtype=".
 
     Raises:
         InputError: with all choices.
@@ -53,7 +53,7 @@ BROKEN_PIPE = 128 + 13
 
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an `InputError` or an error of the file system into one line, exit 2.
+    """Turns an `InputError` or an error of the file system into one line, exits 2.
 
     Where nobody reads the output any more (`| head`), the end is quiet.
     """
@@ -86,7 +86,7 @@ def _flush() -> None:
 
 
 def _finish_output() -> None:
-    """Print what is left; give it up if it can't be: Python would try again at exit."""
+    """Prints what is left; give it up if it can't be: Python would try again at exit."""
     try:
         _flush()
     except OSError:

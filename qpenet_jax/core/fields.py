@@ -6,7 +6,7 @@ from typing import Any
 
 
 def fields_like(name: str, config: Any) -> list[str]:
-    """Return the fields of `config` that a wrong name may stand for.
+    """Returns the fields of `config` that a wrong name may stand for.
 
     Those of the same name in other parts, or else those that are spelt alike.
     """
@@ -16,7 +16,7 @@ def fields_like(name: str, config: Any) -> list[str]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return fields by their dotted names."""
+    """Returns fields by their dotted names."""
     found = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

@@ -19,7 +19,7 @@ ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")
 
 
 def local_path(path: str | Path) -> Path:
-    """Return a path of this machine, in which a leading `~` is the home folder.
+    """Returns a path of this machine, in which a leading `~` is the home folder.
 
     Raises:
         InputError: an empty path, an address such as gs://..., or no such home folder.
@@ -40,7 +40,7 @@ def local_path(path: str | Path) -> Path:
 
 
 def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse to write a file that is read, by whatever name or link it is called.
+    """Refuses to write a file that is read, by whatever name or link it is called.
 
     An input may be a folder: nothing may be written into it then.
 
@@ -62,7 +62,7 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what all names of a file or folder share; None if there is none."""
+    """Returns what all names of a file or folder share; None if there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -71,7 +71,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under another name, then rename it; makes its folder.
+    """Writes a file under another name, then rename it; makes its folder.
 
     Raises:
         InputError: the folder can't be made or written to.
@@ -94,7 +94,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `folder` when all went well.
+    """Gives a temporary folder that becomes `folder` when all went well.
 
     Raises:
         InputError: it exists and isn't empty.
@@ -112,7 +112,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def walk(folder: Path, recursive: bool = True) -> dict[str, Path]:
-    """Return all files below a folder by their path in it ("sub/a.jpg"), in order.
+    """Returns all files below a folder by their path in it ("sub/a.jpg"), in order.
 
     Those of other folders in it as well, if it is `recursive`.
 
@@ -129,7 +129,7 @@ def walk(folder: Path, recursive: bool = True) -> dict[str, Path]:
 def _below(
     folder: Path, prefix: str, above: tuple[str, ...], recursive: bool
 ) -> Iterator[tuple[str, Path]]:
-    """Yield names and paths; `above` are the real paths of the folders on the way."""
+    """Yields names and paths; `above` are the real paths of the folders on the way."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -152,7 +152,7 @@ def _below(
 
 
 def check_room(folder: Path, needed: int, remedy: str) -> None:
-    """Make a folder where `needed` bytes can be written.
+    """Makes a folder where `needed` bytes can be written.
 
     Raises:
         InputError: there is less free space.
@@ -168,7 +168,7 @@ def check_room(folder: Path, needed: int, remedy: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file `path` for as long as the `with` lasts; makes its folder.
+    """Holds the lock file `path` for as long as the `with` lasts; makes its folder.
 
     The operating system frees it when the process ends, however it ends, so a file that
     was left behind locks nobody out. With `wait`, a lock that another process holds is
@@ -193,7 +193,7 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
 
 
 def cache_folder(name: str) -> Path:
-    """Return where this user's files of one kind are kept between runs.
+    """Returns where this user's files of one kind are kept between runs.
 
     The operating system's place for caches (on Linux XDG_CACHE_HOME, or ~/.cache); a
     process without a home folder gets one among the temporary files.

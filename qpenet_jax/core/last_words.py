@@ -47,7 +47,7 @@ class Watch:
     """Reads C's standard error, and whether another process was asked to stop."""
 
     def __init__(self, stop_told: Callable[[], bool]):
-        """Send C's standard error to a file; `stop_told` asks the other processes."""
+        """Sends C's standard error to a file; `stop_told` asks the other processes."""
         self._stop_told, self._spread = stop_told, False
         self._ended = threading.Event()
         self._speaking, self._status = threading.Lock(), 0
@@ -56,17 +56,17 @@ class Watch:
             _redirect(log.name)
 
     def start(self) -> None:
-        """Begin to watch, in threads: to ask others may take long if one is gone."""
+        """Begins to watch, in threads: to ask others may take long if one is gone."""
         for work in (self._read, self._listen):
             threading.Thread(target=work, daemon=True).start()
         threading.excepthook = self._on_error
 
     def stop(self) -> None:
-        """End the watch."""
+        """Ends the watch."""
         self._ended.set()
 
     def settle(self, status: int) -> None:
-        """Let the process end with `status` and no word of others from here on.
+        """Lets the process end with `status` and no word of others from here on.
 
         JAX may still abort it, while it waits for a service that is gone.
         """
@@ -74,7 +74,7 @@ class Watch:
             self._status = self._status or status
 
     def _read(self) -> None:
-        """Tell what C's standard error gets; end the process where JAX aborts it."""
+        """Tells what C's standard error gets; end the process where JAX aborts it."""
         while not self._ended.wait(PAUSE):
             text = self._told.read()
             if FATAL in text:
@@ -84,7 +84,7 @@ class Watch:
                     print(line, file=sys.stderr)
 
     def _listen(self) -> None:
-        """Give this process SPREAD, once, where another was asked to stop."""
+        """Gives this process SPREAD, once, where another was asked to stop."""
         while not (self._ended.wait(PAUSE) or self._status):
             if self._stop_told():
                 self._spread = True
@@ -93,17 +93,17 @@ class Watch:
                 return
 
     def _on_error(self, failed: threading.ExceptHookArgs) -> None:
-        """End the process if a thread failed as another process is gone."""
+        """Ends the process if a thread failed as another process is gone."""
         if failed.exc_value is not None and is_loss(failed.exc_value):
             self.end()
         threading.__excepthook__(failed)
 
     def end(self, text: str = "") -> NoReturn:
-        """End the process with its last words, whatever its other threads wait for."""
+        """Ends the process with its last words, whatever its other threads wait for."""
         os._exit(self.last_words(text))
 
     def last_words(self, text: str = "") -> int:
-        """Tell why this process ends, unless it is told, and return its status."""
+        """Tells why this process ends, unless it is told, and return its status."""
         with self._speaking:
             self._status = self._status or self._tell(text)
         return self._status
@@ -125,7 +125,7 @@ class Watch:
 
 
 def is_loss(error: BaseException) -> bool:
-    """Return whether something failed as another process is gone."""
+    """Returns whether something failed as another process is gone."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, JaxRuntimeError) and LOST.search(str(found)):
@@ -135,7 +135,7 @@ def is_loss(error: BaseException) -> bool:
 
 
 def _redirect(log: str) -> None:
-    """Send C's standard error to a file, and let an abort wait; with glibc alone.
+    """Sends C's standard error to a file, and let an abort wait; with glibc alone.
 
     Python's own, and that of processes that this one starts, stay as they are. The
     handler of the abort is C's `sleep` itself: it is called with the signal's number,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False
 ) -> str:
-    """Return a Markdown table whose columns also line up as plain text.
+    """Returns a Markdown table whose columns also line up as plain text.
 
     A `|` inside a cell is escaped. With `numbers` all columns but the first are aligned
     on the right. Raises ValueError if a row has more or fewer cells than the header.

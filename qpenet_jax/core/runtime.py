@@ -22,7 +22,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 
 
 def processor() -> str:
-    """Return the processor's name as Linux tells it, elsewhere its architecture."""
+    """Returns the processor's name as Linux tells it, elsewhere its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -31,7 +31,7 @@ def processor() -> str:
 
 
 def refuse_64_bits() -> None:
-    """Refuse to compute where JAX makes numbers of 64 bits, which networks here mix up.
+    """Refuses to compute where JAX makes numbers of 64 bits, which networks here mix up.
 
     Raises:
         InputError: jax_enable_x64 is set; commands switch it off.
@@ -44,7 +44,7 @@ def refuse_64_bits() -> None:
 
 
 def check_platform() -> None:
-    """Refuse a choice of platforms (JAX_PLATFORMS) that JAX can't use here.
+    """Refuses a choice of platforms (JAX_PLATFORMS) that JAX can't use here.
 
     Raises:
         InputError: with JAX's reason.
@@ -63,7 +63,7 @@ def check_platform() -> None:
 
 
 def keep_compilations() -> None:
-    """Let XLA's compilations of a second or more be found by later processes.
+    """Lets XLA's compilations of a second or more be found by later processes.
 
     A folder that the user has chosen (JAX_COMPILATION_CACHE_DIR) is kept.
     """
@@ -73,7 +73,7 @@ def keep_compilations() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the memory that a step has freed serve the next step, on a CPU.
+    """Lets the memory that a step has freed serve the next step, on a CPU.
 
     XLA allocates its temporaries anew in every step; by default each returns to the
     kernel and is zeroed and mapped again, page by page. On 2 cores a train step with
@@ -95,7 +95,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def nameless_users() -> Iterator[None]:
-    """Give files of users and groups without a name, as in containers, their number.
+    """Gives files of users and groups without a name, as in containers, their number.
 
     TFDS's library of paths (etils) asks for the owner's name with every size of a file,
     and can't do without one.
@@ -126,7 +126,7 @@ def _or_number(find: Callable[[int], Any], name: str) -> Callable[[int], Any]:
 
 
 def peak_memory() -> int:
-    """Return the most bytes of memory that this process has had."""
+    """Returns the most bytes of memory that this process has had."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, whose getrusage counts the parent's memory, too
         lines = status.read_text().splitlines()
@@ -138,7 +138,7 @@ def peak_memory() -> int:
 
 @functools.cache
 def silence_late() -> None:
-    """Tell Python not to print how reads and writes end that a failed one left behind.
+    """Tells Python not to print how reads and writes end that a failed one left behind.
 
     Orbax does all of a checkpoint at once, and where one fails it waits for no other.
     """

@@ -62,13 +62,13 @@ class SegmentationDataset(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Returns the number of images."""
         ...
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Return image `index`, RGB."""
+        """Returns image `index`, RGB."""
         ...
 
     def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
-        """Return the label map of image `index`."""
+        """Returns the label map of image `index`."""
         ...

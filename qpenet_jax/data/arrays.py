@@ -20,7 +20,7 @@ LARGEST = 2**31
 
 
 def as_image(given: Any, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Return an array or PIL image as RGB in 0..255; `name` is for messages.
+    """Returns an array or PIL image as RGB in 0..255; `name` is for messages.
 
     Raises:
         InputError: another type or shape, no pixel, or metadata that turn the image.
@@ -37,7 +37,7 @@ def as_image(given: Any, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def as_mask(given: Any, size: tuple[int, int], name: str) -> UInt8[np.ndarray, "h w"]:
-    """Return a support's mask, 1 the object and 255 ignored, for an image of `size`.
+    """Returns a support's mask, 1 the object and 255 ignored, for an image of `size`.
 
     Booleans, numbers and PIL images of indices or of grey mean what a file of these
     values means to `read_mask`; [height, width, 1] is taken as well.
@@ -75,7 +75,7 @@ def _array(given: Any, name: str, *, colour: bool) -> Shaped[np.ndarray, "..."]:
 
 
 def _whole(values, name):
-    """Return floats that are whole numbers as integers."""
+    """Returns floats that are whole numbers as integers."""
     with np.errstate(invalid="ignore"):  # infinity less itself
         fractions = values[~((values == np.rint(values)) & (abs(values) < LARGEST))]
     if fractions.size:

@@ -38,7 +38,7 @@ class Augmentation:
     flip: bool = True
 
     def __post_init__(self):
-        """Refuse ranges that nothing can be drawn from, or something else."""
+        """Refuses ranges that nothing can be drawn from, or something else."""
         check_ranges(self.scale, self.rotate)
 
 
@@ -46,7 +46,7 @@ HALF_TURN = 180
 
 
 def check_ranges(scale: Any, rotate: Any) -> None:
-    """Refuse a range of factors or an angle that `Augmentation` can't have.
+    """Refuses a range of factors or an angle that `Augmentation` can't have.
 
     Raises:
         InputError: naming the field.
@@ -91,7 +91,7 @@ def draw(
     size: tuple[int, int],
     side: int,
 ) -> Draws:
-    """Return the draws of an image of height and width `size`, to be cropped to `side`.
+    """Returns the draws of an image of height and width `size`, to be cropped to `side`.
 
     A pure function of its arguments and of `rng`'s state. All crops are drawn at once,
     whichever of them will be taken.
@@ -109,6 +109,6 @@ def draw(
 
 
 def no_change(side: int) -> Draws:
-    """Return the draws that leave an image of `side` x `side` as it is."""
+    """Returns the draws that leave an image of `side` x `side` as it is."""
     corners = np.zeros((1 + REDRAWS, 2), np.int64)
     return Draws((side, side), 0.0, blur=False, flip=False, corners=corners)

@@ -29,7 +29,7 @@ KEPT_SHARE = Fraction(MIN_FOREGROUND).limit_denominator(100)
 
 @functools.partial(jax.jit, static_argnames="side")
 def augment_episodes(raw: RawEpisode, *, side: int) -> Episode:
-    """Augment a batch on the device: `load_episode` of every episode, stacked.
+    """Augments a batch on the device: `load_episode` of every episode, stacked.
 
     `side` is that of the result in pixels, as it was for the draws. Pure; every image
     is treated by itself, so that a batch may be split over devices.
@@ -56,7 +56,7 @@ def augment_image(
     *,
     side: int,
 ) -> tuple[UInt8[Array, "s s 3"], UInt8[Array, "s s"]]:
-    """Scale, turn, blur, flip and crop one image and its mask to `side` x `side`."""
+    """Scales, turn, blur, flip and crop one image and its mask to `side` x `side`."""
     room = draws.nearest.shape[-1]  # the side of the largest scaled image
     label = _warped_mask(mask, draws, room)
     top, left = _crop(label == 1, draws, side)
@@ -77,7 +77,7 @@ def _inside(
 def _scale(
     image: UInt8[Array, "canvas canvas 3"], draws: DeviceDraws, room: int
 ) -> Int[Array, "room room 3"]:
-    """Resize the image bilinearly, half-pixel centres, in OpenCV's integers.
+    """Resizes the image bilinearly, half-pixel centres, in OpenCV's integers.
 
     First along the rows, then along the columns, with weights of 11 bits; OpenCV drops
     4, 16 and 2 bits on the way, rounding at the last.
@@ -96,7 +96,7 @@ def _scale(
 
 
 def _taps(length: Int[Array, ""], scaled: Int[Array, ""], room: int):
-    """Return the two source pixels of every pixel, and the second's weight."""
+    """Returns the two source pixels of every pixel, and the second's weight."""
     # Pixel i lies at (i + 1/2) length / scaled - 1/2.
     position = ((2 * jnp.arange(room) + 1) * length - scaled) / (2 * scaled)
     near = jnp.floor(position).astype(jnp.int32)
@@ -110,7 +110,7 @@ def _taps(length: Int[Array, ""], scaled: Int[Array, ""], room: int):
 def _source(
     y: Int[Array, " h"], x: Int[Array, " w"], draws: DeviceDraws
 ) -> tuple[Float32[Array, "h w"], Float32[Array, "h w"]]:
-    """Return where pixels of the turned and flipped image come from, y and x."""
+    """Returns where pixels of the turned and flipped image come from, y and x."""
     x = jnp.where(draws.flip, draws.scaled[1] - 1 - x, x)
     m, y = draws.source, y[:, None]
     return m[1, 0] * x + m[1, 1] * y + m[1, 2], m[0, 0] * x + m[0, 1] * y + m[0, 2]
@@ -119,7 +119,7 @@ def _source(
 def _warped_mask(
     mask: UInt8[Array, "canvas canvas"], draws: DeviceDraws, room: int
 ) -> UInt8[Array, "room room"]:
-    """Scale, turn and flip the mask; both times the nearest pixel is taken."""
+    """Scales, turn and flip the mask; both times the nearest pixel is taken."""
     grid = jnp.arange(room)
     y, x = (jnp.floor(c + 0.5).astype(jnp.int32) for c in _source(grid, grid, draws))
     inside = _inside(y, draws.scaled[0]) & _inside(x, draws.scaled[1])
@@ -132,7 +132,7 @@ def _warped_mask(
 def _crop(
     foreground: Bool[Array, "room room"], draws: DeviceDraws, side: int
 ) -> Int[Array, "2"]:
-    """Return the corner of the first crop that keeps enough foreground, or the last.
+    """Returns the corner of the first crop that keeps enough foreground, or the last.
 
     Relative to the image, so negative where padding comes first.
     """
@@ -154,7 +154,7 @@ def _blurred_window(
     left: Int[Array, ""],
     side: int,
 ) -> UInt8[Array, "s s 3"]:
-    """Turn, flip and maybe blur the part of the scaled image that the crop keeps.
+    """Turns, flip and maybe blur the part of the scaled image that the crop keeps.
 
     Flipping first changes nothing: the blur is symmetric.
     """
@@ -169,7 +169,7 @@ def _blurred_window(
 
 
 def _reflect(index: Int[Array, " n"], length: Int[Array, ""]) -> Int[Array, " n"]:
-    """Mirror indices at the first and last pixel: OpenCV's BORDER_REFLECT_101."""
+    """Mirrors indices at the first and last pixel: OpenCV's BORDER_REFLECT_101."""
     period = jnp.maximum(2 * (length - 1), 1)
     index = index % period
     return jnp.minimum(index, period - index).clip(0, length - 1)
@@ -190,7 +190,7 @@ def _bilinear(
     x: Float32[Array, "h w"],
     scaled: Int[Array, "2"],
 ) -> Int[Array, "h w 3"]:
-    """Sample at real coordinates; outside lies the mean colour."""
+    """Samples at real coordinates; outside lies the mean colour."""
     top, left = jnp.floor(y), jnp.floor(x)
     down, right = (y - top)[..., None], (x - left)[..., None]
     mean = jnp.array(MEAN_COLOUR, jnp.int32)

@@ -31,7 +31,7 @@ class FrozenEpisodes:
     rows: tuple[EpisodeIds, ...]
 
     def __call__(self, index: int) -> EpisodeIds:
-        """Return episode `index`, below the number of rows."""
+        """Returns episode `index`, below the number of rows."""
         return self.rows[index]
 
     @property
@@ -67,7 +67,7 @@ def export_episodes(
     samplers: Sequence[EpisodeSampler],
     episodes: int,
 ) -> str:
-    """Write the first `episodes` of every sampler; return the list's SHA-256."""
+    """Writes the first `episodes` of every sampler; return the list's SHA-256."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     supports = [f"support_{k + 1}" for k in range(samplers[0].shots)]
@@ -84,7 +84,7 @@ def export_episodes(
 
 
 def read_episodes(path: Path, dataset: SegmentationDataset) -> EpisodeList:
-    """Read an episode list for the images of a data set.
+    """Reads an episode list for the images of a data set.
 
     A list without the hash line is taken as it is.
 
@@ -152,7 +152,7 @@ def _episode(
     position: dict[str, int],
     where: str,
 ) -> tuple[int, EpisodeIds]:
-    """Return the seed and the ids of one row."""
+    """Returns the seed and the ids of one row."""
     try:
         seed, index, class_id = (int(row[k]) for k in ("seed", "index", "class_id"))
     except (TypeError, ValueError):

@@ -39,7 +39,7 @@ def eligible_pairs(
     exclude: tuple[int, ...] = (),
     min_pixels: int = MIN_PIXELS,
 ) -> Bool[np.ndarray, "images chosen"]:
-    """Return which images may show which of `classes` (ids; the columns' order).
+    """Returns which images may show which of `classes` (ids; the columns' order).
 
     A class must cover `min_pixels`, and no pixel of the image may be of a class in
     `exclude`: training leaves out images with novel objects, as the paper's system.
@@ -80,7 +80,7 @@ class EpisodeSampler:
     """Names of all classes of the data set, for messages; ids without it."""
 
     def __post_init__(self):
-        """Check now that every episode can be drawn."""
+        """Checks now that every episode can be drawn."""
         if self.on_few not in ("error", "drop"):
             raise InputError(f"on_few {self.on_few!r}: choose error or drop")
         if self.shots < 1:
@@ -93,11 +93,11 @@ class EpisodeSampler:
             )
 
     def __len__(self) -> int:
-        """Return the number of listed images: the length of an epoch."""
+        """Returns the number of listed images: the length of an epoch."""
         return len(self.images)
 
     def __call__(self, index: int) -> EpisodeIds:
-        """Return episode `index`, any integer from 0 on."""
+        """Returns episode `index`, any integer from 0 on."""
         rng = generator(self.seed, DRAW_STREAM, index)
         query, column = self._query(index, rng)
         others = self._members[column]
@@ -111,7 +111,7 @@ class EpisodeSampler:
         )
 
     def _query(self, index: int, rng: np.random.Generator) -> tuple[int, int]:
-        """Return the query of an episode and the column of its class."""
+        """Returns the query of an episode and the column of its class."""
         if self.order == "pairs":
             query, column = self._listed_pairs[index % len(self._listed_pairs)]
         elif self.order == "classes":
@@ -126,7 +126,7 @@ class EpisodeSampler:
         return int(query), int(column)
 
     def _targets(self, query: int) -> Bool[np.ndarray, " chosen"]:
-        """Return the classes that an image may be query for."""
+        """Returns the classes that an image may be query for."""
         if self.targets == "large":
             return self.pairs[query]
         pixels = self.counts[query, np.subtract(self.classes, 1)]
@@ -178,7 +178,7 @@ def _order(seed: int, epoch: int, length: int) -> Int[np.ndarray, "listed"]:
 
 
 def generator(seed: int, stream: int, index: int, slot: int = 0) -> np.random.Generator:
-    """Return a random generator of its own for every set of arguments.
+    """Returns a random generator of its own for every set of arguments.
 
     Philox counts in the lowest 64 bits of its 256-bit counter; the rest is ours.
     """

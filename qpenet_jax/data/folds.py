@@ -45,7 +45,7 @@ def fold_of(
     folds: int = FOLDS,
     rule: Literal["blocks", "strided"] = "blocks",
 ) -> Fold:
-    """Return fold 0 .. folds - 1 of the class ids 1 .. `classes`.
+    """Returns fold 0 .. folds - 1 of the class ids 1 .. `classes`.
 
     "blocks" cuts the ids into runs, "strided" takes fold + 1, fold + 1 + folds and so
     on. Every class is novel in exactly one fold; if `folds` doesn't divide `classes`,
@@ -72,7 +72,7 @@ def fold_of(
 
 
 def named_fold(classes: Sequence[str], novel: Sequence[str]) -> Fold:
-    """Return the fold that holds out the classes named in `novel`.
+    """Returns the fold that holds out the classes named in `novel`.
 
     All classes may be novel: a trained network is then scored on each of them.
 
@@ -87,7 +87,7 @@ def named_fold(classes: Sequence[str], novel: Sequence[str]) -> Fold:
 
 
 def pascal_fold(fold: int) -> Fold:
-    """Return fold 0..3 of PASCAL-5i: novel classes are 5 fold + 1 .. 5 fold + 5.
+    """Returns fold 0..3 of PASCAL-5i: novel classes are 5 fold + 1 .. 5 fold + 5.
 
     The procedural shapes have 20 classes as well and share these folds.
 
@@ -100,7 +100,7 @@ def pascal_fold(fold: int) -> Fold:
 
 
 def coco_fold(fold: int, split: str = "fwb") -> Fold:
-    """Return fold 0..3 of COCO-20i: 60 base and 20 novel classes.
+    """Returns fold 0..3 of COCO-20i: 60 base and 20 novel classes.
 
     "fwb" takes every fourth class, fold + 1, fold + 5 .. fold + 77, as the paper's
     system does (Nguyen and Todorovic, ICCV 2019); "panet" takes the block of classes

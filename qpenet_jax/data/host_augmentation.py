@@ -12,7 +12,7 @@ from qpenet_jax.data.transforms import Image, Mask, NewImage, NewMask, nearest
 def augment(
     image: Image, mask: Mask, side: int, draws: Draws
 ) -> tuple[UInt8[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"]]:
-    """Scale, rotate, blur, flip and crop an image and its mask to `side` x `side`.
+    """Scales, rotate, blur, flip and crop an image and its mask to `side` x `side`.
 
     Pixels that enter from outside have the mean colour and label 255. `draws` were made
     for the image's size and for `side`.
@@ -33,7 +33,7 @@ def _scale(image: Image, mask: Mask, size: tuple[int, int]) -> tuple[NewImage, N
 
 
 def _rotate(image: Image, mask: Mask, angle: float) -> tuple[Image, Mask]:
-    """Turn by `angle` degrees about (w / 2, h / 2) on the same canvas."""
+    """Turns by `angle` degrees about (w / 2, h / 2) on the same canvas."""
     height, width = mask.shape
     matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, 1.0)
     size = (width, height)
@@ -61,7 +61,7 @@ def _flip(image: Image, mask: Mask) -> tuple[Image, Mask]:
 
 
 def _pad(image: Image, mask: Mask, side: int) -> tuple[NewImage, NewMask]:
-    """Pad to at least `side` each way, the image in the middle."""
+    """Pads to at least `side` each way, the image in the middle."""
     height, width = (max(side - n, 0) for n in mask.shape)
     top, left = height // 2, width // 2
     border = (top, height - top, left, width - left)
@@ -72,7 +72,7 @@ def _pad(image: Image, mask: Mask, side: int) -> tuple[NewImage, NewMask]:
 def _crop(
     image: Image, mask: Mask, side: int, corners: Int[np.ndarray, "tries 2"]
 ) -> tuple[NewImage, NewMask]:
-    """Cut the first square that keeps most of the foreground, or the last."""
+    """Cuts the first square that keeps most of the foreground, or the last."""
     foreground = mask == 1
     needed = MIN_FOREGROUND * np.count_nonzero(foreground)
     window = np.s_[:, :]

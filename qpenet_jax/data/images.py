@@ -40,7 +40,7 @@ File = str | Path | io.BufferedIOBase
 
 
 def read_image(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """Read an image as RGB in 0..255, upright as its EXIF or XMP orientation tells.
+    """Reads an image as RGB in 0..255, upright as its EXIF or XMP orientation tells.
 
     Grey, palette, CMYK and 16-bit files are converted, an alpha channel is dropped.
     `name` stands for an open file in messages, here and below.
@@ -53,7 +53,7 @@ def read_image(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w 3"
 
 
 def reread_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Return the pixels of a file that `read_image` has read, faster where it's a JPEG.
+    """Returns the pixels of a file that `read_image` has read, faster where it's a JPEG.
 
     OpenCV gives Pillow's pixels in half the time, but takes a truncated file as well.
 
@@ -74,7 +74,7 @@ def reread_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def image_size(file: File, name: str | None = None) -> tuple[int, int]:
-    """Return height and width of `read_image(file)` from the file's header.
+    """Returns height and width of `read_image(file)` from the file's header.
 
     Raises:
         InputError: the file is missing or no image.
@@ -88,7 +88,7 @@ def image_size(file: File, name: str | None = None) -> tuple[int, int]:
 
 
 def warn_of_turn(file: File, mask: File | None = None, name: str | None = None) -> None:
-    """Warn where a mask's size can't tell whether it was drawn on the upright image.
+    """Warns where a mask's size can't tell whether it was drawn on the upright image.
 
     Those who draw on the stored pixels of a photo that EXIF turns by 180 degrees, or
     of a square one, get no other sign. A mask that tells an orientation of its own is
@@ -114,7 +114,7 @@ def warn_of_turn(file: File, mask: File | None = None, name: str | None = None) 
 
 
 def read_label(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w"]:
-    """Read a label map: the indices of a palette file, the values of a grey one.
+    """Reads a label map: the indices of a palette file, the values of a grey one.
 
     The colours of a palette are never looked at: VOC's masks hold the class id in the
     index, and a conversion to grey would turn it into a luminance. A mask that tells an
@@ -134,7 +134,7 @@ def read_label(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w"]:
 
 
 def _scaled_by(image: Image.Image) -> int:
-    """Return what Pillow multiplies grey values of 2 or 4 bits by, to fill 0..255.
+    """Returns what Pillow multiplies grey values of 2 or 4 bits by, to fill 0..255.
 
     The indices in such a PNG are class ids as well: 1, not 17.
     """
@@ -146,7 +146,7 @@ def _scaled_by(image: Image.Image) -> int:
 def check_same_size(
     label: Shaped[np.ndarray, "h w"], size: tuple[int, int], name: str | Path
 ) -> None:
-    """Refuse a mask that hasn't the height and width of its image.
+    """Refuses a mask that hasn't the height and width of its image.
 
     Raises:
         InputError: telling both.
@@ -157,7 +157,7 @@ def check_same_size(
 def refuse_other_size(
     told: tuple[Any, ...], size: tuple[int, int], name: str | Path
 ) -> None:
-    """Refuse a height and width that a file tells, if the image has others.
+    """Refuses a height and width that a file tells, if the image has others.
 
     Raises:
         InputError: telling both.
@@ -172,7 +172,7 @@ def refuse_other_size(
 def check_label(
     label: UInt8[np.ndarray, "h w"], size: tuple[int, int], classes: int, name: str
 ) -> Int[np.ndarray, " classes"]:
-    """Return the pixels of each class 1..`classes` in a label map.
+    """Returns the pixels of each class 1..`classes` in a label map.
 
     Raises:
         InputError: its size isn't the image's `size`, or a value is no class.
@@ -189,7 +189,7 @@ def check_label(
 
 
 def read_mask(path: str | Path) -> UInt8[np.ndarray, "h w"]:
-    """Read a support mask given by a user: 0 background, 1 foreground, 255 ignore.
+    """Reads a support mask given by a user: 0 background, 1 foreground, 255 ignore.
 
     A file of 0 and 255 alone, as drawing programs save it, is read as 0 and 1. Any
     other single value may stand for the foreground, with 255 as ignore beside it.
@@ -203,7 +203,7 @@ def read_mask(path: str | Path) -> UInt8[np.ndarray, "h w"]:
 def support_mask(
     label: Integer[np.ndarray, "h w"], name: str | Path
 ) -> UInt8[np.ndarray, "h w"]:
-    """Return a support's mask from values of any integer type, as `read_mask` does.
+    """Returns a support's mask from values of any integer type, as `read_mask` does.
 
     Raises:
         InputError: no foreground; several foreground values; a negative one.
@@ -242,7 +242,7 @@ def _opened(file: File, name: str | None = None) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def decoding(path: Any) -> Iterator[None]:
-    """Turn whatever Pillow raises while it reads `path` into an InputError."""
+    """Turns whatever Pillow raises while it reads `path` into an InputError."""
     try:
         yield
     except (InputError, MemoryError):
@@ -259,7 +259,7 @@ def decoding(path: Any) -> Iterator[None]:
 
 
 def rgb(image: Image.Image, name: File) -> Image.Image:
-    """Return an image of any mode as RGB, of 8 bits; the pixels as they are stored.
+    """Returns an image of any mode as RGB, of 8 bits; the pixels as they are stored.
 
     Raises:
         InputError: pixels of 32 bits.

@@ -8,7 +8,7 @@ from qpenet_jax.core.types import IGNORE
 
 
 def check_numbered(label: UInt8[np.ndarray, "h w"], name: str) -> None:
-    """Refuse a label map that marks pixels with 255 and nothing else.
+    """Refuses a label map that marks pixels with 255 and nothing else.
 
     Drawing programs save masks so, and `read_mask` takes such a file for one object; in
     a data set 255 means ignored, and nothing would be left of the object.

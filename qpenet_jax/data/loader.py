@@ -57,7 +57,7 @@ def load_episode(
     seed: int = 0,
     resize: Resize = "pad",
 ) -> Episode:
-    """Read and transform the images of an episode; every array `side` x `side`.
+    """Reads and transform the images of an episode; every array `side` x `side`.
 
     With an augmentation each image gets a generator of (seed, index, slot) of its
     own, the query being slot 0; without, all are fitted as evaluation does.
@@ -92,7 +92,7 @@ def training_batches(
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[T, None, None]:
-    """Yield the batches from `start_step` on, without end, loaded ahead by workers.
+    """Yields the batches from `start_step` on, without end, loaded ahead by workers.
 
     `load` returns an episode as a tree of arrays (`load_episode`, `load_raw_episode`);
     a batch is that tree, stacked. Batch t holds episodes t B .. t B + B - 1, whatever
@@ -120,7 +120,7 @@ def training_batches(
 def ahead(
     load: Callable[[int], T], indices: range, workers: int
 ) -> Generator[T, None, None]:
-    """Yield `load(i)` in order, computed in worker processes, or a thread if 0.
+    """Yields `load(i)` in order, computed in worker processes, or a thread if 0.
 
     Close the generator, if it isn't exhausted, to end its workers.
 
@@ -169,7 +169,7 @@ def _end_of_worker(code: int) -> str:
 
 
 def _copied(loaded: T) -> T:
-    """Return a tree of arrays with memory of their own."""
+    """Returns a tree of arrays with memory of their own."""
     return jax.tree.map(
         lambda leaf: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf, loaded
     )
@@ -191,13 +191,13 @@ def _load_batch(
 
 
 def _mark_flags_as_parsed() -> None:
-    """Let Grain hand absl's flags to its workers in programs that don't use absl."""
+    """Lets Grain hand absl's flags to its workers in programs that don't use absl."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
 
 
 def _quiet_worker(worker: int, workers: int) -> None:
-    """Keep OpenCV's own threads from competing with the other workers.
+    """Keeps OpenCV's own threads from competing with the other workers.
 
     Ctrl-C goes to the whole process group; what to do about it, the parent decides.
     """
@@ -207,7 +207,7 @@ def _quiet_worker(worker: int, workers: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is gone: one killed outright can't do it.
+    """Ends this worker when its parent is gone: one killed outright can't do it.
 
     Linux's own signal for that (prctl) comes when the *thread* ends that has started a
     worker. Grain's does so while it closes, and batches in shared memory were lost.

@@ -30,7 +30,7 @@ SIDEWAYS = (5, 6, 7, 8)
 
 
 def orientation(image: Image.Image) -> int:
-    """Return 1 to 8 as EXIF tells, in a tag of any type, or else XMP; 1 is upright."""
+    """Returns 1 to 8 as EXIF tells, in a tag of any type, or else XMP; 1 is upright."""
     value: Any = image.getexif().get(ORIENTATION)
     if value is None:
         xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
@@ -40,7 +40,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def _number(value: Any) -> int:
-    """Return an EXIF value as a number: BYTE comes as bytes, several as a tuple."""
+    """Returns an EXIF value as a number: BYTE comes as bytes, several as a tuple."""
     try:
         return int(value[0]) if isinstance(value, bytes | tuple) else int(value)
     except (TypeError, ValueError, LookupError, ArithmeticError):
@@ -50,7 +50,7 @@ def _number(value: Any) -> int:
 def upright(
     image: Image.Image, pixels: Callable[[], np.ndarray]
 ) -> UInt8[np.ndarray, "h w *c"]:
-    """Return what `pixels` reads of an image, turned unless Pillow has done so."""
+    """Returns what `pixels` reads of an image, turned unless Pillow has done so."""
     turn, told = TURNS[orientation(image)], ORIENTATION in image.getexif()
     image.load()
     turned = told and ORIENTATION not in image.getexif()  # of a TIFF, while loading

@@ -53,7 +53,7 @@ class RawEpisode(NamedTuple):
 
 
 def canvas_side(sizes: Int[np.ndarray, "images 2"], side: int) -> int:
-    """Return the side of the canvas that holds every image, a multiple of 32.
+    """Returns the side of the canvas that holds every image, a multiple of 32.
 
     At most LARGEST_CANVAS, or what holds a crop of `side`.
     """
@@ -62,7 +62,7 @@ def canvas_side(sizes: Int[np.ndarray, "images 2"], side: int) -> int:
 
 
 def scaled_side(canvas: int, augmentation: Augmentation) -> int:
-    """Return the side that an image of a whole canvas can be scaled up to."""
+    """Returns the side that an image of a whole canvas can be scaled up to."""
     return max(round(canvas * max(augmentation.scale)), 1)
 
 
@@ -74,7 +74,7 @@ def load_raw_episode(
     augmentation: Augmentation,
     seed: int,
 ) -> RawEpisode:
-    """Read the images of an episode and make the draws that `load_episode` makes.
+    """Reads the images of an episode and makes the draws that `load_episode` makes.
 
     `canvas` is the side of the canvas (`canvas_side`), `side` that of the crop. What is
     larger than the canvas is augmented here, and the draws then change nothing.
@@ -104,7 +104,7 @@ def load_raw_episode(
 
 
 def device_draws(draws: Draws, size: tuple[int, int], room: int) -> DeviceDraws:
-    """Return the draws of an image of height and width `size` as arrays.
+    """Returns the draws of an image of height and width `size` as arrays.
 
     `room` is the side of the largest scaled image (`scaled_side`), in pixels.
     """

@@ -38,7 +38,7 @@ def fit_support(
 ) -> tuple[
     UInt8[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"], Bool[np.ndarray, "s s"]
 ]:
-    """Return image, mask and padding of a support; as evaluation's where that shows it.
+    """Returns image, mask and padding of a support; as evaluation's where that shows it.
 
     If no cell of the network's grid is centred on a marked pixel, the support is
     cropped around them. Then every marked object between the cells marks those that it
@@ -51,7 +51,7 @@ def fit_support(
 
 
 def fit_objects(mask: Mask, side: int) -> UInt8[np.ndarray, "s s"]:
-    """Resize a mask as `fit_label`, but let no marked object fall between the cells.
+    """Resizes a mask as `fit_label`, but lets no marked object fall between the cells.
 
     An object is what hangs together; one that no cell is centred on marks the cells
     that it touches.
@@ -78,13 +78,13 @@ def _on_grid(mask):
 
 
 def _nearest_cells(pixels: int) -> Int[np.ndarray, " pixels"]:
-    """Return the cell that is centred nearest to each of so many rows or columns."""
+    """Returns the cell that is centred nearest to each of so many rows or columns."""
     last = (pixels - 1) // FEATURE_STRIDE
     return np.minimum((np.arange(pixels) + FEATURE_STRIDE // 2) // FEATURE_STRIDE, last)
 
 
 def _window(image: Image, mask: Mask, side: int):
-    """Return what surrounds the marked pixels of a support; shrunk without aliasing."""
+    """Returns what surrounds the marked pixels of a support; shrunk without aliasing."""
     places = np.nonzero(mask == 1)
     box = max(int(np.ptp(place)) + 1 for place in places)
     wanted = max(SHARE * math.sqrt(places[0].size), MARGIN * box, side / ENLARGED)
@@ -101,6 +101,6 @@ def _window(image: Image, mask: Mask, side: int):
 
 
 def _around(first: int, last: int, length: int, room: int) -> slice:
-    """Return `length` places around those from `first` to `last`, or all there are."""
+    """Returns `length` places around those from `first` to `last`, or all there are."""
     start = min((first + last + 1 - length) // 2, room - length)
     return slice(max(start, 0), max(start, 0) + length)

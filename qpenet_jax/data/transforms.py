@@ -22,7 +22,7 @@ NewMask = UInt8[np.ndarray, "h2 w2"]
 
 
 def binary_mask(label: Mask, class_id: int) -> Mask:
-    """Turn a label map into the mask of one class: 1, or 255 ignore, or 0."""
+    """Turns a label map into the mask of one class: 1, or 255 ignore, or 0."""
     table = np.zeros(256, np.uint8)
     table[[class_id, IGNORE]] = 1, IGNORE
     return cv2.LUT(label, table)
@@ -31,7 +31,7 @@ def binary_mask(label: Mask, class_id: int) -> Mask:
 def content_size(
     height: int, width: int, side: int, resize: Resize = "pad"
 ) -> tuple[int, int]:
-    """Return height and width of an image's content inside the evaluation square.
+    """Returns height and width of an image's content inside the evaluation square.
 
     Squashed, it fills the square. Padded, the long side becomes `side`, the short one
     keeps the aspect ratio, then both are floored to a multiple of 8 (and at least 8):
@@ -48,7 +48,7 @@ def content_size(
 
 
 def fit(image: Image, side: int, resize: Resize = "pad") -> UInt8[np.ndarray, "s s 3"]:
-    """Resize an image into the top left of a black square, or to fill it.
+    """Resizes an image into the top left of a black square, or to fill it.
 
     Bilinear with half-pixel centres and without antialiasing.
     """
@@ -61,7 +61,7 @@ def fit(image: Image, side: int, resize: Resize = "pad") -> UInt8[np.ndarray, "s
 def fit_label(
     label: Mask, side: int, resize: Resize = "pad"
 ) -> UInt8[np.ndarray, "s s"]:
-    """Resize a label map or mask as `fit` does its image; padding is 255."""
+    """Resizes a label map or mask as `fit` does its image; padding is 255."""
     height, width = content_size(label.shape[0], label.shape[1], side, resize)
     canvas = np.full((side, side), IGNORE, np.uint8)
     canvas[:height, :width] = nearest(label, width, height)
@@ -71,7 +71,7 @@ def fit_label(
 def padding(
     height: int, width: int, side: int, resize: Resize = "pad"
 ) -> Bool[np.ndarray, "s s"]:
-    """Return where the square of an image of `height` x `width` holds none of it."""
+    """Returns where the square of an image of `height` x `width` holds none of it."""
     rows, columns = content_size(height, width, side, resize)
     beside = np.ones((side, side), bool)
     beside[:rows, :columns] = False
@@ -84,14 +84,14 @@ pixels that the annotators left open."""
 
 
 def padding_apart(mask: Mask) -> Mask:
-    """Return a mask of 0, 1 and 255 in which UNSURE stands for 255."""
+    """Returns a mask of 0, 1 and 255 in which UNSURE stands for 255."""
     return np.where(mask == IGNORE, np.uint8(UNSURE), mask)
 
 
 def unpad(
     margin: Float[np.ndarray, "s s"], height: int, width: int, resize: Resize = "pad"
 ) -> Float[np.ndarray, "h w"]:
-    """Undo `fit`: cut the image's content out of the square and resize it to the image.
+    """Undos `fit`: cut the image's content out of the square and resizes it to the image.
 
     `margin` is any map over the square, `height` and `width` are the image's.
     """
@@ -103,7 +103,7 @@ def unpad(
 def nearest(
     mask: Integer[np.ndarray, "h w"], width: int, height: int
 ) -> Integer[np.ndarray, "h2 w2"]:
-    """Resize a mask by taking the nearest pixel."""
+    """Resizes a mask by taking the nearest pixel."""
     # INTER_NEAREST takes the top left of each source window: off by half a pixel of
     # the image's grid. EXACT shares its half-pixel centres.
     return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)

@@ -13,14 +13,14 @@ DIGITS = 16
 
 
 def dataset_version(dataset: SegmentationDataset) -> str:
-    """Return 12 hex digits of a hash over a split's names and pixel counts."""
+    """Returns 12 hex digits of a hash over a split's names and pixel counts."""
     digest = hashlib.sha256("\n".join(dataset.names).encode())
     digest.update(dataset.counts.astype("<i8").tobytes())
     return digest.hexdigest()[:12]
 
 
 def dataset_content(dataset: SegmentationDataset) -> str:
-    """Return a hash over all that a split holds: names, images, labels.
+    """Returns a hash over all that a split holds: names, images, labels.
 
     A data set without `content` of its own is known by its version.
     """
@@ -54,14 +54,14 @@ class ContentHash:
         self.photos: list[str] = []
 
     def add(self, name: str, image: bytes, label: UInt8[np.ndarray, "h w"]) -> None:
-        """Add an image, its file's bytes, and its label map."""
+        """Adds an image, its file's bytes, and its label map."""
         photo = hashlib.sha256(image).hexdigest()
         drawn = hashlib.sha256(label.tobytes()).hexdigest()
         self._total.update(f"{name}\n{photo}\n{drawn} {label.shape}\n".encode())
         self.photos.append(photo[:DIGITS])
 
     def hexdigest(self) -> str:
-        """Return the hash of all that was added until now."""
+        """Returns the hash of all that was added until now."""
         return self._total.hexdigest()
 
 
@@ -71,7 +71,7 @@ def shared_photos(
     trained: Sequence[int] | Int[np.ndarray, " trained"] | None = None,
     scored: Sequence[int] | Int[np.ndarray, " scored"] | None = None,
 ) -> list[tuple[str, str]]:
-    """Return the names in both splits of images that are equal, byte for byte.
+    """Returns the names in both splits of images that are equal, byte for byte.
 
     `trained` and `scored` say which images count, by default all. A data set without
     `photos`, as one that is drawn, shares none.

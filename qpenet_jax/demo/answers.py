@@ -16,7 +16,7 @@ from qpenet_jax.demo.photos import read_photo, result_names
 from qpenet_jax.demo.pictures import RGB, Picture, shrunk
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, overlay
 from qpenet_jax.masks.colours import class_overlay
-from qpenet_jax.masks.leads import Found
+from qpenet_jax.masks.margins import Found
 from qpenet_jax.masks.marks import UNNAMED
 from qpenet_jax.masks.queries import Frame, Query
 from qpenet_jax.masks.results import Results
@@ -61,7 +61,7 @@ def answer(
     look: bool = False,
     bar: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Answer:
-    """Segment files and write all results into the zip `archive`.
+    """Segments files and writes all results into the zip `archive`.
 
     It holds what `qpenet predict --probability` writes in `FORMATS`, for photos that
     lie beside the results. `about` stands in its summary; `label` is what the object is
@@ -103,7 +103,7 @@ def answer(
 
 
 def checked_label(label: str) -> str:
-    """Return what the object is called in files.
+    """Returns what the object is called in files.
 
     Raises:
         InputError: signs that can't be printed, or too many.
@@ -122,7 +122,7 @@ def _marked(support: Support) -> Picture:
 
 
 def _show(shown: Answer, name: str, pixels: RGB, found: Found) -> None:
-    """Add what was found in a query."""
+    """Adds what was found in a query."""
     (score,), (probable,) = found.scores, found.probabilities
     share = _percent(found.index == 1)
     told = "nothing found" if score is None else f"{share}, score {score:.2f}"

@@ -39,15 +39,15 @@ class Calls:
         return self.about["method"] != "prototype"
 
     def show_marks(self, files: Files, text: str | None) -> str:
-        """Return the value of the board for these files; strokes of others go."""
+        """Returns the value of the board for these files; strokes of others go."""
         return canvases(_paths(files), read_marks(text))
 
     def find_object(self, files: Files, text: str | None) -> str:
-        """Return the value of the board with the clicked object marked."""
+        """Returns the value of the board with the clicked object marked."""
         return add_object(_paths(files), text)
 
     def show_queries(self, files: Files) -> str:
-        """Return small pictures of photos to segment."""
+        """Returns small pictures of photos to segment."""
         pictures = (
             Picture(shrunk(read_photo(file), THUMBNAIL), file.name)
             for file in _paths(files)
@@ -55,7 +55,7 @@ class Calls:
         return grid(pictures)
 
     def show_example(self, name: str) -> tuple[list[str], str, list[str], str, str]:
-        """Return supports, board, queries, their small pictures and the label."""
+        """Returns supports, board, queries, their small pictures and the label."""
         made = draw_example(name, self._new_folder())
         marks = dict(zip(map(str, made.supports), made.masks, strict=True))
         files, queries = (list(map(str, x)) for x in (made.supports, made.queries))
@@ -71,7 +71,7 @@ class Calls:
         refine: bool,
         bar: Callable[[Sequence[int]], Iterable[int]] = iter,
     ) -> tuple[str, str, str, str, str]:
-        """Return the zip's path and grids: masks, probability, inside, marked."""
+        """Returns the zip's path and grids: masks, probability, inside, marked."""
         archive = self._new_folder() / "masks.zip"
         shown = answer(
             self.segmenter,
@@ -93,7 +93,7 @@ class Calls:
         )
 
     def _new_folder(self) -> Path:
-        """Return a folder whose name nobody can guess."""
+        """Returns a folder whose name nobody can guess."""
         folder = self.cache / secrets.token_hex(16)
         folder.mkdir()
         return folder

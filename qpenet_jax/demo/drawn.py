@@ -32,7 +32,7 @@ class Example(NamedTuple):
 
 
 def draw_example(name: str, folder: Path) -> Example:
-    """Write the pictures of an example, one of `CHOSEN`, into a folder.
+    """Writes the pictures of an example, one of `CHOSEN`, into a folder.
 
     They are the first in which the shape is large enough, none is left out.
     """

@@ -25,7 +25,7 @@ ROUNDS = 3
 def grown(
     picture: UInt8[np.ndarray, "h w 3"], touched: Bool[np.ndarray, "h w"]
 ) -> Bool[np.ndarray, "h w"]:
-    """Return the object of which some pixels were touched; those belong to it.
+    """Returns the object of which some pixels were touched; those belong to it.
 
     One thing that hangs together, or several if several were touched. It is a help for
     marking, no more: it knows colours, not objects.
@@ -43,7 +43,7 @@ def grown(
 
 
 def _cut(picture, seeds):
-    """Return GrabCut's foreground; what is likely at first depends on the seeds."""
+    """Returns GrabCut's foreground; what is likely at first depends on the seeds."""
     longest = max(seeds.shape)
     share = np.clip(FAR - np.sqrt(seeds.sum()) / longest, NEAR, FAR)
     reach = max(2, round(share * longest))
@@ -64,12 +64,12 @@ def _cut(picture, seeds):
 
 
 def _within(seeds, pixels: int):
-    """Return what lies within some pixels of the seeds."""
+    """Returns what lies within some pixels of the seeds."""
     away = cv2.distanceTransform((~seeds).astype(np.uint8), cv2.DIST_L2, 5)
     return away <= pixels
 
 
 def _connected(found, seeds):
-    """Return the parts that hold a seed."""
+    """Returns the parts that hold a seed."""
     _, parts = cv2.connectedComponents(found.astype(np.uint8))
     return np.isin(parts, np.unique(parts[seeds])) & found

@@ -15,7 +15,7 @@ from qpenet_jax.data.transforms import content_size, fit
 from qpenet_jax.demo.marks import Support
 from qpenet_jax.demo.pictures import RGB, Picture
 from qpenet_jax.evaluation.pictures import PREDICTION, overlay, tile
-from qpenet_jax.models.prototypes import foreground_lead
+from qpenet_jax.models.prototypes import foreground_margin
 from qpenet_jax.paper.tiles import AUX, BACKGROUND, MAIN, at_input_size, heat_tile
 
 
@@ -25,7 +25,7 @@ def inside_pictures(
     out: Mapping[str, Any],
     side: int,
 ) -> list[Picture]:
-    """Return what the parts of a network made of a query; `out` is `Task.look`'s.
+    """Returns what the parts of a network made of a query; `out` is `Task.look`'s.
 
     What a variant lacks is left out. `side` is that of the network's input.
     """
@@ -39,7 +39,7 @@ def _of_query(query, out, side) -> Iterator[tuple[Image.Image, str]]:
     seen = fit(query, side)[:rows, :columns]
 
     def shown(logits, colour):
-        found = _lead(logits)[:rows, :columns] > 0
+        found = _margin(logits)[:rows, :columns] > 0
         return tile(overlay(seen, found.astype(np.uint8), colour))
 
     if "y_pre" in out:
@@ -67,7 +67,7 @@ def _of_supports(supports, out, side) -> Iterator[tuple[Image.Image, str]]:
         return
     for support, logits in zip(supports, out["y_rev"], strict=True):
         seen, mask, beside = fit_support(support.pixels, support.mask, side)
-        main, aux = _regions(mask, _lead(logits) > 0)
+        main, aux = _regions(mask, _margin(logits) > 0)
         picture = overlay(overlay(seen, main, MAIN), aux, AUX)
         share = main.sum() / max(main.sum() + aux.sum(), 1)
         yield (
@@ -80,10 +80,10 @@ def _of_supports(supports, out, side) -> Iterator[tuple[Image.Image, str]]:
 def _regions(
     mask: UInt8[np.ndarray, "s s"], found: Bool[np.ndarray, "s s"]
 ) -> tuple[UInt8[np.ndarray, "s s"], UInt8[np.ndarray, "s s"]]:
-    """Return main and auxiliary region of a support (eqs 5 and 6)."""
+    """Returns main and auxiliary region of a support (eqs 5 and 6)."""
     inside = mask == 1
     return (inside & found).astype(np.uint8), (inside & ~found).astype(np.uint8)
 
 
-def _lead(logits):
-    return at_input_size(np.asarray(foreground_lead(logits)))
+def _margin(logits):
+    return at_input_size(np.asarray(foreground_margin(logits)))

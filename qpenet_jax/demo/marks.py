@@ -50,7 +50,7 @@ class Support(NamedTuple):
 
 
 def canvases(files: Sequence[Path], masks: Mapping[str, Marked]) -> str:
-    """Return what the page shows for brushing; `masks` are already marked, by key.
+    """Returns what the page shows for brushing; `masks` are already marked, by key.
 
     Raises:
         InputError: more than `MOST_SUPPORTS`, or a file that `read_photo` refuses.
@@ -81,7 +81,7 @@ def _painted(mask: Marked) -> UInt8[np.ndarray, "h w 4"]:
 
 
 def read_marks(text: str | None) -> dict[str, Marked]:
-    """Return what is marked in each photo by its key; nothing where nothing is.
+    """Returns what is marked in each photo by its key; nothing where nothing is.
 
     Raises:
         InputError: no text that the page sends.
@@ -103,12 +103,12 @@ def _unpacked(url: str) -> Marked:
 
 
 def _page_told():
-    """Refuse what the page doesn't send, whatever it is."""
+    """Refuses what the page doesn't send, whatever it is."""
     return decoding("the marks of this page")
 
 
 def supports_of(files: Sequence[Path], text: str | None) -> list[Support]:
-    """Return photos and what is marked in them, at the photos' own sizes.
+    """Returns photos and what is marked in them, at the photos' own sizes.
 
     Raises:
         InputError: no photo, one without a mark, or marks of other photos.
@@ -130,7 +130,7 @@ def supports_of(files: Sequence[Path], text: str | None) -> list[Support]:
 
 
 def add_object(files: Sequence[Path], text: str | None) -> str:
-    """Return `canvases` in which what the last stroke touches is marked as well.
+    """Returns `canvases` in which what the last stroke touches is marked as well.
 
     The photo it was drawn in has a `stroke` beside its mask: its `points` (x, y) and
     its `width`, in pixels of the picture. Other marks stay.
@@ -155,7 +155,7 @@ def add_object(files: Sequence[Path], text: str | None) -> str:
 
 
 def stroke(points: Any, width: Any, size: tuple[int, int]) -> Marked:
-    """Return what a round brush touches along points (x, y) of a picture of `size`.
+    """Returns what a round brush touches along points (x, y) of a picture of `size`.
 
     Raises:
         ValueError, TypeError: no such points, or none in the picture.

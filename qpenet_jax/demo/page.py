@@ -55,7 +55,7 @@ class Results(NamedTuple):
 
 
 def build(gr: Any, calls: Calls, work: Work) -> Any:
-    """Return the page, a `Blocks` of `gr`, which is Gradio; `work` counts its calls."""
+    """Returns the page, a `Blocks` of `gr`, which is Gradio; `work` counts its calls."""
     with gr.Blocks(
         title="qpenet demo", analytics_enabled=False, delete_cache=(LOOKED, KEPT)
     ) as page:
@@ -115,7 +115,7 @@ def _results(gr: Any, trained: bool) -> Results:
 
 
 def _connect_photos(told, calls: Calls, inputs: Inputs, preview, examples) -> None:
-    """Let photos and strokes show, whenever one comes or goes."""
+    """Lets photos and strokes show, whenever one comes or goes."""
     files, board, queries, label, _ = inputs
     inner = {"api_visibility": "private"}
     for event in (files.upload, files.delete, files.clear):
@@ -129,7 +129,7 @@ def _connect_photos(told, calls: Calls, inputs: Inputs, preview, examples) -> No
 
 
 def _segment(gr: Any, calls: Calls, work: Work) -> Callable[..., Any]:
-    """Return `calls.segment` with a bar that tells how far it is."""
+    """Returns `calls.segment` with a bar that tells how far it is."""
     bar = gr.Progress()  # Gradio finds it as a default value
 
     def segment(files, text, queries, label, refine, progress=bar):
@@ -144,7 +144,7 @@ def _segment(gr: Any, calls: Calls, work: Work) -> Callable[..., Any]:
 
 
 def _told(gr: Any, work: Work) -> Callable[[Callable], Callable]:
-    """Return a decorator that lets the page tell an `InputError` in its one line."""
+    """Returns a decorator that lets the page tell an `InputError` in its one line."""
 
     def decorate(function):
         def told(*given):
@@ -161,7 +161,7 @@ def _told(gr: Any, work: Work) -> Callable[[Callable], Callable]:
 
 
 def introduction(about: Mapping[str, Any]) -> str:
-    """Return the page's first lines as Markdown: what it does, and by what."""
+    """Returns the page's first lines as Markdown: what it does, and by what."""
     if about["method"] == "qpenet":
         told = f"the trained network of `{about['run']}`"
     elif about["method"] == "starter":
@@ -181,7 +181,7 @@ def _files(gr: Any, label: str) -> Any:
 
 
 def _board(gr: Any) -> Any:
-    """Return what photos are marked on; demo/marks.py tells what its value is."""
+    """Returns what photos are marked on; demo/marks.py tells what its value is."""
     return gr.HTML(
         "[]",
         html_template=_read("brush.html"),
@@ -193,7 +193,7 @@ def _board(gr: Any) -> Any:
 
 
 def _grid(gr: Any, name: str, least: int = 280) -> Any:
-    """Return what shows pictures of `grid`, each at least so many pixels wide."""
+    """Returns what shows pictures of `grid`, each at least so many pixels wide."""
     enlarge = "event.target.closest('figure')?.classList.toggle('large')"
     return gr.HTML(
         css_template=f"--least: {least}px; {_read('grid.css')}",

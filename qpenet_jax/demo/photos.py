@@ -13,7 +13,7 @@ MOST_PIXELS = 50_000_000
 
 
 def read_photo(path: Path) -> RGB:
-    """Return a photo's pixels, upright, as `read_image`; messages name the file alone.
+    """Returns a photo's pixels, upright, as `read_image`; messages name the file alone.
 
     Raises:
         InputError: no image, a broken one, or one of more than `MOST_PIXELS`.
@@ -28,7 +28,7 @@ def read_photo(path: Path) -> RGB:
 
 
 def result_names(files: Sequence[Path]) -> list[Path]:
-    """Return what the results of files are called: their names, different ones.
+    """Returns what the results of files are called: their names, different ones.
 
     Telephones call all photos alike; a number is put behind the name then. No result
     is called as the files about all photos.
@@ -46,5 +46,5 @@ def result_names(files: Sequence[Path]) -> list[Path]:
 
 
 def _like(name: str) -> set[str]:
-    """Return the names of a photo's results, as systems that ignore case see them."""
+    """Returns the names of a photo's results, as systems that ignore case see them."""
     return {f"{name}{ending}".casefold() for ending in ("", "_probability", "_overlay")}

@@ -25,7 +25,7 @@ class Picture(NamedTuple):
 
 
 def shrunk(picture: RGB, side: int) -> RGB:
-    """Return a picture whose longer side is at most `side`, without aliasing."""
+    """Returns a picture whose longer side is at most `side`, without aliasing."""
     height, width = picture.shape[:2]
     scale = side / max(height, width)
     if scale >= 1:
@@ -35,7 +35,7 @@ def shrunk(picture: RGB, side: int) -> RGB:
 
 
 def data_url(pixels: UInt8[np.ndarray, "h w c"], kind: str = "jpeg") -> str:
-    """Return a picture, png or jpeg, as an address that holds it."""
+    """Returns a picture, png or jpeg, as an address that holds it."""
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, kind, quality=QUALITY)
     text = base64.b64encode(content.getvalue()).decode("ascii")
@@ -43,14 +43,14 @@ def data_url(pixels: UInt8[np.ndarray, "h w c"], kind: str = "jpeg") -> str:
 
 
 def sections(groups: Iterable[tuple[str, Iterable[Picture]]]) -> str:
-    """Return groups of pictures as `grid` does, each below its title."""
+    """Returns groups of pictures as `grid` does, each below its title."""
     return "".join(
         f"<h3>{html.escape(title)}</h3>{grid(pictures)}" for title, pictures in groups
     )
 
 
 def grid(pictures: Iterable[Picture]) -> str:
-    """Return pictures and their captions as HTML; names of files do no harm there."""
+    """Returns pictures and their captions as HTML; names of files do no harm there."""
     figures = (
         f'<figure><img src="{data_url(picture.pixels)}" alt="">'
         f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"

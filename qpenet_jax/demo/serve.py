@@ -29,7 +29,7 @@ LARGEST_FILE = "100mb"
 
 
 def check_gradio() -> None:
-    """Look whether Gradio is there, without the seconds that it takes to import it.
+    """Looks whether Gradio is there, without the seconds that it takes to import it.
 
     Raises:
         InputError: it isn't installed.
@@ -48,7 +48,7 @@ def serve(
     port: int,
     open_browser: bool = False,
 ) -> None:
-    """Show the page until Ctrl-C or SIGTERM; then take away all that it stored.
+    """Shows the page until Ctrl-C or SIGTERM; then takes away all that it stored.
 
     `about` is what summaries tell of the segmenter.
 

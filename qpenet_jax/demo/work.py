@@ -20,7 +20,7 @@ class Work:
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """Count what is done meanwhile; raises InputError after `close`."""
+        """Counts what is done meanwhile; raises InputError after `close`."""
         with self._changed:
             self._refuse_if_closed()
             self._calls += 1
@@ -32,13 +32,13 @@ class Work:
                 self._changed.notify_all()
 
     def while_open(self, steps: Iterable[int]) -> Iterator[int]:
-        """Yield steps of a call; raises InputError before the next one once closed."""
+        """Yields steps of a call; raises InputError before the next one once closed."""
         for step in steps:
             self._refuse_if_closed()
             yield step
 
     def close(self) -> None:
-        """Let no call begin, and wait until those that have begun are through."""
+        """Lets no call begin, and wait until those that have begun are through."""
         self._closed = True
         with self._changed:
             self._changed.wait_for(lambda: not self._calls)

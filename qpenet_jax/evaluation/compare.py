@@ -42,7 +42,7 @@ Differences = dict[str, list[Any]]
 def compare_results(
     a: Path, b: Path, *, different_protocols: bool = False
 ) -> dict[str, Any]:
-    """Return A, B and B - A in IoU percent, all on the episodes common to both.
+    """Returns A, B and B - A in IoU percent, all on the episodes common to both.
 
     `a` and `b` are results.json files, or their folders, with the scores of the
     episodes beside them. The differences have 95 % intervals over query images;
@@ -74,7 +74,7 @@ def compare_results(
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
-    """Return a comparison as Markdown: what was compared, then the table."""
+    """Returns a comparison as Markdown: what was compared, then the table."""
     episodes, differs = comparison["episodes"], comparison["differs"]
     lines = [
         f"{name}: {comparison[name.lower()]}{selection and f' ({selection})'}"
@@ -114,7 +114,7 @@ def _table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return a results.json that has all that a comparison needs."""
+    """Returns a results.json that has all that a comparison needs."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         protocol = results["protocol"]
@@ -137,7 +137,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def files_of(results: Path) -> tuple[Path, Path]:
-    """Return the results.json that a file or folder stands for, and its episodes.
+    """Returns the results.json that a file or folder stands for, and its episodes.
 
     Raises:
         InputError: no results.json.
@@ -147,7 +147,7 @@ def files_of(results: Path) -> tuple[Path, Path]:
 
 
 def episode_scores(path: Path, results: Mapping[str, Any]) -> Scores:
-    """Return the episodes of a results.json; raises InputError unless of its mIoU."""
+    """Returns the episodes of a results.json; raises InputError unless of its mIoU."""
     _, episodes = files_of(path)
     scores = load_scores(episodes)
     miou = 100 * mean_iou(scores, results["class_ids"])
@@ -160,7 +160,7 @@ def episode_scores(path: Path, results: Mapping[str, Any]) -> Scores:
 
 
 def _common_classes(a: dict[str, Any], b: dict[str, Any]) -> dict[int, str]:
-    """Return names by id, in the order of A.
+    """Returns names by id, in the order of A.
 
     Of different folds no episode is common, so there is one class at least.
     """
@@ -169,7 +169,7 @@ def _common_classes(a: dict[str, Any], b: dict[str, Any]) -> dict[int, str]:
 
 
 def _paired(ours: Scores, theirs: Scores, names: dict[int, str]) -> dict[str, Any]:
-    """Return the rows of the comparison: each class, mIoU and FB-IoU."""
+    """Returns the rows of the comparison: each class, mIoU and FB-IoU."""
     a, b = estimate(ours, list(names)), estimate(theirs, list(names))
     difference = estimate_difference(theirs, ours, list(names))
     per_class = map(_row, a.per_class, b.per_class, difference.per_class)
@@ -190,7 +190,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> Differences:
 
 
 def _refuse(differs: Differences, files: str, different_protocols: bool) -> None:
-    """Refuse protocols that differ more than they may."""
+    """Refuses protocols that differ more than they may."""
     other_data = {key: differs[key] for key in differs if key in IDENTITY}
     if other_data:
         raise InputError(
@@ -211,7 +211,7 @@ def _told(differs: Differences) -> str:
 
 
 def _short(value: Any, other: Any) -> str:
-    """Return a value for a message; of a long list what the other lacks."""
+    """Returns a value for a message; of a long list what the other lacks."""
     if isinstance(value, list):
         lacking = [x for x in value if x not in (other or [])]
         text = ",".join(map(str, value))

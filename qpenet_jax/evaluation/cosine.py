@@ -17,7 +17,7 @@ def nearest_prototype(
     support_masks: Integer[Array, "b k H W"],
     query_features: Float[Array, "b h w f"],
 ) -> tuple[Float[Array, "b H W 2"], dict[str, Array]]:
-    """Call a query pixel foreground if it is closer to the supports' foreground mean.
+    """Calls a query pixel foreground if it is closer to the supports' foreground mean.
 
     Logits are the cosines to the mean of the background (0) and of the foreground (1),
     each averaged over the K supports; pixels labelled 255 belong to neither. It has no
@@ -36,7 +36,7 @@ def prototypes(
     support_features: Float[Array, "b k h w f"],
     support_masks: Integer[Array, "b k H W"],
 ) -> tuple[Float[Array, "b f"], Float[Array, "b f"]]:
-    """Return the supports' mean of the background and of the foreground."""
+    """Returns the supports' mean of the background and of the foreground."""
     grid = support_features.shape[2], support_features.shape[3]
     foreground = foreground_on_grid(support_masks, grid)
     background = foreground_on_grid(1 - support_masks.astype(jnp.int32), grid)

@@ -24,7 +24,7 @@ STEP = 8
 def around_foreground(
     supports: Supports, masks: Integer[np.ndarray, "1 k s s"]
 ) -> Supports:
-    """Cut K encoded supports [1, h, w, c] to square windows around what is marked.
+    """Cuts K encoded supports [1, h, w, c] to square windows around what is marked.
 
     A window holds all cells that are at most `Convs.REACH` from the foreground, and
     `M_s` says which are foreground. A support alone stays whole, as do those that have
@@ -51,7 +51,7 @@ def around_foreground(
 
 
 def _ranges(marked: Bool[np.ndarray, "k n"]) -> tuple[np.ndarray, np.ndarray]:
-    """Return from where and to where each of K rows of cells is looked at."""
+    """Returns from where and to where each of K rows of cells is looked at."""
     first = marked.argmax(axis=1) - Convs.REACH
     end = marked.shape[1] - marked[:, ::-1].argmax(axis=1) + Convs.REACH
     return first, end

@@ -34,7 +34,7 @@ def loaded(
     protocol: Protocol,
     workers: int,
 ) -> Generator[Inputs, None, None]:
-    """Yield the inputs of every turn, loaded ahead by workers, or a thread if 0."""
+    """Yields the inputs of every turn, loaded ahead by workers, or a thread if 0."""
     side, resize = protocol.side, protocol.resize
     load = functools.partial(_load, dataset, turns, side, resize)
     return ahead(load, range(len(turns)), workers)

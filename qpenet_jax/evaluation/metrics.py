@@ -37,7 +37,7 @@ SAMPLES_AT_ONCE = 250
 def count_pixels(
     prediction: Bool[np.ndarray, "h w"], mask: Integer[np.ndarray, "h w"]
 ) -> tuple[int, int, int, int]:
-    """Return intersection and union of background, then of foreground, without 255."""
+    """Returns intersection and union of background, then of foreground, without 255."""
     valid = mask != IGNORE
     truth, found = mask[valid] == 1, prediction[valid]
     both, either = int((truth & found).sum()), int((truth | found).sum())
@@ -51,11 +51,11 @@ class Scores:
     rows: Int[np.ndarray, "episodes 8"]
 
     def column(self, name: str) -> Int[np.ndarray, " episodes"]:
-        """Return one column by name."""
+        """Returns one column by name."""
         return self.rows[:, SCORE_COLUMNS.index(name)]
 
     def save(self, path: Path) -> None:
-        """Write the rows as CSV with a header."""
+        """Writes the rows as CSV with a header."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([SCORE_COLUMNS, *self.rows.tolist()])
@@ -63,7 +63,7 @@ class Scores:
 
 
 def load_scores(path: Path) -> Scores:
-    """Read what `Scores.save` wrote.
+    """Reads what `Scores.save` wrote.
 
     Raises:
         InputError: no such file, no episode in it, or not such a file.
@@ -111,7 +111,7 @@ class Spread(NamedTuple):
 
 
 def class_iou(scores: Scores, classes: Sequence[int]) -> Float[np.ndarray, " classes"]:
-    """Return IoU per class: summed intersections over summed unions, 0..1.
+    """Returns IoU per class: summed intersections over summed unions, 0..1.
 
     Summed over the episodes of a seed, then averaged over the seeds. A class that a
     seed never drew counts 0 for this seed; both are the field's custom.
@@ -120,12 +120,12 @@ def class_iou(scores: Scores, classes: Sequence[int]) -> Float[np.ndarray, " cla
 
 
 def mean_iou(scores: Scores, classes: Sequence[int]) -> float:
-    """Return mIoU, the mean of `class_iou` over the classes, in 0..1."""
+    """Returns mIoU, the mean of `class_iou` over the classes, in 0..1."""
     return float(_whole(scores, classes)[-2])
 
 
 def fb_iou(scores: Scores) -> float:
-    """Return the mean of foreground and background IoU, in 0..1.
+    """Returns the mean of foreground and background IoU, in 0..1.
 
     Each is summed over all episodes of a seed, whatever their class, then averaged
     over the seeds.
@@ -136,7 +136,7 @@ def fb_iou(scores: Scores) -> float:
 def seed_iou(
     scores: Scores, classes: Sequence[int]
 ) -> dict[int, Float[np.ndarray, " classes"]]:
-    """Return IoU per class for each seed on its own, 0..1."""
+    """Returns IoU per class for each seed on its own, 0..1."""
     seed = scores.column("seed")
     return {
         int(s): class_iou(Scores(scores.rows[seed == s]), classes)
@@ -145,14 +145,14 @@ def seed_iou(
 
 
 def seed_spread(scores: Scores, classes: Sequence[int]) -> Spread:
-    """Return standard deviation, least and greatest mIoU of the seeds, 0..1."""
+    """Returns standard deviation, least and greatest mIoU of the seeds, 0..1."""
     mious = [iou.mean() for iou in seed_iou(scores, classes).values()]
     std = float(np.std(mious, ddof=1)) if len(mious) > 1 else None
     return Spread(std, float(min(mious)), float(max(mious)))
 
 
 def estimate(scores: Scores, classes: Sequence[int]) -> Estimates:
-    """Return all IoUs, 0..1, with 95 % intervals by Rubin's Bayesian bootstrap.
+    """Returns all IoUs, 0..1, with 95 % intervals by Rubin's Bayesian bootstrap.
 
     Query images are weighted, not episodes: episodes of one query are not independent,
     and counting them so would make the interval too narrow. The weights are exponential
@@ -167,7 +167,7 @@ def estimate(scores: Scores, classes: Sequence[int]) -> Estimates:
 def estimate_difference(
     ours: Scores, theirs: Scores, classes: Sequence[int]
 ) -> Estimates:
-    """Return ours - theirs on their common episodes, -1..1, with 95 % intervals.
+    """Returns ours - theirs on their common episodes, -1..1, with 95 % intervals.
 
     Each bootstrap sample weights the images of both alike, so what makes an episode
     hard for both cancels.
@@ -184,7 +184,7 @@ def estimate_difference(
 def paired_difference(
     ours: Scores, theirs: Scores, classes: Sequence[int]
 ) -> tuple[float, float, float]:
-    """Return the mIoU difference on common episodes and its 95 % interval, -1..1.
+    """Returns the mIoU difference on common episodes and its 95 % interval, -1..1.
 
     Raises:
         InputError: no episode is common.
@@ -193,7 +193,7 @@ def paired_difference(
 
 
 def common_episodes(ours: Scores, theirs: Scores) -> tuple[Scores, Scores]:
-    """Return both restricted to episodes equal in seed, index, query and class.
+    """Returns both restricted to episodes equal in seed, index, query and class.
 
     Raises:
         InputError: there are none.
@@ -219,13 +219,13 @@ Measures = Callable[
 
 
 def _whole(scores: Scores, classes: Sequence[int]) -> Float[np.ndarray, " measures"]:
-    """Return the measures with every image counted once."""
+    """Returns the measures with every image counted once."""
     measures, images = _measures(scores, classes)
     return measures(np.ones((1, images)))[0]
 
 
 def _measures(scores: Scores, classes: Sequence[int]) -> tuple[Measures, int]:
-    """Sum the counts of each image; return the measures and the number of images."""
+    """Sums the counts of each image; return the measures and the number of images."""
     from scipy import sparse  # Here: whoever only predicts does without it.
 
     queries, image = np.unique(scores.column("query"), return_inverse=True)
@@ -256,12 +256,12 @@ def _measures(scores: Scores, classes: Sequence[int]) -> tuple[Measures, int]:
 
 
 def _ratio(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
-    """Return IoU, and 0 where there is no union: a class that was never drawn."""
+    """Returns IoU, and 0 where there is no union: a class that was never drawn."""
     return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
 
 
 def _bootstrap(measures: Measures, images: int) -> Estimates:
-    """Return the measures at equal weights, with intervals over random weights."""
+    """Returns the measures at equal weights, with intervals over random weights."""
     rng = np.random.default_rng(0)
     values = np.concatenate(
         [

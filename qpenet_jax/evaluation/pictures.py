@@ -39,7 +39,7 @@ Row = tuple[str, Sequence[Image.Image]]
 
 
 def save_image(pixels: RGB, path: Path) -> None:
-    """Write a PNG whole or not at all; raises InputError where it can't be written."""
+    """Writes a PNG whole or not at all; raises InputError where it can't be written."""
     content = io.BytesIO()
     # The default takes three times as long, for a file that is a sixth smaller.
     Image.fromarray(pixels).save(content, "PNG", compress_level=1)
@@ -57,7 +57,7 @@ class Scene(NamedTuple):
 
 
 def read_scene(dataset: SegmentationDataset, ids: EpisodeIds) -> Scene:
-    """Read an episode's pictures, labelled by the class and the episode's index."""
+    """Reads an episode's pictures, labelled by the class and the episode's index."""
     first = ids.supports[0]
     return Scene(
         f"{dataset.classes[ids.class_id - 1]}\n#{ids.index}",
@@ -71,13 +71,13 @@ def read_scene(dataset: SegmentationDataset, ids: EpisodeIds) -> Scene:
 def load_batch_of_one(
     dataset: SegmentationDataset, ids: EpisodeIds, side: int, resize: Resize = "pad"
 ) -> Episode:
-    """Load one episode as a batch, at the size of the network's input in pixels."""
+    """Loads one episode as a batch, at the size of the network's input in pixels."""
     loaded: Any = load_episode(dataset, ids, side, resize=resize)
     return Episode(*(x[None] for x in loaded))
 
 
 def overlay(image: RGB, mask: Mask, colour: Colour = PREDICTION) -> RGB:
-    """Tint the pixels of a mask and draw its contour.
+    """Tints the pixels of a mask and draws its contour.
 
     The picture is grey there: mixed with its own colours, the tint would be of another
     colour on every picture.
@@ -92,7 +92,7 @@ def overlay(image: RGB, mask: Mask, colour: Colour = PREDICTION) -> RGB:
 def draw_contour(
     image: RGB, mask: Mask, colour: Colour = TRUTH, share: int = 200
 ) -> RGB:
-    """Draw the contour of a mask, as wide as 1 / `share` of the longer side."""
+    """Draws the contour of a mask, as wide as 1 / `share` of the longer side."""
     inside = (mask == 1).astype(np.uint8)
     contours, _ = cv2.findContours(inside, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     width = max(1, round(max(mask.shape) / share))
@@ -102,19 +102,19 @@ def draw_contour(
 def found_mask(
     margin: Float[np.ndarray, "s s"], like: Mask, resize: Resize = "pad"
 ) -> Mask:
-    """Return where the margin is positive, unpadded to the size of a mask."""
+    """Returns where the margin is positive, unpadded to the size of a mask."""
     height, width = like.shape
     return (unpad(margin, height, width, resize) > 0).astype(np.uint8)
 
 
 def iou_note(found: Mask, truth: Mask) -> str:
-    """Return the IoU of the foreground in percent, as tiles show it."""
+    """Returns the IoU of the foreground in percent, as tiles show it."""
     *_, both, either = count_pixels(found == 1, truth)
     return f"IoU {100 * both / max(either, 1):.0f}"
 
 
 def annotated(scene: Scene) -> list[Image.Image]:
-    """Return the tiles of support, query and truth."""
+    """Returns the tiles of support, query and truth."""
     return [
         tile(overlay(scene.support, scene.support_mask, SUPPORT)),
         tile(scene.query),
@@ -127,7 +127,7 @@ def prediction_row(
     margins: Sequence[Float[np.ndarray, "s s"]],
     resize: Resize = "pad",
 ) -> Row:
-    """Return support, query, truth and the predictions with their IoU."""
+    """Returns support, query, truth and the predictions with their IoU."""
     found = [found_mask(margin, scene.truth, resize) for margin in margins]
     tiles = [
         tile(overlay(scene.query, mask), iou_note(mask, scene.truth)) for mask in found
@@ -142,7 +142,7 @@ def episode_figure(
     side: int,
     resize: Resize = "pad",
 ) -> RGB:
-    """Return a row an episode: support with mask, query, truth, each prediction.
+    """Returns a row an episode: support with mask, query, truth, each prediction.
 
     The IoU of a prediction stands in its corner.
     """
@@ -155,7 +155,7 @@ def episode_figure(
 
 
 def tile(image: RGB, note: str = "") -> Image.Image:
-    """Fit a picture into the top of a square, with a note in its corner."""
+    """Fits a picture into the top of a square, with a note in its corner."""
     picture = Image.fromarray(image)
     scale = TILE / max(picture.size)
     width, height = (max(1, round(n * scale)) for n in picture.size)
@@ -176,7 +176,7 @@ def sheet(
     legend: dict[str, Colour],
     notes: Sequence[str] = (),
 ) -> RGB:
-    """Arrange tiles under column titles, labels on their left, notes at the foot.
+    """Arranges tiles under column titles, labels on their left, notes at the foot.
 
     Raises ValueError if a row doesn't have a tile for every column.
     """
@@ -206,7 +206,7 @@ def _width(text, font) -> int:
 
 
 def _fitting_font(title):
-    """Return the largest font, of 17 pixels or less, in which a title fits its tile."""
+    """Returns the largest font, of 17 pixels or less, in which a title fits its tile."""
     fonts = (ImageFont.load_default(size) for size in range(17, 7, -1))
     return next(
         (f for f in fonts if _width(title, f) <= TILE), ImageFont.load_default(8)
@@ -218,7 +218,7 @@ def _legend_width(legend, font) -> int:
 
 
 def _draw_legend(draw, legend, top, font) -> None:
-    """Draw swatches and names from left to right."""
+    """Draws swatches and names from left to right."""
     x = 10
     for name, colour in legend.items():
         draw.rectangle((x, top + 4, x + SWATCH, top + 4 + SWATCH), fill=colour)

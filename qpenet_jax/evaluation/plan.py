@@ -20,7 +20,7 @@ class Turn(NamedTuple):
 
 
 def grouped(episodes: Sequence[EpisodeIds]) -> list[int]:
-    """Return the episodes' positions in an order in which neighbours share images.
+    """Returns the episodes' positions in an order in which neighbours share images.
 
     Episodes of a class draw from the same supports, and those of a query share it.
     """
@@ -32,7 +32,7 @@ def grouped(episodes: Sequence[EpisodeIds]) -> list[int]:
 
 
 def plan(episodes: Sequence[EpisodeIds], capacity: int) -> list[Turn]:
-    """Return what to load and to drop around each episode, run in this order.
+    """Returns what to load and to drop around each episode, run in this order.
 
     Between two episodes `capacity` images stay, those that were used last; during one
     its own are there as well. With 0 every episode loads all of its images.

@@ -19,13 +19,13 @@ from qpenet_jax.core.types import FEATURE_STRIDE, Array, Episode
 from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.evaluation.focus import around_foreground
 from qpenet_jax.evaluation.self_support import SHARPNESS, self_supported
-from qpenet_jax.models.prototypes import foreground_lead
+from qpenet_jax.models.prototypes import foreground_margin
 from qpenet_jax.models.qpenet import ROLES, QPENet, Role
 from qpenet_jax.models.released.network import ReleasedQPENet
 
 Images = UInt8[np.ndarray, "b s s 3"]
-Lead = Float[Array, "b s s"]
-"""How far the foreground leads in the logits: positive means foreground."""
+Margin = Float[Array, "b s s"]
+"""Logit of the foreground minus that of the background: positive means foreground."""
 
 
 def _whole(supports: Any, masks: Any) -> Any:
@@ -40,27 +40,27 @@ class Predictor(NamedTuple):
     images' axis; `roles` says what the images will be: "support", "query" or both, and
     `padding` [b, s, s] where they hold no photo, if anything is said of it.
     `decode(supports, masks, query)` takes the encoded images of the K supports one
-    after the other, the masks [b, K, s, s] and the query's, and returns the `Lead`;
+    after the other, the masks [b, K, s, s] and the query's, and returns the `Margin`;
     with `named=True` also the network's named intermediates, as `QPENet.__call__` does.
     All are trees of their parameters (`jax.tree_util.Partial`), which can be moved.
     `focus(supports, masks)` returns of encoded supports all that `decode` looks at for
-    the lead: for supports that meet many queries.
+    the margin: for supports that meet many queries.
     """
 
     encode: Callable[..., PyTree[Array]]
     decode: Callable[..., Any]
     focus: Callable[..., Any] = Partial(_whole)
 
-    def __call__(self, episode: Episode) -> Lead:
-        """Return the foreground's lead in a batch of episodes."""
+    def __call__(self, episode: Episode) -> Margin:
+        """Returns the margin in a batch of episodes."""
         return self.decode(*self._encoded(episode))
 
-    def look(self, episode: Episode) -> tuple[Lead, dict[str, Any]]:
-        """Return the lead and every named intermediate."""
+    def look(self, episode: Episode) -> tuple[Margin, dict[str, Any]]:
+        """Returns the margin and every named intermediate."""
         return self.decode(*self._encoded(episode), named=True)
 
-    def as_scored(self, episode: Episode) -> Lead:
-        """Return the lead by what is compiled for scoring: images in every role."""
+    def as_scored(self, episode: Episode) -> Margin:
+        """Returns the margin by what is compiled for scoring: images in every role."""
         return self.decode(*self._encoded(episode, ROLES, ROLES))
 
     def _encoded(
@@ -89,7 +89,7 @@ def qpenet_predictor(
     weights: PyTree[Array],
     dtype: str = "float32",
 ) -> Predictor:
-    """Return QPENet with its parameters over a backbone with its weights.
+    """Returns QPENet with its parameters over a backbone with its weights.
 
     Both compute in `dtype`. Compiled once per network, whatever the parameters.
     """
@@ -104,14 +104,14 @@ def qpenet_predictor(
 def cosine_predictor(
     backbone: Backbone, weights: PyTree[Array], dtype: str = "float32"
 ) -> Predictor:
-    """Return the training-free baseline over the same features."""
+    """Returns the training-free baseline over the same features."""
     return _of_features(_features, _decode_nearest_prototype, backbone, weights, dtype)
 
 
 def self_support_predictor(
     backbone: Backbone, weights: PyTree[Array], dtype: str = "float32"
 ) -> Predictor:
-    """Return what segments best without training, over the same features."""
+    """Returns what segments best without training, over the same features."""
     parts = _features_of_photo, _decode_self_supported
     return _of_features(*parts, backbone, weights, dtype)
 
@@ -124,7 +124,7 @@ def mean_predictor(
     others: Sequence[str],
     dtype: str = "float32",
 ) -> Predictor:
-    """Return the mean of two probabilities: of a network, and of self-support.
+    """Returns the mean of two probabilities: of a network, and of self-support.
 
     Each finds what the other misses: the network, where it has seen the like in
     training; features alone, where it hasn't (docs/starter.md). Self-support takes
@@ -141,7 +141,7 @@ def mean_predictor(
 
 
 def _of_features(encode, decode, backbone, weights, dtype) -> Predictor:
-    """Return the two parts as a predictor that has no parameters but the backbone's."""
+    """Returns the two parts as a predictor that has no parameters but the backbone's."""
     net = backbone_in_dtype(backbone, dtype)
     return Predictor(Partial(functools.partial(encode, net), weights), Partial(decode))
 
@@ -171,12 +171,12 @@ def _decode(model, params, weights, supports, masks, query, *, named=False):
     stacked = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *supports)
     variables = with_deep(params, weights)
     logits, out = model.apply(variables, stacked, masks, query, method="decode")
-    lead = foreground_lead(logits)
-    return (lead, out) if named else lead
+    margin = foreground_margin(logits)
+    return (margin, out) if named else margin
 
 
 def _focus_of(model):
-    """Return what a network looks at; a class of others may look at all."""
+    """Returns what a network looks at; a class of others may look at all."""
     return Partial(around_foreground if type(model) is QPENet else _whole)
 
 
@@ -214,9 +214,9 @@ def _decode_mean(model, params, supports, masks, query, *, named=False):
     found = _decode(model, params, {}, of_network, masks, query[0], named=named)
     free = _decode_self_supported(of_free, masks, query[1], named=named)
     if not named:
-        return _mean_lead(found, SHARPNESS * free)
-    (lead, out), (free_lead, more) = found, free
-    return _mean_lead(lead, SHARPNESS * free_lead), out | more
+        return _mean_margin(found, SHARPNESS * free)
+    (margin, out), (free_margin, more) = found, free
+    return _mean_margin(margin, SHARPNESS * free_margin), out | more
 
 
 def _focus_one_of_two(focus, supports, masks):
@@ -225,10 +225,10 @@ def _focus_one_of_two(focus, supports, masks):
 
 
 @jax.jit
-def _mean_lead(*leads):
-    """Return the logit of the mean probability of several leads."""
+def _mean_margin(*margins):
+    """Returns the logit of the mean probability of several margins."""
     log_p, log_q = (
-        jax.nn.logsumexp(jax.nn.log_sigmoid(sign * jnp.stack(leads)), axis=0)
+        jax.nn.logsumexp(jax.nn.log_sigmoid(sign * jnp.stack(margins)), axis=0)
         for sign in (1, -1)
     )
     return log_p - log_q
@@ -237,8 +237,8 @@ def _mean_lead(*leads):
 @functools.partial(jax.jit, static_argnames="named")
 def _decode_nearest_prototype(supports, masks, query, *, named=False):
     logits, out = nearest_prototype(jnp.stack(supports, axis=1), masks, query)
-    lead = foreground_lead(logits)
-    return (lead, out) if named else lead
+    margin = foreground_margin(logits)
+    return (margin, out) if named else margin
 
 
 def _features_of_photo(
@@ -255,5 +255,5 @@ def _features_of_photo(
 def _decode_self_supported(supports, masks, query, *, named=False):
     maps = jnp.stack([support["maps"] for support in supports], axis=1)
     logits, out = self_supported(maps, masks, query["maps"], query["photo"])
-    lead = foreground_lead(logits)
-    return (lead, out) if named else lead
+    margin = foreground_margin(logits)
+    return (margin, out) if named else margin

@@ -94,7 +94,7 @@ class Protocol:
     preset: str = "ours"
 
     def __post_init__(self):
-        """Refuse values that would score something else than they say."""
+        """Refuses values that would score something else than they say."""
         for name, choices in (
             ("scoring", get_args(Scoring)),
             ("order", get_args(Order)),
@@ -124,12 +124,12 @@ class Protocol:
         return ", but ".join([self.preset, *([" ".join(changes)] if changes else [])])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, the name and the line as results.json holds them."""
+        """Returns the fields, the name and the line as results.json holds them."""
         fields = dataclasses.asdict(self) | {"name": self.name, "text": str(self)}
         return json.loads(json.dumps(fields))
 
     def __str__(self) -> str:
-        """Return the one line that is printed with every result."""
+        """Returns the one line that is printed with every result."""
         size = "any size" if self.targets == "any" else f">= {self.min_pixels} px"
         draw = f"{self.order} queries, targets of {size}"
         if self.episode_list:
@@ -161,7 +161,7 @@ PRESET_FIELDS = (
 
 
 def preset_fields(preset: str, split: str) -> dict[str, Any]:
-    """Return all fields that a preset fixes, on the family of folds `split`.
+    """Returns all fields that a preset fixes, on the family of folds `split`.
 
     Raises:
         InputError: there is no such preset.
@@ -174,7 +174,7 @@ def preset_fields(preset: str, split: str) -> dict[str, Any]:
 
 
 def check_side(side: int) -> None:
-    """Refuse sides of the network's input that its stride of 8 doesn't fit.
+    """Refuses sides of the network's input that its stride of 8 doesn't fit.
 
     Raises:
         InputError: not 8 n + 1, or below 17.
@@ -186,7 +186,7 @@ def check_side(side: int) -> None:
 
 
 def of_dataset(protocol: Protocol, dataset: SegmentationDataset) -> Protocol:
-    """Return the protocol with the release and version of the data it is used on."""
+    """Returns the protocol with the release and version of the data it is used on."""
     release = getattr(dataset, "version", "")
     return dataclasses.replace(
         protocol, release=release, version=dataset_version(dataset)

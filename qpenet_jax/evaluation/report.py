@@ -32,7 +32,7 @@ def summarize(
     class_ids: Sequence[int],
     focus: Sequence[str] = (),
 ) -> Results:
-    """Return the contents of results.json; IoU in percent.
+    """Returns the contents of results.json; IoU in percent.
 
     `class_ids` are those of `protocol.classes`, in their order; `focus` names classes
     whose own mean is given beside the mean over all. Nothing in it depends on the hour
@@ -61,7 +61,7 @@ def summarize(
 
 
 def table(results: dict[str, Results]) -> str:
-    """Return a Markdown table: a column a result, a row a class, means last."""
+    """Returns a Markdown table: a column a result, a row a class, means last."""
     first = next(iter(results.values()))
     rows = [
         [name, *(f"{r['per_class'][name]:.1f}" for r in results.values())]
@@ -78,7 +78,7 @@ def table(results: dict[str, Results]) -> str:
 
 
 def write_report(folder: Path, results: Results) -> None:
-    """Write results.md, results.csv and last results.json, each whole or not at all.
+    """Writes results.md, results.csv and last results.json, each whole or not at all.
 
     So where there is a results.json, the others belong to it.
     The table stands beside `results["references"]`, where there are any;
@@ -91,12 +91,12 @@ def write_report(folder: Path, results: Results) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _page(results: Results) -> str:
-    """Return results.md."""
+    """Returns results.md."""
     parts = [
         "# Results",
         f"Protocol: {results['protocol']['text']}",
@@ -129,7 +129,7 @@ def _gain(results: Results) -> list[str]:
 
 
 def _seeds(results: Results) -> str:
-    """Return the sentence on the spread over seeds."""
+    """Returns the sentence on the spread over seeds."""
     spread, seeds = results["seed_spread"], results["per_seed"]
     if spread["std"] is None:
         return f"Spread over seeds: unknown, there is one (seed {next(iter(seeds))})."
@@ -141,7 +141,7 @@ def _seeds(results: Results) -> str:
 
 
 def _sheet(results: Results) -> str:
-    """Return results.csv: a row a class, then the means; IoU in percent."""
+    """Returns results.csv: a row a class, then the means; IoU in percent."""
     rows = [
         (name, iou, *results["per_class_interval"][name])
         for name, iou in results["per_class"].items()

@@ -21,7 +21,7 @@ from qpenet_jax.evaluation import metrics
 from qpenet_jax.evaluation.inputs import Inputs, loaded
 from qpenet_jax.evaluation.metrics import Scores
 from qpenet_jax.evaluation.plan import Turn, grouped, plan
-from qpenet_jax.evaluation.predictor import Lead, Predictor
+from qpenet_jax.evaluation.predictor import Margin, Predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.models.ops import interpolation_matrix
 
@@ -46,7 +46,7 @@ def score_episodes(
     at_once: int | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Scores:
-    """Score `predict` on the protocol's episodes, one sampler a seed.
+    """Scores `predict` on the protocol's episodes, one sampler a seed.
 
     An image is encoded once for all episodes as far as `cache_bytes` allow, which
     changes no bit of a result: 0 encodes the same images one by one, again and again.
@@ -88,7 +88,7 @@ def score_episodes(
 
 
 def _of_all_processes(rows: Int[np.ndarray, "n c"]) -> Int[np.ndarray, "n c"]:
-    """Return the rows of all processes, each of which has zeros where others worked."""
+    """Returns the rows of all processes, each of which has zeros where others worked."""
     parts = cluster.gather(rows.tobytes(), "rows")
     return np.sum([np.frombuffer(part, rows.dtype) for part in parts], 0).reshape(
         rows.shape
@@ -100,7 +100,7 @@ AT_ONCE = 4
 
 
 def _image_bytes(predict: Predictor, protocol: Protocol) -> int:
-    """Return how much memory an encoded image takes."""
+    """Returns how much memory an encoded image takes."""
     shape = (1, protocol.side, protocol.side, 3)
     image = jax.ShapeDtypeStruct(shape, np.uint8)
     leaves = jax.tree.leaves(jax.eval_shape(predict.encode, image))
@@ -122,7 +122,7 @@ def _shares(
     capacity: int,
     devices: Sequence[Any],
 ) -> list[Share]:
-    """Return what this process' devices predict; neighbours in the order stay such."""
+    """Returns what this process' devices predict; neighbours in the order stay such."""
     ours = np.array_split(np.array(order), cluster.count())[cluster.index()]
     parts = [part.tolist() for part in np.array_split(ours, len(devices))]
     return [
@@ -136,7 +136,7 @@ def _shares(
 
 
 def _in_turn(parts: Sequence[Sequence[T]], size: int) -> list[T]:
-    """Return the elements of all parts, so many of each in turn."""
+    """Returns the elements of all parts, so many of each in turn."""
     longest = max(map(len, parts))
     return [
         element
@@ -149,7 +149,7 @@ def _in_turn(parts: Sequence[Sequence[T]], size: int) -> list[T]:
 def _margins(
     shares: Sequence[Share], stream: Iterable[Inputs], at_once: int
 ) -> Generator[tuple[Float[np.ndarray, "s s"], Inputs], None, None]:
-    """Yield the foreground's lead in every turn's episode, in turn as `_in_turn` says.
+    """Yields the margin in every turn's episode, in turn as `_in_turn` says.
 
     Encoded images are kept. All devices begin before the first is waited for.
     """
@@ -172,8 +172,8 @@ def _begun(
     group: Sequence[tuple[Turn, Inputs]],
     kept: dict[int, PyTree[Array]],
     at_once: int,
-) -> Lead:
-    """Return the leads of some turns, which the device may still compute."""
+) -> Margin:
+    """Returns the margins of some turns, which the device may still compute."""
     new = _unseen(group, kept)
     for start in range(0, len(new), at_once):
         some = dict(itertools.islice(new.items(), start, start + at_once))
@@ -185,16 +185,16 @@ def _begun(
     )
     masks = np.stack([inputs.support_masks for _, inputs in group])
     query = _joined([kept[episode.query] for episode in ids])
-    lead = predict.decode(supports, masks, query)
+    margin = predict.decode(supports, masks, query)
     for image in _forgotten([turn for turn, _ in group]):
         del kept[image]
-    return lead
+    return margin
 
 
 def _unseen(
     group: Iterable[tuple[Turn, Inputs]], kept: Container[int]
 ) -> dict[int, tuple[Any, Any]]:
-    """Return image and padding of what the turns load and isn't kept, each once."""
+    """Returns image and padding of what the turns load and isn't kept, each once."""
     return {
         image: (pixels, padded)
         for turn, inputs in group
@@ -206,7 +206,7 @@ def _unseen(
 
 
 def _forgotten(turns: Iterable[Turn]) -> set[int]:
-    """Return what is dropped in some turns and not loaded again in later ones."""
+    """Returns what is dropped in some turns and not loaded again in later ones."""
     dropped: set[int] = set()
     for turn in turns:
         dropped = dropped.difference(turn.load).union(turn.drop)
@@ -216,7 +216,7 @@ def _forgotten(turns: Iterable[Turn]) -> set[int]:
 def _encoded(
     predict: Predictor, images: Mapping[int, tuple[Any, Any]], count: int
 ) -> dict[int, PyTree[Array]]:
-    """Return images, encoded in one batch of `count`, whatever their own number.
+    """Returns images, encoded in one batch of `count`, whatever their own number.
 
     Every other size would be compiled anew.
     """
@@ -251,7 +251,7 @@ def score(
     mask: UInt8[np.ndarray, "h w"],
     protocol: Protocol,
 ) -> tuple[int, int, int, int]:
-    """Return the pixel counts of one episode at the protocol's size."""
+    """Returns the pixel counts of one episode at the protocol's size."""
     if protocol.scoring == "input":
         return metrics.count_pixels(margin > 0, fitted_mask)
     height, width = mask.shape

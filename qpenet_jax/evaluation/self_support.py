@@ -35,7 +35,7 @@ def self_supported(
     query_features: Float[Array, "b h w f"],
     query_photo: Bool[Array, "b h w"],
 ) -> tuple[Float[Array, "b H W 2"], dict[str, Array]]:
-    """Call a query pixel foreground if it is closer to the foreground's prototype.
+    """Calls a query pixel foreground if it is closer to the foreground's prototype.
 
     Prototypes are halfway between the supports' means and those of the query, all of
     length 1; `query_photo` is false beside the photo. Logits are cosines, to the
@@ -64,7 +64,7 @@ def _unit(x):
 
 
 def _sure(probability, photo, least):
-    """Return the pixels of a photo that are likely enough, or the FEWEST likeliest."""
+    """Returns the pixels of a photo that are likely enough, or the FEWEST likeliest."""
     inside = jnp.where(photo, probability, -1.0)
     flat = inside.reshape(inside.shape[0], -1)
     likeliest, _ = jax.lax.top_k(flat, min(FEWEST, flat.shape[1]))

@@ -12,14 +12,14 @@ from pycocotools import mask as pycoco
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import refuse_other_size
 from qpenet_jax.data.prepare.instances import by_id, drawn, size_of
-from qpenet_jax.masks.leads import Found
+from qpenet_jax.masks.margins import Found
 from qpenet_jax.masks.outlines import outlines
 
 
 def coco_annotations(
     path: Path, content: dict[str, Any], photo: Path, size: tuple[int, int]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the annotations of a photo, by the names of their categories.
+    """Returns the annotations of a photo, by the names of their categories.
 
     The photo is found by its file name, if two have it by its folders as well; crowds
     are left out. Nothing is drawn yet.
@@ -44,7 +44,7 @@ def coco_annotations(
 
 
 def _called(photo: Path, images: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the images of a photo's file name; of several, those in its folders."""
+    """Returns the images of a photo's file name; of several, those in its folders."""
     parts = (*photo.parent.resolve().parts, photo.name)
     named = [
         (image, PurePosixPath(image["file_name"].replace("\\", "/")).parts)
@@ -58,7 +58,7 @@ def _called(photo: Path, images: Iterable[dict[str, Any]]) -> list[dict[str, Any
 def draw_annotations(
     path: Path, annotations: Sequence[dict[str, Any]], name: str, size: tuple[int, int]
 ) -> Bool[np.ndarray, "h w"]:
-    """Return what any of a photo's annotations marks; raises InputError as `drawn`."""
+    """Returns what any of a photo's annotations marks; raises InputError as `drawn`."""
     mask = np.zeros(size, bool)
     for annotation in annotations:
         mask |= drawn(path, annotation, name, size)
@@ -88,7 +88,7 @@ class CocoFile:
         }
 
     def add(self, file_name: str, found: Found) -> None:
-        """Add a photo and its masks."""
+        """Adds a photo and its masks."""
         images, annotations = self.content["images"], self.content["annotations"]
         height, width = found.index.shape
         image_id = len(images) + 1
@@ -117,7 +117,7 @@ FINER = 3
 
 
 def polygons(mask: Bool[np.ndarray, "h w"]) -> list[list[int]]:
-    """Return x, y, x, y, ... of each part's outline, along the borders of its pixels.
+    """Returns x, y, x, y, ... of each part's outline, along the borders of its pixels.
 
     COCO's coordinates are those of pixels' borders, labelme's those of their centres.
     Parts, holes and corners are as in `outlines`.
@@ -132,7 +132,7 @@ def polygons(mask: Bool[np.ndarray, "h w"]) -> list[list[int]]:
 
 
 def _encoded(mask: Shaped[np.ndarray, "h w"]) -> dict[str, Any]:
-    """Return a mask as run lengths in COCO's compressed form, its area and its box."""
+    """Returns a mask as run lengths in COCO's compressed form, its area and its box."""
     with warnings.catch_warnings():
         # Of pycocotools' own arrays under NumPy 2; the user can do nothing about it.
         warnings.simplefilter("ignore", DeprecationWarning)

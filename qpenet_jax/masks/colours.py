@@ -14,7 +14,7 @@ Index = UInt8[np.ndarray, "h w"]
 
 
 def voc_colour(index: int) -> Colour:
-    """Return the colour of a class: neighbours differ in the highest bits.
+    """Returns the colour of a class: neighbours differ in the highest bits.
 
     Source: the VOC development kit, VOCcode/VOClabelcolormap.m.
     """
@@ -29,14 +29,14 @@ PALETTE = [channel for index in range(256) for channel in voc_colour(index)]
 
 
 def index_png(index: Index) -> bytes:
-    """Return a palette PNG that holds the classes, and shows VOC's colours."""
+    """Returns a palette PNG that holds the classes, and shows VOC's colours."""
     image = Image.frombytes("P", index.shape[::-1], index.tobytes())
     image.putpalette(PALETTE)
     return _png(image)
 
 
 def grey_png(pixels: Index) -> bytes:
-    """Return a mask as a grey PNG of 8 bits."""
+    """Returns a mask as a grey PNG of 8 bits."""
     return _png(Image.fromarray(pixels))
 
 
@@ -48,7 +48,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def class_overlay(image: RGB, index: Index, classes: int) -> RGB:
-    """Tint and outline each class; several have the colours of their index mask."""
+    """Tints and outline each class; several have the colours of their index mask."""
     if classes == 1:
         return overlay(image, index, PREDICTION)
     for number in range(1, classes + 1):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from jaxtyping import UInt8
 
-from qpenet_jax.masks.leads import Found
+from qpenet_jax.masks.margins import Found
 from qpenet_jax.masks.queries import Query, frames
 from qpenet_jax.masks.results import Results
 
@@ -16,7 +16,7 @@ def segment_files(
     queries: Iterable[Query],
     results: Results,
 ) -> int:
-    """Write what `find` finds in every image and frame; return how many they were.
+    """Writes what `find` finds in every image and frame; return how many they were.
 
     One image at a time is in memory. Raises InputError where a file is broken or can't
     be written; what was written before stays, without a summary.

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import decoding
 from qpenet_jax.data.prepare.instances import FORMAT_ERRORS, reason
-from qpenet_jax.masks.leads import Found
+from qpenet_jax.masks.margins import Found
 from qpenet_jax.masks.outlines import fill, outlines
 
 VERSION = "5.5.0"
@@ -29,7 +29,7 @@ Shape = dict[str, Any]
 
 
 def labelme_shapes(content: dict[str, Any]) -> dict[str, list[Shape]]:
-    """Return the shapes of a file's content by their labels; nothing is drawn yet.
+    """Returns the shapes of a file's content by their labels; nothing is drawn yet.
 
     Raises:
         ValueError, LookupError, TypeError: no content of such a file.
@@ -43,7 +43,7 @@ def labelme_shapes(content: dict[str, Any]) -> dict[str, list[Shape]]:
 
 
 def labelme_size(content: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Return the photo's height and width as the file tells them, if it does."""
+    """Returns the photo's height and width as the file tells them, if it does."""
     size = content.get("imageHeight"), content.get("imageWidth")
     return None if None in size else size
 
@@ -51,7 +51,7 @@ def labelme_size(content: dict[str, Any]) -> tuple[Any, Any] | None:
 def draw_shapes(
     path: Path, shapes: Sequence[Shape], size: tuple[int, int]
 ) -> Bool[np.ndarray, "h w"]:
-    """Return what any of the shapes marks in a photo of `size`.
+    """Returns what any of the shapes marks in a photo of `size`.
 
     Raises:
         InputError: a shape without an area, or that isn't of this photo.
@@ -94,7 +94,7 @@ def _drawn(shape: Shape, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
 
 
 def _checked(points: Any, side: int) -> np.ndarray:
-    """Return points as an array; tools let them lie somewhat outside of the photo."""
+    """Returns points as an array; tools let them lie somewhat outside of the photo."""
     for point in points:
         for value in point:
             if type(value) not in (int, float) or not -side <= value <= 2 * side:
@@ -106,7 +106,7 @@ def _checked(points: Any, side: int) -> np.ndarray:
 
 
 def _pasted(text: str, corners: np.ndarray, size: tuple[int, int]):
-    """Return a mask that is stored as a PNG of the box between two pixels."""
+    """Returns a mask that is stored as a PNG of the box between two pixels."""
     (left, top), (right, bottom) = corners
     mask = np.zeros(size, bool)
     part = mask[max(top, 0) : bottom + 1, max(left, 0) : right + 1]
@@ -124,7 +124,7 @@ def _pasted(text: str, corners: np.ndarray, size: tuple[int, int]):
 def labelme_file(
     path: Path, photo: Path, found: Found, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the content of a file at `path` about a photo: a polygon for each part.
+    """Returns the content of a file at `path` about a photo: a polygon for each part.
 
     Parts of one class share a `group_id`; the class's score stands beside each. A hole
     is cut into its part's polygon (`outlines`). The photo itself isn't embedded.
@@ -158,7 +158,7 @@ def labelme_file(
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """Return the way from a folder to a file; the whole path from another drive."""
+    """Returns the way from a folder to a file; the whole path from another drive."""
     whole = path.parent.resolve() / path.name
     try:
         return Path(os.path.relpath(whole, folder.resolve())).as_posix()

@@ -59,7 +59,7 @@ class Marked(NamedTuple):
 
 
 def parse_support(text: str) -> Support:
-    """Return what `[NAME=]IMAGE:MARKS` says.
+    """Returns what `[NAME=]IMAGE:MARKS` says.
 
     Text before the first "=" is a name unless it holds one of `:/\\` or a file has the
     whole name.
@@ -94,7 +94,7 @@ def _name_and_rest(text: str) -> tuple[str | None, str]:
 def read_supports(
     supports: Sequence[Support],
 ) -> dict[str, tuple[list[np.ndarray], list[Mask]]]:
-    """Return images and masks by class, the classes in the order given.
+    """Returns images and masks by class, the classes in the order given.
 
     Without names all are of one class, called after the label of their marks if they
     have one.
@@ -126,7 +126,7 @@ def read_supports(
 
 
 def read_support(support: Support) -> Marked:
-    """Return a support's pixels and what is marked in them.
+    """Returns a support's pixels and what is marked in them.
 
     Raises:
         InputError: the photo or the marks are broken, don't fit, or mark nothing.
@@ -170,7 +170,7 @@ def _polygon(said: str, numbers: list[float], size: Size) -> Bool[np.ndarray, "h
 
 
 def _box(said: str, numbers: list[float], size: Size) -> Bool[np.ndarray, "h w"]:
-    """Return which pixels have their centre in a box."""
+    """Returns which pixels have their centre in a box."""
     if len(numbers) != 4:
         raise InputError(f"{said}: a box is {BOX}x,y,width,height")
     left, top, width, height = numbers
@@ -192,7 +192,7 @@ def _wide(size: Size) -> str:
 def _read_json(
     path: Path, support: Support, size: Size
 ) -> tuple[Bool[np.ndarray, "h w"], str]:
-    """Return what a file of labelme or COCO marks in a photo, and its label there."""
+    """Returns what a file of labelme or COCO marks in a photo, and its label there."""
     with format_errors(path, "a JSON file of labelme or COCO"):
         content = read_annotations(path)
         if "shapes" in content:
@@ -209,7 +209,7 @@ def _read_json(
 
 
 def _choice(path: Path, labels: Iterable[str], name: str | None) -> str:
-    """Return the label that was named, or the only one."""
+    """Returns the label that was named, or the only one."""
     known = sorted(labels)
     if not known:
         raise InputError(f"{path} marks nothing in this photo")

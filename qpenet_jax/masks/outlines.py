@@ -20,7 +20,7 @@ objects of VOC at four times their size, the IoU stayed above 0.993."""
 
 
 def outlines(mask: Shaped[np.ndarray, "h w"]) -> list[Points]:
-    """Return a polygon of three points or more for each part of a mask that isn't 0.
+    """Returns a polygon of three points or more for each part of a mask that isn't 0.
 
     What touches at a corner is one part. A hole is reached from the outline by a cut,
     there and back: the polygon passes that way twice. Large parts lose some corners
@@ -44,7 +44,7 @@ def outlines(mask: Shaped[np.ndarray, "h w"]) -> list[Points]:
 def fill(
     polygon: Float[np.ndarray, "n 2"], size: tuple[int, int]
 ) -> Bool[np.ndarray, "h w"]:
-    """Return what a polygon of three points or more marks in an image of `size`.
+    """Returns what a polygon of three points or more marks in an image of `size`.
 
     Where it passes twice over one place, as around a hole, inside and outside change.
     Its numbers must be checked before: Pillow's C code takes them as they are.
@@ -72,7 +72,7 @@ def _polygon(inside, ring: Points, holes: Sequence[Points]) -> Points:
 def _with_cuts(
     inside: UInt8[np.ndarray, "h w"], ring: Points, holes: Sequence[Points]
 ) -> tuple[Points, Bool[np.ndarray, " n"]]:
-    """Return one closed line through the ring and all holes, and where its pieces end.
+    """Returns one closed line through the ring and all holes, and where its pieces end.
 
     A cut goes from a hole's leftmost pixel straight to the left, where the ring is or a
     hole that begins farther left: from left to right, each is joined to what is. The
@@ -102,5 +102,5 @@ def _with_cuts(
 
 
 def _farthest(ring: Points) -> int:
-    """Return the point farthest from the first: a closed line has two open halves."""
+    """Returns the point farthest from the first: a closed line has two open halves."""
     return int(((ring - ring[0]) ** 2).sum(1).argmax())

@@ -45,7 +45,7 @@ class Frame(NamedTuple):
 
 
 def find_queries(paths: Sequence[str | Path], recursive: bool) -> list[Query]:
-    """Return all that is to be segmented, with its headers checked.
+    """Returns all that is to be segmented, with its headers checked.
 
     Raises:
         InputError: a path that isn't there, a folder without images, two of one name, a
@@ -67,7 +67,7 @@ def find_queries(paths: Sequence[str | Path], recursive: bool) -> list[Query]:
 
 
 def frames(query: Query) -> Iterator[Frame]:
-    """Yield the frames of a video one after the other, or the image.
+    """Yields the frames of a video one after the other, or the image.
 
     Raises InputError where it is broken.
     """
@@ -79,7 +79,7 @@ def frames(query: Query) -> Iterator[Frame]:
 
 
 def _queries_at(path: Path, recursive: bool) -> list[Query]:
-    """Return an image file, or the image files of a folder; tell what is left out."""
+    """Returns an image file, or the image files of a folder; tell what is left out."""
     if not path.exists():
         raise InputError(f"{path}: no such image or folder")
     if not path.is_dir():

@@ -42,7 +42,7 @@ class Edges:
     def __call__(
         self, probability: Float[np.ndarray, "h w"]
     ) -> Float[np.ndarray, "h w"]:
-        """Return a probability, of the photo's size, that follows the photo's edges."""
+        """Returns a probability, of the photo's size, that follows the photo's edges."""
         given = self._small(probability)
         mean = self._box(given)
         common = (
@@ -63,7 +63,7 @@ class Edges:
         return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
 
     def _box(self, pixels):
-        """Return means over squares; of several channels, each by itself."""
+        """Returns means over squares; of several channels, each by itself."""
         size, border = (self.side, self.side), cv2.BORDER_REFLECT
         means = cv2.boxFilter(pixels, -1, size, borderType=border)
         return means.reshape(pixels.shape)

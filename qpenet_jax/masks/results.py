@@ -16,7 +16,7 @@ from qpenet_jax.core.files import refuse_overwriting, write_whole
 from qpenet_jax.masks.coco import CocoFile
 from qpenet_jax.masks.colours import class_overlay, grey_png, index_png, voc_colour
 from qpenet_jax.masks.labelme import labelme_file
-from qpenet_jax.masks.leads import Found
+from qpenet_jax.masks.margins import Found
 from qpenet_jax.masks.queries import Frame, Query
 from qpenet_jax.masks.videos import OverlayVideo
 
@@ -71,7 +71,7 @@ class Results:
         }
 
     def refuse_clashes(self, queries: Iterable[Query], read: Sequence[Path]) -> None:
-        """Refuse results in each other's place, or in that of a file that is read.
+        """Refuses results in each other's place, or in that of a file that is read.
 
         Raises:
             InputError: naming them.
@@ -99,7 +99,7 @@ class Results:
         refuse_overwriting([*files, *(folder / "0.png" for folder in folders)], read)
 
     def add(self, query: Query, frame: Frame, found: Found) -> None:
-        """Write what was found in an image, or in a frame of a video.
+        """Writes what was found in an image, or in a frame of a video.
 
         Raises InputError where that can't be written.
         """
@@ -115,11 +115,11 @@ class Results:
         self._images.append(self._summed_up(query, frame, found, files))
 
     def overlay_video(self, query: Query) -> OverlayVideo:
-        """Return what writes the overlays of a video's frames as a video."""
+        """Returns what writes the overlays of a video's frames as a video."""
         return OverlayVideo(self._overlay_video(query), query.rate, len(self.classes))
 
     def finish(self) -> None:
-        """Write the files that are about all images; raises InputError if it can't."""
+        """Writes the files that are about all images; raises InputError if it can't."""
         for name, coco in self._coco.items():
             write_whole(self.out / COCO[name], json.dumps(coco.content))
         summary = self._summary | {"images": self._images}
@@ -132,7 +132,7 @@ class Results:
         return self.out / f"{query.name}_overlay.mp4"
 
     def _files(self, name: Path, is_video: bool) -> dict[str, Path]:
-        """Return the files of an image by what they hold."""
+        """Returns the files of an image by what they hold."""
         files: dict[str, Path] = {}
         if "png" in self.formats:
             files["png"] = Path(f"{name}.png")
@@ -152,7 +152,7 @@ class Results:
         return {what: self.out / path for what, path in files.items()}
 
     def _content(self, what, path, query: Query, frame: Frame, found: Found):
-        """Return what is to be written into one of an image's files."""
+        """Returns what is to be written into one of an image's files."""
         match what.split():
             case ["png"] if len(self.classes) == 1:
                 return grey_png(255 * found.index)

@@ -15,11 +15,11 @@ from qpenet_jax.core.types import FEATURE_STRIDE
 from qpenet_jax.data.arrays import as_image
 from qpenet_jax.data.transforms import fit, padding, unpad
 from qpenet_jax.evaluation.predictor import Predictor
-from qpenet_jax.masks.leads import (
+from qpenet_jax.masks.margins import (
     Found,
     Tiles,
     compete,
-    lead_of,
+    margin_of,
     probability,
     tiled,
 )
@@ -27,7 +27,7 @@ from qpenet_jax.masks.refine import Edges
 
 Image = UInt8[np.ndarray, "h w 3"] | PIL.Image.Image
 Mask = UInt8[np.ndarray, "h w"]
-Lead = Float[np.ndarray, "h w"]
+Margin = Float[np.ndarray, "h w"]
 
 
 class View(NamedTuple):
@@ -51,22 +51,22 @@ class Task:
     masks: UInt8[np.ndarray, "1 k s s"]
 
     def __call__(self, query: Image) -> Mask:
-        """Return the query's mask at its own size: 1 foreground, 0 background.
+        """Returns the query's mask at its own size: 1 foreground, 0 background.
 
         Raises InputError if the query is no PIL image and no RGB array of type uint8.
         """
-        return (self.lead(self.view(query)) > 0).astype(np.uint8)
+        return (self.margin(self.view(query)) > 0).astype(np.uint8)
 
-    def probability(self, query: Image) -> Lead:
-        """Return how probable the foreground is at every pixel, 0..1.
+    def probability(self, query: Image) -> Margin:
+        """Returns how probable the foreground is at every pixel, 0..1.
 
         It is the network's own estimate (softmax of its two logits) and isn't
         calibrated; above 0.5 the mask has its foreground. Raises as the call does.
         """
-        return probability(self.lead(self.view(query)))
+        return probability(self.margin(self.view(query)))
 
     def view(self, query: Image) -> View:
-        """Return a query encoded, for all tasks of one segmenter; raises as a call."""
+        """Returns a query encoded, for all tasks of one segmenter; raises as a call."""
         pixels = as_image(query, "query image")
         height, width = pixels.shape[:2]
         encoded = self.predict.encode(
@@ -78,16 +78,16 @@ class Task:
 
     @functools.cached_property
     def focused(self) -> tuple[PyTree[Array], ...]:
-        """The supports without what no lead depends on."""
+        """The supports without what no margin depends on."""
         return self.predict.focus(self.supports, self.masks)
 
-    def lead(self, view: View) -> Lead:
-        """Return how far the foreground leads at every pixel of an encoded query."""
-        lead = np.asarray(self.predict.decode(self.focused, self.masks, view.encoded))
-        return unpad(lead[0], view.height, view.width)
+    def margin(self, view: View) -> Margin:
+        """Returns the margin of the foreground at every pixel of an encoded query."""
+        margin = np.asarray(self.predict.decode(self.focused, self.masks, view.encoded))
+        return unpad(margin[0], view.height, view.width)
 
     def look(self, query: Image) -> dict[str, Any]:
-        """Return the named intermediates for a query, as arrays without a batch axis.
+        """Returns the named intermediates for a query, as arrays without a batch axis.
 
         A trained network's are those of `QPENet.__call__`, those of the training-free
         method of `self_supported`. Raises as a call.
@@ -105,7 +105,7 @@ MOST_CLASSES = 254
 class Tasks:
     """Tasks of one segmenter by their class: class i, from 1 on, in the order given.
 
-    The classes compete: a pixel is of the one with the largest lead above 0. A query is
+    The classes compete: a pixel is of the one with the largest margin above 0. A query is
     encoded once for all of them. Raises InputError for no class, more than 254, or
     tasks of several segmenters.
     """
@@ -113,7 +113,7 @@ class Tasks:
     tasks: Mapping[str, Task]
 
     def __post_init__(self):
-        """Check them."""
+        """Checks them."""
         if not 1 <= len(self.tasks) <= MOST_CLASSES:
             raise InputError(f"{len(self.tasks)} classes: give 1 to {MOST_CLASSES}")
         first, *others = self.tasks.values()
@@ -124,7 +124,7 @@ class Tasks:
             raise InputError("tasks of several segmenters: learn all with one")
 
     def __call__(self, query: Image) -> Mask:
-        """Return the class of every pixel, 0 for the background: `find(query).index`.
+        """Returns the class of every pixel, 0 for the background: `find(query).index`.
 
         Raises InputError as a task does.
         """
@@ -138,23 +138,23 @@ class Tasks:
         refine: bool = False,
         probabilities: bool = False,
     ) -> Found:
-        """Return index mask and scores, and if asked for each class's probabilities.
+        """Returns index mask and scores, and if asked for each class's probabilities.
 
         With `tiles`, the network looks at parts of the query. With `refine`, masks
         follow the photo's edges (`masks/refine.py`). Raises as a call.
         """
         pixels = as_image(query, "query image")
-        leads = tiled(self.leads, pixels, tiles) if tiles else self.leads(pixels)
+        margins = tiled(self.margins, pixels, tiles) if tiles else self.margins(pixels)
         if refine:
             longest = max(pixels.shape[:2])
             seen = min(longest, tiles.side) if tiles else longest
             side = next(iter(self.tasks.values())).side
             edges = Edges(pixels, FEATURE_STRIDE * seen / side)
-            leads = (lead_of(edges(probability(lead))) for lead in leads)
-        return compete(leads, probabilities=probabilities)
+            margins = (margin_of(edges(probability(margin))) for margin in margins)
+        return compete(margins, probabilities=probabilities)
 
-    def leads(self, query: Image) -> Iterator[Lead]:
-        """Yield each class's lead at every pixel; raises as a call."""
+    def margins(self, query: Image) -> Iterator[Margin]:
+        """Yields each class's margin at every pixel; raises as a call."""
         view = next(iter(self.tasks.values())).view(query)
         for task in self.tasks.values():
-            yield task.lead(view)
+            yield task.margin(view)

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.masks.colours import class_overlay
-from qpenet_jax.masks.leads import Found
+from qpenet_jax.masks.margins import Found
 
 RGB = UInt8[np.ndarray, "h w 3"]
 
@@ -34,7 +34,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 def read_video(path: Path) -> Iterator[RGB]:
-    """Yield a video's frames as RGB, upright; one at a time is in memory.
+    """Yields a video's frames as RGB, upright; one at a time is in memory.
 
     Warns if it ends before its header says.
 
@@ -56,7 +56,7 @@ def read_video(path: Path) -> Iterator[RGB]:
 
 
 def frame_rate(path: Path) -> float:
-    """Return a video's frames a second as its header tells, 25 if it doesn't."""
+    """Returns a video's frames a second as its header tells, 25 if it doesn't."""
     with _opened(path) as video:
         rate = video.get(cv2.CAP_PROP_FPS)
     return rate if 0 < rate < 1000 else 25.0
@@ -91,11 +91,11 @@ class OverlayVideo:
         self._writer: Any = None
 
     def __enter__(self) -> "OverlayVideo":
-        """Return itself; the file is made with the first frame."""
+        """Returns itself; the file is made with the first frame."""
         return self
 
     def add(self, pixels: RGB, found: Found) -> None:
-        """Write the overlay of a frame; raises InputError where OpenCV can't."""
+        """Writes the overlay of a frame; raises InputError where OpenCV can't."""
         overlay = class_overlay(pixels, found.index, self.classes)
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class OverlayVideo:
         self._writer.write(cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR))
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """Give the file its name if all went well, else take it away."""
+        """Gives the file its name if all went well, else take it away."""
         if self._writer is None:
             return
         self._writer.release()

@@ -33,7 +33,7 @@ class FEM(nn.Module):
         *,
         train: bool,
     ) -> dict[str, Array | tuple[Array, ...]]:
-        """Return the logits `y_final` [b, h, w, 2] and `y_inner`, one a grid.
+        """Returns the logits `y_final` [b, h, w, 2] and `y_inner`, one a grid.
 
         The QPENet paper doesn't say how P_bg enters. Here as in NERTNet (Liu et al.,
         CVPR 2022), whose global prototype it is: filtered out on every grid, as in eq
@@ -61,7 +61,7 @@ class FEM(nn.Module):
 
 
 def pooling_matrix(source: int, target: int) -> np.ndarray:
-    """Return the `[target, source]` matrix of adaptive average pooling.
+    """Returns the `[target, source]` matrix of adaptive average pooling.
 
     Row r is the mean over floor(r s / t) .. ceil((r + 1) s / t) - 1: where t doesn't
     divide s the windows overlap and differ in length (PyTorch's convention).
@@ -74,7 +74,7 @@ def pooling_matrix(source: int, target: int) -> np.ndarray:
 def adaptive_average_pool(
     x: Float[Array, "b h w c"], size: tuple[int, int]
 ) -> Float[Array, "b h2 w2 c"]:
-    """Average `x` over a grid of `size` windows, as two small matrix products."""
+    """Averages `x` over a grid of `size` windows, as two small matrix products."""
     rows = pooling_matrix(x.shape[1], size[0])
     cols = pooling_matrix(x.shape[2], size[1])
     along_rows = jnp.einsum("yh,bhwc->bywc", rows, x, precision="highest")
@@ -90,7 +90,7 @@ def prior_mask(
     M_s: Bool[Array, "b k y x"],
     query_features: Float[Array, "b h w f"],
 ) -> Float[Array, "b h w"]:
-    """Return PFENet's prior: each query cell's best cosine to a support foreground.
+    """Returns PFENet's prior: each query cell's best cosine to a support foreground.
 
     Stretched to 0..1 per support, then the mean over the K supports; 0 without
     foreground. PFENet takes layer4, as the released network does; QPENet with `prior`
@@ -121,7 +121,7 @@ PRIOR_BLOCK = 450
 def _best_cosine(
     support: Float[Array, "n f"], mask: Bool[Array, " n"], query: Float[Array, "m f"]
 ) -> Float[Array, " m"]:
-    """Return each query cell's best cosine to a support cell, 0 to those cut out."""
+    """Returns each query cell's best cosine to a support cell, 0 to those cut out."""
     cosines = _cosines(support, query)
     return jnp.where(mask[:, None], cosines, 0).max(0)
 
@@ -136,7 +136,7 @@ def _cosines(
 def _best_cosine_in_blocks(
     support: Float[Array, "n f"], mask: Bool[Array, " n"], query: Float[Array, "m f"]
 ) -> Float[Array, " m"]:
-    """Return what `_best_cosine` does, from the cells with foreground alone."""
+    """Returns what `_best_cosine` does, from the cells with foreground alone."""
     block = min(PRIOR_BLOCK, len(mask))
     order = jnp.argsort(~mask, stable=True)
     order = jnp.concatenate([order, order[: -len(mask) % block]])  # whole blocks

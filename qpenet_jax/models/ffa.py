@@ -40,7 +40,7 @@ class FFA(nn.Module):
         *,
         train: bool,
     ) -> dict[str, Array]:
-        """Return the logits `y_final` (and `y_aux`) [b, h, w, 2].
+        """Returns the logits `y_final` (and `y_aux`) [b, h, w, 2].
 
         In the paper `P_fg` is P_pre and `maps` are A_main and A_aux. The residual
         blocks and the auxiliary head (`y_aux`) are the released system's.
@@ -83,7 +83,7 @@ class CrossAttention(nn.Module):
         *,
         train: bool,
     ) -> Float[Array, "b h w c"]:
-        """Return the refined query features; keys of all K supports stand together.
+        """Returns the refined query features; keys of all K supports stand together.
 
         A support set without foreground on the grid falls back to all its positions.
         """

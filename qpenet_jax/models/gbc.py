@@ -25,7 +25,7 @@ class GBC(nn.Module):
     init_scale: float = 1.0
 
     def setup(self):
-        """Make P_global and the layers."""
+        """Makes P_global and the layers."""
         # One vector for all images: what the backgrounds of the training set share.
         start = nn.initializers.normal(self.init_scale)
         self.P_global = self.param("P_global", start, (self.channels,))
@@ -38,7 +38,7 @@ class GBC(nn.Module):
     def __call__(
         self, F_q: Float[Array, "b h w c"], *, train: bool
     ) -> dict[str, Array]:
-        """Return `P_bg` [b, c] and the query's background logits `y_bg_q`."""
+        """Returns `P_bg` [b, c] and the query's background logits `y_bg_q`."""
         y_bg_q = self.segment(F_q, self.P_global, train=train)  # eq 10
         if not self.cleanse:
             P_bg = jnp.tile(self.P_global, (F_q.shape[0], 1))
@@ -51,7 +51,7 @@ class GBC(nn.Module):
     def supports(
         self, F_s: Float[Array, "b k h w c"], *, train: bool
     ) -> Float[Array, "b k h w 2"]:
-        """Return the supports' background logits, which only teach P_global (eq 9)."""
+        """Returns the supports' background logits, which only teach P_global (eq 9)."""
         b, k = F_s.shape[:2]
         folded = F_s.reshape(b * k, *F_s.shape[2:])
         y_bg_s = self.segment(folded, self.P_global, train=train)
@@ -64,7 +64,7 @@ class GBC(nn.Module):
         *,
         train: bool,
     ) -> Float[Array, "b h w 2"]:
-        """Return the logits of eqs 9 and 10 by a prototype; class 1 is background."""
+        """Returns the logits of eqs 9 and 10 by a prototype; class 1 is background."""
         shape = (features.shape[0], self.channels)
         return self.convs(features, jnp.broadcast_to(prototype, shape), train=train)
 
@@ -74,6 +74,6 @@ class GBC(nn.Module):
         )
 
     def _cleaner(self, pooled, *, train):
-        """Return FC(FC(.)) of eq 11 as a gate in 0..1, as a cleaner only takes away."""
+        """Returns FC(FC(.)) of eq 11 as a gate in 0..1, as a cleaner only takes away."""
         gate = self.fc2(nn.relu(self.fc1(pooled)))
         return nn.sigmoid(self.gate_dropped(gate, deterministic=not train))

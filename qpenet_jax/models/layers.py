@@ -15,7 +15,7 @@ from qpenet_jax.models import ops
 
 
 def traced_once(init: Callable[..., Array]) -> Callable[..., Array]:
-    """Return an initialiser that JAX traces once a shape.
+    """Returns an initialiser that JAX traces once a shape.
 
     Flax's own layers trace theirs whenever a network is applied; see `parameter`.
     """
@@ -25,7 +25,7 @@ def traced_once(init: Callable[..., Array]) -> Callable[..., Array]:
 def parameter(
     module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]
 ) -> Array:
-    """Return a parameter of a module, or make it: `module.param` in less time.
+    """Returns a parameter of a module, or make it: `module.param` in less time.
 
     Flax traces the initialiser whenever a network is applied, to compare shapes: of a
     backbone with parameters of many shapes that is a quarter of what tracing takes.
@@ -49,7 +49,7 @@ kernel_init = traced_once(nn.initializers.variance_scaling(1 / 3, "fan_in", "uni
 
 @functools.cache
 def bias_init(fan_in: int) -> Callable[..., Array]:
-    """Return PyTorch's initialiser of biases, U(+-1 / sqrt(fan_in))."""
+    """Returns PyTorch's initialiser of biases, U(+-1 / sqrt(fan_in))."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -1.0, 1.0) * fan_in**-0.5
@@ -64,7 +64,7 @@ class Conv1x1(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        """Return ReLU(conv(x))."""
+        """Returns ReLU(conv(x))."""
         kernel = parameter(self, "kernel", kernel_init, (x.shape[-1], self.features))
         return nn.relu(ops.conv1x1(x, kernel))
 
@@ -76,7 +76,7 @@ class Conv3x3(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        """Return ReLU(conv(x))."""
+        """Returns ReLU(conv(x))."""
         kernel = parameter(
             self, "kernel", kernel_init, (3, 3, x.shape[-1], self.features)
         )
@@ -88,7 +88,7 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Return x + conv(conv(x))."""
+        """Returns x + conv(conv(x))."""
         channels = x.shape[-1]
         hidden = Conv3x3(channels, name="conv1")(x)
         return x + Conv3x3(channels, name="conv2")(hidden)
@@ -103,7 +103,7 @@ class Head(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], *, train: bool
     ) -> Float[Array, "b h w 2"]:
-        """Return the logits; class 1 is what the head looks for."""
+        """Returns the logits; class 1 is what the head looks for."""
         channels = x.shape[-1]
         x = Conv3x3(channels, name="conv")(x)
         x = channel_dropout(self.dropout)(x, deterministic=not train)
@@ -136,7 +136,7 @@ class Convs(nn.Module):
         *,
         train: bool,
     ) -> Float[Array, "b h w 2"]:
-        """Return the logits; class 1 is "belongs to the prototype"."""
+        """Returns the logits; class 1 is "belongs to the prototype"."""
         merged = MergePrototype(features.shape[-1], name="merge")(features, prototype)
         x = channel_dropout(self.channel_dropout)(merged, deterministic=not train)
         x = Residual(name="residual")(x)
@@ -156,7 +156,7 @@ class MergePrototype(nn.Module):
     def __call__(
         self, features: Float[Array, "b h w c"], prototype: Float[Array, "b p"]
     ) -> Float[Array, "b h w d"]:
-        """Return ReLU(conv(concat)); kernel rows: features first, prototype second."""
+        """Returns ReLU(conv(concat)); kernel rows: features first, prototype second."""
         c = features.shape[-1]
         rows = c + prototype.shape[-1]
         kernel = parameter(self, "kernel", kernel_init, (rows, self.features))
@@ -165,7 +165,7 @@ class MergePrototype(nn.Module):
 
 
 def channel_dropout(rate: float, name: str | None = None) -> nn.Dropout:
-    """Drop whole channels of `[b, h, w, c]` features, per image."""
+    """Drops whole channels of `[b, h, w, c]` features, per image."""
     return nn.Dropout(rate, broadcast_dims=(1, 2), name=name)
 
 
@@ -174,7 +174,7 @@ RMS_EPSILON = 1e-12
 
 
 def unit_rms(features: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Divide the features of each image by their root mean square.
+    """Divides the features of each image by their root mean square.
 
     Backbones differ in the scale of their features, and so would the speed at which
     layers without batch norm learn from them. Cosines don't change.

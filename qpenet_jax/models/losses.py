@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Integer
 
 from qpenet_jax.core.types import IGNORE, Array
 from qpenet_jax.models.ops import resize_align_corners
-from qpenet_jax.models.prototypes import foreground_lead
+from qpenet_jax.models.prototypes import foreground_margin
 
 Weight = float | Float[Array, ""]
 
@@ -35,12 +35,12 @@ class LossWeights:
 def margin(
     logits: Float[Array, "*b h w 2"], size: tuple[int, int]
 ) -> Float[Array, "*b H W"]:
-    """Return how far class 1 leads class 0, resized to the image (align_corners).
+    """Returns the logit of class 1 minus that of class 0, resized to the image (align_corners).
 
     Two-class cross entropy depends on this difference only, and resizing is linear, so
     one channel is resized instead of two.
     """
-    difference = foreground_lead(logits)
+    difference = foreground_margin(logits)
     folded = difference.reshape(-1, *difference.shape[-2:])[..., None]
     return resize_align_corners(folded, size).reshape(*difference.shape[:-2], *size)
 
@@ -48,7 +48,7 @@ def margin(
 def cross_entropy(
     logits: Float[Array, "*b h w 2"], mask: Integer[Array, "*b H W"]
 ) -> Float[Array, ""]:
-    """Return the mean two-class cross entropy over all pixels of the batch but 255's.
+    """Returns the mean two-class cross entropy over all pixels of the batch but 255's.
 
     L_bce of eq 17. No valid pixel at all gives 0.
     """
@@ -59,7 +59,7 @@ def cross_entropy(
 def background_mining(
     logits: Float[Array, "*b h w 2"], mask: Integer[Array, "*b H W"]
 ) -> Float[Array, ""]:
-    """Return L_bm of eq 18 (Liu et al., NERTNet, CVPR 2022); class 1 is background.
+    """Returns L_bm of eq 18 (Liu et al., NERTNet, CVPR 2022); class 1 is background.
 
     Per image, foreground pixels are pushed to "not background"; half as hard, all valid
     pixels are pulled to "background". The mean over images.
@@ -77,7 +77,7 @@ def total_loss(
     support_masks: Integer[Array, "b k H W"],
     weights: LossWeights = LossWeights(),
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Return L of eq 19 and its unweighted terms by name.
+    """Returns L of eq 19 and its unweighted terms by name.
 
     Predictions that a variant of the network doesn't make have no term. Those of FEM's
     grids, y_inner, count as their mean.

@@ -10,7 +10,7 @@ from qpenet_jax.models.prototypes import masked_average_pool, predicted
 def preliminary_prototype(
     F_s: Float[Array, "b k h w c"], M_s: Bool[Array, "b k h w"]
 ) -> Float[Array, "b c"]:
-    """Return `P_pre` of eq 1; K supports count as the mean of their K prototypes."""
+    """Returns `P_pre` of eq 1; K supports count as the mean of their K prototypes."""
     return masked_average_pool(F_s, M_s).mean(axis=1)
 
 
@@ -21,7 +21,7 @@ def pseudo_prototype(
     *,
     train: bool,
 ) -> dict[str, Array]:
-    """Segment the query by the support's prototype and pool what was found.
+    """Segments the query by the support's prototype and pool what was found.
 
     Returns the logits `y_pre` [b, h, w, 2] and `P_psd` [b, c]. `convs` is shared with
     DPE.

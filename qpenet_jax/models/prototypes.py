@@ -16,7 +16,7 @@ NORM_EPSILON = 1e-8
 def masked_average_pool(
     features: Float[Array, "*b h w c"], mask: Bool[Array, "*b h w"]
 ) -> Float[Array, "*b c"]:
-    """Average the features under a mask (MAP in eqs 1, 3, 7 and 8).
+    """Averages the features under a mask (MAP in eqs 1, 3, 7 and 8).
 
     An empty mask gives the zero vector.
     """
@@ -28,7 +28,7 @@ def masked_average_pool(
 def activation_map(
     features: Float[Array, "b h w c"], prototype: Float[Array, "b c"]
 ) -> Float[Array, "b h w"]:
-    """Return the cosine of every feature to the prototype (eqs 13 and 14).
+    """Returns the cosine of every feature to the prototype (eqs 13 and 14).
 
     A zero vector on either side gives 0, with finite gradients.
     """
@@ -37,27 +37,27 @@ def activation_map(
 
 
 def _norm(x):
-    """Return the length of the last axis, at least NORM_EPSILON.
+    """Returns the length of the last axis, at least NORM_EPSILON.
 
     The root is taken of the bounded square: the gradient of the root at 0 is infinite.
     """
     return jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1), NORM_EPSILON**2))
 
 
-def foreground_lead(logits: Float[Array, "*b 2"]) -> Float[Array, "*b"]:
-    """Return how far class 1 leads class 0 in the logits; positive: class 1 wins."""
+def foreground_margin(logits: Float[Array, "*b 2"]) -> Float[Array, "*b"]:
+    """Returns the logit of class 1 minus that of class 0; positive: class 1 wins."""
     return logits[..., 1] - logits[..., 0]
 
 
 def predicted(logits: Float[Array, "*b h w 2"]) -> Bool[Array, "*b h w"]:
-    """Return where class 1 wins: the hard mask of eqs 3, 5, 6 and 11, no gradient."""
+    """Returns where class 1 wins: the hard mask of eqs 3, 5, 6 and 11, no gradient."""
     return jax.lax.stop_gradient(logits[..., 1] > logits[..., 0])
 
 
 def foreground_on_grid(
     mask: Integer[Array, "*b H W"], grid: tuple[int, int]
 ) -> Bool[Array, "*b h w"]:
-    """Bring a {0, 1, 255} mask to the feature grid: true where foreground.
+    """Brings a {0, 1, 255} mask to the feature grid: true where foreground.
 
     Feature cell (i, j) is centred on pixel (8 i, 8 j), so resizing with align_corners
     picks exactly these pixels. 255 counts as background. Raises ValueError unless the

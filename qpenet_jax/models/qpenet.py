@@ -60,7 +60,7 @@ class QPENet(nn.Module):
     prior: bool = False  # PFENet's prior mask is one more map of the decoder
 
     def __post_init__(self):
-        """Refuse field values that name no network."""
+        """Refuses field values that name no network."""
         if self.decoder not in ("ffa", "fem"):
             raise InputError(f"decoder {self.decoder!r}: choose 'ffa' or 'fem'")
         known = ("pre", "main", "aux") if self.fgpe else ("pre",)
@@ -73,7 +73,7 @@ class QPENet(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        """Make the layers; `nn.Module` gives parameters to those that are used."""
+        """Makes the layers; `nn.Module` gives parameters to those that are used."""
         make_head = functools.partial(Head, self.head_dropout)
         make_convs = functools.partial(Convs, self.channel_dropout, self.head_dropout)
         self.reduce_support = Conv1x1(self.channels)
@@ -106,7 +106,7 @@ class QPENet(nn.Module):
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
-        """Return the query's logits at image size and every named intermediate.
+        """Returns the query's logits at image size and every named intermediate.
 
         `out` holds F_q [b, h, w, c], F_s [b, k, h, w, c]; P_pre, P_psd, P_main, P_aux,
         P_bg [b, c]; y_pre, y_bg_q, y_final (y_aux) [b, h, w, 2]; y_rev (in training
@@ -132,7 +132,7 @@ class QPENet(nn.Module):
         *,
         train: bool = False,
     ) -> dict[str, Array]:
-        """Return all that can be known of images without the others of their episode.
+        """Returns all that can be known of images without the others of their episode.
 
         Of a support F_s [n, h, w, c]; of a query F_q [n, h, w, c], y_bg_q [n, h, w, 2]
         and P_bg [n, c], by GBC. An image that may be either, over a shared reducer, has
@@ -159,7 +159,7 @@ class QPENet(nn.Module):
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
-        """Return what `__call__` does, from encoded images: supports [b, k, ...].
+        """Returns what `__call__` does, from encoded images: supports [b, k, ...].
 
         Supports may be cut around their foreground, which is `M_s` [b, k, h, w] then;
         nothing that lies further from it than `Convs.REACH` changes the logits.
@@ -195,7 +195,7 @@ class QPENet(nn.Module):
         return logits, out
 
     def _foreground(self, F_q, out):
-        """Return the decoder's activation maps by name and the vectors to broadcast."""
+        """Returns the decoder's activation maps by name and the vectors to broadcast."""
         mapped = [n for n in self.prototypes if self.activation_maps and n != "pre"]
         A = {f"A_{n}": activation_map(F_q, out[f"P_{n}"]) for n in mapped}  # eqs 13, 14
         vectors = [out[f"P_{n}"] for n in self.prototypes if n not in mapped]
@@ -203,6 +203,6 @@ class QPENet(nn.Module):
 
 
 def _concatenate(arrays, like):
-    """Join along the channels; of no arrays at all, something `like` with none."""
+    """Joins along the channels; of no arrays at all, something `like` with none."""
     nothing = jnp.zeros((*like.shape[:-1], 0), like.dtype)
     return jnp.concatenate([nothing, *arrays], axis=-1)

@@ -48,7 +48,7 @@ class Work:
         return self.run.experiment.config.backbone.name
 
     def seconds(self, cost: Cost) -> float:
-        """Return what is left to compute, 0 for a finished run."""
+        """Returns what is left to compute, 0 for a finished run."""
         if self.state == "done":
             return 0.0
         scoring = sum(cost.episode[k] * count for k, count in self.episodes.items())
@@ -56,7 +56,7 @@ class Work:
 
 
 def print_plan(runs: Sequence[PlannedRun]) -> None:
-    """Print every run with its state, and the measured time of all; write nothing."""
+    """Prints every run with its state, and the measured time of all; write nothing."""
     plan = [_work(run) for run in runs]
     print(_plan_table(plan), flush=True)
     # Measured once per backbone: on its last row, which of the ablations is `full`.
@@ -98,7 +98,7 @@ def _state(run: PlannedRun) -> str:
 
 
 def _episodes(run: PlannedRun, steps: int) -> dict[int, int]:
-    """Return how many episodes a run scores by shots, selection included."""
+    """Returns how many episodes a run scores by shots, selection included."""
     experiment, config = run.experiment, run.experiment.config
     protocol, selections = experiment.protocol(), experiment.selection_protocols()
     counts = dict.fromkeys(run.shots, protocol.episodes * len(protocol.seeds))
@@ -113,7 +113,7 @@ def _episodes(run: PlannedRun, steps: int) -> dict[int, int]:
 
 
 def measured_cost(run: PlannedRun) -> Cost:
-    """Measure some steps and episodes of a run, once they are compiled."""
+    """Measures some steps and episodes of a run, once they are compiled."""
     trainer = Trainer(run.experiment)
     step, params = _seconds_per_step(trainer)
     predict = run.experiment.predictor(params, trainer.weights)
@@ -122,7 +122,7 @@ def measured_cost(run: PlannedRun) -> Cost:
 
 
 def _seconds_per_step(trainer: Trainer) -> tuple[float, PyTree[Array]]:
-    """Return the mean, and the parameters after the measured steps."""
+    """Returns the mean, and the parameters after the measured steps."""
     with contextlib.closing(first_steps(trainer)) as stream:
         steps = list(itertools.islice(stream, 1 + MEASURED_STEPS))
     seconds = statistics.mean(step.took for step in steps[1:])  # the first compiles

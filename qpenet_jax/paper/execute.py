@@ -41,7 +41,7 @@ ERROR_LINE = re.compile(
 
 
 def execute(runs: Sequence[PlannedRun]) -> None:
-    """Train and score what isn't yet, and print a line for every run.
+    """Trains and score what isn't yet, and print a line for every run.
 
     Raises:
         InputError: a run is in use by another process, or runs failed: see their logs.
@@ -69,7 +69,7 @@ def execute(runs: Sequence[PlannedRun]) -> None:
 
 
 def _execute_one(run: PlannedRun) -> str:
-    """Train and score; return an error in one line, empty if there is none."""
+    """Trains and score; return an error in one line, empty if there is none."""
     log = run.folder / LOG
     for shots in run.shots:
         if results_file(run, shots):
@@ -84,7 +84,7 @@ def _execute_one(run: PlannedRun) -> str:
 
 
 def _command(run: PlannedRun, shots: int) -> list[str]:
-    """Return what scores with `shots`: training for the first number of them."""
+    """Returns what scores with `shots`: training for the first number of them."""
     if shots == run.shots[0]:
         return run.command
     words = ["--workdir", run.folder, "--shots", shots]
@@ -93,7 +93,7 @@ def _command(run: PlannedRun, shots: int) -> list[str]:
 
 
 def run_logged(command: Sequence[str], log: Path) -> int:
-    """Run a command to its end, output appended to `log`; return its exit code.
+    """Runs a command to its end, output appended to `log`; return its exit code.
 
     The time it took is added up in the file COST beside the log.
 
@@ -106,7 +106,7 @@ def run_logged(command: Sequence[str], log: Path) -> int:
 
 
 def _run(command: Sequence[str], log: BinaryIO) -> int:
-    """Run a command as a process; return its exit code."""
+    """Runs a command as a process; return its exit code."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
     )
@@ -124,7 +124,7 @@ def _run(command: Sequence[str], log: BinaryIO) -> int:
 
 @contextlib.contextmanager
 def _timed(log: Path) -> Iterator[None]:
-    """Add the seconds that the `with` takes to those in the file COST."""
+    """Adds the seconds that the `with` takes to those in the file COST."""
     cost, machine, start = log.with_name(COST), _machine(), time.monotonic()
     try:
         yield
@@ -136,7 +136,7 @@ def _timed(log: Path) -> Iterator[None]:
 
 @functools.cache
 def _machine() -> str:
-    """Return processor, JAX device (asked in another process) and versions."""
+    """Returns processor, JAX device (asked in another process) and versions."""
     code = "import jax; d = jax.devices(); print(len(d), 'x', d[0].device_kind)"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     return (
@@ -147,7 +147,7 @@ def _machine() -> str:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C; after either, print one line and exit with 130."""
+    """Takes SIGTERM for Ctrl-C; after either, prints one line and exits with 130."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

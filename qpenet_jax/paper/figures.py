@@ -58,7 +58,7 @@ def draw_figures(
     shots: int = 1,
     overrides: Sequence[str] = (),
 ) -> list[Path]:
-    """Write three sheets about trained runs into `out` and return their paths.
+    """Writes three sheets about trained runs into `out` and returns their paths.
 
     `predictions.jpg` compares the runs and the cosine baseline (as Figs 4 and 5),
     `evolution.jpg` shows how the foreground prototypes come about (eqs 2-8, 13, 14),
@@ -92,7 +92,7 @@ def draw_figures(
 def _write_sheets(
     shown: Sequence[ShownEpisode], protocol: Protocol, files: Mapping[str, Path]
 ) -> list[Path]:
-    """Write all sheets, or none if one can't be drawn."""
+    """Writes all sheets, or none if one can't be drawn."""
     notes = _notes(protocol)
     content = {
         path: _jpeg(SHEETS[name](shown, notes, protocol.resize))
@@ -104,7 +104,7 @@ def _write_sheets(
 
 
 def _jpeg(page: RGB) -> bytes:
-    """Encode without thinning out the colours, which would blur text and contours."""
+    """Encodes without thinning out the colours, which would blur text and contours."""
     content = io.BytesIO()
     Image.fromarray(page).save(content, "JPEG", quality=QUALITY, subsampling=0)
     return content.getvalue()
@@ -127,7 +127,7 @@ def _notes(protocol: Protocol) -> list[str]:
 def _choose_episodes(
     protocol: Protocol, episodes: Sequence[int] | None, count: int, seed: int
 ) -> list[int]:
-    """Return the given indices, or `count` different ones drawn by `seed`."""
+    """Returns the given indices, or `count` different ones drawn by `seed`."""
     total = protocol.episodes
     if episodes is not None:
         if not len(episodes):
@@ -161,7 +161,7 @@ def _check_height(episodes: int, runs: int) -> None:
 def _open_runs(
     workdirs: Mapping[str, Path] | Sequence[Path], overrides: Sequence[str] = ()
 ) -> list[ShownRun]:
-    """Open runs that can be shown side by side, under names that tell them apart."""
+    """Opens runs that can be shown side by side, under names that tell them apart."""
     if not workdirs:
         raise InputError("no run is given: give the --workdir of a training")
     named = isinstance(workdirs, Mapping)
@@ -188,7 +188,7 @@ def _names(folders: Sequence[Path], experiments: Sequence[Experiment]) -> list[s
 def _check_comparable(
     folders: Sequence[Path], experiments: Sequence[Experiment]
 ) -> None:
-    """Refuse runs to which the first run's episodes would show something else."""
+    """Refuses runs to which the first run's episodes would show something else."""
     facts = [
         _facts(folder, experiment)
         for folder, experiment in zip(folders, experiments, strict=True)
@@ -232,17 +232,17 @@ def _look_at(
 
 
 def _look(run: ShownRun) -> Callable[[Episode], tuple[Float[np.ndarray, "s s"], Out]]:
-    """Return `look(batch of one)`: the foreground's lead and the network's `Out`."""
+    """Returns `look(batch of one)`: the margin and the network's `Out`."""
     _, experiment, params, weights = run
 
     def look(episode):
-        lead, out = experiment.predictor(params, weights).look(episode)
+        margin, out = experiment.predictor(params, weights).look(episode)
         if experiment.model.bgpe:
             # The head of eq 10 segments by whatever stands at P_global's place.
             gbc = params["gbc"] | {"P_global": out["P_bg"][0]}
             clean = experiment.predictor(params | {"gbc": gbc}, weights)
             query = clean.encode(episode.query_image, ("query",))
             out = out | {"y_bg_clean": query["y_bg_q"]}
-        return jax.tree.map(lambda x: np.asarray(x[0]), (lead, out))
+        return jax.tree.map(lambda x: np.asarray(x[0]), (margin, out))
 
     return look

@@ -18,12 +18,12 @@ COST = "cost.json"
 
 
 def is_done(run: PlannedRun) -> bool:
-    """Return whether a run is trained and scored with all its numbers of shots."""
+    """Returns whether a run is trained and scored with all its numbers of shots."""
     return all(results_file(run, shots) for shots in run.shots)
 
 
 def results_file(run: PlannedRun, shots: int) -> Path | None:
-    """Return the results.json of this very experiment, if it is there."""
+    """Returns the results.json of this very experiment, if it is there."""
     first = run.folder / RESULTS
     if not first.exists() or not has_config_of(run):
         return None
@@ -37,7 +37,7 @@ def results_file(run: PlannedRun, shots: int) -> Path | None:
 
 
 def has_config_of(run: PlannedRun) -> bool:
-    """Return whether the run's folder holds a run of the same config."""
+    """Returns whether the run's folder holds a run of the same config."""
     try:
         before = Experiment(read_config(run.folder))
     except InputError:
@@ -46,13 +46,13 @@ def has_config_of(run: PlannedRun) -> bool:
 
 
 def scores_line(run: PlannedRun) -> str:
-    """Return the scores of a finished run for one line of text."""
+    """Returns the scores of a finished run for one line of text."""
     results = _json(run.folder / RESULTS)
     return f"mIoU {results['miou']:.1f}, FB-IoU {results['fb_iou']:.1f}"
 
 
 def by_variant(runs: Sequence[PlannedRun]) -> dict[str, list[Found]]:
-    """Return the results of finished runs: by variant, one for every seed."""
+    """Returns the results of finished runs: by variant, one for every seed."""
     found: dict[str, list[Found]] = {}
     for run in runs:
         of_variant = found.setdefault(run.experiment.config.variant, [])
@@ -63,7 +63,7 @@ def by_variant(runs: Sequence[PlannedRun]) -> dict[str, list[Found]]:
 def by_fold(
     runs: Sequence[PlannedRun],
 ) -> dict[int, dict[str, dict[int, list[Found]]]]:
-    """Return the results by shots, backbone and fold, one for every seed."""
+    """Returns the results by shots, backbone and fold, one for every seed."""
     found: dict[int, dict[str, dict[int, list[Found]]]] = {}
     for run in runs:
         config = run.experiment.config
@@ -89,7 +89,7 @@ def _read(run: PlannedRun, shots: int) -> Found:
 
 
 def _classes(results: dict[str, Any]) -> dict[str, list[int]]:
-    """Return the ids of the classes in every mean: all, and the config's focus."""
+    """Returns the ids of the classes in every mean: all, and the config's focus."""
     ids, names = results["class_ids"], results["protocol"]["classes"]
     classes = {"mIoU": ids}
     if focus := results.get("focus", {}).get("classes"):
@@ -99,7 +99,7 @@ def _classes(results: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def training_facts(runs: Sequence[PlannedRun]) -> dict[str, Any]:
-    """Return what the page says of the trainings: number, steps, time and machines."""
+    """Returns what the page says of the trainings: number, steps, time and machines."""
     files = [run.folder / COST for run in runs]
     costs = [_json(file) for file in files if file.exists()]
     return {

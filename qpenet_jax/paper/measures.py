@@ -25,7 +25,7 @@ class Found(NamedTuple):
 
 
 def pooled(found: Sequence[Found]) -> Scores:
-    """Return the episodes of several training seeds as if they were of more seeds.
+    """Returns the episodes of several training seeds as if they were of more seeds.
 
     All metrics then average over the training seeds. Query 17 is the same image for all
     of them, unless the images are generated and therefore differ.
@@ -40,7 +40,7 @@ def pooled(found: Sequence[Found]) -> Scores:
 
 
 def measured(found: Sequence[Found]) -> dict[str, Measured]:
-    """Return mIoU, the mIoU of the config's focus, and FB-IoU, in percent.
+    """Returns mIoU, the mIoU of the config's focus, and FB-IoU, in percent.
 
     Each with its mean over the training seeds, the 95 % interval over query images, the
     value of every seed and their standard deviation. One `Found` a training seed.
@@ -55,7 +55,7 @@ def measured(found: Sequence[Found]) -> dict[str, Measured]:
 def measured_difference(
     ours: Sequence[Found], theirs: Sequence[Found]
 ) -> dict[str, Measured]:
-    """Return ours - theirs of all that `measured` returns, paired by episode and seed.
+    """Returns ours - theirs of all that `measured` returns, paired by episode and seed.
 
     Raises InputError if they have no episode in common.
     """
@@ -83,13 +83,13 @@ def _with_seeds(
 
 
 def _points(found: Found) -> dict[str, float]:
-    """Return the measures of one training seed, 0..1."""
+    """Returns the measures of one training seed, 0..1."""
     mious = {n: metrics.mean_iou(found.scores, ids) for n, ids in found.classes.items()}
     return mious | {"FB-IoU": metrics.fb_iou(found.scores)}
 
 
 def mean_over_folds(folds: Sequence[Measured]) -> Measured:
-    """Return the mean of the folds; its interval takes the folds for independent."""
+    """Returns the mean of the folds; its interval takes the folds for independent."""
     values = np.array([fold["ours"] for fold in folds])
     low, high = np.transpose([fold["interval"] for fold in folds])
     value, count = values.mean(), len(folds)
@@ -106,7 +106,7 @@ def _rounded(interval, by_seed) -> Measured:
 
 
 def verdict(paper: float, interval: Sequence[float], by_seed: Sequence[float]) -> str:
-    """Return whether our difference has the sign of the paper's.
+    """Returns whether our difference has the sign of the paper's.
 
     "holds" or "contrary"; "undecided" if the interval (low, high) over query images
     contains 0, or if the training seeds do not agree on the sign: the interval knows

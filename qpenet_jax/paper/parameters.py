@@ -18,7 +18,7 @@ RESNET50_LAYER4 = 14_964_736
 
 
 def parameter_count(model: QPENet, channels: int) -> int:
-    """Return the number of trainable parameters over features of `channels` channels.
+    """Returns the number of trainable parameters over features of `channels` channels.
 
     Only shapes are computed, no arrays.
     """
@@ -30,7 +30,7 @@ def parameter_count(model: QPENet, channels: int) -> int:
 
 
 def parameter_table() -> str:
-    """Return a Markdown table of all variants over ResNet-50: trainable, and in all.
+    """Returns a Markdown table of all variants over ResNet-50: trainable, and in all.
 
     It can be compared with the paper's 32.7 M without and 34.6 M with prototype
     evolution (IV.D); the paper does not say how it counts.

@@ -59,7 +59,7 @@ class Plan:
     folds: Sequence[int] = (0, 1, 2, 3)
 
     def __post_init__(self):
-        """Refuse a table that the paper doesn't have; take every seed once."""
+        """Refuses a table that the paper doesn't have; take every seed once."""
         check_choice("table ", self.table, TABLES)
         seeds = self.seeds or ((0, 1, 2) if self.is_ablation else (0,))
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(seeds)))
@@ -89,7 +89,7 @@ class Plan:
         return shlex.join(map(str, [*words, *self.overrides]))
 
     def runs(self) -> list[PlannedRun]:
-        """Return the runs from the table's top row down; nothing is trained yet.
+        """Returns the runs from the table's top row down; nothing is trained yet.
 
         Raises:
             InputError: the config, an override or a choice can't be used.
@@ -161,7 +161,7 @@ class Plan:
 
 
 def _epochs(config: Any, backbone: str, fold: int) -> dict[str, int]:
-    """Return the authors' epochs of a row, if the config has them for its own."""
+    """Returns the authors' epochs of a row, if the config has them for its own."""
     data = config.dataset
     own = released_epochs(data, config.backbone.name, data.fold)
     epochs = released_epochs(data, backbone, fold)
@@ -171,7 +171,7 @@ def _epochs(config: Any, backbone: str, fold: int) -> dict[str, int]:
 
 
 def _weights_file(given: Any, backbone: str) -> str:
-    """Return the config's weights, or beside them those that `qpenet convert` names."""
+    """Returns the config's weights, or beside them those that `qpenet convert` names."""
     if backbone == given.name:
         return given.weights
     if backbone == "efficientnet_lite0":

@@ -25,7 +25,7 @@ def reproduce(
     folds: Sequence[int] = (0, 1, 2, 3),
     dry_run: bool = False,
 ) -> None:
-    """Train and score all runs of a table that aren't yet; write and print it.
+    """Trains and score all runs of a table that aren't yet; write and prints it.
 
     Writes `<workdir>/<table>.md` and `.json`; `Plan` says which runs there are. Every
     row has the config's settings with the `overrides`, written `--config.x=y`. A dry
@@ -62,7 +62,7 @@ def reproduce(
 
 
 def _content(plan: Plan, runs: Sequence[PlannedRun]) -> dict[str, Any]:
-    """Return what the table's JSON file holds."""
+    """Returns what the table's JSON file holds."""
     made = (
         ablation(by_variant(runs))
         if plan.is_ablation

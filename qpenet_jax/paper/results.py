@@ -64,7 +64,7 @@ ABLATION_RESULTS: Mapping[str, AblationResult] = {
 
 
 def rows_of(table: str) -> list[str]:
-    """Return the variants of `table3`, `table4` or `table5` from its top row down."""
+    """Returns the variants of `table3`, `table4` or `table5` from its top row down."""
     number = int(table[-1])
     rows = {
         name: result.rows[number]

@@ -31,7 +31,7 @@ from qpenet_jax.paper.tiles import (
 class ShownEpisode(NamedTuple):
     """An episode, and what the baseline and every run predict for it.
 
-    `runs` holds the foreground's lead and the network's `Out` by the run's name.
+    `runs` holds the margin and the network's `Out` by the run's name.
     """
 
     scene: Scene
@@ -42,7 +42,7 @@ class ShownEpisode(NamedTuple):
 def predictions_sheet(
     shown: Sequence[ShownEpisode], notes: Sequence[str], resize: Resize = "pad"
 ) -> RGB:
-    """Return support, query, truth, and the predictions of the baseline and all runs.
+    """Returns support, query, truth, and the predictions of the baseline and all runs.
 
     The IoU at the image's own size stands in the corner, in percent.
     """
@@ -57,7 +57,7 @@ def predictions_sheet(
 def evolution_sheet(
     shown: Sequence[ShownEpisode], notes: Sequence[str], resize: Resize = "pad"
 ) -> RGB:
-    """Return a row an episode and run: how its foreground prototypes come about.
+    """Returns a row an episode and run: how its foreground prototypes come about.
 
     Runs without foreground prototype evolution are named in a note instead.
     """
@@ -92,7 +92,7 @@ def evolution_sheet(
 def background_sheet(
     shown: Sequence[ShownEpisode], notes: Sequence[str], resize: Resize = "pad"
 ) -> RGB:
-    """Return what each run's background head finds with P_global and with P_bg.
+    """Returns what each run's background head finds with P_global and with P_bg.
 
     "lost" is the share of the true object that it calls background. Runs without the
     cleaner (eq 11) are named in a note instead.
@@ -116,5 +116,5 @@ def background_sheet(
 
 
 def _runs_without(entry: str, shown: Sequence[ShownEpisode]) -> list[str]:
-    """Return the runs whose `out` lacks an entry."""
+    """Returns the runs whose `out` lacks an entry."""
     return [name for name, (_, out) in shown[0].runs.items() if entry not in out]

@@ -53,7 +53,7 @@ GENERATED = {"version", "text", "training images", "validation images"}
 
 
 def ablation(found: Mapping[str, Sequence[Found]]) -> dict[str, Any]:
-    """Return the content of Tables III to V: rows by variant, and their differences.
+    """Returns the content of Tables III to V: rows by variant, and their differences.
 
     `found` holds one result a training seed. Raises InputError if the rows, or the
     seeds, were not trained and scored alike.
@@ -73,7 +73,7 @@ def ablation(found: Mapping[str, Sequence[Found]]) -> dict[str, Any]:
 
 
 def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return every other row with `full`, then every row with the one above it."""
+    """Returns every other row with `full`, then every row with the one above it."""
     others = [name for name in names if name != "full"]
     with_full = [(name, "full") for name in others if "full" in names]
     return [*with_full, *zip(others[1:], others[:-1], strict=True)]
@@ -89,7 +89,7 @@ def _beside_paper(variant: str, found: Sequence[Found]) -> dict[str, Measured]:
 def _difference(
     a: str, b: str, found: Mapping[str, Sequence[Found]]
 ) -> dict[str, Measured]:
-    """Return the measures of a - b, each with the paper's and our verdict on it."""
+    """Returns the measures of a - b, each with the paper's and our verdict on it."""
     row = measured_difference(found[a], found[b])
     for name, ours in row.items():
         ours["paper"] = round(_paper(a, name) - _paper(b, name), 1)
@@ -108,7 +108,7 @@ def _paper(variant: str, measure: str) -> float:
 def benchmark_table(
     found: Mapping[int, Mapping[str, Mapping[int, Sequence[Found]]]],
 ) -> dict[str, Any]:
-    """Return the content of Tables I and II: every fold and the means.
+    """Returns the content of Tables I and II: every fold and the means.
 
     `found` holds by shots, backbone and fold one result a training seed. Raises
     InputError if they were not trained and scored alike.
@@ -137,7 +137,7 @@ def _folds_row(folds: Mapping[int, Sequence[Found]]) -> dict[str, Measured]:
 
 
 def _check_alike(found: Iterable[Found], free: set[str], what: str) -> None:
-    """Refuse results whose protocols or inputs differ in more than `free`."""
+    """Refuses results whose protocols or inputs differ in more than `free`."""
     first, *others = found
     for other in others:
         keys = (first.facts.keys() | other.facts.keys()) - free
@@ -153,7 +153,7 @@ def _check_alike(found: Iterable[Found], free: set[str], what: str) -> None:
 
 
 def page(table: str, content: Mapping[str, Any]) -> str:
-    """Return a table as a Markdown page, with its protocol, cost and command.
+    """Returns a table as a Markdown page, with its protocol, cost and command.
 
     `content` is that of `ablation` or `benchmark_table`, with "seeds", "trained" and
     "command".
@@ -243,7 +243,7 @@ def _cell(value: Measured, sign: str = "") -> str:
 
 
 def _cost(content: Mapping[str, Any]) -> list[str]:
-    """Return the end of every page: what the numbers mean and what they took."""
+    """Returns the end of every page: what the numbers mean and what they took."""
     seeds, trained = content["seeds"], content["trained"]
     minutes = [seconds / 60 for seconds in trained["seconds"]] or [math.nan]
     return [

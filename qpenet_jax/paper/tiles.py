@@ -28,7 +28,7 @@ from qpenet_jax.evaluation.pictures import (
 )
 from qpenet_jax.evaluation.scoring import unpad
 from qpenet_jax.models.ops import interpolation_matrix
-from qpenet_jax.models.prototypes import foreground_lead
+from qpenet_jax.models.prototypes import foreground_margin
 
 MAIN, AUX, BACKGROUND = (240, 228, 66), (204, 121, 167), (86, 180, 233)
 
@@ -57,11 +57,11 @@ def evolution_tiles(
     out: Out,
     resize: Resize = "pad",
 ) -> list[Image.Image]:
-    """Return tiles of y_pre, the support's regions, A_main, A_aux and the prediction.
+    """Returns tiles of y_pre, the support's regions, A_main, A_aux and the prediction.
 
     A map that the variant lacks is an empty tile.
     """
-    pre = _lead_at_size(out["y_pre"], scene.truth, resize) > 0
+    pre = _margin_at_size(out["y_pre"], scene.truth, resize) > 0
     heats = (
         heat_tile(scene.query, _at_size(out[name], scene.truth, resize), colour)
         if name in out
@@ -79,11 +79,11 @@ def evolution_tiles(
 def support_regions(
     scene: Scene, out: Out, resize: Resize = "pad"
 ) -> tuple[Mask, Mask]:
-    """Return the shown support's main and auxiliary regions (eqs 5 and 6).
+    """Returns the shown support's main and auxiliary regions (eqs 5 and 6).
 
     Every pixel of the annotated object is in exactly one of them.
     """
-    found = _lead_at_size(out["y_rev"][0], scene.support_mask, resize) > 0
+    found = _margin_at_size(out["y_rev"][0], scene.support_mask, resize) > 0
     inside = scene.support_mask == 1
     return (inside & found).astype(np.uint8), (inside & ~found).astype(np.uint8)
 
@@ -91,13 +91,13 @@ def support_regions(
 def background_tiles(
     scene: Scene, out: Out, resize: Resize = "pad"
 ) -> list[Image.Image]:
-    """Return the query's background by P_global and by P_bg, with the truth's contour.
+    """Returns the query's background by P_global and by P_bg, with the truth's contour.
 
     The note tells the background's IoU and how much of the object is lost to it.
     """
     tiles = []
     for name in ("y_bg_q", "y_bg_clean"):
-        found = _lead_at_size(out[name], scene.truth, resize) > 0
+        found = _margin_at_size(out[name], scene.truth, resize) > 0
         both, either, *_ = count_pixels(~found, scene.truth)
         truth = scene.truth == 1
         lost = (found & truth).sum() / max(truth.sum(), 1)
@@ -108,7 +108,7 @@ def background_tiles(
 
 
 def _found_tile(scene: Scene, found: Mask) -> Image.Image:
-    """Return a prediction with the truth's contour and the IoU."""
+    """Returns a prediction with the truth's contour and the IoU."""
     picture = _with_truth(overlay(scene.query, found, PREDICTION), scene)
     return tile(picture, iou_note(found, scene.truth))
 
@@ -124,18 +124,18 @@ def _regions_tile(scene: Scene, out: Out, resize: Resize) -> Image.Image:
     return tile(picture, f"main {100 * share:.0f} %")
 
 
-def _lead_at_size(logits, like: Mask, resize: Resize) -> Float[np.ndarray, "h w"]:
-    return _at_size(foreground_lead(logits), like, resize)
+def _margin_at_size(logits, like: Mask, resize: Resize) -> Float[np.ndarray, "h w"]:
+    return _at_size(foreground_margin(logits), like, resize)
 
 
 def _at_size(values, like: Mask, resize: Resize) -> Float[np.ndarray, "h w"]:
-    """Bring a map on the feature grid to an image, by way of the network's input."""
+    """Brings a map on the feature grid to an image, by way of the network's input."""
     height, width = like.shape
     return unpad(at_input_size(values), height, width, resize)
 
 
 def at_input_size(values: Float[np.ndarray, "h h"]) -> Float[np.ndarray, "s s"]:
-    """Stretch a map on the feature grid to the size of the network's input."""
+    """Stretches a map on the feature grid to the size of the network's input."""
     size = FEATURE_STRIDE * (values.shape[0] - 1) + 1
     stretch = interpolation_matrix(values.shape[0], size)
     return stretch @ values @ stretch.T
@@ -147,7 +147,7 @@ def at_input_size(values: Float[np.ndarray, "h h"]) -> Float[np.ndarray, "s s"]:
 def heat_tile(
     image: RGB, values: Float[np.ndarray, "h w"], colour: Colour
 ) -> Image.Image:
-    """Return a map over the darkened query, from its lowest to its highest value."""
+    """Returns a map over the darkened query, from its lowest to its highest value."""
     low, high = float(values.min()), float(values.max())
     if high - low < FLAT:
         dark = (DARK * image).astype(np.uint8)
@@ -158,7 +158,7 @@ def heat_tile(
 
 
 def heat(strength: Float[np.ndarray, "h w"], below: np.ndarray, colour: Colour) -> RGB:
-    """Lay the colours of a strength in 0..1 over a picture in 0..255."""
+    """Lays the colours of a strength in 0..1 over a picture in 0..255."""
     colours = _colour_map(colour)(strength)
     alpha = colours[..., 3:]
     mixed = alpha * 255 * colours[..., :3] + (1 - alpha) * below
@@ -167,7 +167,7 @@ def heat(strength: Float[np.ndarray, "h w"], below: np.ndarray, colour: Colour) 
 
 @functools.cache
 def _colour_map(colour: Colour) -> Any:
-    """Return a colour map from transparent at 0 by way of the colour to white at 1."""
+    """Returns a colour map from transparent at 0 by way of the colour to white at 1."""
     from matplotlib.colors import LinearSegmentedColormap
 
     pure, white = np.array(colour) / 255, np.array(PAPER) / 255
@@ -176,7 +176,7 @@ def _colour_map(colour: Colour) -> Any:
 
 
 def _draw_bar(square: Image.Image, colour: Colour, low: str, high: str) -> None:
-    """Draw a colour bar between its two ends' values into the corner."""
+    """Draws a colour bar between its two ends' values into the corner."""
     draw, font = ImageDraw.Draw(square), ImageFont.load_default(16)
     start = 12 + round(font.getlength(low))
     end = start + BAR + 12 + round(font.getlength(high))

@@ -48,7 +48,7 @@ def adopt(
     dataset: str = "pascal",
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Make a run of a checkpoint of the authors' network and return its folder.
+    """Makes a run of a checkpoint of the authors' network and returns its folder.
 
     The run holds the checkpoint's own backbone: batch norm was not always frozen when
     it was trained. `overrides` are fields of the config, such as
@@ -93,7 +93,7 @@ def _config(resnet: str, fold: int, dataset: str) -> Any:
 
 
 def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Return the backbone's tensors by the names of PSPNet's files, and the others."""
+    """Returns the backbone's tensors by the names of PSPNet's files, and the others."""
     backbone, head = {}, {}
     for name, tensor in tensors.items():
         if name.startswith("layer0."):

@@ -62,7 +62,7 @@ BY_COMMAND = (
 def model_card(
     run: TrainedRun, selection: str, dtype: str, with_backbone: bool, license: str
 ) -> str:
-    """Return the card of a run whose parameters are stored in `dtype`.
+    """Returns the card of a run whose parameters are stored in `dtype`.
 
     `with_backbone` says that the backbone's weights are in the folder. `license` is an
     identifier of the hub, or empty: the card says then that none is stated.
@@ -82,7 +82,7 @@ def model_card(
 
 
 def _weights(run: TrainedRun, with_backbone: bool) -> str:
-    """Say where the backbone's weights are: they have authors of their own."""
+    """Says where the backbone's weights are: they have authors of their own."""
     name = run.experiment.config.backbone.name
     known = read_inputs(run.folder).get(WEIGHTS, "unknown")
     place = (
@@ -118,7 +118,7 @@ def _facts(run: TrainedRun, selection: str, dtype: str) -> list[tuple[str, str]]
 
 
 def _results(run: TrainedRun, selection: str, dtype: str) -> str:
-    """Return the run's own results, if they are of this checkpoint."""
+    """Returns the run's own results, if they are of this checkpoint."""
     first = run.experiment.selections[0]
     folder = (
         run.folder if selection == first else run.folder / f"selected_on_{selection}"

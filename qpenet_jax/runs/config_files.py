@@ -20,7 +20,7 @@ OVERRIDE = re.compile(r"--?(?:no)?config\.([^=\[]+)")
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Return the locked ConfigDict of a file such as configs/pascal_fold0.py.
+    """Returns the locked ConfigDict of a file such as configs/pascal_fold0.py.
 
     `overrides` are words of the command line, such as `--config.dataset.root=DIR`.
 
@@ -49,7 +49,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """Return the config with fields changed, locked.
+    """Returns the config with fields changed, locked.
 
     Raises:
         InputError: no such field, or a value of another type.
@@ -73,7 +73,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 
 def refuse_others(overrides: Sequence[str], fields: Sequence[str], told: str) -> None:
-    """Refuse to change other fields than these.
+    """Refuses to change other fields than these.
 
     Raises:
         InputError: naming the override; `told` says why.
@@ -85,7 +85,7 @@ def refuse_others(overrides: Sequence[str], fields: Sequence[str], told: str) ->
 
 
 def _check_field(name: str, config: ConfigDict) -> None:
-    """Refuse a name that is no field, and name those that are spelt alike."""
+    """Refuses a name that is no field, and name those that are spelt alike."""
     known = flat(config.to_dict())
     if any(field == name or field.startswith(f"{name}.") for field in known):
         return
@@ -98,7 +98,7 @@ def _check_field(name: str, config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def _importable_from(path: Path) -> Iterator[None]:
-    """Let a config import what lies beside it, and `configs.common` of a checkout.
+    """Lets a config import what lies beside it, and `configs.common` of a checkout.
 
     Modules of `configs` are forgotten before and after: each checkout has its own.
     """
@@ -120,7 +120,7 @@ def _forget_configs() -> None:
 
 @contextlib.contextmanager
 def _told_with_line(path: Path) -> Iterator[None]:
-    """Turn whatever a user's file raises into one line with the file and its line."""
+    """Turns whatever a user's file raises into one line with the file and its line."""
     try:
         yield
     except SyntaxError as error:
@@ -134,7 +134,7 @@ def _told_with_line(path: Path) -> Iterator[None]:
 
 
 def _place(path: Path, error: Exception) -> str:
-    """Return the innermost line of the user's own files that led to an error."""
+    """Returns the innermost line of the user's own files that led to an error."""
     folder = path.resolve().parent
     frames = [
         frame

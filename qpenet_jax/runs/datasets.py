@@ -20,7 +20,7 @@ from qpenet_jax.data.sources.voc import VOCLayout
 
 
 def class_names(data: Any) -> tuple[str, ...]:
-    """Return the names of all classes of a data set.
+    """Returns the names of all classes of a data set.
 
     Raises:
         InputError: they are a prepared data set's, and there is none.
@@ -40,7 +40,7 @@ def class_names(data: Any) -> tuple[str, ...]:
 
 
 def chosen_fold(data: Any, classes: tuple[str, ...]) -> Fold:
-    """Return base and novel class ids by the config's split and fold.
+    """Returns base and novel class ids by the config's split and fold.
 
     Raises:
         InputError: there is no such fold, or a novel class isn't among `classes`.
@@ -57,7 +57,7 @@ def chosen_fold(data: Any, classes: tuple[str, ...]) -> Fold:
 def open_split(
     data: Any, split: Literal["train", "val"], classes: tuple[str, ...], seed: int
 ) -> SegmentationDataset:
-    """Return the images of a split; `seed` draws the shapes.
+    """Returns the images of a split; `seed` draws the shapes.
 
     Raises:
         InputError: files are missing, or a prepared data set has other classes.
@@ -81,7 +81,7 @@ def open_split(
 
 
 def files_read(data: Any) -> list[Path]:
-    """Return the files and folders that a data set consists of."""
+    """Returns the files and folders that a data set consists of."""
     if data.kind == "shapes":
         return []
     root = Path(data.root)

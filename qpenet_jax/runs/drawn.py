@@ -13,7 +13,7 @@ from qpenet_jax.runs.experiment import Experiment
 
 
 def folder_name(protocol: Protocol, episodes: EpisodeList | None = None) -> str:
-    """Return a name of its own for every protocol, such as pfenet_1shot.
+    """Returns a name of its own for every protocol, such as pfenet_1shot.
 
     A list of `episodes` replaces what the protocol would draw, and is part of the name.
     """
@@ -45,7 +45,7 @@ def draw(
     protocol: Protocol,
     episodes: EpisodeList | None = None,
 ) -> Drawn:
-    """Draw a protocol's episodes, or take those of a list.
+    """Draws a protocol's episodes, or take those of a list.
 
     Raises:
         InputError: the data set can't serve the protocol, or the list shows a class
@@ -70,7 +70,7 @@ def eval_samplers(
     protocol: Protocol,
     drop_few: bool = False,
 ) -> list[EpisodeSampler]:
-    """Return the protocol's episodes, one sampler a seed.
+    """Returns the protocol's episodes, one sampler a seed.
 
     Images for base classes, when the protocol names those, show no novel class; base
     classes with too few images are left out, novel ones if `drop_few`.
@@ -96,7 +96,7 @@ def eval_samplers(
 
 
 def _check_novel(experiment: Experiment, episodes: EpisodeList) -> None:
-    """Refuse a list with classes that the experiment trains on."""
+    """Refuses a list with classes that the experiment trains on."""
     names, fold = experiment.class_names, experiment.config.dataset.fold
     shown = {c for sampler in episodes.samplers for c in sampler.shown}
     for class_id in sorted(shown - set(experiment.fold.novel)):

@@ -59,7 +59,7 @@ class Evaluator:
         protocol: Protocol | None = None,
         episodes: EpisodeList | None = None,
     ):
-        """Draw the episodes, by default of the experiment's own protocol; see `draw`.
+        """Draws the episodes, by default of the experiment's own protocol; see `draw`.
 
         `weights` are the backbone's. Nothing is written yet.
         """
@@ -81,7 +81,7 @@ class Evaluator:
         return [name for name in names if name in self.protocol.classes]
 
     def of_selection(self, name: str) -> "Evaluator":
-        """Return this evaluator for another selection's checkpoint, and its folder."""
+        """Returns this evaluator for another selection's checkpoint, and its folder."""
         other = copy.copy(self)
         other.selection, other.folder = name, self.folder / f"selected_on_{name}"
         return other
@@ -94,7 +94,7 @@ class Evaluator:
         return [*(self.folder / name for name in names), *scored]
 
     def describe(self) -> str:
-        """Return the protocol, and which classes have too few images for it."""
+        """Returns the protocol, and which classes have too few images for it."""
         lines = [f"protocol: {self.protocol}"]
         if self.left_out:
             shots = self.protocol.shots
@@ -103,13 +103,13 @@ class Evaluator:
         return "\n".join(lines)
 
     def miou(self, params: PyTree[Array]) -> float:
-        """Return the mIoU of parameters in percent; nothing is written."""
+        """Returns the mIoU of parameters in percent; nothing is written."""
         predict = self.experiment.predictor(one_copy(params), self.weights)
         scores = self._evaluate("selection", predict)
         return 100 * mean_iou(scores, self.class_ids)
 
     def references(self) -> str:
-        """Score the untrained network and the baseline; return them as a table."""
+        """Scores the untrained network and the baseline; return them as a table."""
         initial = self.experiment.untrained()
         untrained = self.experiment.predictor(initial, self.weights)
         found = {
@@ -127,7 +127,7 @@ class Evaluator:
         tell: Callable[[dict[str, Any], Path], None] | None = None,
         **facts: Any,
     ) -> None:
-        """Score the network; write the results and a figure.
+        """Scores the network; write the results and a figure.
 
         `facts` are added to the results: `step`, that of the checkpoint, and `shared`,
         what a warning says of images that were trained on and are scored. Others are
@@ -154,7 +154,7 @@ class Evaluator:
         write_report(self.folder, results)  # last: it says that all is done
 
     def _references(self) -> dict[str, Any]:
-        """Return what `references` found; nothing if for another run or protocol."""
+        """Returns what `references` found; nothing if for another run or protocol."""
         made, ours = self._read(REFERENCES), self.protocol.to_dict()
         if made.get("run") != self.experiment.identity:
             return {}
@@ -163,7 +163,7 @@ class Evaluator:
         return found if same else {}
 
     def step(self) -> int | None:
-        """Return the step of the last written results of this protocol, if any."""
+        """Returns the step of the last written results of this protocol, if any."""
         return cluster.by_first(self._step, "written")
 
     def _step(self) -> int | None:
@@ -172,7 +172,7 @@ class Evaluator:
         return results.get("step") if same else None
 
     def report(self) -> str:
-        """Return the last results as text: the table beside their references.
+        """Returns the last results as text: the table beside their references.
 
         Of several processes only the first, which has written them, knows it.
         """
@@ -181,7 +181,7 @@ class Evaluator:
         return (self.folder / TABLE).read_text(encoding="utf-8")
 
     def _figure(self, predict: Predictor) -> UInt8[Any, "h w 3"]:
-        """Draw the first episodes with the baseline's and the network's prediction."""
+        """Draws the first episodes with the baseline's and the network's prediction."""
         count = min(FIGURE_EPISODES, self.protocol.episodes)
         return episode_figure(
             self.val,
@@ -211,7 +211,7 @@ class Evaluator:
         return summarize(scores, self.protocol, self.class_ids, self.focus)
 
     def _gain(self, reference: str) -> dict[str, list[float]]:
-        """Return paired mIoU differences with their intervals, in points."""
+        """Returns paired mIoU differences with their intervals, in points."""
         ours, theirs = self._scores("qpenet"), self._scores(reference)
         names = self.protocol.classes
         classes = {"mIoU": self.class_ids}

@@ -33,7 +33,7 @@ class Events(contextlib.AbstractContextManager):
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None):
-        """Open the file; makes the folder."""
+        """Opens the file; makes the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         names = (path.name.split(".") for path in folder.glob(f"{PREFIX}*"))
         before = [int(name[3]) for name in names if name[3].isdigit()]
@@ -46,16 +46,16 @@ class Events(contextlib.AbstractContextManager):
             self._write(session_log=log, step=purge_step)
 
     def __exit__(self, *_: object) -> None:
-        """Close the file, unless the error of the `with` left it unwritten."""
+        """Closes the file, unless the error of the `with` left it unwritten."""
         with contextlib.suppress(OSError):
             self._file.close()
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Write a value."""
+        """Writes a value."""
         self._write(summary=summary.scalar(name, value), step=step)
 
     def add_image(self, name: str, png: Path, step: int) -> None:
-        """Write the image of a PNG file."""
+        """Writes the image of a PNG file."""
         with Image.open(png) as picture:
             width, height = picture.size
         shown = Summary.Image(

@@ -79,7 +79,7 @@ class Experiment:
     config: Any  # an ml_collections.ConfigDict as config.default_config makes it
 
     def __post_init__(self):
-        """Fill in the recipe's values; refuse values that could only fail later."""
+        """Fills in the recipe's values; refuse values that could only fail later."""
         refuse_64_bits()
         check_fields(self.config)
         config = resolved(self.config)
@@ -102,12 +102,12 @@ class Experiment:
         return chosen_fold(self.config.dataset, self.class_names)
 
     def dataset(self, split: Literal["train", "val"]) -> SegmentationDataset:
-        """Return the images of a split; raises InputError where files are missing."""
+        """Returns the images of a split; raises InputError where files are missing."""
         data, seed = self.config.dataset, self.config.seed
         return open_split(data, split, self.class_names, seed)
 
     def train_sampler(self, dataset: SegmentationDataset) -> EpisodeSampler:
-        """Return the training episodes: base classes."""
+        """Returns the training episodes: base classes."""
         data = self.config.dataset
         if not self.fold.base:
             raise InputError(
@@ -127,7 +127,7 @@ class Experiment:
         )
 
     def protocol(self, preset: str | None = None, **changes: Any) -> Protocol:
-        """Return how this experiment is evaluated: novel classes of the val split.
+        """Returns how this experiment is evaluated: novel classes of the val split.
 
         The preset is the config's, with the config's changes, unless one is given;
         what the run itself settles (data, shots, training list) is never the preset's.
@@ -165,7 +165,7 @@ class Experiment:
         return selections(self.config)
 
     def selection_protocols(self) -> dict[str, Protocol]:
-        """Return how checkpoints are scored while training, by selection."""
+        """Returns how checkpoints are scored while training, by selection."""
         base = self.names(self.fold.base), self.config.eval.base_episodes
         protocols = {
             "base": self.protocol(preset="ours", classes=base[0], episodes=base[1]),
@@ -193,7 +193,7 @@ class Experiment:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def names(self, class_ids: Sequence[int]) -> tuple[str, ...]:
-        """Return the names of classes."""
+        """Returns the names of classes."""
         return tuple(self.class_names[c - 1] for c in class_ids)
 
     @functools.cached_property
@@ -204,7 +204,7 @@ class Experiment:
         return choose_stages(net, stages) if stages else net
 
     def backbone_weights(self) -> PyTree[Array]:
-        """Read the frozen weights onto the device."""
+        """Reads the frozen weights onto the device."""
         spec = self.config.backbone
         return load_weights(
             spec.name,
@@ -227,7 +227,7 @@ class Experiment:
         return network(self.config, self.backbone)
 
     def network_name(self, shots: int) -> str:
-        """Return what tables call the network, with as many supports."""
+        """Returns what tables call the network, with as many supports."""
         if not self.is_released_network:
             return "QPENet"
         return f"{behaves(self.config.behaviour, shots)} QPENet"
@@ -243,7 +243,7 @@ class Experiment:
         return Augmentation(**self.config.augmentation)
 
     def steps(self, listed_images: int) -> int:
-        """Return the length of training in steps."""
+        """Returns the length of training in steps."""
         epoch = listed_images // self.config.batch_size
         steps = self.config.steps or self.config.epochs * epoch
         if steps < 1:
@@ -254,16 +254,16 @@ class Experiment:
         return steps
 
     def init(self, tx: optax.GradientTransformation) -> TrainState:
-        """Return the state at step 0."""
+        """Returns the state at step 0."""
         key = jax.random.key(self.config.seed)
         return init_state(self.model, tx, channels=self.backbone.channels, key=key)
 
     def untrained(self) -> PyTree[Array]:
-        """Return the parameters that training starts from."""
+        """Returns the parameters that training starts from."""
         return self.init(optax.identity()).params
 
     def learned_like(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Return shapes as checkpoints hold them: parameters, statistics if any.
+        """Returns shapes as checkpoints hold them: parameters, statistics if any.
 
         Nothing is computed, and what is restored by them lies on one device.
         """
@@ -281,7 +281,7 @@ class Experiment:
         )
 
     def train_step(self, tx: optax.GradientTransformation, epoch: int = 1):
-        """Return the jitted train step, for a batch shared as `shardings` says.
+        """Returns the jitted train step, for a batch shared as `shardings` says.
 
         Batch norm drifts by the length of an `epoch` in steps, if the config says so.
         """
@@ -302,26 +302,26 @@ class Experiment:
         )
 
     def predictor(self, learned: PyTree[Array], weights: PyTree[Array]) -> Predictor:
-        """Return QPENet as it was trained over the frozen weights."""
+        """Returns QPENet as it was trained over the frozen weights."""
         params, weights = settled(learned, weights)
         return qpenet_predictor(
             self.model, self.backbone, params, weights, self.config.dtype
         )
 
     def cosine_predictor(self, weights: PyTree[Array]) -> Predictor:
-        """Return the training-free baseline, on all stages: they serve it best."""
+        """Returns the training-free baseline, on all stages: they serve it best."""
         whole = backbone(self.config.backbone.name)
         return cosine_predictor(whole, weights, self.config.dtype)
 
     def training_free_predictor(self, weights: PyTree[Array]) -> Predictor:
-        """Return what segments best without any training: method prototype."""
+        """Returns what segments best without any training: method prototype."""
         whole = backbone(self.config.backbone.name)
         return self_support_predictor(whole, weights, self.config.dtype)
 
     def mean_predictor(
         self, learned: PyTree[Array], weights: PyTree[Array]
     ) -> Predictor:
-        """Return the mean of the network and of what needs no training.
+        """Returns the mean of the network and of what needs no training.
 
         Raises InputError for the released network, which is made of other features.
         """

@@ -30,7 +30,7 @@ def export(
     shots: Sequence[int] = (1,),
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Write a run's network into a folder and return it (docs/export.md).
+    """Writes a run's network into a folder and returns it (docs/export.md).
 
     `format` is one of FORMATS. The folder holds a file for each part (`runs/parts.py`),
     the weights in them, and `export.json`, which tells their inputs and outputs.
@@ -77,14 +77,14 @@ def _told(shapes: Shapes) -> list[dict[str, Any]]:
 
 
 def stablehlo(part: Part, name: str) -> bytes:
-    """Return a part as `jax.export` serialises it, for all of PLATFORMS."""
+    """Returns a part as `jax.export` serialises it, for all of PLATFORMS."""
     del name
     exported = jax.export.export(jax.jit(part.function), platforms=PLATFORMS)
     return bytes(exported(**part.inputs).serialize())
 
 
 def onnx(part: Part, name: str) -> bytes:
-    """Return a part as an ONNX model, by jax2onnx.
+    """Returns a part as an ONNX model, by jax2onnx.
 
     Raises:
         InputError: it has an operation that jax2onnx doesn't know.

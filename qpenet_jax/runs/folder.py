@@ -46,7 +46,7 @@ NO_TRAINING = ("workers", "behaviour", *PATHS)
 
 
 def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
-    """Write the config into a new workdir, or check that it's that of an old one.
+    """Writes the config into a new workdir, or check that it's that of an old one.
 
     `inputs` are hashes of what the config names by path. Beside them stands what its
     dtype means on this device, where a run may go on only if it means the same. Raises
@@ -98,7 +98,7 @@ def _refuse_changes(workdir, ours, theirs) -> None:
 def inputs_of(
     train: SegmentationDataset, val: SegmentationDataset, weights: PyTree[Array]
 ) -> dict[str, str]:
-    """Return hashes of names and pixel counts, of files if any, and of the weights."""
+    """Returns hashes of names and pixel counts, of files if any, and of the weights."""
     inputs = {WEIGHTS: weights_hash(weights)}
     for split, dataset in (("training", train), ("validation", val)):
         inputs[f"{split} images"] = dataset_version(dataset)
@@ -108,7 +108,7 @@ def inputs_of(
 
 
 def weights_hash(weights: PyTree[Array]) -> str:
-    """Return 12 hex digits of a hash over a backbone's weights."""
+    """Returns 12 hex digits of a hash over a backbone's weights."""
     return values_hash(weights)[:12]
 
 
@@ -155,7 +155,7 @@ class TrainedRun:
 def open_run(
     workdir: str | Path, overrides: Sequence[str] = (), selection: str | None = None
 ) -> TrainedRun:
-    """Return the run of a workdir, with the parameters that it selected.
+    """Returns the run of a workdir, with the parameters that it selected.
 
     The workdir may also be a published run, `qpenet publish`'s folder or a name on the
     Hugging Face hub (`runs/hub.py`), which holds the parameters of one selection.
@@ -193,7 +193,7 @@ def open_run(
 
 
 def read_inputs(folder: Path) -> dict[str, Any]:
-    """Return what is known of the inputs of a run; of an early one, nothing."""
+    """Returns what is known of the inputs of a run; of an early one, nothing."""
     if (folder / MODEL_FILE).exists():
         return read_facts(folder / MODEL_FILE).inputs
     path = folder / INPUTS_FILE
@@ -201,7 +201,7 @@ def read_inputs(folder: Path) -> dict[str, Any]:
 
 
 def read_config(workdir: Path) -> Any:
-    """Return the config of a run of this version or an earlier one.
+    """Returns the config of a run of this version or an earlier one.
 
     Raises:
         InputError: no run, or a broken config.
@@ -216,7 +216,7 @@ def read_config(workdir: Path) -> Any:
 
 
 def _moved(config: Any, overrides: Sequence[str]) -> Any:
-    """Return the config with other paths, or another number of loading processes."""
+    """Returns the config with other paths, or another number of loading processes."""
     refuse_others(
         overrides,
         NO_TRAINING,
@@ -233,7 +233,7 @@ def _moved(config: Any, overrides: Sequence[str]) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a file of a workdir; raises InputError if it is broken."""
+    """Returns a file of a workdir; raises InputError if it is broken."""
     remedy = "restore it, or use another --workdir"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ def is_on_hub(workdir: str | Path) -> bool:
 
 
 def run_folder(workdir: str | Path) -> Path:
-    """Return the folder of a run of this machine, or of a copy of one on the hub.
+    """Returns the folder of a run of this machine, or of a copy of one on the hub.
 
     What was fetched before is not fetched again, and does without a connection.
 

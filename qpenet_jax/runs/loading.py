@@ -22,7 +22,7 @@ DECODED = cache_folder("decoded")
 
 
 def augments_on_device(experiment: Experiment) -> bool:
-    """Return whether the device augments the training images, not the host."""
+    """Returns whether the device augments the training images, not the host."""
     where = experiment.config.augment_on
     return where == "device" or (where == "auto" and jax.default_backend() != "cpu")
 
@@ -30,7 +30,7 @@ def augments_on_device(experiment: Experiment) -> bool:
 def training_loader(
     experiment: Experiment, dataset: SegmentationDataset
 ) -> Callable[[EpisodeIds], Any]:
-    """Return what loads a training episode; `augmented` takes a batch of them.
+    """Returns what loads a training episode; `augmented` takes a batch of them.
 
     For the device the images are decoded once into a file in DECODED, and those that
     the host augments all the same are told. Raises InputError where that can't be.
@@ -56,7 +56,7 @@ def training_loader(
 
 
 def augmented(experiment: Experiment, batch: Any) -> Episode:
-    """Return a batch as the train step takes it."""
+    """Returns a batch as the train step takes it."""
     if not augments_on_device(experiment):
         return batch
     return augment_episodes(batch, side=experiment.config.side)

@@ -34,7 +34,7 @@ LOCK_FILE = "lock"
 
 
 def train(config: Any, workdir: Path, profile: int = 0) -> None:
-    """Train and evaluate one experiment, or go on with it if it was stopped.
+    """Trains and evaluates one experiment, or go on with it if it was stopped.
 
     `profile` is the number of steps to be traced, for TensorBoard or xprof.
 
@@ -82,14 +82,14 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock in the first process; what that finds counts for all."""
+    """Holds the lock in the first process; what that finds counts for all."""
     with contextlib.ExitStack() as held:
         cluster.by_first(lambda: held.enter_context(locked(path, busy)), "lock")
         yield
 
 
 def _refuse_other_inputs(inputs: Mapping[str, str]) -> None:
-    """Refuse to train where a process reads other data or weights than the first.
+    """Refuses to train where a process reads other data or weights than the first.
 
     Raises:
         InputError: naming them, in all processes.
@@ -104,7 +104,7 @@ def _refuse_other_inputs(inputs: Mapping[str, str]) -> None:
 
 
 def _trained_on(trainer: Trainer, what: str, evaluator: Evaluator) -> dict[str, str]:
-    """Find the scored images that are trained on, too; warn of them.
+    """Finds the scored images that are trained on, too; warn of them.
 
     Images of one list may serve both, as long as no episode of both shows one.
     """
@@ -127,7 +127,7 @@ def _trained(
     stop: StopSignal,
     profile: int,
 ) -> TrainState:
-    """Take the steps that are left and return the last state, saved as all due ones."""
+    """Takes the steps that are left and returns the last state, saved as all due ones."""
     with checkpoints.open_checkpoints(workdir, list(selectors)) as manager:
         loop = Loop(trainer, workdir, manager, selectors, stop, profile)
         while True:
@@ -145,7 +145,7 @@ def _trained(
 def _started(
     trainer: Trainer, manager: ocp.CheckpointManager, evaluator: Evaluator
 ) -> TrainState:
-    """Return the workdir's latest state, else that of step 0 after its references."""
+    """Returns the workdir's latest state, else that of step 0 after its references."""
     state = checkpoints.restore(manager, trainer.initial_state())
     if int(state.step) == 0 and trainer.config.eval.references:
         print(f"before training\n{evaluator.references()}")
@@ -167,7 +167,7 @@ class Loop:
     profile: int = 0  # steps to be traced
 
     def run(self, state: TrainState) -> TrainState:
-        """Take all steps that are left and return the last state."""
+        """Takes all steps that are left and returns the last state."""
         trainer, start = self.trainer, int(state.step)
         traced = self.profile if cluster.is_first() else 0
         with (
@@ -193,7 +193,7 @@ class Loop:
     def _after(
         self, step: int, state: TrainState, progress: Progress, stops: bool
     ) -> None:
-        """Tell, select and save where it is time to, or where a stop was asked for."""
+        """Tells, select and saves where it is time to, or where a stop was asked for."""
         config = self.trainer.config
         due = self._is_due(step)
         saving = due or stops or step % config.save_every == 0
@@ -212,13 +212,13 @@ class Loop:
             raise Interrupted(f"step {step} is saved: the same command goes on")
 
     def _is_due(self, step: int) -> bool:
-        """Return whether a step is saved and, for the selection, scored."""
+        """Returns whether a step is saved and, for the selection, scored."""
         return step == self.trainer.steps or step % self.trainer.config.eval.every == 0
 
     def _score_unless_stopped(
         self, state: TrainState, progress: Progress
     ) -> dict[str, float] | None:
-        """Return mIoU for every selection; None after a stop.
+        """Returns mIoU for every selection; None after a stop.
 
         A stop doesn't wait for a score: the resumed run finds the step unscored.
         """
@@ -228,7 +228,7 @@ class Loop:
         return None if cluster.any_of(scores is None, "unscored") else scores
 
     def _score_restored(self, state: TrainState, progress: Progress) -> None:
-        """Score the restored checkpoint if a stop left it unscored."""
+        """Scores the restored checkpoint if a stop left it unscored."""
         step = int(state.step)
         if step == 0 or not self._is_due(step) or not self.selectors:
             return
@@ -254,7 +254,7 @@ def _score_selected(
     state: TrainState,
     shared: dict[str, str],
 ) -> None:
-    """Score the selected checkpoint on the novel classes, unless it was before."""
+    """Scores the selected checkpoint on the novel classes, unless it was before."""
     selection = trainer.experiment.selections[0]
     params, selected = checkpoints.restore_params(workdir, state.learned, selection)
     if evaluator.step() == selected:
@@ -273,7 +273,7 @@ def _score_selected(
 def _score_others(
     trainer: Trainer, evaluator: Evaluator, state: TrainState, shared: dict[str, str]
 ) -> str:
-    """Score what the other selections take; return all as a table, if there are any.
+    """Scores what the other selections take; return all as a table, if there are any.
 
     Each in a folder of its own, as `evaluate` writes it, unless its checkpoint is one
     that has been scored.

@@ -51,7 +51,7 @@ def write_model(
     selection: str,
     inputs: dict[str, str],
 ) -> None:
-    """Write parameters, with their statistics if any, whole or not at all.
+    """Writes parameters, with their statistics if any, whole or not at all.
 
     Raises:
         InputError: `dtype` is none of STORED, or too small for a value.
@@ -78,7 +78,7 @@ def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def read_facts(path: Path) -> Facts:
-    """Return what the file tells of its parameters.
+    """Returns what the file tells of its parameters.
 
     Raises:
         InputError: the file is broken, or no published run's.
@@ -100,7 +100,7 @@ def read_facts(path: Path) -> Facts:
 
 
 def read_params(path: Path, like: PyTree[Any]) -> PyTree[Array]:
-    """Return the parameters in float32; `like` gives their shapes.
+    """Returns the parameters in float32; `like` gives their shapes.
 
     Raises:
         InputError: they don't fit, or aren't what was written.

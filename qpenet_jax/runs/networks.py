@@ -12,7 +12,7 @@ from qpenet_jax.models.variants import VARIANTS
 
 
 def network(config: Any, net: Backbone) -> QPENet | ReleasedQPENet:
-    """Return the network over a backbone's features.
+    """Returns the network over a backbone's features.
 
     QPENet proper, a variant of it, or the released network.
 
@@ -57,7 +57,7 @@ def _released(config: Any, net: Backbone) -> ReleasedQPENet:
 
 
 def _check_drift(config: Any, net: Backbone) -> None:
-    """Refuse drifting batch norm where the authors' training has nothing like it."""
+    """Refuses drifting batch norm where the authors' training has nothing like it."""
     for wrong, needed in (
         (config.variant != RELEASED, f"config.variant={RELEASED!r}"),
         (net.deep is None, "a ResNet as config.backbone.name"),

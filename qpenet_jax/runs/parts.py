@@ -19,7 +19,7 @@ from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.backbones.registry import Backbone, deep_part, features, with_deep
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Array
-from qpenet_jax.models.prototypes import foreground_lead
+from qpenet_jax.models.prototypes import foreground_margin
 from qpenet_jax.models.qpenet import Role
 from qpenet_jax.runs.folder import TrainedRun
 
@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 
 def parts_of(run: TrainedRun, shots: Sequence[int] = (1,)) -> dict[str, Part]:
-    """Return the parts of a run's network, as `network_parts` does."""
+    """Returns the parts of a run's network, as `network_parts` does."""
     experiment = run.experiment
     params, weights = settled(run.params, run.weights)
     networks = experiment.model, experiment.backbone
@@ -55,13 +55,13 @@ def network_parts(
     side: int,
     shots: Sequence[int] = (1,),
 ) -> dict[str, Part]:
-    """Return the parts of a network in float32, with its weights in them.
+    """Returns the parts of a network in float32, with its weights in them.
 
     `networks` are QPENet and its backbone, with their `params` and `weights`. Photos
     are uint8 RGB [1, side, side, 3]; their normalisation is in the network. Masks are
     uint8 [1, K, side, side], where 1 is the object. The released network also takes
     `padding`, where a square holds no photo. `decode_Kshot` returns the foreground's
-    `lead` and its `probability`, [1, side, side].
+    `margin` and its `probability`, [1, side, side].
 
     Raises:
         InputError: `shots` aren't numbers from 1 on.
@@ -86,8 +86,8 @@ def network_parts(
             _of("query", inputs),
             method="decode",
         )
-        lead = foreground_lead(logits)
-        return {"lead": lead, "probability": jax.nn.sigmoid(lead)}
+        margin = foreground_margin(logits)
+        return {"margin": margin, "probability": jax.nn.sigmoid(margin)}
 
     photo: Shapes = {"image": jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)}
     if model.sees_padding:
@@ -119,7 +119,7 @@ def _of(role: Role, inputs: Mapping[str, Array]) -> Arrays:
 
 
 def _needed(part: Part) -> list[str]:
-    """Return the inputs that a part's outputs depend on."""
+    """Returns the inputs that a part's outputs depend on."""
     exported = jax.export.export(jax.jit(part.function))(**part.inputs)
     names = sorted(part.inputs)  # as a dict is flattened
     return [names[i] for i in exported.module_kept_var_idx]
@@ -130,7 +130,7 @@ def _only(names: Sequence[str], function: Callable[..., Arrays], **inputs) -> Ar
 
 
 def _filled(part: Part, needed: Sequence[str]) -> Part:
-    """Return a part that is given what it needs; the rest may be anything."""
+    """Returns a part that is given what it needs; the rest may be anything."""
     rest = {name: x for name, x in part.inputs.items() if name not in needed}
 
     def function(**inputs: Array) -> Arrays:

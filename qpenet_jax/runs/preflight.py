@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 
 def first_steps(trainer: Trainer) -> Generator[Step]:
-    """Yield the steps of a new training without end, each finished before the next.
+    """Yields the steps of a new training without end, each finished before the next.
 
     Nothing is written. Close the generator to end the processes that load.
     """
@@ -72,14 +72,14 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        """Return the line as it is printed."""
+        """Returns the line as it is printed."""
         return f"  {'ok ' if self.good else 'BAD'}  {self.name:<9} {self.text}"
 
 
 def findings(
     steps: Sequence[Step], total: int, memory: Sequence[tuple[str, int, int]]
 ) -> list[Finding]:
-    """Judge the first steps of a run of `total` steps.
+    """Judges the first steps of a run of `total` steps.
 
     `memory` holds (name, peak, limit) in bytes.
     """
@@ -112,7 +112,7 @@ def _finite(metrics: Sequence[health.Values]) -> Finding:
 
 
 def is_finite(values: health.Values) -> bool:
-    """Return whether the loss and the gradient of a step are finite."""
+    """Returns whether the loss and the gradient of a step are finite."""
     return math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
 
 
@@ -156,7 +156,7 @@ def _to_go(timed: Sequence[Step], total: int) -> Finding:
 
 
 def memory() -> list[tuple[str, int, int]]:
-    """Return the peak and the limit of each device's memory, or of the host's."""
+    """Returns the peak and the limit of each device's memory, or of the host's."""
     told = [(str(d), d.memory_stats() or {}) for d in jax.local_devices()]
     devices = [
         (name, stats["peak_bytes_in_use"], stats["bytes_limit"])
@@ -171,7 +171,7 @@ def memory() -> list[tuple[str, int, int]]:
 
 
 def check(experiment: Experiment, steps: int = STEPS) -> bool:
-    """Train for some steps, print what was found, return whether a run may start.
+    """Trains for some steps, prints what was found, returns whether a run may start.
 
     Nothing is written. Raises InputError where data or weights are missing.
     """

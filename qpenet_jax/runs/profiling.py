@@ -18,14 +18,14 @@ class Profile(contextlib.AbstractContextManager):
     """
 
     def __init__(self, workdir: Path, steps: int, start: int, total: int):
-        """Choose among the steps from `start` to `total`; nothing is traced yet."""
+        """Chooses among the steps from `start` to `total`; nothing is traced yet."""
         self._workdir, self._running = workdir, False
         first = start + 1 + max(min(WARM_UP, total - start - steps), 0)
         self.steps = range(first, min(first + steps, total + 1))
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Name a step in the trace, which the first begins."""
+        """Names a step in the trace, which the first begins."""
         if number in self.steps and not self._running:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's calls would double it
@@ -35,13 +35,13 @@ class Profile(contextlib.AbstractContextManager):
             yield
 
     def finished(self, number: int, result: Any) -> None:
-        """End the trace after its last step, when the device is done with it."""
+        """Ends the trace after its last step, when the device is done with it."""
         if self._running and number == self.steps[-1]:
             jax.block_until_ready(result)
             self._stop()
 
     def __exit__(self, *_: object) -> None:
-        """End a trace whose training was stopped."""
+        """Ends a trace whose training was stopped."""
         if self._running:
             self._stop()
 

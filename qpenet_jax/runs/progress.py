@@ -23,7 +23,7 @@ class Progress(contextlib.AbstractContextManager):
     """Collects the steps' metrics and tells them; stops a training that diverges."""
 
     def __init__(self, trainer: Trainer, workdir: Path, start: int):
-        """Begin after `start` steps."""
+        """Begins after `start` steps."""
         self._rate, config = trainer.learning_rate, trainer.config
         self._images = config.batch_size * (config.shots + 1)
         self._watch = health.Watch()
@@ -41,20 +41,20 @@ class Progress(contextlib.AbstractContextManager):
         self.restart_clock()
 
     def __exit__(self, *_: object) -> None:
-        """Close the bar and the file of events."""
+        """Closes the bar and the file of events."""
         self._bar.close()
         if self._writer is not None:
             self._writer.__exit__()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time of the `with` as waiting for data."""
+        """Counts the time of the `with` as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     def add(self, measured: Any) -> None:
-        """Take a step's metrics; they stay on the device.
+        """Takes a step's metrics; they stay on the device.
 
         We run ahead of it by this step alone. So batches don't pile up in its memory,
         and we wait for data only when it soon will.
@@ -65,7 +65,7 @@ class Progress(contextlib.AbstractContextManager):
         self._bar.update()
 
     def tell(self, step: int, saved: int | None) -> None:
-        """Tell what the steps up to this one measured.
+        """Tells what the steps up to this one measured.
 
         Raises:
             NotFinite: the loss isn't finite any more; it names the checkpoint `saved`.
@@ -88,18 +88,18 @@ class Progress(contextlib.AbstractContextManager):
         self._recent = []
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """Write values for TensorBoard, in the first process."""
+        """Writes values for TensorBoard, in the first process."""
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def restart_clock(self) -> None:
-        """Count the speed from now on: evaluating and saving don't belong to it."""
+        """Counts the speed from now on: evaluating and saving don't belong to it."""
         self._start, self._waited = time.perf_counter(), 0.0
 
 
 def fetched(metrics: Any) -> list[dict[str, float]]:
-    """Return the metrics of some steps as numbers, fetched from the device at once."""
+    """Returns the metrics of some steps as numbers, fetched from the device at once."""
     steps: Any = jax.device_get(metrics)
     return [{name: float(value) for name, value in m.items()} for m in steps]
 
@@ -117,7 +117,7 @@ class NotFinite(InputError):
 
 
 def stop_on_nan(values: Mapping[str, float], step: int, saved: int | None) -> None:
-    """Raise NotFinite if the loss or the gradient is not finite any more."""
+    """Raises NotFinite if the loss or the gradient is not finite any more."""
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
             raise NotFinite(f"{name} is {values[name]}", step, saved)

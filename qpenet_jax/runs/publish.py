@@ -30,7 +30,7 @@ def publish(
     with_backbone: bool = False,
     license: str = "",
 ) -> Path:
-    """Write a run as a folder in the layout of the Hugging Face hub and return it.
+    """Writes a run as a folder in the layout of the Hugging Face hub and returns it.
 
     It holds `model.safetensors`, `config.json` and the model card, and is opened as a
     run is. In "float16" or "bfloat16" the parameters take half the room and are
@@ -58,7 +58,7 @@ def publish(
 
 
 def _write_backbone(path: Path, run: TrainedRun) -> None:
-    """Write the backbone's weights; run.weights refuses others than the run saw."""
+    """Writes the backbone's weights; run.weights refuses others than the run saw."""
     spec, weights = run.experiment.config.backbone, jax.device_get(run.weights)
     source = Path(spec.weights) if spec.weights else wheel_file()
     if source.suffix == path.suffix:
@@ -68,7 +68,7 @@ def _write_backbone(path: Path, run: TrainedRun) -> None:
 
 
 def _config(run: TrainedRun, with_backbone: bool) -> dict[str, Any]:
-    """Return the config without the names of folders that only its author has."""
+    """Returns the config without the names of folders that only its author has."""
     config = json.loads(run.experiment.config.to_json())
     for section, field in (path.split(".") for path in PATHS):
         given = PurePath(config[section][field])

@@ -20,24 +20,24 @@ Retry = dict[str, Any]
 
 
 def read(workdir: Path) -> list[Retry]:
-    """Return the retries of a run, in their order."""
+    """Returns the retries of a run, in their order."""
     path = workdir / RETRIES
     return read_json(path)["retries"] if path.exists() else []
 
 
 def skipped(workdir: Path, step: int) -> int:
-    """Return how many batches were left out for the steps after `step`."""
+    """Returns how many batches were left out for the steps after `step`."""
     return sum(r["at"] - r["to"] for r in read(workdir) if r["to"] <= step)
 
 
 def told(workdir: Path) -> dict[str, list[Retry]]:
-    """Return what the results tell of retries; nothing if there were none."""
+    """Returns what the results tell of retries; nothing if there were none."""
     retries = read(workdir)
     return {"retries": retries} if retries else {}
 
 
 def go_back(workdir: Path, error: NotFinite, to: int, limit: int) -> None:
-    """Write down that training goes on from step `to`; tell it in one line.
+    """Writes down that training goes on from step `to`; tell it in one line.
 
     Raises:
         NotFinite: the error, if there have been `limit` retries.

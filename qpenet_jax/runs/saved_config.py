@@ -17,7 +17,7 @@ MEANT: Mapping[int, Mapping[str, Any]] = {
 
 
 def merged(saved: Mapping[str, Any], source: str) -> Any:
-    """Return the config of a run of this version or an earlier one.
+    """Returns the config of a run of this version or an earlier one.
 
     Fields that came later have the value that the run was made with. `source` is the
     file, for messages.
@@ -40,7 +40,7 @@ def merged(saved: Mapping[str, Any], source: str) -> Any:
 
 
 def _fill(config: Any, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
-    """Put saved values over defaults, part by part."""
+    """Puts saved values over defaults, part by part."""
     for name, value in saved.items():
         where = f"{prefix}{name}"
         if name not in config:

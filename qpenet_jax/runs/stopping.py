@@ -29,7 +29,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        """Do nothing yet: signals are caught inside of the `with`."""
+        """Does nothing yet: signals are caught inside of the `with`."""
         self.asked = False
         self._postponed = False
         self._before = {}
@@ -37,7 +37,7 @@ class StopSignal:
         self._once_more: threading.Timer | None = None
 
     def __enter__(self) -> "StopSignal":
-        """Catch the signals."""
+        """Catches the signals."""
         self._before = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
         if cluster.count() > 1:
             self._before[SPREAD] = signal.signal(SPREAD, self._on_others_signal)
@@ -45,7 +45,7 @@ class StopSignal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Give the signals back to whoever had them.
+        """Gives the signals back to whoever had them.
 
         Raises:
             Interrupted: one arrived that nothing has acted on, too late to stop work.
@@ -71,7 +71,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise Interrupted where a signal arrives, for a part of what is postponed."""
+        """Raises Interrupted where a signal arrives, for a part of what is postponed."""
         self._postponed = False
         try:
             self._raise_if_asked()
@@ -94,7 +94,7 @@ class StopSignal:
             self._raise_if_asked()
 
     def _on_unraisable(self, unraisable: Any) -> None:
-        """Raise a stop again that came while Python was cleaning up, and so got lost.
+        """Raises a stop again that came while Python was cleaning up, and so got lost.
 
         Other processes have heard of it, and wait for this one to stop.
         """

@@ -28,7 +28,7 @@ class Trainer:
     """
 
     def __init__(self, experiment: Experiment):
-        """Read the data set and the backbone; raises InputError if one is missing."""
+        """Reads the data set and the backbone; raises InputError if one is missing."""
         config = experiment.config
         self.experiment, self.config = experiment, config
         self.dataset = experiment.dataset("train")
@@ -46,7 +46,7 @@ class Trainer:
         self._asked: Any = False  # in any process, before the last step
 
     def initial_state(self) -> TrainState:
-        """Return the state at step 0."""
+        """Returns the state at step 0."""
         state = self.experiment.init(self._optimizer)
         if self.config.backbone.drift:
             theirs = jax.tree.map(jax.numpy.copy, statistics_of(self.weights))
@@ -54,11 +54,11 @@ class Trainer:
         return self.placed(state)
 
     def placed(self, tree: Any) -> Any:
-        """Return a tree of arrays with a copy on every device."""
+        """Returns a tree of arrays with a copy on every device."""
         return jax.device_put(tree, self.replicated)
 
     def batches(self, start_step: int = 0) -> Generator[Any, None, None]:
-        """Yield this process's part of the batches from a step on, without end.
+        """Yields this process's part of the batches from a step on, without end.
 
         Close the generator to end the processes that load.
         """
@@ -72,12 +72,12 @@ class Trainer:
         )
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        """Return the next state and the step's metrics; the given state is used up."""
+        """Returns the next state and the step's metrics; the given state is used up."""
         episodes = augmented(self.experiment, global_batch(batch, self.split))
         return self._train_step(state, self.weights, episodes, self._key)
 
     def stops(self, asked: bool) -> bool:
-        """Return whether to stop after this step, the same in all processes.
+        """Returns whether to stop after this step, the same in all processes.
 
         To be called in every step. Of several processes each learns a step later that
         any was `asked` to: none waits for the others.

@@ -54,7 +54,7 @@ class DamagedCheckpoint(InputError):
 def open_checkpoints(
     workdir: Path, selections: Sequence[str] = (), read_only: bool = False
 ) -> Iterator[ocp.CheckpointManager]:
-    """Hold the manager of a run for as long as the `with` lasts; its end ends saves.
+    """Holds the manager of a run for as long as the `with` lasts; its end ends saves.
 
     Of each of the `selections` the best checkpoint is kept; the latest two always are.
     What an interrupted save left is removed, unless it is opened `read_only`.
@@ -96,7 +96,7 @@ def open_checkpoints(
 
 @contextlib.contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """Turn what Orbax raises of a save, perhaps of the one before, into one line."""
+    """Turns what Orbax raises of a save, perhaps of the one before, into one line."""
     try:
         yield
     except Exception as error:  # of many types, from its threads
@@ -107,13 +107,13 @@ def _told(folder: Path) -> Iterator[None]:
 
 
 def _brief(reason: object) -> str:
-    """Return where and why, the start and the end of a message of TensorStore's."""
+    """Returns where and why, the start and the end of a message of TensorStore's."""
     text = (str(reason) or type(reason).__name__).splitlines()[0]
     return text if len(text) < 200 else f"{text[:80]} [...] {text[-80:]}"
 
 
 def _check_scores(folder: Path, mend: bool) -> None:
-    """Look whether Orbax can read all scores; forget the latest's, if they `mend`."""
+    """Looks whether Orbax can read all scores; forget the latest's, if they `mend`."""
     steps = (int(path.name) for path in folder.glob("*") if path.name.isdigit())
     for place, step in enumerate(sorted(steps, reverse=True)):
         file = folder / str(step) / METRICS / METRICS
@@ -129,7 +129,7 @@ def _check_scores(folder: Path, mend: bool) -> None:
 
 
 def _score(scores: Mapping[str, float], selection: str) -> float:
-    """Return the score by a selection; earlier versions had one, called miou."""
+    """Returns the score by a selection; earlier versions had one, called miou."""
     return scores[selection] if selection in scores else scores["miou"]
 
 
@@ -138,7 +138,7 @@ def save(
     state: TrainState,
     scores: Mapping[str, float] | None = None,
 ) -> None:
-    """Save the state under its step, unless that step is saved already.
+    """Saves the state under its step, unless that step is saved already.
 
     `scores` are mIoUs by the names of selections. Hashes of the values go with them:
     Orbax's files have no checksums, and a flipped bit would be another number.
@@ -167,14 +167,14 @@ def save(
 
 
 def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:
-    """Return whether a saved step competes for best."""
+    """Returns whether a saved step competes for best."""
     return manager.metrics(step) is not None
 
 
 def add_scores(
     manager: ocp.CheckpointManager, step: int, scores: Mapping[str, float]
 ) -> None:
-    """Give a saved step its scores afterwards, as `save` would have."""
+    """Gives a saved step its scores afterwards, as `save` would have."""
 
     # Orbax reads the scores from these files, and has no call to add one later.
     def write():
@@ -186,7 +186,7 @@ def add_scores(
 
 
 def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """Return the latest saved state that can be read, or `state` if none is saved.
+    """Returns the latest saved state that can be read, or `state` if none is saved.
 
     Damaged ones are told and put into the folder DAMAGED of the workdir.
 
@@ -213,7 +213,7 @@ def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
 
 
 def _put_aside(checkpoint: Path) -> str:
-    """Move a checkpoint out of Orbax's sight, in the place of an earlier one."""
+    """Moves a checkpoint out of Orbax's sight, in the place of an earlier one."""
     aside = checkpoint.parents[1] / DAMAGED / checkpoint.name
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(exist_ok=True)
@@ -229,7 +229,7 @@ def _state(manager: ocp.CheckpointManager, step: int, state: TrainState) -> Trai
 
 
 def step_of(manager: ocp.CheckpointManager, selection: str) -> int | None:
-    """Return the step that a selection takes; the latest if none is scored.
+    """Returns the step that a selection takes; the latest if none is scored.
 
     Raises:
         InputError: a checkpoint that was saved with scores has lost them.
@@ -248,7 +248,7 @@ def step_of(manager: ocp.CheckpointManager, selection: str) -> int | None:
 def restore_params(
     workdir: Path, like: PyTree, selection: str
 ) -> tuple[PyTree[Array], int]:
-    """Return the parameters of `step_of` and that step.
+    """Returns the parameters of `step_of` and that step.
 
     `like` holds arrays or their shapes, and the devices.
 
@@ -283,7 +283,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, **like: PyTree):
 
 
 def _read(manager: ocp.CheckpointManager, step: int, items: ocp.args.Composite):
-    """Return what Orbax restores; where that fails, without pages of tracebacks."""
+    """Returns what Orbax restores; where that fails, without pages of tracebacks."""
     with contextlib.redirect_stderr(io.StringIO()):
         return manager.restore(step, args=items)
 

@@ -15,7 +15,7 @@ from qpenet_jax.core.types import BATCH_STATISTICS, Array, Episode
 
 
 def drifts(step: Int[Array, ""], epoch: int) -> Bool[Array, ""]:
-    """Return whether batch norm is in training mode in a step; the first is 0.
+    """Returns whether batch norm is in training mode in a step; the first is 0.
 
     So it is in the second half of every epoch of `epoch` steps but the first epoch,
     which had no validation in its middle.
@@ -29,7 +29,7 @@ def drifting_features(
     statistics: PyTree[Array],
     batch: Episode,
 ) -> tuple[tuple[Float[Array, "b 1 h w f"], Float[Array, "b h w f"]], PyTree[Array]]:
-    """Return support and query features by the batch's statistics, and the new ones.
+    """Returns support and query features by the batch's statistics, and the new ones.
 
     As upstream, all queries of the batch go through before all supports, one each.
     """

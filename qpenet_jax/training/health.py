@@ -38,7 +38,7 @@ Values = Mapping[str, float]
 
 
 def dead_heads(steps: Iterable[Values]) -> dict[str, str]:
-    """Return which heads do nothing in all these steps of training, and why.
+    """Returns which heads do nothing in all these steps of training, and why.
 
     A head is dead if it found nothing in any image of any step, or if its mean loss is
     not below chance. `steps` hold the train step's metrics.
@@ -60,7 +60,7 @@ def dead_heads(steps: Iterable[Values]) -> dict[str, str]:
 
 
 def is_finite(tree: PyTree[Array]) -> bool:
-    """Return whether all values of a tree are finite numbers."""
+    """Returns whether all values of a tree are finite numbers."""
     return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
 
 
@@ -68,13 +68,13 @@ class Watch:
     """Looks at every step's metrics and tells once of each head that has died."""
 
     def __init__(self, patience: int = PATIENCE):
-        """Start with no step seen: also after a resume."""
+        """Starts with no step seen: also after a resume."""
         self.patience = patience
         self.recent: deque[Values] = deque(maxlen=patience)
         self.told: set[str] = set()
 
     def __call__(self, steps: Iterable[Values]) -> list[str]:
-        """Take the metrics of the next steps; return a warning for each new death."""
+        """Takes the metrics of the next steps; return a warning for each new death."""
         warnings = []
         for values in steps:
             self.recent.append(values)

@@ -28,7 +28,7 @@ class Optimizer:
     first: int = 0  # the t of the first step; with 1 the last step's rate is 0
 
     def __post_init__(self):
-        """Refuse a name that `build` doesn't know, and what makes no optimiser."""
+        """Refuses a name that `build` doesn't know, and what makes no optimiser."""
         if self.name not in ("sgd", "adamw"):
             raise InputError(f"optimizer {self.name!r}: choose 'sgd' or 'adamw'")
         for name in ("clip", "warm_up", "first"):
@@ -38,7 +38,7 @@ class Optimizer:
                 )
 
     def schedule(self, steps: int) -> optax.Schedule:
-        """Return lr * lr_factor * (1 - t / steps)^power, after the warm-up if any."""
+        """Returns lr * lr_factor * (1 - t / steps)^power, after the warm-up if any."""
         peak = self.lr * self.lr_factor
         poly = optax.polynomial_schedule(peak, 0.0, self.power, steps)
 
@@ -53,7 +53,7 @@ class Optimizer:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - of settings, which are few
     def build(self, steps: int) -> optax.GradientTransformation:
-        """Return the optimiser for a run of `steps` steps."""
+        """Returns the optimiser for a run of `steps` steps."""
         schedule = self.schedule(steps)
         clip = [optax.clip_by_global_norm(self.clip)] if self.clip else []
         if self.name == "adamw":

@@ -49,7 +49,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def resolved(config: Any) -> Any:
-    """Return a locked copy of a config in which the recipe's fields have values.
+    """Returns a locked copy of a config in which the recipe's fields have values.
 
     Raises:
         InputError: there is no such recipe.

@@ -15,7 +15,7 @@ from qpenet_jax.models.ops.devices import BATCH_AXIS
 def shardings(
     batch_size: int, accumulate: int = 1
 ) -> tuple[NamedSharding, NamedSharding]:
-    """Return (replicated, split over the batch) for all processes' devices.
+    """Returns (replicated, split over the batch) for all processes' devices.
 
     Of every process the batch is split over the largest number of devices that divides
     what it has of each of the `accumulate` parts that a step goes through.
@@ -43,14 +43,14 @@ def shardings(
 
 
 def _by_process() -> list[list[Any]]:
-    """Return the devices of every process, in the processes' order."""
+    """Returns the devices of every process, in the processes' order."""
     devices = jax.devices()
     processes = sorted({device.process_index for device in devices})
     return [[d for d in devices if d.process_index == p] for p in processes]
 
 
 def idle_devices(batch_size: int, accumulate: int = 1) -> str:
-    """Return a line about devices that have no part of the batch; empty if all do."""
+    """Returns a line about devices that have no part of the batch; empty if all do."""
     total, used = jax.device_count(), shardings(batch_size, accumulate)[1].mesh.size
     if used == total:
         return ""
@@ -61,13 +61,13 @@ def idle_devices(batch_size: int, accumulate: int = 1) -> str:
 
 
 def global_batch(batch: Episode, sharding: NamedSharding) -> Any:
-    """Place this process's part of a batch on its devices."""
+    """Places this process's part of a batch on its devices."""
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda x: place(sharding, np.asarray(x)), batch)
 
 
 def one_copy(tree: Any) -> Any:
-    """Return a tree of arrays that every device has, on this process' first alone."""
+    """Returns a tree of arrays that every device has, on this process' first alone."""
 
     def first(leaf):
         shared = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
@@ -77,7 +77,7 @@ def one_copy(tree: Any) -> Any:
 
 
 def any_asked(flag: bool, split: NamedSharding) -> jax.Array:
-    """Return whether the flag is set in any process, as devices will find it out.
+    """Returns whether the flag is set in any process, as devices will find it out.
 
     Steps are taken in the same order everywhere, so all processes see the same.
     """

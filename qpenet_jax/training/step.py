@@ -53,7 +53,7 @@ class TrainState:
 
 
 def values_hash(tree: PyTree[Array]) -> str:
-    """Return the SHA-256 of the values of a tree, in its order."""
+    """Returns the SHA-256 of the values of a tree, in its order."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         digest.update(np.asarray(leaf).tobytes())
@@ -63,7 +63,7 @@ def values_hash(tree: PyTree[Array]) -> str:
 def episode_features(
     backbone: Backbone, weights: PyTree[Array], batch: Episode
 ) -> tuple[Float[Array, "b k h w f"], Float[Array, "b h w f"]]:
-    """Return support and query features; all images go through in one call."""
+    """Returns support and query features; all images go through in one call."""
     b, k = batch.support_images.shape[:2]
     # Behind the batch axis, which devices share: no image moves between them.
     query = batch.query_image[:, None]
@@ -80,7 +80,7 @@ def init_state(
     channels: int,
     key: Array,
 ) -> TrainState:
-    """Return the state at step 0; `channels` are the backbone's."""
+    """Returns the state at step 0; `channels` are the backbone's."""
     params = _init(model, channels, key)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
@@ -107,7 +107,7 @@ def make_train_step(
     drift_epoch: int | None = None,
     accumulate: int = 1,
 ) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """Return `train_step(state, weights, batch, key) -> (state, metrics)`, jitted.
+    """Returns `train_step(state, weights, batch, key) -> (state, metrics)`, jitted.
 
     Pure: dropout of step t comes from `fold_in(key, t)`. The state is donated. `mesh`
     holds the devices that share the batch (`sharding.shardings`), if there are several;
@@ -192,7 +192,7 @@ def make_train_step(
 
 
 def mean_of_parts(f: Callable[..., Any], batch: PyTree, count: int) -> Any:
-    """Return the mean of `f(part, i)` over equal parts of a batch, one at a time.
+    """Returns the mean of `f(part, i)` over equal parts of a batch, one at a time.
 
     Part i holds the rows i, i + count, ...: devices go through what they have.
     """
@@ -210,7 +210,7 @@ def mean_of_parts(f: Callable[..., Any], batch: PyTree, count: int) -> Any:
 
 
 def _health(logits, out, truth):
-    """Return foreground IoU of the batch, the features' scale and each head's masks.
+    """Returns foreground IoU of the batch, the features' scale and each head's masks.
 
     `empty_<head>` is the share of images in which a head finds nothing: heads that die
     are how training of this network fails silently.

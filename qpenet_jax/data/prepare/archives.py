@@ -54,7 +54,7 @@ class Archive(Mapping[str, bytes]):
     """
 
     def __init__(self, path: Path, readers: Mapping[str, Callable[[], bytes]]):
-        """Hold a function for every member; `open_archive` makes these."""
+        """Holds a function for every member; `open_archive` makes these."""
         self.path = path
         self._readers = readers
 
@@ -76,7 +76,7 @@ class Archive(Mapping[str, bytes]):
         return len(self._readers)
 
     def where(self, name: str) -> str:
-        """Return "archive: member", as messages name a member."""
+        """Returns "archive: member", as messages name a member."""
         return f"{self.path}: {name}"
 
 
@@ -84,7 +84,7 @@ class Archive(Mapping[str, bytes]):
 def open_archive(
     path: str | Path, wanted: Callable[[str], bool] | None = None
 ) -> Iterator[Archive]:
-    """Open a folder, .tar, .tar.gz/.tgz or .zip; `wanted(path)` chooses its members.
+    """Opens a folder, .tar, .tar.gz/.tgz or .zip; `wanted(path)` chooses its members.
 
     Tar and zip are read by random access. A compressed tar has none: it is read once,
     with a progress bar, and the wanted members stay in memory. Hidden files are left
@@ -101,7 +101,7 @@ def open_archive(
 
 
 def fingerprint(path: str | Path) -> dict[str, str]:
-    """Return the name and SHA-256 of an archive, for the facts of a data set.
+    """Returns the name and SHA-256 of an archive, for the facts of a data set.
 
     A folder's SHA-256 is that of its files' paths and SHA-256s, hidden files left out.
 
@@ -130,7 +130,7 @@ def _is_hidden(name: str) -> bool:
 def _readers(
     path: Path, wanted: Callable[[str], bool], stack: contextlib.ExitStack
 ) -> dict[str, Callable[[], bytes]]:
-    """Return a reader for every wanted member; `stack` closes what they read from."""
+    """Returns a reader for every wanted member; `stack` closes what they read from."""
     if path.is_dir():
         files = walk(path)
         return {name: file.read_bytes for name, file in files.items() if wanted(name)}
@@ -171,7 +171,7 @@ def _read_compressed_tar(path: Path, wanted: Callable[[str], bool]) -> dict[str,
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Yield name and member of all files; a hard link is one by another name."""
+    """Yields name and member of all files; a hard link is one by another name."""
     for member in tar:
         if member.isfile() or member.islnk():
             yield member.name.removeprefix("./"), member
@@ -180,7 +180,7 @@ def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
 def _chosen(
     path: Path, members: Iterable[tuple[str, T]], wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, T]]:
-    """Yield the wanted members; a second one of a name would hide the first."""
+    """Yields the wanted members; a second one of a name would hide the first."""
     seen = set()
     for name, member in members:
         if not wanted(name):
@@ -201,7 +201,7 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 @contextlib.contextmanager
 def _damage_told(where: str) -> Iterator[None]:
-    """Turn what the standard library raises on damage into one InputError."""
+    """Turns what the standard library raises on damage into one InputError."""
     try:
         yield
     except DAMAGE_ERRORS as error:

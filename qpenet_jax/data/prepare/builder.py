@@ -88,7 +88,7 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
         return {split: self._shards(split) for split in self.source.splits}
 
     def _shards(self, split: str) -> list[Callable[[], Iterator]]:
-        """Return a function for each shard that yields its part of the examples."""
+        """Returns a function for each shard that yields its part of the examples."""
         examples = self._examples(split)
         images = sum(map(len, self.source.splits.values()))
         size = max(1, images * SHARD_BYTES // max(1, self.source.image_bytes))
@@ -130,7 +130,7 @@ class _SameBytes(ExampleWriter):
     """Writes the features of an example in a fixed order; protobuf's has none."""
 
     def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
-        """Write a shard.
+        """Writes a shard.
 
         Raises:
             InputError: the disk is full, which ArrayRecord tells as a RuntimeError.
@@ -152,7 +152,7 @@ def _in_order(example: bytes) -> bytes:
 
 
 def encode_mask(label: UInt8[np.ndarray, "h w"]) -> bytes:
-    """Return a grey PNG: no palette for a reader to stumble over."""
+    """Returns a grey PNG: no palette for a reader to stumble over."""
     # The default is tuned for photos: this halves the time to decode a label map.
     strategy = (cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT)
     return cv2.imencode(".png", label, strategy)[1].tobytes()
@@ -161,7 +161,7 @@ def encode_mask(label: UInt8[np.ndarray, "h w"]) -> bytes:
 def prepare(
     builder: type[SegmentationBuilder], source: Source, out: Path, config: str
 ) -> Path:
-    """Write the data set below `out` and return its folder.
+    """Writes the data set below `out` and returns its folder.
 
     A finished one is kept, and that is printed to the standard error, if its facts and
     all it holds are those of the source.
@@ -197,7 +197,7 @@ def prepare(
 
 
 def _write(made: SegmentationBuilder, folder: Path, source: Source) -> None:
-    """Write a data set whose lock this process holds."""
+    """Writes a data set whose lock this process holds."""
     if folder.is_dir():  # Another process has finished it in the meantime.
         _check_same(folder, source)
         return
@@ -211,7 +211,7 @@ def _write(made: SegmentationBuilder, folder: Path, source: Source) -> None:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Keep TFDS from printing, and from warning that a configuration isn't its own.
+    """Keeps TFDS from printing, and from warning that a configuration isn't its own.
 
     Users without a name may write as well.
     """
@@ -242,7 +242,7 @@ def _check_same(folder: Path, source: Source) -> None:
 def _check_content(
     made: Prepared, split: str, names: Sequence[str], example: Callable
 ) -> None:
-    """Compare all images and labels with those of a finished data set."""
+    """Compares all images and labels with those of a finished data set."""
     content = ContentHash()
     for name in tqdm(names, desc=f"comparing {split}", unit="image"):
         content.add(*example(split, name)[:3])

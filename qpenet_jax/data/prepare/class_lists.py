@@ -24,7 +24,7 @@ MARKUP = re.compile(r"[\[{#].*|\W*names\W*:.*|.*\t.*|.*:\d+,\d+,\d+:.*")
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Return the names of the classes 1..C, one a line.
+    """Returns the names of the classes 1..C, one a line.
 
     A list of labelme's (`__ignore__` and `_background_`, or the second alone, before
     the classes) is known: its masks number the classes from 1 on as well.
@@ -65,7 +65,7 @@ def _refuse_other_formats(path: Path, lines: tuple[str, ...]) -> None:
 
 
 def _are_numbered(lines: tuple[str, ...]) -> bool:
-    """Tell whether all lines begin with numbers that count up."""
+    """Tells whether all lines begin with numbers that count up."""
     numbers = [int(m[1]) for m in map(NUMBERED.fullmatch, lines) if m]
     if not numbers or len(lines) < 2:
         return False
@@ -73,7 +73,7 @@ def _are_numbered(lines: tuple[str, ...]) -> bool:
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
-    """Return the stripped lines up to the last that isn't empty, all different.
+    """Returns the stripped lines up to the last that isn't empty, all different.
 
     Raises:
         InputError: no such text file, nothing in it, or a line twice.

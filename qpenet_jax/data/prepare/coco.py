@@ -43,7 +43,7 @@ class Coco20i(SegmentationBuilder, skip_registration=True):
 def prepare_coco(
     images: Sequence[Path], annotations: Sequence[Path], out: Path
 ) -> Path:
-    """Write COCO-20i below `out` and return where it is.
+    """Writes COCO-20i below `out` and returns where it is.
 
     `images` are folders, zips or tars that hold the images at any depth, `annotations`
     are `instances_train2014.json` and `instances_val2014.json`, or those of 2017; one
@@ -82,7 +82,7 @@ def prepare_coco(
 
 
 def _release(annotations: Sequence[Path]) -> tuple[str, dict[str, Path]]:
-    """Return the year and the file of each split, told by the files' names."""
+    """Returns the year and the file of each split, told by the files' names."""
     releases, paths = set(), {}
     for path in map(Path, annotations):
         match = re.fullmatch(r"instances_(train|val)(2014|2017)\.json", path.name)
@@ -105,7 +105,7 @@ def _release(annotations: Sequence[Path]) -> tuple[str, dict[str, Path]]:
 def _find(
     paths: Sequence[Path], files: Iterable[Instances], stack: contextlib.ExitStack
 ) -> dict[str, tuple[Archive, str]]:
-    """Return archive and member of every image; `stack` closes the archives."""
+    """Returns archive and member of every image; `stack` closes the archives."""
     needed = {file for instances in files for file in instances.files.values()}
     found: dict[str, tuple[Archive, str]] = {}
     for path in paths:
@@ -133,7 +133,7 @@ def _last(path: str) -> str:
 
 
 def _estimate(images: Sequence[tuple[Archive, str]]) -> int:
-    """Return about how many bytes all images have; sizes of members aren't listed."""
+    """Returns about how many bytes all images have; sizes of members aren't listed."""
     sample = images[:: -(-len(images) // SAMPLED_IMAGES)]
     seen = sum(len(archive[member]) for archive, member in sample)
     return seen * len(images) // len(sample)

@@ -59,7 +59,7 @@ COCO_ARCHIVES = {
 
 
 def download_pascal(folder: str | Path) -> tuple[Path, Path]:
-    """Fetch the official archives, 2.0 and 1.4 GB, into `folder`; return both.
+    """Fetches the official archives, 2.0 and 1.4 GB, into `folder`; return both.
 
     Raises:
         InputError: as `qpenet_jax.core.download.download`; another process is
@@ -77,7 +77,7 @@ def download_pascal(folder: str | Path) -> tuple[Path, Path]:
 
 
 def download_coco(folder: Path, release: str) -> tuple[list[Path], list[Path]]:
-    """Fetch what `prepare_coco` needs of "2014" or "2017"; goes on where it broke off.
+    """Fetches what `prepare_coco` needs of "2014" or "2017"; goes on where it broke off.
 
     Returns the zips of images, which needn't be unpacked, and the annotation files.
 
@@ -101,7 +101,7 @@ def download_coco(folder: Path, release: str) -> tuple[list[Path], list[Path]]:
 
 
 def _unpacked(annotations: Path, folder: Path, release: str) -> list[Path]:
-    """Write the annotation files of both splits out of their archive."""
+    """Writes the annotation files of both splits out of their archive."""
     paths = [folder / f"instances_{split}{release}.json" for split in ("train", "val")]
     with open_archive(annotations) as archive:
         for path in paths:
@@ -110,7 +110,7 @@ def _unpacked(annotations: Path, folder: Path, release: str) -> list[Path]:
 
 
 def _alone(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep another process from appending to the same half-fetched files."""
+    """Keeps another process from appending to the same half-fetched files."""
     return locked(
         folder / ".lock",
         f"{folder}: another process is downloading into this folder; wait until it "

@@ -46,7 +46,7 @@ class Folder(SegmentationBuilder, skip_registration=True):
 def prepare_folder(
     root: Path, out: Path, *, name: str | None = None, val_share: float = 0.2
 ) -> Path:
-    """Write the folder `root` as a data set below `out` and return where it is.
+    """Writes the folder `root` as a data set below `out` and returns where it is.
 
     It is called `name`, else after the folder. Without `train.txt` and `val.txt`,
     about `val_share` of the images are for validation, by a hash of their names: the
@@ -82,7 +82,7 @@ def prepare_folder(
 
 
 def _pairs(root: Path) -> dict[str, Pair]:
-    """Return image and mask by name, in the order of the names."""
+    """Returns image and mask by name, in the order of the names."""
     images = _files(root / "images", IMAGE_SUFFIXES)
     masks = _files(root / "masks", {".png"})
     for name in sorted(images.keys() ^ masks.keys()):
@@ -98,7 +98,7 @@ def _pairs(root: Path) -> dict[str, Pair]:
 
 
 def _files(folder: Path, suffixes: set[str]) -> dict[str, Path]:
-    """Return the files below `folder` by relative path without ending."""
+    """Returns the files below `folder` by relative path without ending."""
     if not folder.is_dir():
         raise InputError(f"folder {folder} doesn't exist; see data/README.md")
     files: dict[str, Path] = {}
@@ -122,7 +122,7 @@ def _files(folder: Path, suffixes: set[str]) -> dict[str, Path]:
 
 
 def _split(root: Path, pairs: Iterable[str], val_share: float) -> tuple[Splits, str]:
-    """Return the names of each split, and how they were told apart."""
+    """Returns the names of each split, and how they were told apart."""
     given: Splits = {
         split: _read_ids(root / f"{split}.txt", set(pairs))
         for split in ("train", "val")

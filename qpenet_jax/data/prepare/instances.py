@@ -35,7 +35,7 @@ class Instances:
     """One annotation file: which images show something, and their label maps."""
 
     def __init__(self, path: Path):
-        """Read and check the file; nothing is drawn yet.
+        """Reads and checks the file; nothing is drawn yet.
 
         Raises:
             InputError: no such file, broken JSON, missing keys, an id or a name twice,
@@ -52,7 +52,7 @@ class Instances:
             self.files = self._shown_files(images)
 
     def label(self, name: str) -> UInt8[np.ndarray, "h w"]:
-        """Draw the label map of an image: 0 background, 1..80.
+        """Draws the label map of an image: 0 background, 1..80.
 
         Raises:
             InputError: an annotation that can't be drawn.
@@ -66,7 +66,7 @@ class Instances:
         return np.ascontiguousarray(label)
 
     def _grouped(self, images: dict, annotations: Iterable) -> dict[Any, list[dict]]:
-        """Return the annotations of each image that are no crowds, in their order."""
+        """Returns the annotations of each image that are no crowds, in their order."""
         of_image = defaultdict(list)
         for annotation in annotations:
             image, where = annotation["image_id"], f"annotation {annotation['id']}"
@@ -90,7 +90,7 @@ class Instances:
         return of_image
 
     def _shown_files(self, images: dict) -> dict[str, str]:
-        """Return the file names of images with more than crowds, by their names."""
+        """Returns the file names of images with more than crowds, by their names."""
         shown = [image for image in images.values() if image["id"] in self._of_image]
         if not shown:
             raise InputError(f"{self.path}: no image has an annotation but crowds")
@@ -107,7 +107,7 @@ class Instances:
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds; to be called within `format_errors`.
+    """Returns what a JSON file holds; to be called within `format_errors`.
 
     Raises:
         ValueError: broken JSON, a key twice in one object, NaN or infinity.
@@ -129,7 +129,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
 
 
 def by_id(path: Path, key: str, items: Sequence[dict[str, Any]]) -> dict[Any, dict]:
-    """Return the items by their ids, sure that each id is there once.
+    """Returns the items by their ids, sure that each id is there once.
 
     Raises:
         InputError: an id twice. ValueError, LookupError, TypeError: no such items.
@@ -150,7 +150,7 @@ def by_id(path: Path, key: str, items: Sequence[dict[str, Any]]) -> dict[Any, di
 
 
 def _ranks(path: Path, categories: Sequence[dict[str, Any]]) -> dict[Any, int]:
-    """Return the rank 1..80 of every category id; COCO's own ids run to 90."""
+    """Returns the rank 1..80 of every category id; COCO's own ids run to 90."""
     named = by_id(path, "categories", categories)
     ids = sorted(named)
     if tuple(named[i]["name"] for i in ids) != COCO_CLASSES:
@@ -162,7 +162,7 @@ def _ranks(path: Path, categories: Sequence[dict[str, Any]]) -> dict[Any, int]:
 
 
 def size_of(path: Path, image: dict[str, Any]) -> tuple[int, int]:
-    """Return height and width of an image; too large ones would use up the memory.
+    """Returns height and width of an image; too large ones would use up the memory.
 
     Raises:
         InputError: no sizes of an image. LookupError: not in the file.
@@ -181,7 +181,7 @@ def size_of(path: Path, image: dict[str, Any]) -> tuple[int, int]:
 def drawn(
     path: Path, annotation: dict[str, Any], name: str, size: tuple[int, int]
 ) -> Bool[np.ndarray, "h w"]:
-    """Return the mask of an annotation of the image `name`, as `draw` does.
+    """Returns the mask of an annotation of the image `name`, as `draw` does.
 
     Raises:
         InputError: it can't be drawn.
@@ -196,7 +196,7 @@ def drawn(
 
 
 def draw(segmentation: Any, height: int, width: int) -> Bool[np.ndarray, "h w"]:
-    """Return the mask of a segmentation as pycocotools draws it, checked before.
+    """Returns the mask of a segmentation as pycocotools draws it, checked before.
 
     A segmentation is a list of polygons [x0, y0, x1, y1, ...] in pixels, all of which
     are drawn, or a dict of run lengths.
@@ -219,7 +219,7 @@ def draw(segmentation: Any, height: int, width: int) -> Bool[np.ndarray, "h w"]:
 
 
 def _checked_polygons(polygons: Any, side: int) -> list[list[float]]:
-    """Return the polygons of three points or more; `side` is the image's longer one.
+    """Returns the polygons of three points or more; `side` is the image's longer one.
 
     Others enclose nothing; pycocotools takes four numbers for a box if they come first.
     """
@@ -250,7 +250,7 @@ def _check_runs(encoded: dict[str, Any], height: int, width: int) -> None:
 
 
 def _decoded(text: str) -> list[int]:
-    """Return the run lengths of a compressed string.
+    """Returns the run lengths of a compressed string.
 
     COCO writes numbers as groups of 5 bits, the lowest first, in characters from "0"
     on; bit 5 tells that another follows. From the fourth number on they are differences
@@ -279,7 +279,7 @@ def _decoded(text: str) -> list[int]:
 
 @contextlib.contextmanager
 def format_errors(path: Path, what: str) -> Iterator[None]:
-    """Turn what reading a file of another format than `what` raises into one line.
+    """Turns what reading a file of another format than `what` raises into one line.
 
     Raises:
         InputError: in its place.
@@ -297,7 +297,7 @@ def format_errors(path: Path, what: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Return in a few words what was wrong with a file's content."""
+    """Returns in a few words what was wrong with a file's content."""
     if isinstance(error, KeyError):
         return f"no {error} in it"
     return " ".join(str(error).split())[:200] or type(error).__name__

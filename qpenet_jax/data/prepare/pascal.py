@@ -64,7 +64,7 @@ class Masks(NamedTuple):
     """The images that a pool may draw from: SBD's two lists, or all masks."""
 
     def read(self, name: str) -> UInt8[np.ndarray, "h w"]:
-        """Return the label map of image `name`."""
+        """Returns the label map of image `name`."""
         member = self.members[name]
         data, where = self.archive[member], self.archive.where(member)
         if member.endswith(".mat"):
@@ -80,7 +80,7 @@ def prepare_pascal(
     masks: str | Path | None = None,
     pool: str | Path = "main",
 ) -> Path:
-    """Write PASCAL-5i, splits "train" and "val", below `out` and return its folder.
+    """Writes PASCAL-5i, splits "train" and "val", below `out` and returns its folder.
 
     `voc` and `sbd` are the official archives (or what was unpacked from them). VOC's
     own masks win where both have one; val is VOC's val and never in train. `masks` is
@@ -120,20 +120,20 @@ class VocFiles:
         self._root = _root(archive, TRAIN_LIST, "VOC 2012")
 
     def ids(self, name: str) -> Ids:
-        """Return the list ImageSets/`name`.txt."""
+        """Returns the list ImageSets/`name`.txt."""
         return _list(self.archive, f"{self._root}ImageSets/{name}.txt")
 
     def jpeg(self, name: str) -> str:
-        """Return the member with the image."""
+        """Returns the member with the image."""
         return f"{self._root}JPEGImages/{name}.jpg"
 
     def mask(self, name: str) -> str:
-        """Return the member with the mask; only segmented images have one."""
+        """Returns the member with the mask; only segmented images have one."""
         return f"{self._root}SegmentationClass/{name}.png"
 
 
 def _checked_pool(pool: str | Path) -> str | Path:
-    """Return the name of a rule or the path of a file."""
+    """Returns the name of a rule or the path of a file."""
     if pool in POOLS:
         return str(pool)
     if not Path(pool).is_file():
@@ -144,7 +144,7 @@ def _checked_pool(pool: str | Path) -> str | Path:
 
 
 def _splits(files: VocFiles, extra: Masks, pool: str | Path) -> Splits:
-    """Return the lists of both splits, sure that every image and mask is there."""
+    """Returns the lists of both splits, sure that every image and mask is there."""
     val = files.ids("Segmentation/val")
     train = _train_ids(files, extra, val, pool)
     if isinstance(pool, str):
@@ -181,7 +181,7 @@ def _check_count(what: str, ids: Ids) -> None:
 
 
 def _check_complete(files: VocFiles, extra: Masks, names: Ids) -> None:
-    """Say now, rather than after minutes of writing, what can't be found."""
+    """Says now, rather than after minutes of writing, what can't be found."""
     voc = files.archive
     for name in names:
         if files.jpeg(name) not in voc:
@@ -261,7 +261,7 @@ def _sbd_ids(archive: Archive) -> frozenset[str]:
 
 
 def _root(archive: Archive, member: str, what: str) -> str:
-    """Return what stands before `member` in the archive's paths, "" or "folder/"."""
+    """Returns what stands before `member` in the archive's paths, "" or "folder/"."""
     found = [n for n in archive if f"/{n}".endswith(f"/{member}")]
     if len(found) == 1:
         return found[0].removesuffix(member)
@@ -276,7 +276,7 @@ def _list(archive: Archive, member: str) -> Ids:
 
 
 def _read_sbd(data: bytes, where: str) -> UInt8[np.ndarray, "h w"]:
-    """Return the label map of a .mat file of SBD, GTcls.Segmentation."""
+    """Returns the label map of a .mat file of SBD, GTcls.Segmentation."""
     try:
         truth: Mapping[str, Any] = scipy.io.loadmat(
             BytesIO(data), variable_names="GTcls"

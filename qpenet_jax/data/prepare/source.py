@@ -45,7 +45,7 @@ class Source:
 
 
 def check_example(example: Example, classes: int) -> Int[np.ndarray, " classes"]:
-    """Decode the image once and return the pixels of each class in its label.
+    """Decodes the image once and returns the pixels of each class in its label.
 
     Raises:
         InputError: the image is broken, has another size than the label, or the label
@@ -60,7 +60,7 @@ def check_example(example: Example, classes: int) -> Int[np.ndarray, " classes"]
 
 
 def check_names(source: Source) -> None:
-    """Refuse names that can't stand in one data set.
+    """Refuses names that can't stand in one data set.
 
     Raises:
         InputError: a split without images; a name twice, in one split or in two; one

@@ -44,7 +44,7 @@ class Decoded:
     def __init__(
         self, dataset: SegmentationDataset, folder: str | Path, limit: int = MAX_BYTES
     ):
-        """Open the data set's file below `folder`; make it where it is missing.
+        """Opens the data set's file below `folder`; make it where it is missing.
 
         Files are told apart by what they were made of (`dataset_content`), so images
         that were replaced are decoded. An incomplete file, or one with other pixels, is
@@ -73,18 +73,18 @@ class Decoded:
         return np.load(self.folder / SIZES_FILE)
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Returns the number of images."""
         return len(self.names)
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Return image `index`, RGB."""
+        """Returns image `index`, RGB."""
         height, width = self.sizes[index]
         start = self._starts[index]
         end = start + (CHANNELS - 1) * height * width
         return self._pixels[start:end].reshape(height, width, CHANNELS - 1)
 
     def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
-        """Return the label map of image `index`."""
+        """Returns the label map of image `index`."""
         height, width = self.sizes[index]
         start = self._starts[index] + (CHANNELS - 1) * height * width
         return self._pixels[start : start + height * width].reshape(height, width)
@@ -99,11 +99,11 @@ class Decoded:
         return np.asarray(np.memmap(self.folder / PIXELS_FILE, np.uint8, "r"))
 
     def __getstate__(self) -> dict:
-        """Leave the mapped file out of pickles: a worker maps it by itself."""
+        """Leaves the mapped file out of pickles: a worker maps it by itself."""
         return {k: v for k, v in vars(self).items() if k != "_pixels"}
 
     def _up_to_date(self, dataset: SegmentationDataset) -> bool:
-        """Tell whether the file is complete and a sample of it is the data set's."""
+        """Tells whether the file is complete and a sample of it is the data set's."""
         self._forget()
         try:
             written = (self.folder / PIXELS_FILE).stat().st_size
@@ -117,12 +117,12 @@ class Decoded:
         )
 
     def _forget(self) -> None:
-        """Drop what was read: the file may be another one by now."""
+        """Drops what was read: the file may be another one by now."""
         for name in ("sizes", "_starts", "_pixels"):
             vars(self).pop(name, None)
 
     def _make(self, dataset: SegmentationDataset, limit: int) -> None:
-        """Write the file, or wait for another process that does."""
+        """Writes the file, or wait for another process that does."""
         needed = _bytes_needed(dataset)
         if needed > limit:
             raise InputError(
@@ -144,18 +144,18 @@ class Decoded:
 
 
 def _sample(images: int) -> Iterable[int]:
-    """Return some indices, evenly spread."""
+    """Returns some indices, evenly spread."""
     return range(0, images, images // SAMPLED_IMAGES or 1)
 
 
 def _bytes_needed(dataset: SegmentationDataset) -> int:
-    """Return about how many bytes the images of a data set take, decoded."""
+    """Returns about how many bytes the images of a data set take, decoded."""
     sample = [dataset.label(i).size for i in _sample(len(dataset))]
     return CHANNELS * sum(sample) * len(dataset) // max(len(sample), 1)
 
 
 def _write(dataset: SegmentationDataset, folder: Path, needed: int) -> None:
-    """Write the file whose lock this process holds."""
+    """Writes the file whose lock this process holds."""
     for left in folder.glob("*.part"):  # The lock was free: whoever began it is gone.
         left.unlink()
     check_room(folder, needed, REMEDY)
@@ -176,7 +176,7 @@ def _write(dataset: SegmentationDataset, folder: Path, needed: int) -> None:
 def _write_pixels(
     dataset: SegmentationDataset, file: BinaryIO, needed: int
 ) -> list[tuple[int, ...]]:
-    """Write image and label of every item; return their heights and widths."""
+    """Writes image and label of every item; return their heights and widths."""
     sizes = []
     bar = tqdm(
         range(len(dataset)),

@@ -21,7 +21,7 @@ class Prepared(Hashed):
     """
 
     def __init__(self, root: str | Path, split: str):
-        """Open the folder that `qpenet prepare` printed.
+        """Opens the folder that `qpenet prepare` printed.
 
         Raises:
             InputError: no prepared data set, or no such split.
@@ -46,7 +46,7 @@ class Prepared(Hashed):
         )
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Returns the number of images."""
         return len(self.names)
 
     @functools.cached_property
@@ -60,7 +60,7 @@ class Prepared(Hashed):
 
     @functools.cached_property
     def _hashes(self) -> tuple[tuple[str, ...], str]:
-        """Return `photos` and `content`; `prepare` wrote none in an earlier version."""
+        """Returns `photos` and `content`; `prepare` wrote none in an earlier version."""
         if "photos" in self._index:
             return tuple(self._index["photos"]), self._index["sha256"]
         hashed = ContentHash()
@@ -69,7 +69,7 @@ class Prepared(Hashed):
         return tuple(hashed.photos), hashed.hexdigest()
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Return image `index`, RGB.
+        """Returns image `index`, RGB.
 
         Raises:
             InputError: the data set's files are damaged; `prepare` has decoded all.
@@ -77,7 +77,7 @@ class Prepared(Hashed):
         return reread_image(self._bytes(index, "image"), self.names[index])
 
     def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
-        """Return the label map of image `index`.
+        """Returns the label map of image `index`.
 
         Raises:
             InputError: the data set's files are damaged.
@@ -105,7 +105,7 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
 
 
 def prepared_classes(root: str | Path) -> tuple[str, ...]:
-    """Return the class names of a prepared data set.
+    """Returns the class names of a prepared data set.
 
     Raises:
         InputError: no prepared data set.
@@ -114,7 +114,7 @@ def prepared_classes(root: str | Path) -> tuple[str, ...]:
 
 
 def read_metadata(root: str | Path) -> dict[str, Any]:
-    """Return classes, facts and index of a prepared data set.
+    """Returns classes, facts and index of a prepared data set.
 
     Raises:
         InputError: no prepared data set.

@@ -54,7 +54,7 @@ class Shapes:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """Split and number of every image."""
+        """Splits and number of every image."""
         return tuple(f"{self.split}_{i:06d}" for i in range(self.size))
 
     @property
@@ -66,7 +66,7 @@ class Shapes:
         return self.size
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Return image `index`, RGB."""
+        """Returns image `index`, RGB."""
         rng = self._generator(index, "texture")
         canvas = backdrop(rng, self.side)
         for thing in scene(self._generator(index, "geometry"), self.side):
@@ -75,7 +75,7 @@ class Shapes:
         return cv2.merge(list((255 * canvas).clip(0, 255).astype(np.uint8)))
 
     def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
-        """Return label `index`: a pixel belongs to what covers at least half of it."""
+        """Returns label `index`: a pixel belongs to what covers at least half of it."""
         label = np.zeros((self.side, self.side), np.uint8)
         for thing in scene(self._generator(index, "geometry"), self.side):
             box = bounding_box(thing.contours, self.side)

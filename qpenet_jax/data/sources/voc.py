@@ -45,7 +45,7 @@ class VOCLayout(Hashed):
         images: str = "JPEGImages",
         masks: str = "SegmentationClassAug",
     ):
-        """List the files below `root`; nothing is decoded yet.
+        """Lists the files below `root`; nothing is decoded yet.
 
         Raises:
             InputError: a missing folder or list, an empty or malformed list, a
@@ -60,11 +60,11 @@ class VOCLayout(Hashed):
         self._masks = _find("mask", folder / masks, self.names, (".png",))
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Returns the number of images."""
         return len(self.names)
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Return image `index`, RGB.
+        """Returns image `index`, RGB.
 
         Raises:
             InputError: the file is truncated or no image.
@@ -72,7 +72,7 @@ class VOCLayout(Hashed):
         return read_image(self._images[index])
 
     def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
-        """Return the label map of image `index`.
+        """Returns the label map of image `index`.
 
         Raises:
             InputError: a broken file, a value that is no class id, 255 alone, or a size
@@ -98,7 +98,7 @@ class VOCLayout(Hashed):
 
     @functools.cached_property
     def _hashes(self) -> tuple[tuple[str, ...], str]:
-        """Return `photos` and `content`, by all names and files, read once."""
+        """Returns `photos` and `content`, by all names and files, reads once."""
         files = self._of_all(
             "hashing images",
             lambda i: (sha256(Path(self._images[i])), sha256(Path(self._masks[i]))),
@@ -108,7 +108,7 @@ class VOCLayout(Hashed):
         return tuple(photo[:DIGITS] for photo, _ in files), content
 
     def _of_all(self, what: str, of_one: Callable[[int], Any]) -> list[Any]:
-        """Return what is found of every image, with a progress bar for many."""
+        """Returns what is found of every image, with a progress bar for many."""
         # None: not where there is no terminal.
         hidden = None if len(self) > BAR_FROM_MASKS else True
         indices = tqdm(range(len(self)), desc=what, disable=hidden)
@@ -122,7 +122,7 @@ class VOCLayout(Hashed):
     def _checked_label(
         self, index: int
     ) -> tuple[UInt8[np.ndarray, "h w"], Int[np.ndarray, " classes"]]:
-        """Return a label map and how many pixels each class has."""
+        """Returns a label map and how many pixels each class has."""
         path = self._masks[index]
         label = read_label(path)
         check_numbered(label, path)
@@ -131,7 +131,7 @@ class VOCLayout(Hashed):
 
 
 def read_ids(path: Path) -> tuple[str, ...]:
-    """Read a list of image ids, one a line.
+    """Reads a list of image ids, one a line.
 
     Raises:
         InputError: an unreadable, empty or malformed list, a repeated id.
@@ -163,7 +163,7 @@ def read_ids(path: Path) -> tuple[str, ...]:
 def _find(
     kind: str, folder: Path, names: Sequence[str], suffixes: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Return the file of every id, with the first ending that exists."""
+    """Returns the file of every id, with the first ending that exists."""
     if not folder.is_dir():
         raise InputError(f"{kind} folder {folder} doesn't exist; see data/README.md")
     paths = [_first_file(folder, name, suffixes) for name in names]

@@ -31,14 +31,14 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 def conv1x1(
     x: Float[Array, "*b c"], kernel: Float[Array, "c o"]
 ) -> Float[Array, "*b o"]:
-    """Convolve with a 1x1 kernel, written as the matrix product that it is."""
+    """Convolves with a 1x1 kernel, written as the matrix product that it is."""
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
 def conv3x3(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c o"], dilation: int = 1
 ) -> Float[Array, "b h w o"]:
-    """Convolve with a 3x3 kernel at stride 1, padded to keep the size."""
+    """Convolves with a 3x3 kernel at stride 1, padded to keep the size."""
     plain = functools.partial(_conv3x3_plain, dilation=dilation)
     if math.prod(x.shape[:3]) < WINOGRAD_FROM_CELLS or x.shape[3] < 64:
         return plain(x, kernel)
@@ -68,7 +68,7 @@ def depthwise_conv(
     stride: int = 1,
     dilation: int = 1,
 ) -> Float[Array, "b h2 w2 c"]:
-    """Convolve every channel with its own k x k kernel, padded symmetrically.
+    """Convolves every channel with its own k x k kernel, padded symmetrically.
 
     A sum of k * k shifted products: XLA's CPU backend runs grouped convolutions more
     than ten times slower than this.
@@ -110,7 +110,7 @@ def _depthwise_plain(x, kernel, *, stride, dilation):
 
 
 def interpolation_matrix(source: int, target: int) -> np.ndarray:
-    """Return the `[target, source]` matrix of linear align_corners interpolation.
+    """Returns the `[target, source]` matrix of linear align_corners interpolation.
 
     The first and last samples of both grids coincide. `jax.image.resize` uses
     half-pixel centres instead, which is another map.
@@ -123,7 +123,7 @@ def interpolation_matrix(source: int, target: int) -> np.ndarray:
 def resize_align_corners(
     x: Float[Array, "b h w c"], size: tuple[int, int]
 ) -> Float[Array, "b h2 w2 c"]:
-    """Resize bilinearly with align_corners, as two small matrix products.
+    """Resizes bilinearly with align_corners, as two small matrix products.
 
     At full precision: TF32 would round the pixels that interpolation only copies.
     """
@@ -141,7 +141,7 @@ def attention(
     value: Float[Array, "b k n d"],
     mask: Bool[Array, "b k"],
 ) -> Float[Array, "b q n d"]:
-    """Attend with n heads to the keys where `mask` is true (at least one a row).
+    """Attends with n heads to the keys where `mask` is true (at least one a row).
 
     Scores scaled by 1 / sqrt(d), softmax in float32.
     """
@@ -172,10 +172,10 @@ def _attention_plain(query, key, value, mask):
 
 
 def _written_out(query, key, value, mask):
-    """Attend as `jax.nn.dot_product_attention` does.
+    """Attends as `jax.nn.dot_product_attention` does.
 
     jax2onnx 0.17 writes that as a softmax over all keys, then without those that the
-    mask leaves out: where these lead by far, nothing is left of the others.
+    mask leaves out: where these are far larger, nothing is left of the others.
     """
     scores = jnp.einsum("bqnd,bknd->bnqk", query / math.sqrt(query.shape[-1]), key)
     weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min / 2))
@@ -183,7 +183,7 @@ def _written_out(query, key, value, mask):
 
 
 def _in_query_blocks(attend, query, scores):
-    """Attend with so many queries at once that their scores fit; each has `scores`.
+    """Attends with so many queries at once that their scores fit; each has `scores`.
 
     Queries are independent, so that the values are those of all at once. The scores of
     a block are made again for its gradient.

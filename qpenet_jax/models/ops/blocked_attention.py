@@ -22,7 +22,7 @@ def true_keys_first(
     value: Float[Array, "b k n d"],
     mask: Bool[Array, "b k"],
 ) -> tuple[Float[Array, "b k n d"], Float[Array, "b k n d"], Integer[Array, "b"]]:
-    """Move the keys and values where `mask` is true to the front; return their number.
+    """Moves the keys and values where `mask` is true to the front; return their number.
 
     Attention doesn't depend on the order of its keys.
     """
@@ -37,7 +37,7 @@ def attend_in_blocks(
     value: Float[Array, "b k n d"],
     mask: Bool[Array, "b k"],
 ) -> Float[Array, "b q n d"]:
-    """Attend as `ops.attention` does, in float32.
+    """Attends as `ops.attention` does, in float32.
 
     The true keys are moved to the front, and those of one image and head are looked at
     block by block, as many as hold true ones: exact, at the cost of the true keys.
@@ -62,7 +62,7 @@ def attend_in_blocks(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(block, query, key, value, count):
-    """Attend with `[n, q, d]` queries to the first `count[n]` of the `[n, k, d]` keys.
+    """Attends with `[n, q, d]` queries to the first `count[n]` of the `[n, k, d]` keys.
 
     Softmax is gathered up over the blocks and its scores are made again for the
     gradient, as in FlashAttention (Dao et al., NeurIPS 2022).

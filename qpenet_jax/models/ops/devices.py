@@ -17,7 +17,7 @@ BATCH_AXIS = "data"
 
 
 def on_each_device(f: Callable[..., Any], *batches: Any, shared: Any = ()) -> Any:
-    """Return `f(shared, *batches)`, every device taking its part of the batches.
+    """Returns `f(shared, *batches)`, every device taking its part of the batches.
 
     For functions that treat the images of a batch one by one in a loop: XLA would
     gather all of a batch that is split over devices before it takes one image out.
@@ -33,7 +33,7 @@ def on_each_device(f: Callable[..., Any], *batches: Any, shared: Any = ()) -> An
 
 
 def row_by_row(f: Callable[..., Any], *batches: Any, at_once: int = 1) -> Any:
-    """Return `f(*rows)` of every row of the batches, so many of them at once.
+    """Returns `f(*rows)` of every row of the batches, so many of them at once.
 
     Every device goes through its own part, as `on_each_device` says.
     """
@@ -49,7 +49,7 @@ _PLAIN = contextvars.ContextVar("plain", default=False)
 
 
 def by_platform(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]):
-    """Return what either function does: on a CPU `cpu`, elsewhere `default`."""
+    """Returns what either function does: on a CPU `cpu`, elsewhere `default`."""
     if is_plain():
         return default(*operands)
     return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
@@ -62,7 +62,7 @@ def is_plain() -> bool:
 
 @contextlib.contextmanager
 def plain_formulations() -> Iterator[None]:
-    """Trace the default of `by_platform` alone, for formats that know no platforms.
+    """Traces the default of `by_platform` alone, for formats that know no platforms.
 
     What was jitted before isn't traced again.
     """
@@ -79,7 +79,7 @@ which a round has several."""
 
 
 def rows_at_once(count: int, row_size: int) -> int:
-    """Return how many of `count` rows make a round, so that the rounds are even.
+    """Returns how many of `count` rows make a round, so that the rounds are even.
 
     An array with `row_size` numbers a row then holds AT_ONCE at most, or one row.
     """

@@ -17,7 +17,7 @@ from qpenet_jax.core.types import Array
 def conv3x3(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c o"], dilation: int = 1
 ) -> Float[Array, "b h w o"]:
-    """Convolve at stride 1, padded to keep the size, in float32 whatever the inputs.
+    """Convolves at stride 1, padded to keep the size, in float32 whatever the inputs.
 
     Sums of 36 products would lose bfloat16's few bits. At 256 channels the largest
     error is 3.6e-6 of the largest output, 4.7e-6 of the largest gradient of x and
@@ -29,7 +29,7 @@ def conv3x3(
 
 
 def _matrices(points):
-    """Return A, G and B for five points of Toom-Cook interpolation and infinity."""
+    """Returns A, G and B for five points of Toom-Cook interpolation and infinity."""
     a = np.asarray(points)
     output, filters, inputs = np.zeros((4, 6)), np.zeros((6, 3)), np.zeros((6, 6))
     for j in range(5):
@@ -74,7 +74,7 @@ _conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
 
 
 def _conv3x3_dilated(x, kernel, dilation):
-    """Convolve each phase of the grid (every `dilation`-th row, column) on its own."""
+    """Convolves each phase of the grid (every `dilation`-th row, column) on its own."""
     b, h, w, c = x.shape
     d = dilation
     x = jnp.pad(x, ((0, 0), (0, -h % d), (0, -w % d), (0, 0)))
@@ -86,12 +86,12 @@ def _conv3x3_dilated(x, kernel, dilation):
 
 
 def _filters(kernel):
-    """Return the transformed filters `[36, c, o]`."""
+    """Returns the transformed filters `[36, c, o]`."""
     return (_G @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
 
 
 def _input_tiles(x):
-    """Return the transformed 6x6 tiles `[36, b * tiles, c]`."""
+    """Returns the transformed 6x6 tiles `[36, b * tiles, c]`."""
     h, w, c = x.shape[1:]
     th, tw = -(-h // 4), -(-w // 4)
     x = jnp.pad(x, ((0, 0), (1, 4 * th + 1 - h), (1, 4 * tw + 1 - w), (0, 0)))
@@ -100,14 +100,14 @@ def _input_tiles(x):
 
 
 def _overlapping(x, axis, new_axis):
-    """Cut an axis into pieces of 6 that begin every 4; their positions: `new_axis`."""
+    """Cuts an axis into pieces of 6 that begin every 4; their positions: `new_axis`."""
     last = x.shape[axis] - 6
     pieces = [jax.lax.slice_in_dim(x, u, last + u + 1, 4, axis) for u in range(6)]
     return jnp.stack(pieces, new_axis)
 
 
 def _output_transposed(dy):
-    """Return the cotangents of the tiles' products `[36, b * tiles, o]`."""
+    """Returns the cotangents of the tiles' products `[36, b * tiles, o]`."""
     b, h, w, o = dy.shape
     th, tw = -(-h // 4), -(-w // 4)
     dy = jnp.pad(dy, ((0, 0), (0, 4 * th - h), (0, 4 * tw - w), (0, 0)))
@@ -116,12 +116,12 @@ def _output_transposed(dy):
 
 
 def _batched(a, b, axis_a, axis_b):
-    """Return the products of all `a[i]` and `b[i]` over these axes."""
+    """Returns the products of all `a[i]` and `b[i]` over these axes."""
     return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0,), (0,))))
 
 
 def _after(gradient, x):
-    """Return x, which XLA is to believe depends on the gradient.
+    """Returns x, which XLA is to believe depends on the gradient.
 
     What a backward pass computes from x once more is then not kept, or computed, long
     before: XLA's CPU backend doesn't heed `optimization_barrier` in this.

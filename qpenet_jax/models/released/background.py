@@ -25,7 +25,7 @@ class Background(nn.Module):
     init_scale: float
 
     def setup(self):
-        """Make P_global and the layers."""
+        """Makes P_global and the layers."""
         c = self.channels
         start = nn.initializers.normal(self.init_scale)
         self.P_global = self.param("P_global", start, (c,))
@@ -45,7 +45,7 @@ class Background(nn.Module):
     def __call__(
         self, F_q: Float[Array, "b h w c"], *, train: bool
     ) -> dict[str, Array]:
-        """Return `P_bg` [b, h, w, c], `y_bg_q` [b, h, w, 2] and the mix `pi` [b, 4]."""
+        """Returns `P_bg` [b, h, w, c], `y_bg_q` [b, h, w, 2] and the mix `pi` [b, 4]."""
         y_bg_q = self.segment(F_q, train=train)
         background = predicted(y_bg_q)[..., None].astype(F_q.dtype)
         pooled = jnp.mean(F_q * background, axis=(1, 2))
@@ -62,12 +62,12 @@ class Background(nn.Module):
     def segment(
         self, features: Float[Array, "b h w c"], *, train: bool
     ) -> Float[Array, "b h w 2"]:
-        """Return the logits by P_global; class 1 is background."""
+        """Returns the logits by P_global; class 1 is background."""
         shape = (features.shape[0], self.channels)
         return self.convs(features, jnp.broadcast_to(self.P_global, shape), train=train)
 
 
 def _has_neighbour(cells: int) -> np.ndarray:
-    """Return `[cells, 3]`: 1 where the neighbour before, itself or after exists."""
+    """Returns `[cells, 3]`: 1 where the neighbour before, itself or after exists."""
     neighbour = np.arange(cells)[:, None] + np.array([-1, 0, 1])
     return ((neighbour >= 0) & (neighbour < cells)).astype(np.float32)

@@ -20,7 +20,7 @@ def released_loss(
     support_masks: Integer[Array, "b k H W"],
     weights: LossWeights = WEIGHTS,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Return the released loss and its unweighted terms, named as `total_loss` does.
+    """Returns the released loss and its unweighted terms, named as `total_loss` does.
 
     With one support it is eqs 17 to 19 by the given weights, and each prediction in the
     supports counts as one in the query does: with K of them the sums are divided by
@@ -52,7 +52,7 @@ AREA_EPSILON = 1e-5
 def background_mining(
     logits: Float[Array, "*b h w 2"], mask: Integer[Array, "*b H W"]
 ) -> Float[Array, ""]:
-    """Return L_bm as NERTNet's code and the release's have it; class 1 is background.
+    """Returns L_bm as NERTNet's code and the release's have it; class 1 is background.
 
     As `losses.background_mining` but that the pull to "background" is at all pixels,
     those of 255 and of the foreground included.

@@ -81,12 +81,12 @@ class ReleasedQPENet(nn.Module):
     background_scale: float = 0.0
 
     def __post_init__(self):
-        """Refuse a behaviour that doesn't exist."""
+        """Refuses a behaviour that doesn't exist."""
         check_choice("behaviour ", self.behaviour, CHOICES)
         super().__post_init__()
 
     def setup(self):
-        """Make the layers."""
+        """Makes the layers."""
         c = self.channels
         make_convs = functools.partial(Convs, self.channel_dropout, self.head_dropout)
         self.reduce_support = Conv1x1(c)
@@ -119,7 +119,7 @@ class ReleasedQPENet(nn.Module):
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
-        """Return the query's logits at image size and every named intermediate.
+        """Returns the query's logits at image size and every named intermediate.
 
         Padding is where the square image holds no photo; without it there is none.
         `draws` replaces the transformer's random draws, one a layer. `train` needs a
@@ -149,7 +149,7 @@ class ReleasedQPENet(nn.Module):
         *,
         train: bool = False,
     ) -> dict[str, Array]:
-        """Return all that can be known of images without the others of their episode.
+        """Returns all that can be known of images without the others of their episode.
 
         Of a support F_s and its layer3; of a query F_q, its layer4, y_bg_q and P_bg.
         """
@@ -192,7 +192,7 @@ class ReleasedQPENet(nn.Module):
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
-        """Return what `__call__` does, from encoded images: supports [b, k, ...]."""
+        """Returns what `__call__` does, from encoded images: supports [b, k, ...]."""
         F_s = supports["F_s"] if "F_s" in supports else supports["F_q"]
         F_q = query["F_q"]
         grid = (F_q.shape[1], F_q.shape[2])
@@ -236,7 +236,7 @@ class ReleasedQPENet(nn.Module):
         return resize_align_corners(out["y_final"], (height, width)), out
 
     def _evolve(self, F_s, M_s, F_q, *, train):
-        """Return the prototypes: support -> query -> support, as PPG and DPE.
+        """Returns the prototypes: support -> query -> support, as PPG and DPE.
 
         `y_pre_each` and `y_rev` are [b, k, h, w, 2], `y_pre` is the mean over the K
         supports, as are the prototypes. Where DPE has two regions there are four: the
@@ -265,7 +265,7 @@ class ReleasedQPENet(nn.Module):
         return {"y_pre": y_pre.mean(axis=1), **each, **means}
 
     def _activate_support(self, F_s, M_s, *, train):
-        """Return a gate [b, k, c] from what the mask holds, and the support by it."""
+        """Returns a gate [b, k, c] from what the mask holds, and the support by it."""
         masked = F_s * M_s[..., None].astype(F_s.dtype)
         hidden = nn.relu(self.gate1(masked.mean(axis=(2, 3))))
         gate = self.gate_dropped(self.gate2(hidden), deterministic=not train)
@@ -273,7 +273,7 @@ class ReleasedQPENet(nn.Module):
         return gate, F_s * gate[:, :, None, None]
 
     def _prior(self, shallow, M_s, deep):
-        """Return PFENet's prior mask [b, h, w] from features of the last stage."""
+        """Returns PFENet's prior mask [b, h, w] from features of the last stage."""
         b, k = shallow.shape[:2]
         foreground = shallow * M_s[..., None].astype(shallow.dtype)
         folded = foreground.reshape(b * k, *foreground.shape[2:])
@@ -286,7 +286,7 @@ class ReleasedQPENet(nn.Module):
 
 
 def behaves(choice: str, shots: int) -> Behaviour:
-    """Return what "auto" means: upstream's code can't run with several supports."""
+    """Returns what "auto" means: upstream's code can't run with several supports."""
     if choice == "auto":
         return "released" if shots == 1 else "fixed"
     return "released" if choice == "released" else "fixed"

@@ -12,7 +12,7 @@ def sample(
     offsets: Float[Array, "b h w n p 2"],
     weights: Float[Array, "b h w n p"],
 ) -> Float[Array, "b h w n d"]:
-    """Return sums over p points of `value` at a cell's own place plus an offset.
+    """Returns sums over p points of `value` at a cell's own place plus an offset.
 
     Offsets are (x, y) in cells, n is the number of heads. Between cells values are
     interpolated; outside the grid they are 0.

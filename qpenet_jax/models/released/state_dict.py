@@ -15,7 +15,7 @@ CONVS = {"cyc": "convs", "bg": "gbc/convs"}
 
 @functools.cache
 def names() -> Mapping[str, str]:
-    """Return our parameter's path by the name of each of the 81 tensors."""
+    """Returns our parameter's path by the name of each of the 81 tensors."""
     table = {
         "bg_prototype": "gbc/P_global",
         "down_query.0.weight": "reduce_query/kernel",
@@ -82,13 +82,13 @@ def _transformer_layer(i: int) -> dict[str, str]:
 def to_params(
     tensors: Mapping[str, Float[np.ndarray, "..."]],
 ) -> PyTree[Float[np.ndarray, "..."]]:
-    """Turn the 81 tensors of a checkpoint beside its backbone into our parameters."""
+    """Turns the 81 tensors of a checkpoint beside its backbone into our parameters."""
     flat = {path: layout(name, tensors[name]) for name, path in names().items()}
     return unflatten_dict(flat, sep="/")
 
 
 def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a tensor in a checkpoint by that of our parameter."""
+    """Returns the shape of a tensor in a checkpoint by that of our parameter."""
     if name == "bg_prototype":
         return 1, *shape, 1, 1
     if name == "Dynamic_conv.weight":
@@ -101,7 +101,7 @@ def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def layout(name: str, tensor: np.ndarray) -> np.ndarray:
-    """Bring a tensor into our layout, and a gradient of it likewise."""
+    """Brings a tensor into our layout, and a gradient of it likewise."""
     if name == "bg_prototype":
         return tensor.reshape(-1)
     if name == "Dynamic_conv.weight":

@@ -54,12 +54,12 @@ class Tokens(NamedTuple):
 
 
 def largest_budget(shots: int, *, train: bool) -> int:
-    """Return the largest number of foreground tokens (and of background tokens)."""
+    """Returns the largest number of foreground tokens (and of background tokens)."""
     return int(BUDGET * shots * (SCALES[shots == 1][1] if train else 1))
 
 
 def draw(key: Array, size: tuple[int, int], shots: int, *, train: bool) -> Draws:
-    """Draw a layer's tokens for `size` = (episodes, cells of all supports)."""
+    """Draws a layer's tokens for `size` = (episodes, cells of all supports)."""
     scale, *keys = jax.random.split(key, 3)
     low, high = SCALES[shots == 1] if train else (1.0, 1.0)
     factor = jax.random.uniform(scale, (), minval=low, maxval=high)
@@ -68,7 +68,7 @@ def draw(key: Array, size: tuple[int, int], shots: int, *, train: bool) -> Draws
 
 
 def inference_draws(size: tuple[int, int], shots: int, behaviour: Behaviour) -> Draws:
-    """Return one draw for all episodes: what is predicted depends on nothing else.
+    """Returns one draw for all episodes: what is predicted depends on nothing else.
 
     "fixed" thins evenly; "released" permutes, by one fixed key, as upstream at random.
     """
@@ -81,7 +81,7 @@ def inference_draws(size: tuple[int, int], shots: int, behaviour: Behaviour) -> 
 def flags_on_grid(
     mask: Bool[Array, "*b H W"], grid: tuple[int, int], behaviour: Behaviour
 ) -> Bool[Array, "*b h w"]:
-    """Bring a mask of pixels to the feature grid.
+    """Brings a mask of pixels to the feature grid.
 
     "fixed" takes the pixel that a cell is centred on, as everything else does. Upstream
     takes the "nearest" one by another rule, up to 7 pixels away.
@@ -96,7 +96,7 @@ def flags_on_grid(
 
 
 def never_one_sided(foreground: Bool[Array, "*b h w"]) -> Bool[Array, "*b h w"]:
-    """Give an empty support a centre of 2 x 2 cells, cut the corners off a full one."""
+    """Gives an empty support a centre of 2 x 2 cells, cut the corners off a full one."""
     h, w = foreground.shape[-2:]
     centre = jnp.zeros((h, w), bool)
     centre = centre.at[h // 2 - 1 : h // 2 + 1, w // 2 - 1 : w // 2 + 1].set(True)
@@ -119,7 +119,7 @@ def choose(
     slots: int,
     behaviour: Behaviour,
 ) -> Tokens:
-    """Choose at most `slots` tokens: foreground first, background second."""
+    """Chooses at most `slots` tokens: foreground first, background second."""
     budget = draws.budget
     members = foreground.sum(axis=1), (~foreground).sum(axis=1)
     quotas = _quotas(*members, budget)
@@ -167,7 +167,7 @@ def choose(
 
 
 def _quotas(foreground, background, budget):
-    """Return how many tokens each set gives: where one is short, the other fills up."""
+    """Returns how many tokens each set gives: where one is short, the other fills up."""
     total = 2 * budget
     few = foreground < budget
     short = ~few & (background < budget)

@@ -59,7 +59,7 @@ class Transformer(nn.Module):
         *,
         train: bool,
     ) -> tuple[Float[Array, "b h w c"], dict[str, Array]]:
-        """Return the refined query cells, and every layer's parts by name.
+        """Returns the refined query cells, and every layer's parts by name.
 
         `tokens` are all support cells; `draws` replaces the random draws, one a layer.
         """
@@ -123,7 +123,7 @@ def _linear(features: int, name: str) -> nn.Dense:
 def position_code(
     padded: Bool[Array, "b h w"], channels: int
 ) -> Float[Array, "b h w c"]:
-    """Return sines and cosines of row and column, counted from 1 where not padded.
+    """Returns sines and cosines of row and column, counted from 1 where not padded.
 
     The first half of the channels is the row's (Carion et al., DETR, ECCV 2020).
     """
@@ -156,7 +156,7 @@ class DeformableAttention(nn.Module):
         *,
         train: bool,
     ) -> Float[Array, "b h w c"]:
-        """Return what was found, `[b, h, w, c]`; padded cells have nothing to give."""
+        """Returns what was found, `[b, h, w, c]`; padded cells have nothing to give."""
         b, h, w, c = x.shape
         kept = ~padded
         if train:
@@ -188,7 +188,7 @@ class DeformableAttention(nn.Module):
 
 
 def _ring(key, shape, dtype=jnp.float32):
-    """Start with point p at distance p, every head in a direction of its own."""
+    """Starts with point p at distance p, every head in a direction of its own."""
     del key  # nothing is drawn
     heads = shape[0] // (2 * POINTS)
     angle = np.arange(heads) * (2 * math.pi / heads)
@@ -214,7 +214,7 @@ class CycleAttention(nn.Module):
         *,
         train: bool,
     ) -> Float[Array, "b n c"]:
-        """Return what was found; without a consistent token all of them count."""
+        """Returns what was found; without a consistent token all of them count."""
         c = x.shape[-1]
 
         def heads(t, name):
@@ -256,7 +256,7 @@ class CycleAttention(nn.Module):
 def _attend(
     head: Mapping[str, Array], *, behaviour: Behaviour, dropout: float
 ) -> Float[Array, "n d"]:
-    """Return what one head of one image finds among its tokens."""
+    """Returns what one head of one image finds among its tokens."""
     q, k, v = head["q"], head["k"], head["v"]
     out = head["used"]
     if behaviour == "fixed":
@@ -279,7 +279,7 @@ INCONSISTENT = "inconsistent"
 
 
 def drop(key: Array, weights: Float[Array, "n t"], rate: float) -> Float[Array, "n t"]:
-    """Drop entries and scale up the others, as dropout does.
+    """Drops entries and scale up the others, as dropout does.
 
     Each entry hashes a random word of its row and one of its column (the finalizer of
     MurmurHash3): a fifth of the cost of a random word for every entry.
@@ -299,13 +299,13 @@ def drop(key: Array, weights: Float[Array, "n t"], rate: float) -> Float[Array, 
 def inconsistent(
     scores: Float[Array, "n t"], foreground: Bool[Array, " t"]
 ) -> Bool[Array, " t"]:
-    """Return the tokens that lead over their best cell to a token of the other kind."""
+    """Returns the tokens that go over their best cell to a token of the other kind."""
     best_cell, best_token = _first_maximum(scores, 0), _first_maximum(scores, 1)
     return foreground[best_token[best_cell]] != foreground
 
 
 def _first_maximum(scores, axis):
-    """Return argmax, in two passes that XLA's CPU backend runs three times as fast."""
+    """Returns argmax, in two passes that XLA's CPU backend runs three times as fast."""
     place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis)
     largest = scores == scores.max(axis, keepdims=True)
     return jnp.where(largest, place, scores.shape[axis] - 1).min(axis)

@@ -32,19 +32,19 @@ def _polygon(*points) -> Contour:
 
 
 def rectangle(x0: float, y0: float, x1: float, y1: float) -> Contour:
-    """Return the corners of an upright rectangle, clockwise."""
+    """Returns the corners of an upright rectangle, clockwise."""
     return _polygon((x0, y0), (x1, y0), (x1, y1), (x0, y1))
 
 
 def polar(
     angle: Float[np.ndarray, "_"], radius: Float[np.ndarray, "_"] | float
 ) -> Contour:
-    """Return points at clockwise angles from 12 o'clock."""
+    """Returns points at clockwise angles from 12 o'clock."""
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=-1)
 
 
 def even_angles(count: int) -> Float[np.ndarray, "_"]:
-    """Return `count` angles that divide a full turn, from 0 on."""
+    """Returns `count` angles that divide a full turn, from 0 on."""
     return np.arange(count) * (2 * np.pi / count)
 
 
@@ -69,7 +69,7 @@ def _heart() -> Contour:
 
 
 def _crescent() -> Contour:
-    """Return a unit circle out of which a smaller one, moved right, is cut."""
+    """Returns a unit circle out of which a smaller one, moved right, is cut."""
     radius, shift = 0.78, 0.42
     tip_x = (1 + shift**2 - radius**2) / (2 * shift)
     tip = np.arccos(tip_x)
@@ -90,7 +90,7 @@ def _pinwheel() -> tuple[Contour, ...]:
 
 
 def rotation(angle: float) -> Float[np.ndarray, "2 2"]:
-    """Return the matrix that turns row vectors: `points @ rotation(angle)`."""
+    """Returns the matrix that turns row vectors: `points @ rotation(angle)`."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, sin], [-sin, cos]])
 
@@ -138,7 +138,7 @@ OUTLINES: dict[str, Outline] = {
 
 @functools.cache
 def outline(class_id: int) -> tuple[Contour, ...]:
-    """Return the contours of a class, centred, of unit area, solids and holes opposed.
+    """Returns the contours of a class, centred, of unit area, solids and holes opposed.
 
     Orientation tells solids from holes, so the rasteriser need only add up.
     """
@@ -172,7 +172,7 @@ class Box(NamedTuple):
 
 
 def coverage(contours: list[Contour], box: tuple[int, int, int, int]) -> Field:
-    """Return which part of each pixel of `box` the contours cover, 0..1, [h, w].
+    """Returns which part of each pixel of `box` the contours cover, 0..1, [h, w].
 
     Every scan line adds up the signed area right of each edge that crosses it. Points
     are in pixels, pixel (0, 0) spans 0..1; overlapping solids saturate.
@@ -203,7 +203,7 @@ def coverage(contours: list[Contour], box: tuple[int, int, int, int]) -> Field:
 
 
 def bounding_box(contours: list[Contour], side: int) -> Box:
-    """Return the pixels that contours touch, cut to a `side` x `side` image."""
+    """Returns the pixels that contours touch, cut to a `side` x `side` image."""
     points = np.concatenate(contours)
     left, top = np.floor(points.min(axis=0)).clip(0, side).astype(int)
     right, bottom = np.ceil(points.max(axis=0)).clip(0, side).astype(int)

@@ -40,7 +40,7 @@ Planes = Float[np.ndarray, "3 h w"]
 
 
 def _wave(x: Field) -> Field:
-    """Return a triangle wave of period 1 between -1 and 1."""
+    """Returns a triangle wave of period 1 between -1 and 1."""
     return 4 * np.abs(x - np.floor(x + 0.5)) - 1
 
 
@@ -81,7 +81,7 @@ PATTERNS: tuple[Callable[[Field, Field], Field], ...] = (
 
 
 def pattern_of(class_id: int) -> int:
-    """Return the index of the pattern of a class: folds 0, 2 and 1, 3 share five."""
+    """Returns the index of the pattern of a class: folds 0, 2 and 1, 3 share five."""
     fold, place = divmod(class_id - 1, 5)
     return fold % 2 * 5 + (place + fold) % 5
 
@@ -90,7 +90,7 @@ def pattern_of(class_id: int) -> int:
 
 
 def _texture(rng: np.random.Generator, which: int, box: Box, thing: Thing) -> Field:
-    """Return a pattern of random scale and angle over a box, 0..1, [h, w]."""
+    """Returns a pattern of random scale and angle over a box, 0..1, [h, w]."""
     period = rng.uniform(*PATTERN_PERIOD) * thing.size
     turn = rotation(thing.tilt + rng.normal(0, PATTERN_TILT)) / period
     turn = turn.astype(np.float32)
@@ -106,7 +106,7 @@ def _texture(rng: np.random.Generator, which: int, box: Box, thing: Thing) -> Fi
 def _two_colours(
     rng: np.random.Generator, saturation: tuple[float, float], contrast: float
 ) -> Float[np.ndarray, "2 3 1 1"]:
-    """Draw a dark and a light colour of independent hues, in random order."""
+    """Draws a dark and a light colour of independent hues, in random order."""
     light = rng.uniform(0.75, 1.0)
     values = (light, light * (1 - contrast))
     colours = [
@@ -117,7 +117,7 @@ def _two_colours(
 
 
 def paint(canvas: Planes, rng: np.random.Generator, thing: Thing) -> None:
-    """Paint a thing over the canvas: a pattern of two colours, and a dark rim."""
+    """Paints a thing over the canvas: a pattern of two colours, and a dark rim."""
     box = bounding_box(thing.contours, canvas.shape[1])
     if box.top >= box.bottom or box.left >= box.right:
         return
@@ -135,7 +135,7 @@ def paint(canvas: Planes, rng: np.random.Generator, thing: Thing) -> None:
 
 
 def backdrop(rng: np.random.Generator, side: int) -> Planes:
-    """Paint two muted colours mixed by smooth noise and a faint, coarse pattern."""
+    """Paints two muted colours mixed by smooth noise and a faint, coarse pattern."""
     noise = np.zeros((side, side), np.float32)
     for cells, weight in ((3, 0.6), (8, 0.3), (32, 0.25)):
         grid = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)

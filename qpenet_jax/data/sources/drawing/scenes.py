@@ -43,7 +43,7 @@ class Thing(NamedTuple):
 
 
 def scene(rng: np.random.Generator, side: int) -> list[Thing]:
-    """Draw the things of one image, back to front."""
+    """Draws the things of one image, back to front."""
     clutter = [_blob(rng, side) for _ in range(rng.integers(2, 5))]
     clutter += [_stick(rng, side) for _ in range(rng.integers(1, 4))]
     occluders = [_stick(rng, side) for _ in range(rng.integers(0, 3))]
@@ -65,7 +65,7 @@ def _objects(rng: np.random.Generator, side: int) -> list[Thing]:
 def _free_place(
     rng: np.random.Generator, side: int, size: float, others: list[Thing]
 ) -> Float[np.ndarray, "2"]:
-    """Return the roomiest of a few random places: occlusion stays partial."""
+    """Returns the roomiest of a few random places: occlusion stays partial."""
     places = rng.uniform(0.45 * size, side - 0.45 * size, (8, 2))
     if not others:
         return places[0]
@@ -76,7 +76,7 @@ def _free_place(
 def _place(
     rng: np.random.Generator, class_id: int, centre: np.ndarray, size: float
 ) -> Thing:
-    """Tilt, stretch, mirror and move the outline of a class; its area is size**2."""
+    """Tilts, stretch, mirror and moves the outline of a class; its area is size**2."""
     tilt = rng.uniform(-MAX_TILT, MAX_TILT)
     stretch = np.sqrt(MAX_STRETCH) ** rng.uniform(-1, 1)
     mirror = rng.choice([-1, 1])
@@ -86,7 +86,7 @@ def _place(
 
 
 def _blob(rng: np.random.Generator, side: int) -> Thing:
-    """Draw a smooth shape without a name: a circle with three random harmonics."""
+    """Draws a smooth shape without a name: a circle with three random harmonics."""
     size = side * rng.uniform(0.15, 0.4)
     angle = even_angles(40)
     radius = np.full(40, 0.5)
@@ -97,7 +97,7 @@ def _blob(rng: np.random.Generator, side: int) -> Thing:
 
 
 def _stick(rng: np.random.Generator, side: int) -> Thing:
-    """Draw a thin bar at any angle."""
+    """Draws a thin bar at any angle."""
     length, width = side * rng.uniform(0.3, 0.9), side * rng.uniform(0.012, 0.035)
     centre, tilt = rng.uniform(0, side, 2), rng.uniform(0, np.pi)
     bar = rectangle(-width / 2, -length / 2, width / 2, length / 2) @ rotation(tilt)
