@@ -25,7 +25,7 @@ GivenMask = Shaped[np.ndarray, "h w"] | PIL.Image.Image
 METHODS = ("starter", "qpenet", "prototype")
 """The network that comes with the package, in the mean with prototypes; that of a run;
 or the nearest of two prototypes alone, without training
-(`evaluation/self_support.py`)."""
+(`evaluation/training_free.py`)."""
 
 STARTER = Path(__file__).parent / "starter"
 """The starter as a published run; its README.md tells of its data and its limits."""

@@ -10,9 +10,8 @@ from qpenet_jax.benchmark.tables import benchmark_report
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import read_image
-from qpenet_jax.masks.files import segment_files
 from qpenet_jax.masks.queries import find_queries
-from qpenet_jax.masks.results import Results
+from qpenet_jax.masks.writers import MaskWriter, segment_files
 
 SETTINGS = Settings(("predict",), shots=(1, 2), photos=3, size=65)
 
@@ -62,7 +61,7 @@ def test_masks_are_those_of_predict(tmp_path):
     tasks = predict.tasks_of(segmenter, [support])
     queries = find_queries([query], recursive=False)
     for name in "ab":
-        results = Results(tmp_path / name, ("object",), ("png",))
+        results = MaskWriter(tmp_path / name, ("object",), ("png",))
         if name == "a":
             assert len(predict._timed(tasks, queries[0], results)) == 3
         else:

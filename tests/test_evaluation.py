@@ -11,11 +11,11 @@ from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import fit, fit_label, unpad
-from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.evaluation.metrics import fb_iou, mean_iou
 from qpenet_jax.evaluation.predictor import Predictor, cosine_predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import score, score_episodes
+from qpenet_jax.evaluation.training_free import nearest_prototype
 
 NAMES = ("one", "two", "three")
 

@@ -19,7 +19,6 @@ from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
 from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import binary_mask
-from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.evaluation.metrics import mean_iou
 from qpenet_jax.evaluation.plan import grouped, plan
 from qpenet_jax.evaluation.predictor import (
@@ -29,6 +28,7 @@ from qpenet_jax.evaluation.predictor import (
 )
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import score, score_episodes
+from qpenet_jax.evaluation.training_free import nearest_prototype
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.training.step import episode_features
 

@@ -43,8 +43,8 @@ from qpenet_jax.data.prepare.class_lists import read_classes
 from qpenet_jax.data.prepare.instances import Instances
 from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.sources.voc import VOCLayout
+from qpenet_jax.masks.annotations import parse_support, read_support
 from qpenet_jax.masks.margins import compete
-from qpenet_jax.masks.marks import parse_support, read_support
 from qpenet_jax.runs.config_files import load_config, override
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run, read_config

@@ -10,8 +10,8 @@ from PIL import Image
 from pycocotools import mask as pycoco
 
 from qpenet_jax.core.errors import InputError, InputWarning
-from qpenet_jax.masks.marks import parse_support, read_support, read_supports
-from qpenet_jax.masks.outlines import outlines
+from qpenet_jax.masks.annotations import parse_support, read_support, read_supports
+from qpenet_jax.masks.polygons import outlines
 
 HEIGHT, WIDTH = 40, 50
 

@@ -15,7 +15,7 @@ from qpenet_jax.backbones.convert import load_weights, save_weights
 from qpenet_jax.backbones.registry import backbone, features
 from qpenet_jax.cli.main import main
 from qpenet_jax.data.transforms import fit, fit_label
-from qpenet_jax.evaluation.self_support import self_supported
+from qpenet_jax.evaluation.training_free import self_supported
 from qpenet_jax.segmenter import DEFAULT_BACKBONE, SHARPNESS
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpenet_jax.evaluation.cosine import nearest_prototype
+from qpenet_jax.evaluation.training_free import nearest_prototype
 from qpenet_jax.models.prototypes import (
     activation_map,
     foreground_on_grid,

@@ -4,8 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpenet_jax.evaluation.cosine import nearest_prototype
-from qpenet_jax.evaluation.self_support import FEWEST, self_supported
+from qpenet_jax.evaluation.training_free import (
+    FEWEST,
+    nearest_prototype,
+    self_supported,
+)
 
 GRID, SIDE, CHANNELS = 9, 65, 6
 

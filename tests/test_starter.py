@@ -14,7 +14,7 @@ from test_segmenter import picture
 from qpenet_jax import InputError, load
 from qpenet_jax.cli.main import main
 from qpenet_jax.evaluation import predictor
-from qpenet_jax.evaluation.self_support import SHARPNESS
+from qpenet_jax.evaluation.training_free import SHARPNESS
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.model_file import MODEL_FILE
 from qpenet_jax.segmenter import STARTER

@@ -18,10 +18,10 @@ from qpenet_jax.benchmark.photos import QUALITY, made_up_photo
 from qpenet_jax.benchmark.processes import run_module
 from qpenet_jax.benchmark.settings import Settings
 from qpenet_jax.core.markdown import table
-from qpenet_jax.masks.marks import parse_support, read_supports
+from qpenet_jax.masks.annotations import parse_support, read_supports
 from qpenet_jax.masks.queries import Query, find_queries, frames
-from qpenet_jax.masks.results import Results
 from qpenet_jax.masks.tasks import Tasks
+from qpenet_jax.masks.writers import MaskWriter
 from qpenet_jax.segmenter import Segmenter, load
 
 MEGAPIXELS = range(1, 13)
@@ -114,7 +114,9 @@ def _each_photo(
     """Returns seconds of all photos by shots and part; shots take turns at a photo."""
     segmenter = load(settings.workdir or None, _side(settings))
     tasks = {k: tasks_of(segmenter, supports[:k]) for k in settings.shots}
-    results = {k: Results(folder / f"masks_{k}", ("object",), ("png",)) for k in tasks}
+    results = {
+        k: MaskWriter(folder / f"masks_{k}", ("object",), ("png",)) for k in tasks
+    }
     times = {k: {part: [] for part in PARTS} for k in tasks}
     queries = find_queries([folder / "queries"], recursive=False)
     for k in tasks:  # compiled before it is timed
@@ -134,7 +136,7 @@ def tasks_of(segmenter: Segmenter, supports: Sequence[tuple[Path, Path]]) -> Tas
     return segmenter.learn_classes(read_supports(named))
 
 
-def _timed(tasks: Tasks, query: Query, results: Results) -> list[float]:
+def _timed(tasks: Tasks, query: Query, results: MaskWriter) -> list[float]:
     """Returns the seconds of the PARTS of one photo, as `qpenet predict` does them."""
     times = [time.perf_counter()]
     (frame,) = frames(query)

@@ -118,11 +118,10 @@ def run(args: argparse.Namespace) -> None:
     """Segments every query image."""
     from tqdm import tqdm
 
-    from qpenet_jax.masks.files import segment_files
+    from qpenet_jax.masks.annotations import parse_support, read_supports
     from qpenet_jax.masks.margins import Tiles
-    from qpenet_jax.masks.marks import parse_support, read_supports
     from qpenet_jax.masks.queries import find_queries
-    from qpenet_jax.masks.results import Results
+    from qpenet_jax.masks.writers import MaskWriter, segment_files
 
     for name in args.format:
         check_choice("--format ", name, FORMATS)
@@ -132,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     examples = read_supports(supports)
     queries = find_queries(args.query, args.recursive)
     out, kept = Path(args.out), {"probabilities": args.probability}
-    results = Results(
+    results = MaskWriter(
         out, tuple(examples), args.format, **kept, about=about_segmenter(args)
     )
     files = [file for support in supports for file in support.files]

@@ -14,12 +14,11 @@ from qpenet_jax.demo.inside import inside_pictures
 from qpenet_jax.demo.marks import Support
 from qpenet_jax.demo.photos import read_photo, result_names
 from qpenet_jax.demo.pictures import RGB, Picture, shrunk
-from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, overlay
-from qpenet_jax.masks.colours import class_overlay
-from qpenet_jax.masks.margins import Found
-from qpenet_jax.masks.marks import UNNAMED
+from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, class_overlay, overlay
+from qpenet_jax.masks.annotations import UNNAMED
+from qpenet_jax.masks.margins import Segmentation
 from qpenet_jax.masks.queries import Frame, Query
-from qpenet_jax.masks.results import Results
+from qpenet_jax.masks.writers import MaskWriter
 from qpenet_jax.paper.tiles import DARK, heat
 from qpenet_jax.segmenter import Segmenter
 
@@ -84,7 +83,7 @@ def answer(
     names = result_names(files)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        results = Results(
+        results = MaskWriter(
             out, (name,), FORMATS, probabilities=True, about=dict(about), photos=out
         )
         for i in bar(range(len(files))):
@@ -121,7 +120,7 @@ def _marked(support: Support) -> Picture:
     return Picture(picture, f"{support.name}: {_percent(support.mask == 1)}")
 
 
-def _show(shown: Answer, name: str, pixels: RGB, found: Found) -> None:
+def _show(shown: Answer, name: str, pixels: RGB, found: Segmentation) -> None:
     """Adds what was found in a query."""
     (score,), (probable,) = found.scores, found.probabilities
     share = _percent(found.index == 1)

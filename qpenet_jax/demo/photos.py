@@ -6,7 +6,7 @@ from pathlib import Path
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import image_size, read_image
 from qpenet_jax.demo.pictures import RGB
-from qpenet_jax.masks.results import COCO, SUMMARY
+from qpenet_jax.masks.writers import COCO, SUMMARY
 
 MOST_PIXELS = 50_000_000
 """Of a photo: those of telephones have up to 48 million. More would fill the memory."""

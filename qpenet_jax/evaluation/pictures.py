@@ -89,6 +89,29 @@ def overlay(image: RGB, mask: Mask, colour: Colour = PREDICTION) -> RGB:
     return draw_contour(result, mask, colour)
 
 
+def voc_colour(index: int) -> Colour:
+    """Returns the colour of a class: neighbours differ in the highest bits.
+
+    Source: the VOC development kit, VOCcode/VOClabelcolormap.m.
+    """
+    red, green, blue = (
+        sum((index >> 3 * step + channel & 1) << 7 - step for step in range(3))
+        for channel in range(3)
+    )
+    return red, green, blue
+
+
+def class_overlay(image: RGB, index: Mask, classes: int) -> RGB:
+    """Tints and outlines each class; several have the colours of their index mask."""
+    if classes == 1:
+        return overlay(image, index, PREDICTION)
+    for number in range(1, classes + 1):
+        mask = (index == number).astype(np.uint8)
+        if mask.any():
+            image = overlay(image, mask, voc_colour(number))
+    return image
+
+
 def draw_contour(
     image: RGB, mask: Mask, colour: Colour = TRUTH, share: int = 200
 ) -> RGB:

@@ -16,9 +16,12 @@ from jaxtyping import Float, PyTree, UInt8
 from qpenet_jax.backbones.precision import backbone_in_dtype, in_dtype
 from qpenet_jax.backbones.registry import Backbone, deep_part, features, with_deep
 from qpenet_jax.core.types import FEATURE_STRIDE, Array, Episode
-from qpenet_jax.evaluation.cosine import nearest_prototype
 from qpenet_jax.evaluation.focus import around_foreground
-from qpenet_jax.evaluation.self_support import SHARPNESS, self_supported
+from qpenet_jax.evaluation.training_free import (
+    SHARPNESS,
+    nearest_prototype,
+    self_supported,
+)
 from qpenet_jax.models.prototypes import foreground_margin
 from qpenet_jax.models.qpenet import ROLES, QPENet, Role
 from qpenet_jax.models.released.network import ReleasedQPENet

@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import decoding
 from qpenet_jax.data.prepare.instances import FORMAT_ERRORS, reason
-from qpenet_jax.masks.margins import Found
-from qpenet_jax.masks.outlines import fill, outlines
+from qpenet_jax.masks.margins import Segmentation
+from qpenet_jax.masks.polygons import fill, outlines
 
 VERSION = "5.5.0"
 """The version of labelme that a written file names; those after it read it as well."""
@@ -122,7 +122,7 @@ def _pasted(text: str, corners: np.ndarray, size: tuple[int, int]):
 
 
 def labelme_file(
-    path: Path, photo: Path, found: Found, classes: Sequence[str]
+    path: Path, photo: Path, found: Segmentation, classes: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the content of a file at `path` about a photo: a polygon for each part.
 

@@ -23,7 +23,7 @@ UNSURE = 1e-6
 """What a probability is away from 0 and 1 at the least, to have a margin."""
 
 
-class Found(NamedTuple):
+class Segmentation(NamedTuple):
     """What was found in a photo: at each pixel 0, the background, or class 1..n.
 
     `scores` holds for every class the mean probability of its pixels, None without any;
@@ -46,7 +46,7 @@ def margin_of(probability: Margin) -> Margin:
     return np.log(inside / (1 - inside))
 
 
-def compete(margins: Iterable[Margin], *, probabilities: bool = False) -> Found:
+def compete(margins: Iterable[Margin], *, probabilities: bool = False) -> Segmentation:
     """Gives each pixel to the class with the largest margin above 0; the first, if equal.
 
     Margins are looked at one after the other, so that one at a time need be in memory.
@@ -63,7 +63,7 @@ def compete(margins: Iterable[Margin], *, probabilities: bool = False) -> Found:
     assert index is not None, "no class"
     assert largest is not None, "no class"
     scores = (_score(largest[index == i]) for i in range(1, classes + 1))
-    return Found(index, tuple(scores), tuple(kept))
+    return Segmentation(index, tuple(scores), tuple(kept))
 
 
 def _score(margins) -> float | None:

@@ -16,7 +16,7 @@ from qpenet_jax.data.arrays import as_image
 from qpenet_jax.data.transforms import fit, padding, unpad
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks.margins import (
-    Found,
+    Segmentation,
     Tiles,
     compete,
     margin_of,
@@ -137,7 +137,7 @@ class Tasks:
         *,
         refine: bool = False,
         probabilities: bool = False,
-    ) -> Found:
+    ) -> Segmentation:
         """Returns index mask and scores, and if asked for each class's probabilities.
 
         With `tiles`, the network looks at parts of the query. With `refine`, masks

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from qpenet_jax.core.errors import InputError, InputWarning
-from qpenet_jax.masks.colours import class_overlay
-from qpenet_jax.masks.margins import Found
+from qpenet_jax.evaluation.pictures import class_overlay
+from qpenet_jax.masks.margins import Segmentation
 
 RGB = UInt8[np.ndarray, "h w 3"]
 
@@ -94,7 +94,7 @@ class OverlayVideo:
         """Returns itself; the file is made with the first frame."""
         return self
 
-    def add(self, pixels: RGB, found: Found) -> None:
+    def add(self, pixels: RGB, found: Segmentation) -> None:
         """Writes the overlay of a frame; raises InputError where OpenCV can't."""
         overlay = class_overlay(pixels, found.index, self.classes)
         if self._writer is None:

@@ -1,23 +1,26 @@
 """What `predict` writes: masks in the formats of several tools, scores, a summary."""
 
+import contextlib
 import io
 import json
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting, write_whole
-from qpenet_jax.masks.coco import CocoFile
-from qpenet_jax.masks.colours import class_overlay, grey_png, index_png, voc_colour
+from qpenet_jax.evaluation.pictures import class_overlay, voc_colour
+from qpenet_jax.masks.coco_json import CocoFile
 from qpenet_jax.masks.labelme import labelme_file
-from qpenet_jax.masks.margins import Found
-from qpenet_jax.masks.queries import Frame, Query
+from qpenet_jax.masks.margins import Segmentation
+from qpenet_jax.masks.queries import Frame, Query, frames
 from qpenet_jax.masks.videos import OverlayVideo
 
 FORMATS = ("png", "voc", "coco", "coco_polygons", "labelme")
@@ -27,13 +30,15 @@ SUMMARY = Path("predictions.json")
 COCO = {name: Path(f"{name}.json") for name in ("coco", "coco_polygons")}
 """Files in COCO's format, about all images, by the name of their format."""
 
+Mask = UInt8[np.ndarray, "h w"]
+
 VOC_FOLDER = Path("SegmentationClass")
 
 FORMAT = "qpenet_jax predictions 1"
 """Of the summary, as it tells itself."""
 
 
-class Results:
+class MaskWriter:
     """Files below `out` for each image that is segmented.
 
     A file is written whole or not at all. The files about all images, the summary and
@@ -98,7 +103,7 @@ class Results:
                 )
         refuse_overwriting([*files, *(folder / "0.png" for folder in folders)], read)
 
-    def add(self, query: Query, frame: Frame, found: Found) -> None:
+    def add(self, query: Query, frame: Frame, found: Segmentation) -> None:
         """Writes what was found in an image, or in a frame of a video.
 
         Raises InputError where that can't be written.
@@ -151,7 +156,7 @@ class Results:
                 files[f"probability {i}"] = Path(f"{name}_probability{ending}.png")
         return {what: self.out / path for what, path in files.items()}
 
-    def _content(self, what, path, query: Query, frame: Frame, found: Found):
+    def _content(self, what, path, query: Query, frame: Frame, found: Segmentation):
         """Returns what is to be written into one of an image's files."""
         match what.split():
             case ["png"] if len(self.classes) == 1:
@@ -194,3 +199,51 @@ def _jpeg(pixels, quality: int = 75) -> bytes:
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "JPEG", quality=quality)
     return content.getvalue()
+
+
+PALETTE = [channel for index in range(256) for channel in voc_colour(index)]
+
+
+def index_png(index: Mask) -> bytes:
+    """Returns a palette PNG that holds the classes, and shows VOC's colours."""
+    image = Image.frombytes("P", index.shape[::-1], index.tobytes())
+    image.putpalette(PALETTE)
+    return _png(image)
+
+
+def grey_png(pixels: Mask) -> bytes:
+    """Returns a mask as a grey PNG of 8 bits."""
+    return _png(Image.fromarray(pixels))
+
+
+def _png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    # Masks are long runs of one value: a quarter of the time, and no larger.
+    image.save(content, "PNG", compress_type=zlib.Z_RLE)
+    return content.getvalue()
+
+
+def segment_files(
+    find: Callable[[UInt8[np.ndarray, "h w 3"]], Segmentation],
+    queries: Iterable[Query],
+    results: MaskWriter,
+) -> int:
+    """Writes what `find` finds in every image and frame; return how many they were.
+
+    One image at a time is in memory. Raises InputError where a file is broken or can't
+    be written; what was written before stays, without a summary.
+    """
+    count = 0
+    for query in queries:
+        with contextlib.ExitStack() as stack:
+            video = None
+            if query.is_video:
+                video = stack.enter_context(results.overlay_video(query))
+            for frame in frames(query):
+                found = find(frame.pixels)
+                results.add(query, frame, found)
+                count += 1
+                if video is not None:
+                    video.add(frame.pixels, found)
+    results.finish()
+    return count

@@ -12,8 +12,8 @@ from pycocotools import mask as pycoco
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import refuse_other_size
 from qpenet_jax.data.prepare.instances import by_id, drawn, size_of
-from qpenet_jax.masks.margins import Found
-from qpenet_jax.masks.outlines import outlines
+from qpenet_jax.masks.margins import Segmentation
+from qpenet_jax.masks.polygons import outlines
 
 
 def coco_annotations(
@@ -87,7 +87,7 @@ class CocoFile:
             "annotations": [],
         }
 
-    def add(self, file_name: str, found: Found) -> None:
+    def add(self, file_name: str, found: Segmentation) -> None:
         """Adds a photo and its masks."""
         images, annotations = self.content["images"], self.content["annotations"]
         height, width = found.index.shape

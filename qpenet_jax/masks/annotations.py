@@ -23,7 +23,7 @@ from qpenet_jax.data.images import (
     warn_of_turn,
 )
 from qpenet_jax.data.prepare.instances import draw, format_errors, read_annotations
-from qpenet_jax.masks.coco import coco_annotations, draw_annotations
+from qpenet_jax.masks.coco_json import coco_annotations, draw_annotations
 from qpenet_jax.masks.labelme import draw_shapes, labelme_shapes, labelme_size
 
 Mask = UInt8[np.ndarray, "h w"]
@@ -35,7 +35,7 @@ UNNAMED = "object"
 POLYGON, BOX = "polygon=", "box="
 
 
-class Support(NamedTuple):
+class SupportFiles(NamedTuple):
     """A photo with marks: the class that was named, or None, the photo, the marks."""
 
     name: str | None
@@ -50,7 +50,7 @@ class Support(NamedTuple):
         return [self.image, local_path(self.marks)]
 
 
-class Marked(NamedTuple):
+class MarkedPhoto(NamedTuple):
     """A support as read: pixels, mask (1 the object, 255 ignored), the marks' label."""
 
     pixels: UInt8[np.ndarray, "h w 3"]
@@ -58,7 +58,7 @@ class Marked(NamedTuple):
     label: str | None
 
 
-def parse_support(text: str) -> Support:
+def parse_support(text: str) -> SupportFiles:
     """Returns what `[NAME=]IMAGE:MARKS` says.
 
     Text before the first "=" is a name unless it holds one of `:/\\` or a file has the
@@ -74,7 +74,7 @@ def parse_support(text: str) -> Support:
             f"--support {text}: give IMAGE:MASK, such as a.jpg:a.png, or "
             "NAME=IMAGE:MASK"
         )
-    support = Support(name, local_path(image), marks)
+    support = SupportFiles(name, local_path(image), marks)
     _ = support.files
     return support
 
@@ -92,7 +92,7 @@ def _name_and_rest(text: str) -> tuple[str | None, str]:
 
 
 def read_supports(
-    supports: Sequence[Support],
+    supports: Sequence[SupportFiles],
 ) -> dict[str, tuple[list[np.ndarray], list[Mask]]]:
     """Returns images and masks by class, the classes in the order given.
 
@@ -125,7 +125,7 @@ def read_supports(
     return classes
 
 
-def read_support(support: Support) -> Marked:
+def read_support(support: SupportFiles) -> MarkedPhoto:
     """Returns a support's pixels and what is marked in them.
 
     Raises:
@@ -148,8 +148,8 @@ def read_support(support: Support) -> Marked:
         mask = read_mask(local_path(marks))
         check_same_size(mask, size, local_path(marks))
         warn_of_turn(support.image, local_path(marks))
-        return Marked(pixels, mask, None)
-    return Marked(pixels, support_mask(drawn.astype(np.uint8), said), label)
+        return MarkedPhoto(pixels, mask, None)
+    return MarkedPhoto(pixels, support_mask(drawn.astype(np.uint8), said), label)
 
 
 def _numbers(said: str, text: str) -> list[float]:
@@ -190,7 +190,7 @@ def _wide(size: Size) -> str:
 
 
 def _read_json(
-    path: Path, support: Support, size: Size
+    path: Path, support: SupportFiles, size: Size
 ) -> tuple[Bool[np.ndarray, "h w"], str]:
     """Returns what a file of labelme or COCO marks in a photo, and its label there."""
     with format_errors(path, "a JSON file of labelme or COCO"):

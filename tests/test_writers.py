@@ -19,10 +19,10 @@ from qpenet_jax.cli.main import main
 from qpenet_jax.data.prepare.instances import draw
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks import results
-from qpenet_jax.masks.coco import polygons
+from qpenet_jax.masks.coco_json import polygons
 from qpenet_jax.masks.labelme import draw_shapes
 from qpenet_jax.masks.margins import Tiles, compete, probability, tiled
-from qpenet_jax.masks.outlines import fill, outlines
+from qpenet_jax.masks.polygons import fill, outlines
 from qpenet_jax.masks.queries import find_queries, frames
 from qpenet_jax.masks.tasks import Tasks
 from qpenet_jax.segmenter import METHODS
