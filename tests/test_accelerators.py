@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from qpenet_jax.benchmark import ours
+from qpenet_jax.benchmark import jax_side
 from qpenet_jax.benchmark.settings import Case
 from qpenet_jax.core.types import Episode
 from qpenet_jax.models import ops
@@ -33,10 +33,10 @@ def exported(what, platform, dtype="float32"):
         abstract(B, K, SIDE, SIDE, 3),
         abstract(B, K, SIDE, SIDE),
     )
-    weights = jax.eval_shape(lambda: ours.draw_weights(case))
+    weights = jax.eval_shape(lambda: jax_side.random_weights(case))
 
     def step(weights, batch):
-        made, args = ours.prepare(case, weights, batch)
+        made, args = jax_side.step_and_inputs(case, weights, batch)
         return made(*args)
 
     export = jax.export.export(

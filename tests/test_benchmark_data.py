@@ -6,11 +6,17 @@ import cv2
 import numpy as np
 import pytest
 
-from qpenet_jax.benchmark import data, stages
-from qpenet_jax.benchmark.data import benchmark_data
-from qpenet_jax.benchmark.photos import made_up_photo, made_up_photos
-from qpenet_jax.benchmark.plain import MEAN, STD, plain_augment, plain_episode
-from qpenet_jax.benchmark.tables import loading_report
+from qpenet_jax.benchmark import loading_speed as data
+from qpenet_jax.benchmark import stages
+from qpenet_jax.benchmark.loading_speed import benchmark_data
+from qpenet_jax.benchmark.made_up import made_up_photo, made_up_photos
+from qpenet_jax.benchmark.reference_pipeline import (
+    MEAN,
+    STD,
+    plain_augment,
+    plain_episode,
+)
+from qpenet_jax.benchmark.speed_tables import loading_report
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.augmentation import Augmentation, draw
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler

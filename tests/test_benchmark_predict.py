@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from qpenet_jax import load
-from qpenet_jax.benchmark import predict, processes
+from qpenet_jax.benchmark import prediction_speed as predict
+from qpenet_jax.benchmark import processes
 from qpenet_jax.benchmark.settings import Settings
-from qpenet_jax.benchmark.tables import benchmark_report
+from qpenet_jax.benchmark.speed_tables import benchmark_report
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import read_image

@@ -15,7 +15,11 @@ from PIL import Image
 from configs import quickstart
 from qpenet_jax.backbones import precision
 from qpenet_jax.backbones.torch_layout import to_flax
-from qpenet_jax.benchmark import clocks, ours, photos, protocol, runtimes, speed
+from qpenet_jax.benchmark import evaluation_speed as protocol
+from qpenet_jax.benchmark import jax_side as ours
+from qpenet_jax.benchmark import made_up as photos
+from qpenet_jax.benchmark import runtimes, speed
+from qpenet_jax.benchmark import timing as clocks
 from qpenet_jax.benchmark.chart import bar_chart
 from qpenet_jax.benchmark.contenders import (
     SHARES,
@@ -25,7 +29,7 @@ from qpenet_jax.benchmark.contenders import (
 from qpenet_jax.benchmark.flop import flop
 from qpenet_jax.benchmark.processes import run_child
 from qpenet_jax.benchmark.settings import Case, Settings
-from qpenet_jax.benchmark.tables import benchmark_report
+from qpenet_jax.benchmark.speed_tables import benchmark_report
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
@@ -148,7 +152,7 @@ def test_flop_of_resnet50():
     products += bottleneck(b, 256, 128, 1, a) + 3 * bottleneck(b, 512, 128)
     products += bottleneck(b, 512, 256, 1) + 5 * bottleneck(b, 1024, 256)
     case = Case("backbone")
-    drawn = ours.draw_weights(case)
+    drawn = ours.random_weights(case)
     found = ours.count_flop(case, drawn, made_up_episodes(case))
     assert found == 2 * (2 * products)  # two images, two operations a product
 
@@ -272,7 +276,7 @@ def test_child_process(tmp_path, monkeypatch):
 def test_our_child_process(tmp_path):
     told = {"case": dataclasses.asdict(BACKBONE), "cache": str(tmp_path)}
     before = time.time()
-    found = run_child("qpenet_jax.benchmark.ours", **told)
+    found = run_child("qpenet_jax.benchmark.jax_side", **told)
     assert found.keys() == {"start_s", "peak_bytes", "import_bytes"}
     assert 0 < found["start_s"] < time.time() - before
     assert 2e7 < found["import_bytes"] < found["peak_bytes"] < 4e9
@@ -515,7 +519,7 @@ def test_pytorch_is_missing(monkeypatch):
 def opponent():
     import torch
 
-    from qpenet_jax.benchmark import opponent
+    from qpenet_jax.benchmark import torch_side as opponent
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # waiting threads spin, and take the cores from XLA's
@@ -526,14 +530,14 @@ def opponent():
 @pytest.fixture(scope="module")
 def first():
     """What JAX computes in `EVAL`, and from what."""
-    inputs = made_up_episodes(EVAL), ours.draw_weights(EVAL)
+    inputs = made_up_episodes(EVAL), ours.random_weights(EVAL)
     return ours.contender(EVAL, inputs[1], inputs[0]).first(), inputs
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_lite0"])
 def test_backbone_weights_go_both_ways(opponent, name):
-    drawn = ours.draw_weights(Case("eval", name, network=NETWORK)).backbone
+    drawn = ours.random_weights(Case("eval", name, network=NETWORK)).backbone
     state = opponent.backbone_state(name, drawn)
     net = opponent.twin.backbone(name).net
     assert state.keys() <= net.state_dict().keys()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from qpenet_jax.benchmark.photos import made_up_photo
+from qpenet_jax.benchmark.made_up import made_up_photo
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE
 from qpenet_jax.data.augmentation import Augmentation, draw

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qpenet_jax.benchmark import memory, ours, speed
-from qpenet_jax.benchmark.memory import plan, planned
+from qpenet_jax.benchmark import jax_side as ours
+from qpenet_jax.benchmark import memory_plans as memory
+from qpenet_jax.benchmark import speed
+from qpenet_jax.benchmark.memory_plans import plan, planned
 from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.cli.main import main
 from qpenet_jax.models import ops
@@ -49,7 +51,7 @@ def test_attention_off_the_cpu_holds_some_of_its_scores():
 def test_the_inputs_are_weights_and_batch(platform):
     case = Case("eval", shots=2, batch=3, size=33, network=NETWORK)
     found = plan(case, platform)
-    weights = jax.eval_shape(lambda: ours.draw_weights(case))
+    weights = jax.eval_shape(lambda: ours.random_weights(case))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
     # Of nine images RGB, mask and padding; what no step uses is left out.
     assert 4 * parameters < found["inputs"] + 9 * 33**2 * 2

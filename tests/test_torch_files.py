@@ -218,7 +218,7 @@ def test_missing_and_foreign_files(tmp_path):
 def test_no_module_imports_torch_or_tensorflow():
     """But the twin, and its side of the benchmark, which no module imports either."""
     package = Path(qpenet_jax.__path__[0])
-    of_torch = ("twin.py", "opponent.py")
+    of_torch = ("twin.py", "torch_side.py")
     files = [file for file in package.rglob("*.py") if file.name not in of_torch]
     assert len(files) > 3
     for file in files:
@@ -231,7 +231,7 @@ def test_no_module_imports_torch_or_tensorflow():
                 assert name.split(".")[0] not in ("torch", "torchvision", "tensorflow")
                 assert name not in (
                     "qpenet_jax.benchmark.twin",
-                    "qpenet_jax.benchmark.opponent",
+                    "qpenet_jax.benchmark.torch_side",
                 )
 
 

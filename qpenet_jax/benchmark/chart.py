@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qpenet_jax.benchmark.settings import TWIN_VARIANTS
-from qpenet_jax.benchmark.tables import duration
+from qpenet_jax.benchmark.speed_tables import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from qpenet_jax.benchmark.photos import made_up_photo
+from qpenet_jax.benchmark.made_up import made_up_photo
 from qpenet_jax.benchmark.settings import Case
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qpenet_jax.backbones.registry import backbone
-from qpenet_jax.benchmark import ours
-from qpenet_jax.benchmark.clocks import interleave, quartiles
+from qpenet_jax.benchmark import jax_side as ours
 from qpenet_jax.benchmark.contenders import made_up_episodes
 from qpenet_jax.benchmark.settings import Case, Settings
+from qpenet_jax.benchmark.timing import interleave, quartiles
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.markdown import table
 from qpenet_jax.evaluation.predictor import qpenet_predictor
@@ -62,7 +62,7 @@ def runtimes(settings: Settings) -> Iterator[dict[str, Any]]:
 def _beside(
     case: Case, sessions: dict[str, Callable[[bytes], Call]], settings: Settings
 ) -> dict[str, Any]:
-    weights, episode = ours.draw_weights(case), made_up_episodes(case)
+    weights, episode = ours.random_weights(case), made_up_episodes(case)
     networks = ours.network_of(case), backbone(case.backbone)
     predict = qpenet_predictor(*networks, weights.params, weights.backbone)
     supports = tuple(

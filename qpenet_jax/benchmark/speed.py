@@ -19,20 +19,20 @@ import jax
 import numpy as np
 
 from qpenet_jax.backbones.precision import products
-from qpenet_jax.benchmark import ours
-from qpenet_jax.benchmark.clocks import interleave, quartiles
+from qpenet_jax.benchmark import jax_side as ours
 from qpenet_jax.benchmark.contenders import (
     Contender,
     differences_between,
     made_up_episodes,
 )
-from qpenet_jax.benchmark.data import benchmark_data
-from qpenet_jax.benchmark.memory import memory_plans
-from qpenet_jax.benchmark.predict import prediction
+from qpenet_jax.benchmark.evaluation_speed import protocol_runs
+from qpenet_jax.benchmark.loading_speed import benchmark_data
+from qpenet_jax.benchmark.memory_plans import memory_plans
+from qpenet_jax.benchmark.prediction_speed import prediction
 from qpenet_jax.benchmark.processes import run_child
-from qpenet_jax.benchmark.protocol import protocol_runs
 from qpenet_jax.benchmark.runtimes import runtimes
 from qpenet_jax.benchmark.settings import Case, Settings
+from qpenet_jax.benchmark.timing import interleave, quartiles
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import keep_freed_memory, processor
 from qpenet_jax.core.types import Episode
@@ -112,7 +112,7 @@ def _opponent(settings: Settings) -> Opponent | None:
                 f"--against torch needs {package}, which isn't installed: run "
                 "`pip install -e .[parity]`"
             )
-    module = importlib.import_module("qpenet_jax.benchmark.opponent")
+    module = importlib.import_module("qpenet_jax.benchmark.torch_side")
     return Opponent(module, module.device_for(jax.default_backend()))
 
 
@@ -163,7 +163,7 @@ def _case(case: Case, opponent: Opponent | None, settings: Settings) -> dict[str
 
 def _speed(case: Case, opponent: Opponent | None, settings: Settings) -> dict[str, Any]:
     """Times our step, in turns with the fastest variant of the twin if there is one."""
-    weights, episodes = ours.draw_weights(case), made_up_episodes(case)
+    weights, episodes = ours.random_weights(case), made_up_episodes(case)
     jaxs = ours.contender(case, weights, episodes)
     first = jaxs.first()
     found = dataclasses.asdict(case) | {
@@ -254,12 +254,12 @@ def _processes(case: Case, variant: str, opponent: Opponent | None) -> dict[str,
     told = {"case": dataclasses.asdict(case)}
     with tempfile.TemporaryDirectory() as cache:
         found: dict[str, Any] = {
-            kind: run_child("qpenet_jax.benchmark.ours", cache=cache, **told)
+            kind: run_child("qpenet_jax.benchmark.jax_side", cache=cache, **told)
             for kind in ("cold", "cached")
         }
     if opponent:
         told |= {"variant": variant, "device": opponent.device}
-        theirs = run_child("qpenet_jax.benchmark.opponent", **told)
+        theirs = run_child("qpenet_jax.benchmark.torch_side", **told)
         ratio = _without_imports(found["cached"]) / _without_imports(theirs)
         found |= {"torch": theirs, "memory_ratio": ratio}
     return found

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any
 from unittest import mock
 
-from qpenet_jax.benchmark import plain
+from qpenet_jax.benchmark import reference_pipeline as plain
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data import host_augmentation, loader
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler

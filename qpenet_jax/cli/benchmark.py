@@ -196,7 +196,7 @@ def _experiment(args: argparse.Namespace) -> Any:
 
 def _tell(result: dict[str, Any], folder: str | None) -> None:
     from qpenet_jax.benchmark.chart import bar_chart
-    from qpenet_jax.benchmark.tables import benchmark_report
+    from qpenet_jax.benchmark.speed_tables import benchmark_report
     from qpenet_jax.core.files import write_whole
     from qpenet_jax.evaluation.report import write_json
 

@@ -18,11 +18,11 @@ from jaxtyping import Array, PyTree
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import cast, in_dtype
 from qpenet_jax.backbones.registry import backbone, features, weight_shapes
-from qpenet_jax.benchmark.clocks import matmul_rate
 from qpenet_jax.benchmark.contenders import Contender, made_up_episodes
 from qpenet_jax.benchmark.flop import flop
 from qpenet_jax.benchmark.processes import child_report
 from qpenet_jax.benchmark.settings import Case
+from qpenet_jax.benchmark.timing import matmul_rate
 from qpenet_jax.core.runtime import keep_freed_memory, peak_memory
 from qpenet_jax.core.types import Episode
 from qpenet_jax.evaluation.predictor import qpenet_predictor
@@ -51,7 +51,7 @@ class Weights(NamedTuple):
     params: PyTree[Array]
 
 
-def draw_weights(case: Case) -> Weights:
+def random_weights(case: Case) -> Weights:
     """Reads the backbone's weights, or draw them with the case's seed; draw QPENet's.
 
     Raises InputError as `load_weights` and `backbone` do.
@@ -102,7 +102,7 @@ def network_of(case: Case) -> QPENet | ReleasedQPENet:
     return ReleasedQPENet(backbone(case.backbone).deep, **fields)
 
 
-def prepare(
+def step_and_inputs(
     case: Case, weights: Weights, episodes: Episode
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Returns the step of a case, and its arguments."""
@@ -149,7 +149,7 @@ def _optimizer() -> optax.GradientTransformation:
 
 def contender(case: Case, weights: Weights, episodes: Episode) -> Contender:
     """Returns JAX as a contender of a case."""
-    step, args = prepare(case, weights, episodes)
+    step, args = step_and_inputs(case, weights, episodes)
 
     def call():
         nonlocal args
@@ -182,7 +182,7 @@ def flat(tree: PyTree) -> np.ndarray:
 def count_flop(case: Case, weights: Weights, episodes: Episode) -> int:
     """Counts the FLOP of one step in float32, written plainly."""
     case = dataclasses.replace(case, dtype="float32")
-    step, args = prepare(case, weights, episodes)
+    step, args = step_and_inputs(case, weights, episodes)
     return flop(jax.make_jaxpr(step)(*args))
 
 
@@ -210,7 +210,7 @@ def main() -> None:
     at_import = peak_memory() if jax.default_backend() == "cpu" else 0
     case = Case(**told["case"])
     # Training starts with a compiled initialisation, so that counts, too.
-    weights = draw_weights(case)._replace(params=_initial(case))
+    weights = random_weights(case)._replace(params=_initial(case))
     jaxs = contender(case, weights, made_up_episodes(case))
     child_report(jaxs, told["started"], at_import, device_memory)
 

@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from qpenet_jax.benchmark.clocks import quartiles
-from qpenet_jax.benchmark.photos import QUALITY, made_up_photo
+from qpenet_jax.benchmark.made_up import QUALITY, made_up_photo
 from qpenet_jax.benchmark.processes import run_module
 from qpenet_jax.benchmark.settings import Settings
+from qpenet_jax.benchmark.timing import quartiles
 from qpenet_jax.core.markdown import table
 from qpenet_jax.masks.annotations import parse_support, read_supports
 from qpenet_jax.masks.queries import Query, find_queries, frames

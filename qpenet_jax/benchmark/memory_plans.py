@@ -13,7 +13,7 @@ import numpy as np
 from jax import export
 from tqdm import tqdm
 
-from qpenet_jax.benchmark import ours
+from qpenet_jax.benchmark import jax_side as ours
 from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.core.types import Episode
 from qpenet_jax.models.qpenet import QPENet
@@ -37,7 +37,7 @@ def plan(case: Case, platform: str) -> dict[str, int]:
     dropout = {name: getattr(QPENet, name) for name in ours.NO_DROPOUT}
     case = dataclasses.replace(case, network={**dropout, **case.network})
     inputs = jax.eval_shape(
-        lambda episodes: ours.inputs_of(case, ours.draw_weights(case), episodes),
+        lambda episodes: ours.inputs_of(case, ours.random_weights(case), episodes),
         _episodes(case),
     )
     return planned(ours.step_of(case), inputs, platform)

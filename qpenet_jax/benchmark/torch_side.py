@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from qpenet_jax.backbones.registry import backbone
 from qpenet_jax.backbones.torch_layout import ORIGINALS
 from qpenet_jax.benchmark import twin
-from qpenet_jax.benchmark.clocks import matmul_rate
 from qpenet_jax.benchmark.contenders import Contender, made_up_episodes
-from qpenet_jax.benchmark.ours import NO_DROPOUT, RATE, STEPS, Weights, flat
+from qpenet_jax.benchmark.jax_side import NO_DROPOUT, RATE, STEPS, Weights, flat
 from qpenet_jax.benchmark.processes import child_report
 from qpenet_jax.benchmark.settings import Case
+from qpenet_jax.benchmark.timing import matmul_rate
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import keep_freed_memory, peak_memory
 from qpenet_jax.core.types import Episode

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qpenet_jax.backbones.registry import backbone
-from qpenet_jax.benchmark import ours
-from qpenet_jax.benchmark.photos import made_up_photos
+from qpenet_jax.benchmark import jax_side as ours
+from qpenet_jax.benchmark.made_up import made_up_photos
 from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.loader import load_episode
@@ -116,7 +116,7 @@ def of_experiment(
 @contextlib.contextmanager
 def made_up(case: Case, episodes: int) -> Iterator[Workload]:
     """Yields an evaluation of the case's network on made-up photos."""
-    weights = ours.draw_weights(case)
+    weights = ours.random_weights(case)
     predictor = qpenet_predictor(
         QPENet(**case.network),
         backbone(case.backbone),

@@ -17,8 +17,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from qpenet_jax.benchmark import plain
-from qpenet_jax.benchmark.photos import made_up_photos
+from qpenet_jax.benchmark import reference_pipeline as plain
+from qpenet_jax.benchmark.made_up import made_up_photos
 from qpenet_jax.benchmark.stages import Load, stages
 from qpenet_jax.core.runtime import keep_freed_memory, processor
 from qpenet_jax.core.types import SegmentationDataset

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from qpenet_jax.benchmark.data import BATCH, ROUND
-from qpenet_jax.benchmark.predict import prediction_report
+from qpenet_jax.benchmark.loading_speed import BATCH, ROUND
+from qpenet_jax.benchmark.prediction_speed import prediction_report
 from qpenet_jax.benchmark.runtimes import runtimes_report
 from qpenet_jax.benchmark.settings import TWIN_VARIANTS
 from qpenet_jax.core.markdown import table
