@@ -8,7 +8,7 @@ also be set on the command line, `--config.optimizer.lr=0.001`. Whose the defaul
   it gives no weights of the losses and no scale of P_global.
 - The authors' released system's: the layers that the paper doesn't describe (`model`),
   the auxiliary head's weight 0.6, augmentation, `exclude_novel`, `min_pixels`.
-- Of three origins: what `recipe` settles (training/recipes.py). "paper" has lr 0.0025
+- Of three origins: what `recipe` gives (recipes.py). "paper" has lr 0.0025
   and weights of 1; "released" lr 0.025, smaller weights, P_global from zeros; "stable",
   the default, is ours: lr 0.025 and weights of 1, on features divided by their rms.
 - Ours: selection on base classes, logging, saving, `dtype`, loading.
@@ -33,11 +33,11 @@ from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released import network as released
 from qpenet_jax.models.variants import VARIANTS
-from qpenet_jax.training.optimizer import Optimizer
-from qpenet_jax.training.recipes import RECIPES
+from qpenet_jax.optimizer import Optimizer
+from qpenet_jax.recipes import RECIPES
 
-VERSION = 3
-"""Of the fields, as config.json holds it; runs before it had one are of version 1."""
+VERSION = 1
+"""Of the fields, as config.json holds it."""
 
 KINDS = ("prepared", "voc", "shapes")
 
@@ -51,7 +51,7 @@ SELECTION = {
     "field's custom)",
     "last": "the last of the run",
 }
-"""What `select_on` may be, as the results tell it."""
+"""What `select_on` may be, in the words of the results."""
 
 SECTIONS = {
     "model": QPENet,
@@ -123,7 +123,7 @@ def default_config() -> Any:
     # Of "released" only: "released", as its authors' code computes, with its defects;
     # "fixed", without them; "auto", "released" with one support and else "fixed".
     config.behaviour = "fixed"
-    # "stable", "released" or "paper": a row of training.recipes.RECIPES, which gives a
+    # "stable", "released" or "paper": a row of recipes.RECIPES, which gives a
     # value to the fields of the sections below that have none from a file or command.
     config.recipe = "stable"
     for name, section in SECTIONS.items():
@@ -152,7 +152,7 @@ def default_config() -> Any:
     # the others are scored beside it.
     config.select_on = "base"
     # How often training goes back to its latest checkpoint and on with other episodes
-    # when its loss isn't finite any more; 0 stops there. The results tell each time.
+    # when its loss isn't finite any more; 0 stops there. The results name each time.
     config.retries_on_nan = 0
     config.log_every = 50
     config.save_every = 1000
@@ -238,16 +238,16 @@ def selections(config: Any) -> tuple[str, ...]:
 def check_fields(config: Any) -> None:
     """Refuses fields that don't exist, are missing or hold nothing, and odd numbers.
 
-    Fields that the recipe settles may hold nothing before it does.
+    Fields that the recipe fills in may hold nothing before it does.
 
     Raises:
         InputError: naming the field.
     """
     given, known = flat(config.to_dict()), flat(default_config().to_dict())
     for name in given.keys() - known.keys():
-        meant = " or ".join(fields_like(name, default_config()))
+        alike = " or ".join(fields_like(name, default_config()))
         raise InputError(
-            f"no such config field: {name}; {f'is it {meant}?' if meant else ''} "
+            f"no such config field: {name}; {f'is it {alike}?' if alike else ''} "
             "qpenet_jax/config.py lists all fields"
         )
     for name, default in known.items():

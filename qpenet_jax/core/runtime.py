@@ -2,9 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
-import inspect
-import logging
 import platform
 import sys
 import types
@@ -22,7 +19,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
 
 
 def processor() -> str:
-    """Returns the processor's name as Linux tells it, elsewhere its architecture."""
+    """Returns the processor's name as Linux names it, elsewhere its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -54,7 +51,7 @@ def check_platform() -> None:
         return
     try:
         jax.devices()
-    except Exception as error:  # of several types, without words where no plugin is
+    except Exception as error:  # of several types, without a text where no plugin is
         reason = " ".join(str(error).split()) or "JAX is installed without it"
         raise InputError(
             f"JAX_PLATFORMS={chosen} can't be used: {reason}; set JAX_PLATFORMS=cpu, "
@@ -134,26 +131,3 @@ def peak_memory() -> int:
     import resource  # Unix only
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-@functools.cache
-def silence_late() -> None:
-    """Tells Python not to print how reads and writes end that a failed one left behind.
-
-    Orbax does all of a checkpoint at once, and where one fails it waits for no other.
-    """
-    unraisable, uncaught = sys.unraisablehook, sys.excepthook
-
-    def is_late(error) -> bool:
-        return str(error) == "Event loop is closed"
-
-    def on_unraisable(found: Any) -> None:
-        if not inspect.iscoroutine(found.object) and not is_late(found.exc_value):
-            unraisable(found)
-
-    def on_uncaught(kind, error, trace) -> None:
-        if not is_late(error):
-            uncaught(kind, error, trace)
-
-    sys.unraisablehook, sys.excepthook = on_unraisable, on_uncaught
-    logging.getLogger("asyncio").addFilter(lambda record: "never" not in record.msg)

@@ -1,18 +1,19 @@
 """The contract between data, model, loss and metrics."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int, PyTree, UInt8
 
 Array = jax.Array | np.ndarray
 """What functions of JAX take, in annotations; what they return is JAX's."""
 
 BATCH_STATISTICS = "batch_stats"
 """Flax's name for what batch norm moves. A backbone's norm is in training mode where a
-caller lets this collection change; nobody does but `training/drift.py`."""
+caller lets this collection change, as `training/released_step.py` alone does."""
 
 FEATURE_STRIDE = 8
 """Pixels between neighbouring feature cells of every backbone here."""
@@ -72,3 +73,11 @@ class SegmentationDataset(Protocol):
     def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
         """Returns the label map of image `index`."""
         ...
+
+
+def values_hash(tree: PyTree[Array]) -> str:
+    """Returns the SHA-256 of the values of a tree, in its order."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

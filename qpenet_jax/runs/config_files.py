@@ -1,4 +1,4 @@
-"""Read a config file, a Python file with `get_config()`, and change fields of it."""
+"""Configs are read from a file with `get_config()` or from a run, and changed."""
 
 import contextlib
 import importlib.machinery
@@ -6,12 +6,14 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from qpenet_jax.config import VERSION, default_config
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.fields import fields_like, flat
 from qpenet_jax.core.files import local_path
@@ -25,13 +27,13 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     `overrides` are words of the command line, such as `--config.dataset.root=DIR`.
 
     Raises:
-        InputError: no such file or field, an error inside the file (told with its
+        InputError: no such file or field, an error inside the file (with its
             line), or a value of another type.
     """
     path = local_path(file)
     if not path.is_file():
         raise InputError(f"{file}: no such config file; configs/ holds examples")
-    with _importable_from(path), _told_with_line(path):
+    with _importable_from(path), _errors_with_line(path):
         loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
         spec = importlib.util.spec_from_loader(loader.name, loader)
         assert spec  # of a loader that is given, never None
@@ -72,25 +74,67 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     return values.config
 
 
-def refuse_others(overrides: Sequence[str], fields: Sequence[str], told: str) -> None:
+def saved_config(saved: Mapping[str, Any], source: str) -> ConfigDict:
+    """Returns the config of a run from what its file holds.
+
+    `source` is the file, for messages.
+
+    Raises:
+        InputError: an unknown field, a value of another type, or another version.
+    """
+    if saved.get("version") != VERSION:
+        raise InputError(
+            f"{source} is a config of version {saved.get('version')}, this qpenet_jax "
+            f"knows {VERSION}: use the qpenet_jax that the run was made with"
+        )
+    config = default_config()
+    _fill(config, saved, source)
+    return config
+
+
+def _fill(config: Any, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    """Puts saved values over defaults, part by part."""
+    for name, value in saved.items():
+        where = f"{prefix}{name}"
+        if name not in config:
+            known = " or ".join(
+                f"{prefix}{field}" for field in fields_like(name, config)
+            )
+            hint = f": is it {known}?" if known else ""
+            raise InputError(f"{source} has an unknown field {where}{hint}")
+        default = config[name]
+        if isinstance(default, ConfigDict):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{source}: {where} must hold fields, not {value!r}")
+            _fill(default, value, source, f"{where}.")
+            continue
+        try:
+            config[name] = tuple(value) if isinstance(default, tuple) else value
+        except TypeError:
+            raise InputError(
+                f"{source}: {where}={value!r} is not of the type of {default!r}"
+            ) from None
+
+
+def refuse_others(overrides: Sequence[str], fields: Sequence[str], why: str) -> None:
     """Refuses to change other fields than these.
 
     Raises:
-        InputError: naming the override; `told` says why.
+        InputError: naming the override; `why` is the reason.
     """
     for word in overrides:
         match = OVERRIDE.match(word)
         if match and match[1] not in fields:
-            raise InputError(f"{word}: {told}")
+            raise InputError(f"{word}: {why}")
 
 
 def _check_field(name: str, config: ConfigDict) -> None:
-    """Refuses a name that is no field, and name those that are spelt alike."""
+    """Refuses a name that is no field, and names those that are spelt alike."""
     known = flat(config.to_dict())
     if any(field == name or field.startswith(f"{name}.") for field in known):
         return
-    meant = " or ".join(fields_like(name, config))
-    hint = f": did you mean {meant}?" if meant else ";"
+    alike = " or ".join(fields_like(name, config))
+    hint = f": did you mean {alike}?" if alike else ";"
     raise InputError(
         f"no such config field: {name}{hint} qpenet_jax/config.py lists all fields"
     )
@@ -119,12 +163,12 @@ def _forget_configs() -> None:
 
 
 @contextlib.contextmanager
-def _told_with_line(path: Path) -> Iterator[None]:
+def _errors_with_line(path: Path) -> Iterator[None]:
     """Turns whatever a user's file raises into one line with the file and its line."""
     try:
         yield
     except SyntaxError as error:
-        # Of a text that it doesn't begin to read, Python tells neither.
+        # Python names neither of a text that it can't decode.
         place = f"{error.filename or path}, line {error.lineno or 1}"
         raise InputError(f"{place}: {type(error).__name__}: {error.msg}") from error
     except Exception as error:

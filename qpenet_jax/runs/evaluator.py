@@ -1,17 +1,20 @@
 """Scores a run's parameters, and what they are compared with, by one protocol."""
 
 import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, PyTree, UInt8
 
-from qpenet_jax.config import SELECTION
+from qpenet_jax.backbones.precision import meant
+from qpenet_jax.config import SELECTION, selections
 from qpenet_jax.core import cluster
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.episode_lists import EpisodeList
 from qpenet_jax.evaluation.metrics import (
@@ -22,7 +25,7 @@ from qpenet_jax.evaluation.metrics import (
 )
 from qpenet_jax.evaluation.pictures import episode_figure, save_image
 from qpenet_jax.evaluation.predictor import Predictor
-from qpenet_jax.evaluation.protocols import Protocol
+from qpenet_jax.evaluation.protocols import Protocol, of_dataset
 from qpenet_jax.evaluation.report import (
     RESULTS,
     SHEET,
@@ -32,14 +35,81 @@ from qpenet_jax.evaluation.report import (
     write_json,
     write_report,
 )
-from qpenet_jax.evaluation.scoring import score_episodes
-from qpenet_jax.runs.drawn import draw
-from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.training.sharding import one_copy
+from qpenet_jax.evaluation.scoring import Samplers, score_episodes
+from qpenet_jax.runs import build
+from qpenet_jax.runs.datasets import (
+    build_eval_samplers,
+    build_fold,
+    build_protocol,
+    class_names,
+)
 
 REFERENCES = "references.json"
 FIGURE = "episodes.png"
 FIGURE_EPISODES = 8
+
+
+def folder_name(protocol: Protocol, episodes: EpisodeList | None = None) -> str:
+    """Returns a name of its own for every protocol, such as pfenet_1shot.
+
+    A list of `episodes` replaces what the protocol would choose, and is part of the
+    name.
+    """
+    protocol = _with_list(protocol, episodes)
+    name = protocol.name.replace(", but ", "_").replace(" ", "_")
+    return f"{name}_{protocol.shots}shot"
+
+
+class ScoredEpisodes(NamedTuple):
+    """What a protocol scores on a data set.
+
+    Only classes that some episode can show are among the protocol's and `class_ids`:
+    others would count as 0 in every mean. `left_out` are their names.
+    """
+
+    protocol: Protocol
+    samplers: Samplers
+    class_ids: tuple[int, ...]
+    left_out: list[str]
+
+
+def scored_episodes(
+    config: Any,
+    val: SegmentationDataset,
+    protocol: Protocol,
+    episodes: EpisodeList | None = None,
+) -> ScoredEpisodes:
+    """Returns a protocol's episodes, or those of a list.
+
+    Raises:
+        InputError: the data set can't serve the protocol, or the list shows a class
+            that the run trains on.
+    """
+    if episodes:
+        _check_novel(config, episodes)
+    protocol = _with_list(of_dataset(protocol, val), episodes)
+    own = build_eval_samplers(config, val, protocol, drop_few=bool(episodes))
+    samplers = episodes.samplers if episodes else own
+    shown = {c for sampler in (own[0], *samplers) for c in sampler.shown}
+    class_ids = tuple(sorted(shown))
+    names = tuple(class_names(config)[class_id - 1] for class_id in class_ids)
+    left_out = sorted(set(protocol.classes) - set(names))
+    protocol = dataclasses.replace(protocol, classes=names)
+    return ScoredEpisodes(protocol, samplers, class_ids, left_out)
+
+
+def _with_list(protocol: Protocol, episodes: EpisodeList | None) -> Protocol:
+    return dataclasses.replace(protocol, **episodes.fields) if episodes else protocol
+
+
+def _check_novel(config: Any, episodes: EpisodeList) -> None:
+    """Refuses a list with classes that the run trains on."""
+    shown = {c for sampler in episodes.samplers for c in sampler.shown}
+    for class_id in sorted(shown - set(build_fold(config).novel)):
+        raise InputError(
+            f"the episode list shows {class_names(config)[class_id - 1]}, which isn't "
+            f"novel in fold {config.dataset.fold}: give a list of this fold"
+        )
 
 
 class Evaluator:
@@ -52,32 +122,35 @@ class Evaluator:
 
     def __init__(
         self,
-        experiment: Experiment,
+        config: Any,
         weights: PyTree[Array],
         folder: Path,
         val: SegmentationDataset,
         protocol: Protocol | None = None,
         episodes: EpisodeList | None = None,
+        stop_asked: Callable[[], bool] = lambda: False,
     ):
-        """Draws the episodes, by default of the experiment's own protocol; see `draw`.
+        """Chooses the episodes, by default of the config's protocol.
 
-        `weights` are the backbone's. Nothing is written yet.
+        `weights` are the backbone's; `stop_asked` says whether to give an evaluation
+        up. Nothing is written yet.
         """
-        self.experiment, self.weights = experiment, one_copy(weights)
-        self.folder, self.val = folder, val
-        self.selection = experiment.selections[0]
-        drawn = draw(experiment, val, protocol or experiment.protocol(), episodes)
-        self.protocol, self.samplers, self.class_ids, self.left_out = drawn
+        self.config, self.weights = config, one_copy(weights)
+        self.folder, self.val, self.stop_asked = folder, val, stop_asked
+        self.selection = selections(config)[0]
+        protocol = protocol or build_protocol(config)
+        scored = scored_episodes(config, val, protocol, episodes)
+        self.protocol, self.samplers, self.class_ids, self.left_out = scored
 
     @functools.cached_property
     def cosine(self) -> Predictor:
         """The training-free baseline over the same backbone."""
-        return self.experiment.cosine_predictor(self.weights)
+        return build.build_cosine_predictor(self.config, self.weights)
 
     @property
     def focus(self) -> list[str]:
         """Those classes of `config.eval.focus` that some episode can show."""
-        names = self.experiment.config.eval.focus
+        names = self.config.eval.focus
         return [name for name in names if name in self.protocol.classes]
 
     def of_selection(self, name: str) -> "Evaluator":
@@ -104,59 +177,54 @@ class Evaluator:
 
     def miou(self, params: PyTree[Array]) -> float:
         """Returns the mIoU of parameters in percent; nothing is written."""
-        predict = self.experiment.predictor(one_copy(params), self.weights)
+        predict = self._predictor(params)
         scores = self._evaluate("selection", predict)
         return 100 * mean_iou(scores, self.class_ids)
 
     def references(self) -> str:
-        """Scores the untrained network and the baseline; return them as a table."""
-        initial = self.experiment.untrained()
-        untrained = self.experiment.predictor(initial, self.weights)
+        """Scores the untrained network and the baseline; returns them as a table."""
+        untrained = self._predictor(build.initial_params(self.config))
         found = {
             "untrained": self._score("untrained", untrained),
             "cosine": self._score("cosine", self.cosine),
         }
-        made = {"run": self.experiment.identity, "results": found}
+        made = {"run": build.identity(self.config), "results": found}
         if cluster.is_first():
             write_json(self.folder / REFERENCES, made)
         return table(found)
 
-    def __call__(
-        self,
-        params: PyTree[Array],
-        tell: Callable[[dict[str, Any], Path], None] | None = None,
-        **facts: Any,
-    ) -> None:
-        """Scores the network; write the results and a figure.
+    def score(self, params: PyTree[Array], **facts: Any) -> dict[str, Any]:
+        """Scores the network, writes its episodes and a figure, returns the results.
 
         `facts` are added to the results: `step`, that of the checkpoint, and `shared`,
-        what a warning says of images that were trained on and are scored. Others are
-        told of results and figure by `tell`, before the file of the results says that
-        all is done.
+        what a warning says of images that were trained on and are scored. Of several
+        processes only the first has the whole results.
         """
-        predict = self.experiment.predictor(one_copy(params), self.weights)
+        predict = self._predictor(params)
         results = self._score("qpenet", predict) | facts
         if not cluster.is_first():
-            return
-        results["network"] = self.experiment.network_name(self.protocol.shots)
-        results["dtype"] = self.experiment.dtype
+            return results
+        results["network"] = build.network_name(self.config, self.protocol.shots)
+        results["dtype"] = meant(self.config.dtype)
         results["device"] = jax.devices()[0].device_kind
-        results["config_hash"] = self.experiment.identity[:12]
+        results["config_hash"] = build.identity(self.config)[:12]
         results["class_ids"] = list(self.class_ids)
         results["selection"] = SELECTION[self.selection]
         results["references"] = self._references()
         if "cosine" in results["references"]:
             results["gain_over_cosine"] = self._gain("cosine")
-        figure = self.folder / FIGURE
-        save_image(self._figure(predict), figure)
-        if tell is not None:
-            tell(results, figure)
-        write_report(self.folder, results)  # last: it says that all is done
+        save_image(self._figure(predict), self.folder / FIGURE)
+        return results
+
+    def write(self, results: dict[str, Any]) -> None:
+        """Writes the results, which say that all is done."""
+        if cluster.is_first():
+            write_report(self.folder, results)
 
     def _references(self) -> dict[str, Any]:
         """Returns what `references` found; nothing if for another run or protocol."""
         made, ours = self._read(REFERENCES), self.protocol.to_dict()
-        if made.get("run") != self.experiment.identity:
+        if made.get("run") != build.identity(self.config):
             return {}
         found = made["results"]
         same = all(reference["protocol"] == ours for reference in found.values())
@@ -164,7 +232,7 @@ class Evaluator:
 
     def step(self) -> int | None:
         """Returns the step of the last written results of this protocol, if any."""
-        return cluster.by_first(self._step, "written")
+        return cluster.by_first(self._step)
 
     def _step(self) -> int | None:
         results = self._read(RESULTS)
@@ -188,11 +256,14 @@ class Evaluator:
             [self.samplers[0](i) for i in range(count)],
             {
                 "cosine": self.cosine.as_scored,
-                self.experiment.network_name(self.protocol.shots): predict.as_scored,
+                build.network_name(self.config, self.protocol.shots): predict.as_scored,
             },
             self.protocol.side,
             self.protocol.resize,
         )
+
+    def _predictor(self, params: PyTree[Array]) -> Predictor:
+        return build.build_predictor(self.config, one_copy(params), self.weights)
 
     def _evaluate(self, name: str, predict: Predictor) -> Scores:
         return score_episodes(
@@ -200,7 +271,8 @@ class Evaluator:
             self.val,
             self.protocol,
             self.samplers,
-            workers=self.experiment.config.workers,
+            workers=self.config.workers,
+            stop_asked=self.stop_asked,
             label=f"evaluating {name}",
         )
 
@@ -232,3 +304,13 @@ class Evaluator:
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def one_copy(tree: Any) -> Any:
+    """Returns a tree of arrays that every device has, on this process' first alone."""
+
+    def first(leaf):
+        shared = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+        return leaf.addressable_data(0) if shared else leaf
+
+    return jax.tree.map(first, tree)

@@ -10,18 +10,17 @@ from typing import Any
 from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.precision import meant
+from qpenet_jax.config import selections
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.fields import flat
-from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.core.types import SegmentationDataset, values_hash
 from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json
-from qpenet_jax.runs.config_files import override, refuse_others
-from qpenet_jax.runs.experiment import FREE, PATHS, Experiment
+from qpenet_jax.runs.build import FREE, PATHS, build_weights, complete, params_like
+from qpenet_jax.runs.config_files import override, refuse_others, saved_config
 from qpenet_jax.runs.hub import run_folder
+from qpenet_jax.recipes import resolved
 from qpenet_jax.runs.model_file import MODEL_FILE, read_facts, read_params
-from qpenet_jax.runs.saved_config import merged
-from qpenet_jax.training.recipes import resolved
-from qpenet_jax.training.step import values_hash
 
 CONFIG_FILE = "config.json"
 
@@ -58,19 +57,16 @@ def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
             "another --workdir"
         )
     inputs = inputs | {DTYPE: meant(config.dtype)}
-    kept: dict[str, Any] = {}
     path = workdir / CONFIG_FILE
     if path.exists():
         before = resolved(read_config(workdir))
         _refuse_changes(workdir, _here(config), _here(before))
-        kept = {DTYPE: meant(before.dtype)}  # of runs that don't tell it
     else:
         write_json(path, json.loads(config.to_json()))
     path = workdir / INPUTS_FILE
-    theirs = kept | read_json(path) if path.exists() else inputs
-    # A run of an earlier version has no hash of the images themselves.
-    common = inputs.keys() & theirs.keys()
-    changed = sorted(name for name in common if inputs[name] != theirs[name])
+    before = read_json(path) if path.exists() else inputs
+    common = inputs.keys() & before.keys()
+    changed = sorted(name for name in common if inputs[name] != before[name])
     if changed:
         raise InputError(
             f"{workdir} holds a run on other inputs ({', '.join(changed)} differ from "
@@ -84,9 +80,9 @@ def _here(config) -> dict[str, Any]:
     return flat(config.to_dict()) | {DTYPE: meant(config.dtype)}
 
 
-def _refuse_changes(workdir, ours, theirs) -> None:
+def _refuse_changes(workdir, now, before) -> None:
     changed = sorted(
-        name for name in ours if ours[name] != theirs[name] and name not in FREE
+        name for name in now if now[name] != before[name] and name not in FREE
     )
     if changed:
         raise InputError(
@@ -117,7 +113,7 @@ class TrainedRun:
     """A run that can be evaluated: its selected checkpoint, and what it needs."""
 
     folder: Path
-    experiment: Experiment
+    config: Any
     params: PyTree[Array]
     step: int
 
@@ -134,14 +130,14 @@ class TrainedRun:
         Raises InputError if they aren't there, or not those that the run saw.
         """
         expected = read_inputs(self.folder).get(WEIGHTS)
-        spec = self.experiment.config.backbone
+        spec = self.config.backbone
         if spec.weights and not Path(spec.weights).exists():
             raise InputError(
                 f"{spec.weights}: no such file, and {self.folder} needs the weights of "
                 f"{spec.name} that it was trained with (hash {expected}): give them by "
                 "--config.backbone.weights=FILE"
             )
-        weights = self.experiment.backbone_weights()
+        weights = build_weights(self.config)
         found = weights_hash(weights)
         if expected not in (None, found):
             raise InputError(
@@ -171,7 +167,7 @@ def open_run(
     config = read_config(folder)
     if (folder / OWN_BACKBONE).exists():
         config.backbone.weights = str(folder / OWN_BACKBONE)
-    experiment = Experiment(_moved(config, overrides))
+    config = complete(_moved(config, overrides))
     model = folder / MODEL_FILE
     if model.exists():
         facts = read_facts(model)
@@ -180,20 +176,20 @@ def open_run(
             selection or facts.selection,
             [facts.selection],
         )
-        params = read_params(model, experiment.learned_like())
-        return TrainedRun(folder, experiment, params, facts.step)
+        params = read_params(model, params_like(config))
+        return TrainedRun(folder, config, params, facts.step)
     # Here: Orbax takes half a second, and models of one file do without it.
-    from qpenet_jax.training.checkpoints import LAST, restore_params
+    from qpenet_jax.runs.checkpoints import LAST, restore_params
 
-    kept = dict.fromkeys([*experiment.selections, LAST])
-    chosen = selection or experiment.selections[0]
+    kept = dict.fromkeys([*selections(config), LAST])
+    chosen = selection or selections(config)[0]
     check_choice(f"{folder} kept no checkpoint by ", chosen, kept)
-    params, step = restore_params(folder, experiment.learned_like(), chosen)
-    return TrainedRun(folder, experiment, params, step)
+    params, step = restore_params(folder, params_like(config), chosen)
+    return TrainedRun(folder, config, params, step)
 
 
 def read_inputs(folder: Path) -> dict[str, Any]:
-    """Returns what is known of the inputs of a run; of an early one, nothing."""
+    """Returns what is known of the inputs of a run."""
     if (folder / MODEL_FILE).exists():
         return read_facts(folder / MODEL_FILE).inputs
     path = folder / INPUTS_FILE
@@ -201,7 +197,7 @@ def read_inputs(folder: Path) -> dict[str, Any]:
 
 
 def read_config(workdir: Path) -> Any:
-    """Returns the config of a run of this version or an earlier one.
+    """Returns the config of a run.
 
     Raises:
         InputError: no run, or a broken config.
@@ -212,7 +208,7 @@ def read_config(workdir: Path) -> Any:
             f"{workdir} is no run: it has no {CONFIG_FILE}; give the --workdir of "
             "train.py"
         )
-    return merged(read_json(path), str(path))
+    return saved_config(read_json(path), str(path))
 
 
 def _moved(config: Any, overrides: Sequence[str]) -> Any:
@@ -220,7 +216,7 @@ def _moved(config: Any, overrides: Sequence[str]) -> Any:
     refuse_others(
         overrides,
         NO_TRAINING,
-        "a finished run settles this; only workers, behaviour and the paths "
+        "a finished run decides this; only workers, behaviour and the paths "
         f"{', '.join(PATHS)} can be changed",
     )
     try:

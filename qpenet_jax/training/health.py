@@ -64,25 +64,25 @@ def is_finite(tree: PyTree[Array]) -> bool:
     return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
 
 
-class Watch:
-    """Looks at every step's metrics and tells once of each head that has died."""
+class DeadHeads:
+    """Looks at every step's metrics and warns once of each head that has died."""
 
     def __init__(self, patience: int = PATIENCE):
         """Starts with no step seen: also after a resume."""
         self.patience = patience
         self.recent: deque[Values] = deque(maxlen=patience)
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
 
     def __call__(self, steps: Iterable[Values]) -> list[str]:
-        """Takes the metrics of the next steps; return a warning for each new death."""
+        """Takes the metrics of the next steps; returns a warning for each new death."""
         warnings = []
         for values in steps:
             self.recent.append(values)
             if len(self.recent) < self.patience:
                 continue
             for y, why in dead_heads(self.recent).items():
-                if y not in self.told:
-                    self.told.add(y)
+                if y not in self.warned:
+                    self.warned.add(y)
                     warnings.append(
                         f"warning: {y} {why} for {len(self.recent)} steps; {REMEDY}"
                     )

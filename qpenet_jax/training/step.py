@@ -2,62 +2,154 @@
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float, PyTree
+from jaxtyping import Float, Int, PyTree
 
-from qpenet_jax.backbones.batch_norm import refolded
 from qpenet_jax.backbones.precision import InDtype
-from qpenet_jax.backbones.registry import (
-    DEEP,
-    Backbone,
-    deep_part,
-    features,
-    with_deep,
-)
-from qpenet_jax.core.types import BATCH_STATISTICS, IGNORE, Array, Episode
+from qpenet_jax.backbones.registry import Backbone, features, with_deep
+from qpenet_jax.core.types import IGNORE, Array, Episode
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.network import ReleasedQPENet
-from qpenet_jax.training import health
-from qpenet_jax.training.drift import drifting_features, drifts
+from qpenet_jax.training.health import HEADS
+
+Network = QPENet | ReleasedQPENet | InDtype
+Metrics = dict[str, Float[Array, ""]]
 
 
 @struct.dataclass
 class TrainState:
-    """What training changes; the frozen backbone is not part of it.
-
-    But the statistics of its batch norm are, in runs where that drifts.
-    """
+    """What training changes; the frozen backbone is not part of it."""
 
     step: Any  # Int[Array, ""], or what stands for it in a tree of shapes
     params: PyTree
     opt_state: PyTree
-    statistics: PyTree = struct.field(default_factory=dict)
-
-    @property
-    def learned(self) -> PyTree:
-        """The parameters, and the statistics beside them: what predicting needs."""
-        if not self.statistics:
-            return self.params
-        return {**self.params, BATCH_STATISTICS: self.statistics}
 
 
-def values_hash(tree: PyTree[Array]) -> str:
-    """Returns the SHA-256 of the values of a tree, in its order."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+# One trace serves all runs that are alike in a process.
+@functools.lru_cache(maxsize=8)
+def make_train_step(
+    model: Network,
+    backbone: Backbone,
+    optimizer: optax.GradientTransformation,
+    loss_weights: LossWeights,
+    mesh: Mesh | AbstractMesh | None = None,
+    loss: Callable[..., Any] = total_loss,
+    accumulate: int = 1,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns `train_step(state, weights, batch, key) -> (state, metrics)`, jitted.
+
+    The state is donated. `mesh` holds the devices that share the batch
+    (`batches.shardings`), if there are several; `loss` is called as `total_loss` is.
+    """
+
+    def step(state, weights, batch, key):
+        with sharded_over(mesh):
+            return train_step(
+                state,
+                weights,
+                batch,
+                key,
+                model=model,
+                backbone=backbone,
+                optimizer=optimizer,
+                loss=lambda *given: loss(*given, loss_weights),
+                accumulate=accumulate,
+            )
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def train_step(
+    state: TrainState,
+    weights: PyTree[Array],
+    batch: Episode,
+    key: Array,
+    *,
+    model: Network,
+    backbone: Backbone,
+    optimizer: optax.GradientTransformation,
+    loss: Callable[..., Any],
+    accumulate: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """Returns the next state and the metrics of one step of training.
+
+    Pure: dropout of step t comes from `fold_in(key, t)`. With `accumulate` the step
+    goes through so many equal parts of its batch, one after the other, and takes the
+    mean of their gradients; the dropout of part i comes from the step's key and i.
+    """
+    key = jax.random.fold_in(key, state.step)
+    episode_loss = functools.partial(batch_loss, model=model, loss=loss)
+    gradient = jax.value_and_grad(episode_loss, has_aux=True)
+
+    def part(batch, key):
+        maps = episode_features(backbone, weights, batch)
+        return gradient(state.params, weights, maps, batch, key)
+
+    if accumulate == 1:
+        (_, metrics), grads = part(batch, key)
+    else:
+        (_, metrics), grads = mean_of_parts(part, batch, key, accumulate)
+    return updated(state, grads, metrics, optimizer)
+
+
+def batch_loss(
+    params: PyTree[Array],
+    weights: PyTree[Array],
+    maps: tuple[Float[Array, "b k h w f"], Float[Array, "b h w f"]],
+    batch: Episode,
+    key: Array,
+    *,
+    model: Network,
+    loss: Callable[..., Any],
+) -> tuple[Float[Array, ""], Metrics]:
+    """Returns the loss of a batch of episodes, and the step's metrics.
+
+    `maps` are the backbone's features of supports and queries.
+    """
+    inputs, truth = network_inputs(model, maps, batch)
+    apply: Any = model.apply
+    logits, out = apply(
+        with_deep(params, weights), *inputs, train=True, rngs={"dropout": key}
+    )
+    total, terms = loss(out, truth, inputs[1])
+    return total, {"loss": total, **terms, **health_metrics(logits, out, truth)}
+
+
+def network_inputs(
+    model: Network, maps: tuple[Array, Array], batch: Episode
+) -> tuple[tuple[Any, ...], Int[Array, "b H W"]]:
+    """Returns the network's arguments, and the query masks that it has to find.
+
+    The released network is shown where the images are padded as well.
+    """
+    masks = batch.support_masks.astype(jnp.int32)
+    padding = (batch.support_padding, batch.query_padding) if model.sees_padding else ()
+    return (maps[0], masks, maps[1], *padding), batch.query_mask.astype(jnp.int32)
+
+
+def updated(
+    state: TrainState,
+    grads: PyTree[Array],
+    metrics: Metrics,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+    """Returns the state after the optimiser's update, and the metrics with norms."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norms = {
+        "grad_norm": optax.tree.norm(grads),
+        "norm_P_global": jnp.linalg.norm(state.params["gbc"]["P_global"]),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics | norms
 
 
 def episode_features(
@@ -73,143 +165,35 @@ def episode_features(
     return maps[:, :k], maps[:, k]
 
 
-def init_state(
-    model: QPENet | ReleasedQPENet,
-    optimizer: optax.GradientTransformation,
-    *,
-    channels: int,
-    key: Array,
-) -> TrainState:
-    """Returns the state at step 0; `channels` are the backbone's."""
-    params = _init(model, channels, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-# One trace serves all networks of a kind that a process makes or opens.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _init(model, channels, key):
-    side, grid = 17, 3  # parameters depend on channels only: any small grid will do
-    support = jnp.zeros((1, 1, grid, grid, channels))
-    masks = jnp.zeros((1, 1, side, side), jnp.int32)
-    params = model.init(key, support, masks, support[:, 0])["params"]
-    return {name: params[name] for name in params if name != DEEP}  # the backbone's
-
-
-# One trace serves all runs that are alike in a process, as with `_init`.
-@functools.lru_cache(maxsize=8)
-def make_train_step(
-    model: QPENet | ReleasedQPENet | InDtype,
-    backbone: Backbone,
-    optimizer: optax.GradientTransformation,
-    loss_weights: LossWeights,
-    mesh: Mesh | AbstractMesh | None = None,
-    loss: Callable[..., Any] = total_loss,
-    drift_epoch: int | None = None,
-    accumulate: int = 1,
-) -> Callable[..., tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """Returns `train_step(state, weights, batch, key) -> (state, metrics)`, jitted.
-
-    Pure: dropout of step t comes from `fold_in(key, t)`. The state is donated. `mesh`
-    holds the devices that share the batch (`sharding.shardings`), if there are several;
-    `loss` is called as `total_loss` is. With a `drift_epoch`, of so many steps, batch
-    norm of the backbone drifts as `drift.drifts` says. With `accumulate` a step goes
-    through so many equal parts of its batch, one after the other, and takes the mean of
-    their gradients; the dropout of part i comes from the step's key and i.
-    """
-
-    apply: Any = model.apply
-
-    def train_step(state, weights, batch, key):
-        with on_mesh():
-            if drift_epoch is None:
-                return one_step(state, weights, batch, key)
-            inputs = state, weights, batch, key
-            return jax.lax.cond(
-                drifts(state.step, drift_epoch), drifting_step, settled_step, *inputs
-            )
-
-    def settled_step(state, weights, batch, key):
-        return one_step(state, refolded(weights, state.statistics), batch, key)
-
-    def drifting_step(*inputs):
-        return one_step(*inputs, moving=[BATCH_STATISTICS])
-
-    def on_mesh():
-        if mesh is None:
-            return contextlib.nullcontext()
-        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-    def one_step(state, weights, batch, key, moving=()):
-        key = jax.random.fold_in(key, state.step)
-
-        def part(batch, i):
-            return gradients(state, weights, batch, jax.random.fold_in(key, i))
-
-        if accumulate == 1:
-            grads, metrics, moved = gradients(state, weights, batch, key, moving)
-        else:
-            grads, metrics, moved = mean_of_parts(part, batch, accumulate)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        metrics["norm_P_global"] = jnp.linalg.norm(state.params["gbc"]["P_global"])
-        statistics = {**state.statistics, **moved}
-        return TrainState(state.step + 1, params, opt_state, statistics), metrics
-
-    def gradients(state, weights, batch, key, moving=()):
-        statistics = state.statistics
-        if moving:
-            maps, statistics = drifting_features(backbone, weights, statistics, batch)
-        else:
-            maps = episode_features(backbone, weights, batch)
-        support_maps, query_maps = maps
-        masks = batch.support_masks.astype(jnp.int32)
-        truth = batch.query_mask.astype(jnp.int32)
-
-        inputs = support_maps, masks, query_maps
-        if model.sees_padding:
-            inputs += batch.support_padding, batch.query_padding
-
-        def loss_fn(params):
-            (logits, out), moved = apply(
-                {**with_deep(params, weights), BATCH_STATISTICS: deep_part(statistics)},
-                *inputs,
-                train=True,
-                rngs={"dropout": key},
-                mutable=moving,
-            )
-            total, terms = loss(out, truth, masks, loss_weights)
-            return total, (terms, logits, out, moved)
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (total, (terms, logits, out, moved)), grads = grad_fn(state.params)
-        metrics = {"loss": total, **terms, **_health(logits, out, truth)}
-        if not moving:
-            return grads, metrics, {}
-        return grads, metrics, {**statistics, **moved.get(BATCH_STATISTICS, {})}
-
-    return jax.jit(train_step, donate_argnums=0)
-
-
-def mean_of_parts(f: Callable[..., Any], batch: PyTree, count: int) -> Any:
-    """Returns the mean of `f(part, i)` over equal parts of a batch, one at a time.
+def mean_of_parts(
+    f: Callable[..., Any], batch: PyTree, key: Array, count: int
+) -> PyTree[Array]:
+    """Returns the mean of `f(part, key of the part)` over equal parts of a batch.
 
     Part i holds the rows i, i + count, ...: devices go through what they have.
     """
     parts = jax.tree.map(
         lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
     )
-    one = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts), 0)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    one = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts), key)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
 
-    def add(total, numbered):
-        return jax.tree.map(jnp.add, total, f(*numbered)), None
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, f(*part)), None
 
-    total, _ = jax.lax.scan(add, zero, (parts, jnp.arange(count)))
+    total, _ = jax.lax.scan(add, zero, (parts, keys))
     return jax.tree.map(lambda x: x / count, total)
 
 
-def _health(logits, out, truth):
+def sharded_over(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManager:
+    """Returns a context in which XLA knows the devices that share the batch."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def health_metrics(logits, out, truth) -> Metrics:
     """Returns foreground IoU of the batch, the features' scale and each head's masks.
 
     `empty_<head>` is the share of images in which a head finds nothing: heads that die
@@ -222,7 +206,7 @@ def _health(logits, out, truth):
     rms = {f"rms_{F}": jnp.sqrt(jnp.mean(jnp.square(out[F]))) for F in ("F_q", "F_s")}
     empty = {
         f"empty_{head}": jnp.mean(~predicted(out[y]).any((-2, -1)))
-        for head, y in health.HEADS.items()
+        for head, y in HEADS.items()
         if y in out
     }
     return {"iou": iou, **rms, **empty}

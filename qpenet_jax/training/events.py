@@ -7,13 +7,18 @@ events wait for it for ever.
 import contextlib
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from PIL import Image
 from tensorboardX import summary
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
+
+from qpenet_jax.core import cluster
+from qpenet_jax.runs.evaluator import FIGURE
 
 PREFIX = "events.out.tfevents."
 
@@ -71,3 +76,49 @@ class Events(contextlib.AbstractContextManager):
         event = KINDS.Event(wall_time=time.time(), **fields)
         self._file.write(event.SerializeToString())
         self._file.flush()
+
+
+def fetched(metrics: Sequence[Any]) -> list[dict[str, float]]:
+    """Returns the metrics of some steps as numbers, fetched from the device at once."""
+    steps: Any = jax.device_get(metrics)
+    return [{name: float(value) for name, value in m.items()} for m in steps]
+
+
+def speeds(config: Any, steps: int, start: float, waited: float) -> dict[str, float]:
+    """Returns how fast some steps were that began at `start`, by `perf_counter`.
+
+    Evaluating and saving don't belong to it.
+    """
+    seconds = time.perf_counter() - start
+    images = steps * config.batch_size * (config.shots + 1)
+    return {
+        "images_per_second": images / seconds,
+        "step_seconds": seconds / steps,
+        "waiting_for_data": waited / seconds,
+    }
+
+
+def open_events(workdir: Path, start: int) -> contextlib.AbstractContextManager:
+    """Returns a new file of TensorBoard events in the first process, else None."""
+    if not cluster.is_first():
+        return contextlib.nullcontext()
+    return Events(workdir, purge_step=start + 1)
+
+
+def write_scalars(
+    events: Events | None, group: str, values: Mapping[str, float], step: int
+) -> None:
+    """Writes values for TensorBoard, in the first process."""
+    for name, value in values.items() if events else ():
+        events.add_scalar(f"{group}/{name}", value, step)
+
+
+def write_results_events(workdir: Path, results: Mapping[str, Any]) -> None:
+    """Writes the final scores and the figure for TensorBoard, in the first process."""
+    if not cluster.is_first():
+        return
+    step = results["step"]
+    with Events(workdir) as events:
+        events.add_scalar("eval/miou", results["miou"], step)
+        events.add_scalar("eval/fb_iou", results["fb_iou"], step)
+        events.add_image("episodes", workdir / FIGURE, step)

@@ -6,19 +6,30 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from qpenet_jax.core import cluster
-from qpenet_jax.core.cluster import warn
 from qpenet_jax.core.runtime import peak_memory
-from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.runs.progress import fetched
-from qpenet_jax.runs.trainer import Trainer
+from qpenet_jax.backbones.precision import meant
+from qpenet_jax.runs.build import build_weights, complete
+from qpenet_jax.runs.datasets import (
+    build_dataset,
+    build_train_sampler,
+    training_steps,
+)
 from qpenet_jax.training import health
+from qpenet_jax.training.batches import (
+    build_batches,
+    idle_devices,
+    on_devices,
+    shardings,
+)
+from qpenet_jax.training.events import fetched
+from qpenet_jax.training.setup import build_train_step, initial_state
 from qpenet_jax.training.step import TrainState
 
 STEPS = 200
@@ -39,28 +50,41 @@ GIB = 2**30
 
 
 class Step(NamedTuple):
-    """A step of training: what it measured, seconds of waiting for data and in all."""
+    """A step of training: what it measured, seconds of waiting for data and in all.
+
+    `total` is the length of the training in steps.
+    """
 
     state: TrainState
+    total: int
     metrics: dict[str, float]
     waited: float
     took: float
 
 
-def first_steps(trainer: Trainer) -> Generator[Step]:
+def first_steps(config: Any) -> Generator[Step]:
     """Yields the steps of a new training without end, each finished before the next.
 
     Nothing is written. Close the generator to end the processes that load.
     """
-    state = trainer.initial_state()
-    with contextlib.closing(trainer.batches()) as batches:
+    config = complete(config)
+    dataset = build_dataset(config, "train")
+    sampler = build_train_sampler(config, dataset)
+    total = training_steps(config, len(sampler))
+    replicated, split = shardings(config.batch_size, config.accumulate)
+    weights = jax.device_put(build_weights(config), replicated)
+    train_step = build_train_step(config, total, len(sampler))
+    state = jax.device_put(initial_state(config, weights, total), replicated)
+    key = jax.random.key(config.seed + 1)
+    with contextlib.closing(build_batches(config, dataset, sampler)) as batches:
         while True:
             start = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - start
-            state, measured = trainer.step(state, batch)
+            episodes = on_devices(config, batch, split)
+            state, measured = train_step(state, weights, episodes, key)
             (metrics,) = fetched([measured])
-            yield Step(state, metrics, waited, time.perf_counter() - start)
+            yield Step(state, total, metrics, waited, time.perf_counter() - start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +181,10 @@ def _to_go(timed: Sequence[Step], total: int) -> Finding:
 
 def memory() -> list[tuple[str, int, int]]:
     """Returns the peak and the limit of each device's memory, or of the host's."""
-    told = [(str(d), d.memory_stats() or {}) for d in jax.local_devices()]
+    found = [(str(d), d.memory_stats() or {}) for d in jax.local_devices()]
     devices = [
         (name, stats["peak_bytes_in_use"], stats["bytes_limit"])
-        for name, stats in told
+        for name, stats in found
         if {"peak_bytes_in_use", "bytes_limit"} <= stats.keys()
     ]
     lines = Path("/proc/meminfo")
@@ -170,34 +194,32 @@ def memory() -> list[tuple[str, int, int]]:
     return [("this process", peak_memory(), total)]
 
 
-def check(experiment: Experiment, steps: int = STEPS) -> bool:
+def check(config: Any, steps: int = STEPS) -> bool:
     """Trains for some steps, prints what was found, returns whether a run may start.
 
     Nothing is written. Raises InputError where data or weights are missing.
     """
-    trainer = Trainer(experiment)
-    warn(trainer.warning)
-    total = trainer.steps
-    steps = min(steps, total)
-    recipe = experiment.config.recipe
-    print(
-        f"check: the first {steps} of {total:,} steps, recipe {recipe}, computed in "
-        f"{experiment.dtype}"
-    )
+    config = complete(config)
+    cluster.warn(idle_devices(config.batch_size, config.accumulate))
     taken: list[Step] = []
     with (
-        contextlib.closing(first_steps(trainer)) as stream,
-        tqdm(
-            total=steps, desc="checking", unit="step", disable=not cluster.is_first()
-        ) as bar,
+        contextlib.closing(first_steps(config)) as stream,
+        tqdm(desc="checking", unit="step", disable=not cluster.is_first()) as bar,
     ):
         for step in stream:
+            if not taken:
+                total, steps = step.total, min(steps, step.total)
+                bar.reset(steps)
+                bar.write(
+                    f"check: the first {steps} of {total:,} steps, recipe "
+                    f"{config.recipe}, computed in {meant(config.dtype)}"
+                )
             taken.append(step)
             bar.update()
             if len(taken) == steps or not is_finite(step.metrics):
                 break
-    found = findings(taken, total, memory())
+    found = findings(taken, taken[0].total, memory())
     print("\n".join(map(str, found)))
     bad = [finding.name for finding in found if not finding.good]
     print(f"verdict: {'do not start: ' + ', '.join(bad) if bad else 'go ahead'}")
-    return cluster.by_first(lambda: not bad, "verdict")
+    return cluster.by_first(lambda: not bad)
