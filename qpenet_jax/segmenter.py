@@ -16,8 +16,14 @@ from qpenet_jax.data.arrays import as_image, as_mask
 from qpenet_jax.data.supports import fit_support
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks.tasks import Image, Mask, Task, Tasks
+from qpenet_jax.runs.build import (
+    build_mean_predictor,
+    build_predictor,
+    build_self_support_predictor,
+    build_weights,
+    complete,
+)
 from qpenet_jax.runs.config_files import override, refuse_others
-from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run
 
 GivenMask = Shaped[np.ndarray, "h w"] | PIL.Image.Image
@@ -147,10 +153,10 @@ def load(
             "may lie elsewhere, --config.backbone.weights=FILE"
         )
     run = open_run(local_path(workdir), overrides)
-    side = run.experiment.config.side
+    side = run.config.side
     if method == "prototype":
-        return _of_prototypes(run.experiment, run.weights)
-    return Segmenter(run.experiment.predictor(run.params, run.weights), side)
+        return _of_prototypes(run.config, run.weights)
+    return Segmenter(build_predictor(run.config, run.params, run.weights), side)
 
 
 def chosen_method(method: str | None, workdir: Any, other: Any) -> str:
@@ -172,11 +178,11 @@ def _starter(overrides, other) -> Segmenter:
         "prototype every field can",
     )
     run = open_run(STARTER)
-    config = run.experiment.config.copy_and_resolve_references()
+    config = run.config.copy_and_resolve_references()
     config.side = default_config().side
-    experiment = Experiment(override(config, overrides))
-    predict = experiment.mean_predictor(run.params, run.weights)
-    return Segmenter(predict, experiment.config.side)
+    config = complete(override(config, overrides))
+    predict = build_mean_predictor(config, run.params, run.weights)
+    return Segmenter(predict, config.side)
 
 
 def _prototypes(method, overrides, backbone, weights) -> Segmenter:
@@ -189,18 +195,18 @@ def _prototypes(method, overrides, backbone, weights) -> Segmenter:
     config = default_config()
     config.backbone.name = backbone or DEFAULT_BACKBONE
     config.backbone.weights = str(weights or "")
-    experiment = Experiment(override(config, overrides))
-    return _of_prototypes(experiment, experiment.backbone_weights())
+    config = complete(override(config, overrides))
+    return _of_prototypes(config, build_weights(config))
 
 
-def _of_prototypes(experiment: Experiment, weights: PyTree[Array]) -> Segmenter:
-    predict = experiment.training_free_predictor(weights)
+def _of_prototypes(config: Any, weights: PyTree[Array]) -> Segmenter:
+    predict = build_self_support_predictor(config, weights)
 
     def decode(*inputs: Any, named: bool = False) -> Any:
         margin, out = predict.decode(*inputs, named=True)
         return (SHARPNESS * margin, out) if named else SHARPNESS * margin
 
-    return Segmenter(predict._replace(decode=decode), experiment.config.side)
+    return Segmenter(predict._replace(decode=decode), config.side)
 
 
 def _supports(images: Any, masks: Any) -> list[tuple[np.ndarray, np.ndarray]]:

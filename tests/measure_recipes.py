@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.runs.preflight import JUDGED, first_steps, is_finite
+from qpenet_jax.training.preflight import JUDGED, first_steps, is_finite
 from qpenet_jax.runs.trainer import Trainer
 from qpenet_jax.training import health
 

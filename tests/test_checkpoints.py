@@ -14,7 +14,7 @@ import pytest
 from conftest import no_file_above
 
 from qpenet_jax import InputError
-from qpenet_jax.training.checkpoints import (
+from qpenet_jax.runs.checkpoints import (
     add_scores,
     is_scored,
     open_checkpoints,
@@ -104,7 +104,7 @@ def test_other_values_than_those_that_were_saved_are_refused(tmp_path):
 READ = """
 import sys, jax, numpy as np
 from qpenet_jax.core.errors import exit_on_input_error
-from qpenet_jax.training.checkpoints import restore_params
+from qpenet_jax.runs.checkpoints import restore_params
 from pathlib import Path
 like = {str(n): np.zeros((50, 50), np.float32) for n in range(40)}
 with exit_on_input_error():

@@ -27,8 +27,8 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import locked
 from qpenet_jax.runs import progress
 from qpenet_jax.runs.folder import open_run
-from qpenet_jax.runs.loop import LOCK_FILE
-from qpenet_jax.training import checkpoints, sharding
+from qpenet_jax.training.train import LOCK_FILE
+from qpenet_jax.runs import checkpoints, sharding
 
 pytestmark = [
     pytest.mark.standard_promotion,

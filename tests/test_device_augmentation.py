@@ -407,7 +407,7 @@ import jax, numpy as np
 from qpenet_jax.data.augmentation import Augmentation, draw
 from qpenet_jax.data.device_augmentation import augment_episodes
 from qpenet_jax.data.raw_episodes import RawEpisode, device_draws
-from qpenet_jax.training.sharding import shardings
+from qpenet_jax.training.batches import shardings
 
 rng = np.random.default_rng(0)
 size = (30, 40)

@@ -33,7 +33,7 @@ from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.saved_config import merged
-from qpenet_jax.runs.stopping import Interrupted
+from qpenet_jax.training.stopping import Interrupted
 from qpenet_jax.runs.trainer import Trainer
 from qpenet_jax.segmenter import load
 from qpenet_jax.training.drift import drifting_features, drifts

@@ -10,7 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qpenet_jax.evaluation.pictures import save_image
-from qpenet_jax.runs.events import Events
+from qpenet_jax.training.events import Events
 
 
 def told(folder, name):

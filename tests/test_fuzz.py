@@ -48,7 +48,7 @@ from qpenet_jax.masks.margins import compete
 from qpenet_jax.runs.config_files import load_config, override
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run, read_config
-from qpenet_jax.training import checkpoints
+from qpenet_jax.runs import checkpoints
 from qpenet_jax.training.step import TrainState
 
 GOLDENS = Path(__file__).parent / "goldens"

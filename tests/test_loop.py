@@ -24,9 +24,9 @@ from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.experiment import FREE
 from qpenet_jax.runs.folder import open_run
-from qpenet_jax.runs.profiling import Profile
-from qpenet_jax.runs.stopping import Interrupted, StopSignal
-from qpenet_jax.training import checkpoints
+from qpenet_jax.training.profiling import Profile
+from qpenet_jax.training.stopping import Interrupted, StopSignal
+from qpenet_jax.runs import checkpoints
 
 pytestmark = [
     pytest.mark.standard_promotion,

@@ -4,7 +4,7 @@ import pytest
 from test_health import ALIVE
 from test_train import qpenet, words
 
-from qpenet_jax.runs.preflight import GIB, Step, findings, memory
+from qpenet_jax.training.preflight import GIB, Step, findings, memory
 
 GOOD = ALIVE | {"loss": 1.5, "grad_norm": 4.0}
 

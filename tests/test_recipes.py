@@ -14,8 +14,8 @@ from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.saved_config import merged
-from qpenet_jax.training.optimizer import Optimizer
-from qpenet_jax.training.recipes import RECIPES
+from qpenet_jax.optimizer import Optimizer
+from qpenet_jax.recipes import RECIPES
 
 # ml_collections loads config files by a way that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

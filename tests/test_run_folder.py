@@ -20,7 +20,7 @@ from qpenet_jax.evaluation.metrics import load_scores
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.folder import claim, inputs_of, open_run
 from qpenet_jax.runs.saved_config import merged
-from qpenet_jax.training.recipes import resolved
+from qpenet_jax.recipes import resolved
 
 OLD = Path(__file__).parent / "goldens" / "run_dbf7d53"
 """The quick start of commit dbf7d53, before configs had a version: 3 steps of a network

@@ -19,8 +19,8 @@ from qpenet_jax.backbones.registry import Backbone
 from qpenet_jax.core.types import Episode
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.training.optimizer import Optimizer
-from qpenet_jax.training.sharding import shardings
+from qpenet_jax.optimizer import Optimizer
+from qpenet_jax.training.batches import shardings
 from qpenet_jax.training.step import init_state, make_train_step
 
 

@@ -26,9 +26,9 @@ from qpenet_jax.cli.main import main
 from qpenet_jax.core.files import locked
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.runs import progress
-from qpenet_jax.runs.drawn import eval_samplers
+from qpenet_jax.runs.datasets import build_eval_samplers
 from qpenet_jax.runs.folder import open_run
-from qpenet_jax.runs.loop import LOCK_FILE
+from qpenet_jax.training.train import LOCK_FILE
 from qpenet_jax.training.health import PATIENCE, Watch
 
 pytestmark = [
@@ -363,7 +363,7 @@ def test_a_checkpoint_is_selected_on_base_classes(tmp_path):
     experiment = open_run(workdir).experiment
     val = experiment.dataset("val")
     protocol = experiment.selection_protocols()["base"]
-    sampler = eval_samplers(experiment, val, protocol)[0]
+    sampler = build_eval_samplers(experiment, val, protocol)[0]
     novel = np.subtract(experiment.fold.novel, 1)
     assert set(sampler.classes) == set(experiment.fold.base)
     assert not val.counts[sampler.images][:, novel].any()

@@ -22,7 +22,7 @@ from qpenet_jax.models import ops, prototypes
 from qpenet_jax.models.ffa import CrossAttention
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.training.step import TrainState, make_train_step
 
 torch = pytest.importorskip("torch")

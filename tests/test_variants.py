@@ -37,7 +37,7 @@ from qpenet_jax.paper.parameters import (
     parameter_table,
 )
 from qpenet_jax.paper.results import ABLATION_RESULTS, rows_of
-from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.training.step import init_state, make_train_step
 
 HEIGHT, WIDTH = 33, 49

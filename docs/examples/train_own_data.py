@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qpenet_jax.config import default_config
 from qpenet_jax.data.prepare.folder import prepare_folder
-from qpenet_jax.runs.loop import train
+from qpenet_jax.training.train import train
 
 
 def train_on(folder, workdir, novel, **fields):

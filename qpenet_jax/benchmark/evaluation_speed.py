@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qpenet_jax.backbones.precision import meant
 from qpenet_jax.backbones.registry import backbone
 from qpenet_jax.benchmark import jax_side as ours
 from qpenet_jax.benchmark.made_up import made_up_photos
@@ -26,8 +27,8 @@ from qpenet_jax.evaluation.predictor import Predictor, qpenet_predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import Samplers, score_episodes
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.runs.drawn import eval_samplers
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.build import build_predictor, build_weights, initial_params
+from qpenet_jax.runs.datasets import build_dataset, build_eval_samplers, build_protocol
 
 EPISODES = 100
 """Of an evaluation on made-up photos: each of the 64 comes several times."""
@@ -49,18 +50,16 @@ class Workload(NamedTuple):
     workers: int
 
 
-def protocol_runs(
-    settings: Settings, experiment: Experiment | None
-) -> Iterator[dict[str, Any]]:
+def protocol_runs(settings: Settings, config: Any | None) -> Iterator[dict[str, Any]]:
     """Times an evaluation for every number of shots.
 
-    It is the experiment's protocol and dtype, with the episodes of the settings if they
-    give a number; without an experiment the settings' network on made-up photos, in
-    every dtype. Raises InputError as the experiment does.
+    It is the config's protocol and dtype, with the episodes of the settings if they
+    give a number; without an config the settings' network on made-up photos, in
+    every dtype. Raises InputError as the config does.
     """
     for shots in settings.shots:
-        if experiment:
-            yield time_workload(of_experiment(experiment, shots, settings.episodes))
+        if config:
+            yield time_workload(of_config(config, shots, settings.episodes))
             continue
         for dtype in settings.dtype:
             case = settings.case("eval", shots, 1, dtype)
@@ -91,25 +90,23 @@ def time_workload(workload: Workload) -> dict[str, Any]:
     }
 
 
-def of_experiment(
-    experiment: Experiment, shots: int, episodes: int | None = None
-) -> Workload:
-    """Returns the experiment's evaluation, by an untrained network of its dtype."""
+def of_config(config: Any, shots: int, episodes: int | None = None) -> Workload:
+    """Returns the config's evaluation, by an untrained network of its dtype."""
     changes: dict[str, Any] = {"shots": shots}
     if episodes:
         changes["episodes"] = episodes
-    protocol = experiment.protocol(**changes)
-    dataset = experiment.dataset("val")
-    net = experiment.config.backbone
-    weights = experiment.backbone_weights()
+    protocol = build_protocol(config, **changes)
+    dataset = build_dataset(config, "val")
+    net = config.backbone
+    weights = build_weights(config)
     return Workload(
         f"{net.name}, weights {net.weights or 'of its package'}",
-        experiment.dtype,
-        experiment.predictor(experiment.untrained(), weights),
+        meant(config.dtype),
+        build_predictor(config, initial_params(config), weights),
         dataset,
         protocol,
-        eval_samplers(experiment, dataset, protocol),
-        experiment.config.workers,
+        build_eval_samplers(config, dataset, protocol),
+        config.workers,
     )
 
 

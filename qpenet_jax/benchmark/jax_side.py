@@ -30,7 +30,7 @@ from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.losses import released_loss
 from qpenet_jax.models.released.network import ReleasedQPENet
-from qpenet_jax.training.optimizer import Optimizer
+from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.training.step import TrainState, init_state, make_train_step
 
 RATE, STEPS = 1e-4, 10**6

@@ -36,7 +36,7 @@ from qpenet_jax.benchmark.timing import interleave, quartiles
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import keep_freed_memory, processor
 from qpenet_jax.core.types import Episode
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.datasets import build_dataset
 
 PEAK_ROWS = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 """Rows of the square matrices whose product is the peak: some 0.1 s or less."""
@@ -45,12 +45,10 @@ TRIED = 3
 """Rounds by which the fastest variant of the twin is chosen."""
 
 
-def benchmark(
-    settings: Settings, experiment: Experiment | None = None
-) -> dict[str, Any]:
+def benchmark(settings: Settings, config: Any | None = None) -> dict[str, Any]:
     """Measures what the settings say; return numbers and strings alone, for JSON.
 
-    The images of "protocol" and "data" are the experiment's; without one they are made
+    The images of "protocol" and "data" are the config's; without one they are made
     up. As in training, the process keeps freed memory from then on.
 
     Raises:
@@ -76,14 +74,14 @@ def benchmark(
     if "memory" in settings.what:
         result["memory"] = list(memory_plans(settings))
     if "protocol" in settings.what:
-        result["protocol"] = list(protocol_runs(settings, experiment))
+        result["protocol"] = list(protocol_runs(settings, config))
     if "runtimes" in settings.what:
         result["runtimes"] = list(runtimes(settings))
     if "predict" in settings.what:
         result["predict"] = prediction(settings)
     if "data" in settings.what:
         result["data"] = benchmark_data(
-            experiment.dataset("train") if experiment else None,
+            build_dataset(config, "train") if config else None,
             side=settings.size,
             shots=settings.shots,
             seconds=settings.seconds,

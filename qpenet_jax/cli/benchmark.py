@@ -7,6 +7,8 @@ from typing import Any
 from qpenet_jax.cli.options import BACKBONES, add_overrides, names, numbers, path
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
+from qpenet_jax.runs.build import complete
+from qpenet_jax.runs.datasets import files_read
 
 FILES = ("benchmark.md", "benchmark.json", "benchmark.png")
 
@@ -175,20 +177,19 @@ def run(args: argparse.Namespace) -> None:
         photos=args.photos,
         seconds=args.seconds,
     )
-    experiment = _experiment(args)
+    config = _config(args)
     if args.out:
-        read = [args.config, args.weights, *(experiment.inputs if experiment else ())]
+        read = [args.config, args.weights, *(files_read(config) if config else ())]
         results = [Path(args.out) / name for name in FILES]
         refuse_overwriting(results, [Path(given) for given in read if given])
-    _tell(benchmark(settings, experiment), args.out)
+    _tell(benchmark(settings, config), args.out)
 
 
-def _experiment(args: argparse.Namespace) -> Any:
+def _config(args: argparse.Namespace) -> Any:
     from qpenet_jax.runs.config_files import load_config
-    from qpenet_jax.runs.experiment import Experiment
 
     if args.config:
-        return Experiment(load_config(args.config, args.overrides))
+        return complete(load_config(args.config, args.overrides))
     if args.overrides:
         raise InputError(f"{args.overrides[0]} changes a config: give --config as well")
     return None

@@ -11,6 +11,8 @@ from qpenet_jax.cli.options import (
     protocol_changes,
 )
 from qpenet_jax.core.files import refuse_overwriting
+from qpenet_jax.runs.build import complete
+from qpenet_jax.runs.datasets import build_dataset, build_protocol, files_read
 
 
 def add_parser(commands) -> None:
@@ -50,21 +52,20 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.data.episode_lists import export_episodes
     from qpenet_jax.evaluation.protocols import of_dataset
     from qpenet_jax.runs.config_files import load_config
-    from qpenet_jax.runs.drawn import eval_samplers
-    from qpenet_jax.runs.experiment import Experiment
+    from qpenet_jax.runs.datasets import build_eval_samplers
     from qpenet_jax.runs.folder import CONFIG_FILE, open_run
 
     out = Path(args.out)
     if args.config:
-        experiment = Experiment(load_config(args.config, args.overrides))
+        config = complete(load_config(args.config, args.overrides))
     else:
-        experiment = open_run(args.workdir, args.overrides).experiment
+        config = open_run(args.workdir, args.overrides).config
     described = Path(args.config or Path(args.workdir) / CONFIG_FILE)
-    refuse_overwriting([out], [described, *experiment.inputs])
-    val = experiment.dataset("val")
+    refuse_overwriting([out], [described, *files_read(config)])
+    val = build_dataset(config, "val")
     changes = protocol_changes(args) | {"shots": args.shots}
-    protocol = experiment.protocol(args.protocol, **changes)
-    samplers = eval_samplers(experiment, val, protocol)
+    protocol = build_protocol(config, args.protocol, **changes)
+    samplers = build_eval_samplers(config, val, protocol)
     digest = export_episodes(out, val, samplers, protocol.episodes)
     print(f"protocol: {of_dataset(protocol, val)}")
     print(f"{len(samplers) * protocol.episodes} episodes in {out}")

@@ -16,6 +16,8 @@ from qpenet_jax.cli.options import (
 )
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
+from qpenet_jax.runs.build import network_name
+from qpenet_jax.runs.datasets import build_dataset, build_protocol, files_read
 
 
 def add_parser(commands) -> None:
@@ -66,8 +68,7 @@ def run(args: argparse.Namespace) -> None:
     """Scores the run once for each number of shots."""
     from qpenet_jax.data.episode_lists import read_episodes
     from qpenet_jax.runs import retries
-    from qpenet_jax.runs.drawn import folder_name
-    from qpenet_jax.runs.evaluator import Evaluator
+    from qpenet_jax.runs.evaluator import Evaluator, folder_name
     from qpenet_jax.runs.folder import open_run
     from qpenet_jax.runs.hub import is_on_hub
 
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> None:
             "results"
         )
     opened = open_run(args.workdir, args.overrides, args.checkpoint)
-    experiment = opened.experiment
-    val = experiment.dataset("val")
+    config = opened.config
+    val = build_dataset(config, "val")
     out = Path(args.out or Path(args.workdir) / "evaluate")
     changes = protocol_changes(args)
     frozen = None
@@ -86,14 +87,17 @@ def run(args: argparse.Namespace) -> None:
         frozen = read_episodes(Path(args.episode_list), val)
         _refuse_changes(args, ("shots", "episodes", "seeds", "order", "targets"))
     for shots in (1,) if frozen else args.shots or (1,):
-        protocol = experiment.protocol(args.protocol, **changes | {"shots": shots})
+        protocol = build_protocol(config, args.protocol, **changes | {"shots": shots})
         folder = out / folder_name(protocol, frozen)
-        if experiment.network_name(shots) == "fixed QPENet":
+        if network_name(config, shots) == "fixed QPENet":
             folder = folder.with_name(f"{folder.name}_fixed")
-        evaluator = Evaluator(experiment, opened.weights, folder, val, protocol, frozen)
+        evaluator = Evaluator(config, opened.weights, folder, val, protocol, frozen)
         if args.checkpoint:
             evaluator = evaluator.of_selection(args.checkpoint)
-        read = [*experiment.inputs, *filter(None, [frozen and Path(args.episode_list)])]
+        read = [
+            *files_read(config),
+            *filter(None, [frozen and Path(args.episode_list)]),
+        ]
         refuse_overwriting(evaluator.files, read)
         print(evaluator.describe())
         if args.references:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with exit_on_input_error():
             args = _parsed(sys.argv[1:] if argv is None else argv)
             _set_up_process(args)
-            _run(args)
+            args.run(args)
     except KeyboardInterrupt as stop:
         again = "stopped; no half-written file is left: the command can be run again"
         print(f"\n{str(stop) or again}", file=sys.stderr)
@@ -66,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def program(argv: Sequence[str] | None = None) -> None:
     """Runs one command as all that this process does; see `main`."""
-    sys.unraisablehook = _told_of_lost_stop
     status: Any = 1  # of an error that nobody foresaw
     try:
         main(argv)
@@ -75,20 +74,11 @@ def program(argv: Sequence[str] | None = None) -> None:
         status = stop.code or 0
         raise
     finally:
-        # All is done or told. A Ctrl-C while Python ends would print a traceback.
+        # All is done. A Ctrl-C while Python ends would print a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         gc.collect()  # what a stop cut off in the middle, such as shared memory
         if cluster := sys.modules.get("qpenet_jax.core.cluster"):
             cluster.leave(status)
-
-
-def _told_of_lost_stop(unraisable: Any) -> None:
-    """Tells in one line of a Ctrl-C that came where Python can't act on it."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        lost = "Ctrl-C came while Python was cleaning up: press it again to stop"
-        print(f"\n{lost}", file=sys.stderr)
-    else:
-        sys.__unraisablehook__(unraisable)
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -128,17 +118,6 @@ def _one_line(message, category, *place, **line) -> str:
 
 
 _python_format = warnings.formatwarning
-
-
-def _run(args: argparse.Namespace) -> None:
-    """Runs the command; one of several processes tells if another is lost."""
-    if args.run not in JOINING:
-        args.run(args)
-        return
-    from qpenet_jax.core import cluster
-
-    with cluster.losses_told():
-        args.run(args)
 
 
 def _set_up_process(args: argparse.Namespace) -> None:

@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> None:
         )
     config = load_config(args.config, args.overrides)  # before seconds of imports
     from qpenet_jax.core.runtime import keep_compilations
-    from qpenet_jax.runs import loop, preflight
-    from qpenet_jax.runs.experiment import Experiment
+    from qpenet_jax.training import preflight
+    from qpenet_jax.training.train import train
 
     if config.keep_compilations:
         keep_compilations()
     if args.check:
-        sys.exit(0 if preflight.check(Experiment(config)) else 1)
+        sys.exit(0 if preflight.check(config) else 1)
     workdir = Path(args.workdir or f"runs/{Path(args.config).stem}")
-    loop.train(config, workdir, args.profile)
+    train(config, workdir, args.profile)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Container, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -43,6 +43,7 @@ def score_episodes(
     workers: int = 0,
     label: str = "evaluating",
     cache_bytes: int = CACHE_BYTES,
+    stop_asked: Callable[[], bool] = lambda: False,
     at_once: int | None = None,
     devices: Sequence[Any] | None = None,
 ) -> Scores:
@@ -58,6 +59,7 @@ def score_episodes(
 
     Raises:
         InputError: an image or label can't be used.
+        KeyboardInterrupt: `stop_asked` says so, in any process.
     """
     drawn = [(s.seed, s(i)) for s in samplers for i in range(protocol.episodes)]
     order = grouped([ids for _, ids in drawn])
@@ -84,12 +86,16 @@ def score_episodes(
             seed, ids = drawn[n]
             rows[n] = (seed, ids.index, ids.query, ids.class_id, *counts)
             bar.update()
+            if stop_asked():
+                break
+    if cluster.any_of(stop_asked()):
+        raise KeyboardInterrupt("stopped: the same command goes on")
     return Scores(_of_all_processes(rows))
 
 
 def _of_all_processes(rows: Int[np.ndarray, "n c"]) -> Int[np.ndarray, "n c"]:
     """Returns the rows of all processes, each of which has zeros where others worked."""
-    parts = cluster.gather(rows.tobytes(), "rows")
+    parts = cluster.gather(rows.tobytes())
     return np.sum([np.frombuffer(part, rows.dtype) for part in parts], 0).reshape(
         rows.shape
     )

@@ -12,16 +12,21 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, PyTree
 
+from qpenet_jax.config import selections
 from qpenet_jax.core import markdown
 from qpenet_jax.evaluation.protocols import of_dataset
 from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.paper.finished import has_config_of, is_done
 from qpenet_jax.paper.plan import PlannedRun
-from qpenet_jax.runs.drawn import eval_samplers
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.build import build_predictor, build_weights
+from qpenet_jax.runs.datasets import (
+    build_dataset,
+    build_eval_samplers,
+    build_protocol,
+    selection_protocols,
+)
 from qpenet_jax.runs.folder import CONFIG_FILE
-from qpenet_jax.runs.preflight import first_steps
-from qpenet_jax.runs.trainer import Trainer
+from qpenet_jax.training.preflight import first_steps
 
 MEASURED_STEPS, MEASURED_EPISODES = 20, 10
 
@@ -45,7 +50,7 @@ class Work:
     @property
     def backbone(self) -> str:
         """Runs of one backbone cost about the same."""
-        return self.run.experiment.config.backbone.name
+        return self.run.config.backbone.name
 
     def seconds(self, cost: Cost) -> float:
         """Returns what is left to compute, 0 for a finished run."""
@@ -99,40 +104,39 @@ def _state(run: PlannedRun) -> str:
 
 def _episodes(run: PlannedRun, steps: int) -> dict[int, int]:
     """Returns how many episodes a run scores by shots, selection included."""
-    experiment, config = run.experiment, run.experiment.config
-    protocol, selections = experiment.protocol(), experiment.selection_protocols()
+    config = run.config
+    names, protocol = selections(config), build_protocol(config)
     counts = dict.fromkeys(run.shots, protocol.episodes * len(protocol.seeds))
     if config.eval.references:
         counts[run.shots[0]] *= 3  # untrained and cosine as well
     times = math.ceil(steps / config.eval.every)
-    for of in selections.values():
+    for of in selection_protocols(config, names).values():
         counts[run.shots[0]] += times * of.episodes * len(of.seeds)
-    others = len(experiment.selections) - 1
+    others = len(names) - 1
     counts[run.shots[0]] += others * protocol.episodes * len(protocol.seeds)
     return counts
 
 
 def measured_cost(run: PlannedRun) -> Cost:
     """Measures some steps and episodes of a run, once they are compiled."""
-    trainer = Trainer(run.experiment)
-    step, params = _seconds_per_step(trainer)
-    predict = run.experiment.predictor(params, trainer.weights)
-    score = functools.partial(_seconds_per_episode, run.experiment, predict)
+    step, params = _seconds_per_step(run.config)
+    predict = build_predictor(run.config, params, build_weights(run.config))
+    score = functools.partial(_seconds_per_episode, run.config, predict)
     return Cost(step, {shots: score(shots) for shots in run.shots})
 
 
-def _seconds_per_step(trainer: Trainer) -> tuple[float, PyTree[Array]]:
+def _seconds_per_step(config: Any) -> tuple[float, PyTree[Array]]:
     """Returns the mean, and the parameters after the measured steps."""
-    with contextlib.closing(first_steps(trainer)) as stream:
+    with contextlib.closing(first_steps(config)) as stream:
         steps = list(itertools.islice(stream, 1 + MEASURED_STEPS))
     seconds = statistics.mean(step.took for step in steps[1:])  # the first compiles
     return seconds, steps[-1].state.params
 
 
-def _seconds_per_episode(experiment: Experiment, predict: Any, shots: int) -> float:
-    val = experiment.dataset("val")
-    protocol = of_dataset(experiment.protocol(shots=shots), val)
-    samplers = eval_samplers(experiment, val, protocol)[:1]
+def _seconds_per_episode(config: Any, predict: Any, shots: int) -> float:
+    val = build_dataset(config, "val")
+    protocol = of_dataset(build_protocol(config, shots=shots), val)
+    samplers = build_eval_samplers(config, val, protocol)[:1]
     start = 0.0
     for count in (1, MEASURED_EPISODES):  # the first compiles
         start = time.perf_counter()

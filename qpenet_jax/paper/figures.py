@@ -23,8 +23,13 @@ from qpenet_jax.paper.sheets import (
     predictions_sheet,
 )
 from qpenet_jax.paper.tiles import Out
-from qpenet_jax.runs.drawn import eval_samplers
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.build import build_model, build_predictor
+from qpenet_jax.runs.datasets import (
+    build_dataset,
+    build_eval_samplers,
+    build_protocol,
+    files_read,
+)
 from qpenet_jax.runs.folder import open_run, read_inputs
 
 MAX_ROWS = 200
@@ -43,7 +48,7 @@ class ShownRun(NamedTuple):
     """A trained network under the name that the sheets give it."""
 
     name: str
-    experiment: Experiment
+    config: Any
     params: PyTree[Array]
     weights: PyTree[Array]
 
@@ -76,15 +81,15 @@ def draw_figures(
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is no folder: choose another for the figures")
     runs = _open_runs(workdirs, overrides)
-    experiment = runs[0].experiment
+    config = runs[0].config
     files = {name: out / f"{name}.jpg" for name in SHEETS}
-    read = [path for run in runs for path in run.experiment.inputs]
+    read = [path for run in runs for path in files_read(run.config)]
     refuse_overwriting(files.values(), read)
-    protocol = experiment.protocol(shots=shots)
+    protocol = build_protocol(config, shots=shots)
     indices = _choose_episodes(protocol, episodes, count, seed)
     _check_height(len(indices), len(runs))
-    val = experiment.dataset("val")
-    sampler = eval_samplers(experiment, val, protocol)[0]
+    val = build_dataset(config, "val")
+    sampler = build_eval_samplers(config, val, protocol)[0]
     shown = _look_at(runs, val, [sampler(i) for i in indices], protocol)
     return _write_sheets(shown, protocol, files)
 
@@ -167,17 +172,17 @@ def _open_runs(
     named = isinstance(workdirs, Mapping)
     folders = [Path(w) for w in (workdirs.values() if named else workdirs)]
     opened = [open_run(folder, overrides) for folder in folders]
-    experiments = [run.experiment for run in opened]
-    names = list(workdirs) if named else _names(folders, experiments)
-    _check_comparable([run.folder for run in opened], experiments)
+    configs = [run.config for run in opened]
+    names = list(workdirs) if named else _names(folders, configs)
+    _check_comparable([run.folder for run in opened], configs)
     return [
-        ShownRun(str(name), run.experiment, run.params, run.weights)
+        ShownRun(str(name), run.config, run.params, run.weights)
         for name, run in zip(names, opened, strict=True)
     ]
 
 
-def _names(folders: Sequence[Path], experiments: Sequence[Experiment]) -> list[str]:
-    variants = [experiment.config.variant for experiment in experiments]
+def _names(folders: Sequence[Path], configs: Sequence[Any]) -> list[str]:
+    variants = [config.variant for config in configs]
     for names in (variants, [f.resolve().name for f in folders], map(str, folders)):
         names = list(names)
         if len(set(names)) == len(names):
@@ -185,13 +190,10 @@ def _names(folders: Sequence[Path], experiments: Sequence[Experiment]) -> list[s
     raise InputError(f"{folders[0]} and the others: give every run once")
 
 
-def _check_comparable(
-    folders: Sequence[Path], experiments: Sequence[Experiment]
-) -> None:
+def _check_comparable(folders: Sequence[Path], configs: Sequence[Any]) -> None:
     """Refuses runs to which the first run's episodes would show something else."""
     facts = [
-        _facts(folder, experiment)
-        for folder, experiment in zip(folders, experiments, strict=True)
+        _facts(folder, config) for folder, config in zip(folders, configs, strict=True)
     ]
     for folder, other in zip(folders, facts, strict=True):
         for name, value in facts[0].items():
@@ -202,8 +204,8 @@ def _check_comparable(
                 )
 
 
-def _facts(folder: Path, experiment: Experiment) -> dict[str, Any]:
-    protocol = experiment.protocol()
+def _facts(folder: Path, config: Any) -> dict[str, Any]:
+    protocol = build_protocol(config)
     return {
         "novel classes": protocol.classes,
         "input size": (protocol.side, protocol.resize),
@@ -220,7 +222,7 @@ def _look_at(
     chosen: Sequence[EpisodeIds],
     protocol: Protocol,
 ) -> list[ShownEpisode]:
-    cosine = runs[0].experiment.cosine_predictor(runs[0].weights)
+    cosine = build_cosine_predictor(runs[0].config, runs[0].weights)
     looks = {run.name: _look(run) for run in runs}
     shown = []
     for ids in chosen:
@@ -233,14 +235,14 @@ def _look_at(
 
 def _look(run: ShownRun) -> Callable[[Episode], tuple[Float[np.ndarray, "s s"], Out]]:
     """Returns `look(batch of one)`: the margin and the network's `Out`."""
-    _, experiment, params, weights = run
+    _, config, params, weights = run
 
     def look(episode):
-        margin, out = experiment.predictor(params, weights).look(episode)
-        if experiment.model.bgpe:
+        margin, out = build_predictor(config, params, weights).look(episode)
+        if build_model(config).bgpe:
             # The head of eq 10 segments by whatever stands at P_global's place.
             gbc = params["gbc"] | {"P_global": out["P_bg"][0]}
-            clean = experiment.predictor(params | {"gbc": gbc}, weights)
+            clean = build_predictor(config, params | {"gbc": gbc}, weights)
             query = clean.encode(episode.query_image, ("query",))
             out = out | {"y_bg_clean": query["y_bg_q"]}
         return jax.tree.map(lambda x: np.asarray(x[0]), (margin, out))

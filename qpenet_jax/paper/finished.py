@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qpenet_jax.config import selections
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.compare import episode_scores
 from qpenet_jax.evaluation.report import RESULTS
 from qpenet_jax.paper.measures import Found
 from qpenet_jax.paper.plan import PlannedRun
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.build import complete, identity
 from qpenet_jax.runs.folder import INPUTS_FILE, read_config
 
 COST = "cost.json"
@@ -23,12 +24,12 @@ def is_done(run: PlannedRun) -> bool:
 
 
 def results_file(run: PlannedRun, shots: int) -> Path | None:
-    """Returns the results.json of this very experiment, if it is there."""
+    """Returns the results.json of this very config, if it is there."""
     first = run.folder / RESULTS
     if not first.exists() or not has_config_of(run):
         return None
-    step, config = _json(first)["step"], run.experiment.config
-    if run.experiment.selections[0] == "last" and config.steps not in (0, step):
+    step, config = _json(first)["step"], run.config
+    if selections(run.config)[0] == "last" and config.steps not in (0, step):
         return None
     if shots == run.shots[0]:
         return first
@@ -39,10 +40,10 @@ def results_file(run: PlannedRun, shots: int) -> Path | None:
 def has_config_of(run: PlannedRun) -> bool:
     """Returns whether the run's folder holds a run of the same config."""
     try:
-        before = Experiment(read_config(run.folder))
+        before = complete(read_config(run.folder))
     except InputError:
         return False
-    return before.identity == run.experiment.identity
+    return before.identity == identity(run.config)
 
 
 def scores_line(run: PlannedRun) -> str:
@@ -55,7 +56,7 @@ def by_variant(runs: Sequence[PlannedRun]) -> dict[str, list[Found]]:
     """Returns the results of finished runs: by variant, one for every seed."""
     found: dict[str, list[Found]] = {}
     for run in runs:
-        of_variant = found.setdefault(run.experiment.config.variant, [])
+        of_variant = found.setdefault(run.config.variant, [])
         of_variant.append(_read(run, run.shots[0]))
     return found
 
@@ -66,7 +67,7 @@ def by_fold(
     """Returns the results by shots, backbone and fold, one for every seed."""
     found: dict[int, dict[str, dict[int, list[Found]]]] = {}
     for run in runs:
-        config = run.experiment.config
+        config = run.config
         for shots in run.shots:
             folds = found.setdefault(shots, {}).setdefault(config.backbone.name, {})
             folds.setdefault(config.dataset.fold, []).append(_read(run, shots))

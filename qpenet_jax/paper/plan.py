@@ -12,8 +12,9 @@ from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.models.released.network import NAME as RELEASED
 from qpenet_jax.paper.results import TABLES, rows_of
 from qpenet_jax.paper.tables import TICKS
+from qpenet_jax.runs.build import complete
 from qpenet_jax.runs.config_files import load_config
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.datasets import build_dataset, build_train_sampler, training_steps
 
 SPLITS = {"table1": "pascal", "table2": "coco"}
 
@@ -26,18 +27,18 @@ class PlannedRun:
 
     name: str
     folder: Path
-    experiment: Experiment
+    config: Any
     command: list[str]
     shots: tuple[int, ...]
 
     @property
     def steps(self) -> int:
         """Length of the training; reads the training list unless the config says it."""
-        experiment = self.experiment
-        if experiment.config.steps:
-            return experiment.config.steps
-        sampler = experiment.train_sampler(experiment.dataset("train"))
-        return experiment.steps(len(sampler))
+        config = self.config
+        if config.steps:
+            return config.steps
+        sampler = build_train_sampler(config, build_dataset(config, "train"))
+        return training_steps(config, len(sampler))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Plan:
         ]
 
     def _backbones_and_folds(self) -> list[PlannedRun]:
-        config, split = self._experiment(self.overrides).config, SPLITS[self.table]
+        config, split = self._config(self.overrides), SPLITS[self.table]
         if not config.dataset.split.startswith(split):
             raise InputError(
                 f"{self.table} is of {split} classes, but the config has "
@@ -146,18 +147,18 @@ class Plan:
                 )
         words = [f"--config.{field}={value}" for field, value in settings.items()]
         words = [*self.overrides, *words]
-        experiment, folder = self._experiment(words), self.workdir / name
+        config, folder = self._config(words), self.workdir / name
         files = ["--config", str(self.config_file), "--workdir", str(folder)]
         return PlannedRun(
             name.replace("/", " "),
             folder,
-            experiment,
+            config,
             [*PROGRAM, "train", *files, *words],
-            shots or (experiment.config.shots,),
+            shots or (config.shots,),
         )
 
-    def _experiment(self, words: Sequence[str]) -> Experiment:
-        return Experiment(load_config(self.config_file, words))
+    def _config(self, words: Sequence[str]) -> Any:
+        return complete(load_config(self.config_file, words))
 
 
 def _epochs(config: Any, backbone: str, fold: int) -> dict[str, int]:

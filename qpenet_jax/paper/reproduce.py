@@ -11,6 +11,7 @@ from qpenet_jax.paper.execute import execute, interruptible
 from qpenet_jax.paper.finished import by_fold, by_variant, training_facts
 from qpenet_jax.paper.plan import Plan, PlannedRun
 from qpenet_jax.paper.tables import ablation, benchmark_table, page
+from qpenet_jax.runs.datasets import files_read
 
 
 def reproduce(
@@ -49,7 +50,7 @@ def reproduce(
     if dry_run:
         print_plan(runs)
         return
-    read = [path for run in runs for path in run.experiment.inputs]
+    read = [path for run in runs for path in files_read(run.config)]
     written = [plan.file, plan.file.with_suffix(".json")]
     refuse_overwriting(written, [local_path(config_file), *read])
     with interruptible():

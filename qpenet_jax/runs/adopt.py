@@ -19,8 +19,9 @@ from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path, new_folder, write_whole
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.released import state_dict
+from qpenet_jax.runs.build import complete, initial_params
+from qpenet_jax.runs.checkpoints import Saved, open_checkpoints
 from qpenet_jax.runs.config_files import override
-from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import (
     CONFIG_FILE,
     INPUTS_FILE,
@@ -28,8 +29,6 @@ from qpenet_jax.runs.folder import (
     WEIGHTS,
     weights_hash,
 )
-from qpenet_jax.training import checkpoints
-from qpenet_jax.training.step import TrainState
 
 DATASETS = ("pascal", "coco")
 
@@ -66,18 +65,17 @@ def adopt(
         tensors = read_tensors(source)
         backbone, head = _split(under_prefix(tensors, state_dict.names().keys()))
         name = "resnet101" if "layer3.22.conv1.weight" in backbone else "resnet50"
-        experiment = Experiment(override(_config(name, fold, dataset), overrides))
-        initial = jax.eval_shape(lambda: experiment.init(optax.identity()))
+        config = complete(override(_config(name, fold, dataset), overrides))
+        expected = jax.eval_shape(lambda: initial_params(config))
         try:
-            _check_head(head, initial.params)
-            weights = to_flax(experiment.config.backbone.name, backbone, deep=True)
+            _check_head(head, expected)
+            weights = to_flax(config.backbone.name, backbone, deep=True)
         except InputError as error:
             raise InputError(
                 f"{source} is no checkpoint of the released QPENet: {error}"
             ) from None
         params = jax.device_put(state_dict.to_params(head))
-        state = TrainState(jnp.zeros((), jnp.int32), params, initial.opt_state)
-        _write(made, experiment, state, weights, source)
+        _write(made, config, params, weights, source)
     return folder
 
 
@@ -120,14 +118,13 @@ def _at(tree: Any, path: str) -> Any:
     return tree
 
 
-def _write(
-    folder: Path, experiment: Experiment, state: TrainState, weights: Any, source: Path
-) -> None:
-    name = experiment.config.backbone.name
+def _write(folder: Path, config: Any, params: Any, weights: Any, source: Path) -> None:
+    name = config.backbone.name
     save_weights(folder / OWN_BACKBONE, name, weights, source)
-    with checkpoints.open_checkpoints(folder) as manager:
-        checkpoints.save(manager, state)
+    with open_checkpoints(folder) as checkpoints:
+        checkpoints.save(Saved(jnp.zeros((), jnp.int32), params, optax.EmptyState()))
+        checkpoints.add_scores(0, {})
     inputs = {WEIGHTS: weights_hash(weights), SOURCE: source.name}
     write_json(folder / INPUTS_FILE, inputs)
-    content = json.loads(experiment.config.to_json())
+    content = json.loads(config.to_json())
     write_whole(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")

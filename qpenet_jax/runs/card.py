@@ -5,9 +5,11 @@ import json
 
 import jax
 
+from qpenet_jax.config import selections
 from qpenet_jax.core import markdown
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.report import RESULTS, TABLE
+from qpenet_jax.runs.datasets import build_fold, class_names
 from qpenet_jax.runs.folder import OWN_BACKBONE, WEIGHTS, TrainedRun, read_inputs
 
 CARD_FILE = "README.md"
@@ -83,7 +85,7 @@ def model_card(
 
 def _weights(run: TrainedRun, with_backbone: bool) -> str:
     """Says where the backbone's weights are: they have authors of their own."""
-    name = run.experiment.config.backbone.name
+    name = run.config.backbone.name
     known = read_inputs(run.folder).get(WEIGHTS, "unknown")
     place = (
         f"{OWN_BACKBONE} in this folder, under the licence of where they come from"
@@ -97,7 +99,7 @@ def _weights(run: TrainedRun, with_backbone: bool) -> str:
 
 
 def _facts(run: TrainedRun, selection: str, dtype: str) -> list[tuple[str, str]]:
-    config = run.experiment.config
+    config = run.config
     data = config.dataset
     count = sum(leaf.size for leaf in jax.tree.leaves(run.params))
     rounded = "" if dtype == "float32" else ", rounded, computed in float32"
@@ -111,7 +113,7 @@ def _facts(run: TrainedRun, selection: str, dtype: str) -> list[tuple[str, str]]
         "checkpoint": f"selected by {selection!r}",
     }
     with contextlib.suppress(InputError):  # where the data set isn't at hand
-        fold, names = run.experiment.fold, run.experiment.class_names
+        fold, names = build_fold(run.config), class_names(run.config)
         for what, ids in (("base", fold.base), ("novel", fold.novel)):
             facts[f"{what} classes"] = ", ".join(names[i - 1] for i in ids)
     return [*facts.items(), *((f"warning: {k}", v) for k, v in run.shared.items())]
@@ -119,7 +121,7 @@ def _facts(run: TrainedRun, selection: str, dtype: str) -> list[tuple[str, str]]
 
 def _results(run: TrainedRun, selection: str, dtype: str) -> str:
     """Returns the run's own results, if they are of this checkpoint."""
-    first = run.experiment.selections[0]
+    first = selections(run.config)[0]
     folder = (
         run.folder if selection == first else run.folder / f"selected_on_{selection}"
     )

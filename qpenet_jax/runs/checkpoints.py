@@ -1,7 +1,6 @@
 """Checkpoints of a run by Orbax: the latest two, and the best of every selection.
 
-A training state is a dataclass with `step`, `params` and `opt_state`. Scores of
-checkpoints lie beside them, in SCORES.
+Scores of checkpoints lie beside them, in SCORES.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -39,6 +38,14 @@ LAST = "last"
 """The selection that takes the latest checkpoint; the others take their best."""
 
 Scores = dict[int, dict[str, float]]
+
+
+class Saved(NamedTuple):
+    """What is saved of a training: all that it needs to go on."""
+
+    step: Any
+    params: PyTree[Array]
+    opt_state: PyTree[Array]
 
 
 class DamagedCheckpoint(InputError):
@@ -68,8 +75,8 @@ class Checkpoints:
         """Returns the latest step that is saved."""
         return self.manager.latest_step()
 
-    def save(self, state: Any) -> None:
-        """Saves a training state under its step, unless that step is saved already.
+    def save(self, saved: Saved) -> None:
+        """Saves a training under its step, unless that step is saved already.
 
         Hashes of the values go with it: Orbax's files have no checksums, and a flipped
         bit would be another number.
@@ -77,10 +84,10 @@ class Checkpoints:
         Raises:
             InputError: this save or the one before failed, as on a full disk.
         """
-        step = int(state.step)
+        step = int(saved.step)
         if step in self.manager.all_steps():
             return
-        items = _items(state)
+        items = _items(saved)
         hashes = {name: values_hash(tree) for name, tree in items.items()}
         with _one_line_errors(self.workdir):
             self.manager.wait_until_finished()
@@ -98,19 +105,18 @@ class Checkpoints:
         text = json.dumps(self.scores, indent=1) + "\n"
         cluster.by_first(lambda: write_whole(self.workdir / SCORES, text))
 
-    def restore(self, state: Any) -> Any:
-        """Returns the latest saved state that can be read; `state` if none is saved.
+    def restore(self, like: Saved) -> Saved | None:
+        """Returns the latest checkpoint that can be read, if there are any.
 
-        Damaged ones are put into the folder DAMAGED of the workdir, with a warning.
+        `like` holds arrays of the same shapes, on the same devices. Damaged ones are put into the folder DAMAGED of the workdir, with a warning.
 
         Raises:
             InputError: all are damaged.
         """
         damaged: dict[int, DamagedCheckpoint] = {}
-        self.manager.wait_until_finished()
         for step in reversed(self.steps()):
             try:
-                saved = self._read(step, **_items(state))
+                saved = self._read(step, **_items(like))
             except DamagedCheckpoint as error:
                 damaged[step] = error
                 continue
@@ -118,10 +124,10 @@ class Checkpoints:
                 aside = cluster.by_first(functools.partial(self._put_aside, other))
                 cluster.warn(f"{error.what}; it is now {aside}, going on from {step}")
             self.manager.reload()
-            return dataclasses.replace(state, params=saved["params"], **saved["rest"])
+            return Saved(params=saved["params"], **saved["rest"])
         if damaged:
             raise next(iter(damaged.values()))
-        return state
+        return None
 
     def params(self, step: int, like: PyTree) -> PyTree[Array]:
         """Returns the parameters of a step; `like` holds arrays or their shapes.
@@ -158,10 +164,13 @@ class Checkpoints:
             )
             for name, tree in like.items()
         }
+        with _one_line_errors(self.workdir):
+            self.manager.wait_until_finished()
         try:
             # Orbax prints pages of tracebacks where it can't read a file.
             with contextlib.redirect_stderr(io.StringIO()):
-                restored = self.manager.restore(step, ocp.args.Composite(**shapes))
+                items = ocp.args.Composite(**shapes)
+                restored = self.manager.restore(step, args=items)
             saved = (self.manager.metadata(step).custom_metadata or {})[HASHES]
             for name in like:
                 if values_hash(restored[name]) != saved[name]:
@@ -172,10 +181,10 @@ class Checkpoints:
             raise DamagedCheckpoint(folder, error) from error
 
 
-def _items(state: Any) -> dict[str, PyTree]:
-    """Returns what is saved of a state: parameters alone, as predicting needs them."""
-    rest = {"step": state.step, "opt_state": state.opt_state}
-    return {"params": state.params, "rest": rest}
+def _items(saved: Saved) -> dict[str, PyTree]:
+    """Returns Orbax's items: parameters alone, as predicting needs nothing else."""
+    rest = {"step": saved.step, "opt_state": saved.opt_state}
+    return {"params": saved.params, "rest": rest}
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path, new_folder, write_whole
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.ops.devices import plain_formulations
+from qpenet_jax.runs.build import identity
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.parts import Part, Shapes, parts_of
 
@@ -56,9 +57,9 @@ def export(
         about = {
             "format": format,
             "made_by": f"qpenet_jax {importlib.metadata.version('qpenet-jax')}",
-            "run": run.experiment.identity[:12],
+            "run": identity(run.config)[:12],
             "step": run.step,
-            "side": run.experiment.config.side,
+            "side": run.config.side,
             "shots": list(dict.fromkeys(shots)),
             "image": "uint8 RGB, 0 to 255: normalisation is part of the network",
             "masks": "uint8: 1 is the object, 0 is not, 255 is padding or ignored",

@@ -16,10 +16,10 @@ from qpenet_jax.core.fields import flat
 from qpenet_jax.core.types import SegmentationDataset, values_hash
 from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json
+from qpenet_jax.recipes import resolved
 from qpenet_jax.runs.build import FREE, PATHS, build_weights, complete, params_like
 from qpenet_jax.runs.config_files import override, refuse_others, saved_config
 from qpenet_jax.runs.hub import run_folder
-from qpenet_jax.recipes import resolved
 from qpenet_jax.runs.model_file import MODEL_FILE, read_facts, read_params
 
 CONFIG_FILE = "config.json"

@@ -19,7 +19,7 @@ from qpenet_jax.backbones.names import check_tensors
 from qpenet_jax.backbones.torch_files import read_tensors
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import write_whole
-from qpenet_jax.training.step import values_hash
+from qpenet_jax.core.types import values_hash
 
 MODEL_FILE = "model.safetensors"
 """Beside the config of a published run, in place of checkpoints."""

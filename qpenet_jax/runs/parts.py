@@ -21,6 +21,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.prototypes import foreground_margin
 from qpenet_jax.models.qpenet import Role
+from qpenet_jax.runs.build import build_backbone, build_model
 from qpenet_jax.runs.folder import TrainedRun
 
 Arrays = dict[str, Array]
@@ -42,10 +43,10 @@ class Part(NamedTuple):
 
 def parts_of(run: TrainedRun, shots: Sequence[int] = (1,)) -> dict[str, Part]:
     """Returns the parts of a run's network, as `network_parts` does."""
-    experiment = run.experiment
+    config = run.config
     params, weights = settled(run.params, run.weights)
-    networks = experiment.model, experiment.backbone
-    return network_parts(networks, params, weights, experiment.config.side, shots)
+    networks = build_model(config), build_backbone(config)
+    return network_parts(networks, params, weights, config.side, shots)
 
 
 def network_parts(

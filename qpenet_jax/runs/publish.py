@@ -7,10 +7,11 @@ from typing import Any
 import jax
 
 from qpenet_jax.backbones.convert import save_weights, wheel_file
+from qpenet_jax.config import selections
 from qpenet_jax.core.files import local_path, new_folder, write_whole
 from qpenet_jax.evaluation.report import write_json
+from qpenet_jax.runs.build import PATHS
 from qpenet_jax.runs.card import CARD_FILE, model_card
-from qpenet_jax.runs.experiment import PATHS
 from qpenet_jax.runs.folder import (
     CONFIG_FILE,
     OWN_BACKBONE,
@@ -45,7 +46,7 @@ def publish(
     folder = local_path(out)
     with new_folder(folder) as made:
         run = open_run(local_path(workdir), selection=selection)
-        chosen = selection or run.experiment.selections[0]
+        chosen = selection or selections(run.config)[0]
         inputs = read_inputs(run.folder)
         with_backbone = with_backbone or (run.folder / OWN_BACKBONE).exists()
         if with_backbone:
@@ -59,7 +60,7 @@ def publish(
 
 def _write_backbone(path: Path, run: TrainedRun) -> None:
     """Writes the backbone's weights; run.weights refuses others than the run saw."""
-    spec, weights = run.experiment.config.backbone, jax.device_get(run.weights)
+    spec, weights = run.config.backbone, jax.device_get(run.weights)
     source = Path(spec.weights) if spec.weights else wheel_file()
     if source.suffix == path.suffix:
         write_whole(path, source.read_bytes())
@@ -69,7 +70,7 @@ def _write_backbone(path: Path, run: TrainedRun) -> None:
 
 def _config(run: TrainedRun, with_backbone: bool) -> dict[str, Any]:
     """Returns the config without the names of folders that only its author has."""
-    config = json.loads(run.experiment.config.to_json())
+    config = json.loads(run.config.to_json())
     for section, field in (path.split(".") for path in PATHS):
         given = PurePath(config[section][field])
         if given.is_absolute():

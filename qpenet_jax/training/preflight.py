@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from qpenet_jax.backbones.precision import meant
 from qpenet_jax.core import cluster
 from qpenet_jax.core.runtime import peak_memory
-from qpenet_jax.backbones.precision import meant
 from qpenet_jax.runs.build import build_weights, complete
 from qpenet_jax.runs.datasets import (
     build_dataset,

@@ -26,7 +26,7 @@ from qpenet_jax.runs.build import (
     build_weights,
     complete,
 )
-from qpenet_jax.runs.checkpoints import open_checkpoints
+from qpenet_jax.runs.checkpoints import Saved, open_checkpoints
 from qpenet_jax.runs.datasets import (
     build_dataset,
     build_train_sampler,
@@ -44,7 +44,26 @@ from qpenet_jax.training.batches import (
     on_devices,
     shardings,
 )
+from qpenet_jax.training.events import (
+    fetched,
+    open_events,
+    speeds,
+    write_results_events,
+    write_scalars,
+)
 from qpenet_jax.training.profiling import Profile
+from qpenet_jax.training.retries import (
+    not_finite,
+    note_retry,
+    read_retries,
+    skipped_batches,
+)
+from qpenet_jax.training.setup import (
+    build_train_step,
+    initial_state,
+    refuse_other_inputs,
+    trained_and_scored,
+)
 from qpenet_jax.training.step import TrainState
 from qpenet_jax.training.stopping import StopSignal
 
@@ -118,8 +137,11 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
 
         def restored() -> TrainState:
             first = initial_state(config, weights, steps)
-            state = checkpoints.restore(jax.device_put(first, replicated))
-            return jax.device_put(state, replicated)
+            first = jax.device_put(first, replicated)
+            saved = checkpoints.restore(
+                Saved(first.step, first.params, first.opt_state)
+            )
+            return TrainState(*jax.device_put(saved, replicated)) if saved else first
 
         state = restored()
         if int(state.step) == 0 and config.eval.references:
@@ -196,7 +218,9 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
 
                     # Save, evaluate.
                     if saving:
-                        checkpoints.save(state)
+                        checkpoints.save(
+                            Saved(state.step, state.params, state.opt_state)
+                        )
                     if is_due(step) and selectors and not stopping:
                         scores = mious(selectors, state.params)
                         checkpoints.add_scores(step, scores)
