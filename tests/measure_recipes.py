@@ -19,12 +19,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from qpenet_jax.runs.trainer import Trainer
+
 from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
 from qpenet_jax.runs.config_files import load_config
-from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.training.preflight import JUDGED, first_steps, is_finite
-from qpenet_jax.runs.trainer import Trainer
 from qpenet_jax.training import health
+from qpenet_jax.training.preflight import JUDGED, first_steps, is_finite
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pascal_fold2.py"
 
@@ -59,7 +59,7 @@ class Scaled(nn.Module):
 
 
 class ScaledExperiment(Experiment):
-    """An experiment over scaled features."""
+    """An config over scaled features."""
 
     scale = 1.0
 
@@ -88,10 +88,10 @@ def train(row, scale, seed, data, side, steps, native):
         "backbone.weights": "",
     } | ROWS[row]
     words = [f"--config.{name}={value}" for name, value in settings.items()]
-    experiment = ScaledExperiment(load_config(CONFIG, words))
-    object.__setattr__(experiment, "scale", scale)
+    config = ScaledExperiment(load_config(CONFIG, words))
+    object.__setattr__(config, "scale", scale)
     seen = []
-    stream = first_steps(Trainer(experiment))
+    stream = first_steps(Trainer(config))
     finite = True
     with contextlib.closing(stream):
         while finite and len(seen) < steps:

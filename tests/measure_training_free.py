@@ -14,15 +14,25 @@ import argparse
 import sys
 from pathlib import Path
 
+from qpenet_jax.runs.build import (
+    build_cosine_predictor,
+    build_mean_predictor,
+    build_predictor,
+    build_self_support_predictor,
+    build_weights,
+    complete,
+)
+from qpenet_jax.runs.datasets import build_dataset, build_protocol
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qpenet_jax.runs.drawn import draw
 
 from qpenet_jax.evaluation.metrics import paired_difference
 from qpenet_jax.evaluation.pictures import episode_figure, save_image
 from qpenet_jax.evaluation.report import summarize, table
 from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.runs.config_files import load_config
-from qpenet_jax.runs.drawn import draw
-from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run
 
 SHOWN = 12
@@ -37,18 +47,18 @@ COMPARED = (
 
 
 def main(config, sheet, workdir, overrides):
-    experiment = Experiment(load_config(config, overrides))
-    weights, val = experiment.backbone_weights(), experiment.dataset("val")
+    config = complete(load_config(config, overrides))
+    weights, val = build_weights(config), build_dataset(config, "val")
     predictors = {
-        "cosine": experiment.cosine_predictor(weights),
-        "self-support": experiment.training_free_predictor(weights),
+        "cosine": build_cosine_predictor(config, weights),
+        "self-support": build_self_support_predictor(config, weights),
     }
     if workdir:
         run = open_run(workdir)
         learned = run.params, run.weights
-        predictors["QPENet"] = run.experiment.predictor(*learned)
-        predictors["mean"] = run.experiment.mean_predictor(*learned)
-    protocol, samplers, class_ids, _ = draw(experiment, val, experiment.protocol())
+        predictors["QPENet"] = build_predictor(run.config, *learned)
+        predictors["mean"] = build_mean_predictor(run.config, *learned)
+    protocol, samplers, class_ids, _ = draw(config, val, build_protocol(config))
     print(protocol)
     scores = {
         name: score_episodes(predict, val, protocol, samplers, label=name)

@@ -163,7 +163,7 @@ def test_a_run_holds_the_checkpoints_own_numbers(run, tensors):
         )
         kernel = tensors[f"{conv}.weight"].transpose(2, 3, 1, 0) * scale
         np.testing.assert_allclose(layer["kernel"], kernel, rtol=1e-5, atol=1e-6)
-    config = opened.experiment.config
+    config = opened.config
     assert (config.variant, config.behaviour, config.dataset.fold) == (
         "released",
         "auto",
@@ -199,7 +199,7 @@ def test_resnet101(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "read_tensors", lambda path: drawn_101)
     (tmp_path / "x.pth").write_bytes(b"")
     run = open_run(adopt(tmp_path / "x.pth", tmp_path / "run", fold=3, dataset="coco"))
-    config = run.experiment.config
+    config = run.config
     assert (config.backbone.name, config.epochs) == ("resnet101_deepstem", 50)
     assert config.dataset.split == "coco_fwb"
     assert "layer3_22" in run.weights

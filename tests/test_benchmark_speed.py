@@ -33,7 +33,7 @@ from qpenet_jax.benchmark.speed_tables import benchmark_report
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.build import complete, initial_params
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -433,15 +433,13 @@ def test_protocol_in_the_dtype_of_the_experiment(dtype, monkeypatch):
     config = quickstart.get_config()
     config.dtype, config.side, config.dataset.val_images = dtype, 33, 60
     config.dataset.on_few = "drop"
-    experiment = Experiment(config)
-    shapes = jax.eval_shape(experiment.untrained)
+    config = complete(config)
+    shapes = jax.eval_shape(lambda: initial_params(config))
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     monkeypatch.setattr(Experiment, "untrained", lambda self: params)
     monkeypatch.setattr(protocol, "time_workload", lambda workload: workload)
     settings = Settings(("protocol",), shots=(1, 2), episodes=3)
-    for shots, workload in enumerate(
-        protocol.protocol_runs(settings, experiment), start=1
-    ):
+    for shots, workload in enumerate(protocol.protocol_runs(settings, config), start=1):
         assert workload.dtype == ("tf32" if dtype == "auto" else dtype)
         assert workload.protocol.shots == shots
         assert workload.protocol.episodes == 3
@@ -487,8 +485,8 @@ def test_refused_values(options, message):
 def test_the_command_writes_table_numbers_and_chart(tmp_path, monkeypatch, capsys):
     given = []
 
-    def benchmark(settings, experiment=None):
-        given.append((settings, experiment))
+    def benchmark(settings, config=None):
+        given.append((settings, config))
         return an_invented_result()
 
     monkeypatch.setattr(speed, "benchmark", benchmark)

@@ -25,10 +25,9 @@ from test_train import ROOT, assert_refused, qpenet, words
 from qpenet_jax.core import cluster, last_words
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import locked
-from qpenet_jax.runs import progress
+from qpenet_jax.runs import checkpoints, progress, sharding
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.training.train import LOCK_FILE
-from qpenet_jax.runs import checkpoints, sharding
 
 pytestmark = [
     pytest.mark.standard_promotion,

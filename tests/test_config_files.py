@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.runs.build import complete
 from qpenet_jax.runs.config_files import load_config
-from qpenet_jax.runs.experiment import Experiment
 
 GOOD = """
 from ml_collections import ConfigDict
@@ -140,7 +140,7 @@ def test_fields_that_no_run_could_use_are_refused(tmp_path, line, words):
         "    return config\n"
     )
     with pytest.raises(InputError, match=words):
-        Experiment(load_config(path))
+        complete(load_config(path))
 
 
 def test_a_text_that_python_does_not_begin_to_read_is_named(tmp_path):

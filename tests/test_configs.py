@@ -15,8 +15,8 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.fields import flat
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.runs.build import complete
 from qpenet_jax.runs.config_files import override
-from qpenet_jax.runs.experiment import Experiment
 
 CONFIGS = sorted(
     path.stem for path in (Path(__file__).resolve().parents[1] / "configs").glob("*.py")
@@ -24,10 +24,10 @@ CONFIGS = sorted(
 PASCAL_STEPS = [210400, 186200, 137600, 225400]  # 200 epochs of the filtered images
 
 
-def experiment(name):
+def config(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.lock()
-    return Experiment(config)
+    return complete(config)
 
 
 def test_there_is_a_config_for_every_fold():
@@ -36,7 +36,7 @@ def test_there_is_a_config_for_every_fold():
 
 
 def check_step(ours):
-    """Trace a step of this experiment's network."""
+    """Trace a step of this config's network."""
     tx = ours.optimizer.build(10)
     state = jax.eval_shape(lambda: ours.init(tx))
     b, k, side = ours.config.batch_size, ours.config.shots, ours.config.side
@@ -69,7 +69,7 @@ def traced():
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_builds_its_model_and_step(name, traced):
-    ours = experiment(name)
+    ours = config(name)
     fields = json.loads(ours.config.to_json())
     del fields["dataset"]
     network = json.dumps(fields, sort_keys=True)
@@ -81,7 +81,7 @@ def test_a_config_builds_its_model_and_step(name, traced):
 @pytest.mark.parametrize("fold", range(4))
 def test_the_papers_settings(fold):
     for data in ("pascal", "coco"):
-        ours = experiment(f"{data}_fold{fold}")
+        ours = config(f"{data}_fold{fold}")
         assert ours.config.dataset.fold == fold
         assert ours.config.backbone.name == "resnet50"
         assert (ours.config.side, ours.config.batch_size) == (473, 4)
@@ -90,7 +90,7 @@ def test_the_papers_settings(fold):
         np.testing.assert_allclose(schedule(0), 0.025)
         np.testing.assert_allclose(schedule(500), 0.025 * 0.5**0.9, rtol=1e-6)
     assert ours.fold.novel[:2] == (fold + 1, fold + 5)
-    pascal = experiment(f"pascal_fold{fold}")
+    pascal = config(f"pascal_fold{fold}")
     filtered = [4208, 3726, 2752, 4510][fold]
     assert pascal.steps(filtered) == PASCAL_STEPS[fold]
     assert pascal.protocol().episodes == 1000
@@ -99,7 +99,7 @@ def test_the_papers_settings(fold):
 
 def test_the_released_settings():
     for data, epochs in (("pascal", 100), ("coco", 50)):
-        ours = experiment(f"released_{data}")
+        ours = config(f"released_{data}")
         assert ours.config.backbone.name == "resnet50_deepstem"
         assert (ours.config.epochs, ours.config.behaviour) == (epochs, "auto")
         schedule = ours.optimizer.schedule(1000)
@@ -139,7 +139,7 @@ def test_the_released_settings():
 )
 def test_a_range_or_list_that_says_nothing_is_refused(word):
     with pytest.raises(InputError, match=word.partition("=")[0]) as told:
-        Experiment(override(default_config(), [f"--config.{word}"])).protocol()
+        complete(override(default_config(), [f"--config.{word}"])).protocol()
     assert "\n" not in str(told.value)
 
 
@@ -153,5 +153,5 @@ def test_every_tuple_of_the_config_is_checked():
 def test_ranges_that_say_something_are_taken():
     for scale in ((1.0, 1.0), (0.5, 2), (1, 1)):
         assert Augmentation(scale=scale).scale == scale
-    ours = Experiment(override(default_config(), ["--config.eval.seeds=3,0"]))
+    ours = complete(override(default_config(), ["--config.eval.seeds=3,0"]))
     assert ours.protocol().seeds == (3, 0)

@@ -33,7 +33,7 @@ from qpenet_jax.data.raw_episodes import (
 )
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.runs import experiment, loading
+from qpenet_jax.runs import config, loading
 from qpenet_jax.runs.config_files import load_config
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("optimised_code")]
@@ -373,7 +373,7 @@ def test_one_huge_photo_is_told_and_leaves_the_batch_small(
         ["--config.augment_on=device", "--config.side=65"],
     )
     pictures = [photo(0, 3000, 4000), photo(1, 60, 90), photo(2, 70, 70)]
-    load = loading.training_loader(experiment.Experiment(config), Pictures(pictures))
+    load = loading.training_loader(config.complete(config), Pictures(pictures))
     assert capsys.readouterr().err.endswith(
         "1 of 3 images are larger than 1024 pixels: the host augments them\n"
     )
@@ -451,7 +451,7 @@ def test_an_experiment_trains_on_the_same_batches(tmp_path, monkeypatch):
     batches = {}
     for where in ("host", "device", "auto"):
         settings = [*words, f"--config.augment_on={where}"]
-        made = experiment.Experiment(load_config(file, settings))
+        made = config.complete(load_config(file, settings))
         dataset = made.dataset("train")
         stream = training_batches(
             loading.training_loader(made, dataset),
@@ -468,7 +468,7 @@ def test_an_experiment_trains_on_the_same_batches(tmp_path, monkeypatch):
         np.testing.assert_array_equal(auto, host)
     config = load_config(file, ["--config.augment_on=gpu"])
     with pytest.raises(InputError, match="augment_on='gpu': choose auto, device, host"):
-        experiment.Experiment(config)
+        config.complete(config)
 
 
 def assert_close(ours, expected, share=0.999):

@@ -15,6 +15,9 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 from make_backbone_goldens import _deepen, random_tensor
+from qpenet_jax.runs.saved_config import merged
+from qpenet_jax.runs.trainer import Trainer
+from qpenet_jax.training.drift import drifting_features, drifts
 from test_train import ROOT
 
 from qpenet_jax.backbones import convert, registry, torch_layout
@@ -26,17 +29,14 @@ from qpenet_jax.backbones.resnet import Layer4, ResNet
 from qpenet_jax.backbones.torch_layout import no_statistics, to_flax
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import BATCH_STATISTICS, Episode
-from qpenet_jax.runs import experiment as module
+from qpenet_jax.runs import config as module
 from qpenet_jax.runs import loop
+from qpenet_jax.runs.build import build_predictor, complete
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.evaluator import Evaluator
-from qpenet_jax.runs.experiment import Experiment
 from qpenet_jax.runs.folder import open_run
-from qpenet_jax.runs.saved_config import merged
-from qpenet_jax.training.stopping import Interrupted
-from qpenet_jax.runs.trainer import Trainer
 from qpenet_jax.segmenter import load
-from qpenet_jax.training.drift import drifting_features, drifts
+from qpenet_jax.training.stopping import Interrupted
 
 pytestmark = [
     pytest.mark.standard_promotion,
@@ -203,7 +203,7 @@ def trainer(converted):
 
     Its epochs have five steps: of the second, 5 to 9, the last three drift.
     """
-    made = Trainer(Experiment(config(converted)))
+    made = Trainer(complete(config(converted)))
     assert len(made.sampler) // made.config.batch_size == 5
     return made
 
@@ -413,7 +413,7 @@ def test_a_file_of_an_earlier_version_serves_all_but_drift(
 )
 def test_drift_is_refused_where_it_repeats_nothing(converted, changes, needs):
     with pytest.raises(InputError, match=r"drift=True repeats .* and needs") as caught:
-        Experiment(config(converted, **changes))
+        complete(config(converted, **changes))
     assert needs in str(caught.value)
 
 
@@ -424,7 +424,7 @@ def test_by_default_nothing_drifts(name, monkeypatch):
     saved = json.loads(made.to_json())
     del saved["backbone"]["drift"]  # a run of before
     assert merged(saved, "config.json").backbone.drift is False
-    ours = Experiment(made)
+    ours = complete(made)
     tx = ours.optimizer.build(10)
     state = jax.eval_shape(lambda: ours.init(tx))
     assert state.statistics == {}
@@ -503,11 +503,11 @@ def test_a_run_predicts_with_the_statistics_of_its_checkpoint(
     ours = encoded(segmenter.predict)
     folded = to_flax("tiny", as_pytorch(tensors, moved), deep=True)
     assert (
-        largest_difference(ours, encoded(run.experiment.predictor(params, folded)))
+        largest_difference(ours, encoded(build_predictor(run.config, params, folded)))
         < 1e-4
     )
     start = load_weights("tiny", converted, deep=True)
-    before = encoded(run.experiment.predictor(params, start))
+    before = encoded(build_predictor(run.config, params, start))
     for name in ours:
         assert largest_difference(ours[name], before[name]) > 1e-2
     mask = np.zeros((SIDE, SIDE), np.uint8)

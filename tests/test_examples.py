@@ -15,7 +15,7 @@ from PIL import Image
 from qpenet_jax import InputError, load, load_backbone
 from qpenet_jax.backbones.registry import BACKBONES
 from qpenet_jax.models.variants import VARIANTS
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.build import build_model, complete, initial_params
 
 pytestmark = [
     pytest.mark.standard_promotion,
@@ -129,7 +129,7 @@ def test_a_backbone_of_ones_own_is_a_row_and_a_file(examples, weights):
     patch = (images[12:21, 20:29] / 255 - np.array(net.mean)) / np.array(net.std)
     by_hand = np.einsum("hwc,hwcd->d", patch, params["kernel"]) + params["bias"]
     np.testing.assert_allclose(found[2, 3], np.maximum(by_hand, 0), atol=1e-5)
-    assert Experiment(examples("add_backbone").get_config()).backbone == net
+    assert complete(examples("add_backbone").get_config()).backbone == net
 
 
 def _params(path):
@@ -146,22 +146,22 @@ def test_a_variant_by_code_and_one_by_fields(examples):
     example = examples("add_variant")
     config = example.get_config()
     config.update_from_flattened_dict({"model.channels": 8, "side": 33})
-    experiment = Experiment(config)
-    assert type(experiment.model) is example.Centred
+    config = complete(config)
+    assert type(build_model(config)) is example.Centred
     rng = np.random.default_rng(0)
     support, query = rng.normal(size=(2, 1, 1, 5, 5, 1536)).astype(np.float32)
     masks = jnp.zeros((1, 1, 33, 33), jnp.int32).at[..., :17, :].set(1)
-    variables = {"params": experiment.untrained()}
+    variables = {"params": initial_params(config)}
 
     @jax.jit
     def margins(shift):
         inputs = support + shift, masks, query[0] + shift
-        return experiment.model.apply(variables, *inputs)[0]
+        return build_model(config).apply(variables, *inputs)[0]
 
     np.testing.assert_allclose(margins(0.0), margins(3.0), atol=1e-4)
 
     config.variant = "main_prior"
-    fields = Experiment(config).model
+    fields = complete(config).model
     assert (fields.prototypes, fields.prior) == (("main",), True)
 
 
@@ -169,4 +169,4 @@ def test_an_unknown_row_is_refused_with_those_there_are(examples):
     config = examples("add_variant").get_config()
     config.variant = "centered"
     with pytest.raises(InputError, match=r"config\.variant='centered'.*centred"):
-        Experiment(config)
+        complete(config)

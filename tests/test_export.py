@@ -19,6 +19,7 @@ from qpenet_jax.data.transforms import fit, fit_label, unpad
 from qpenet_jax.models import ops
 from qpenet_jax.models.ops.devices import plain_formulations
 from qpenet_jax.runs import export as module
+from qpenet_jax.runs.build import build_predictor
 from qpenet_jax.runs.export import FORMATS, export
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.parts import Part
@@ -38,7 +39,7 @@ def example(name):
 @pytest.fixture(scope="module")
 def predict():
     run = open_run(RUN)
-    return run.experiment.predictor(run.params, run.weights)
+    return build_predictor(run.config, run.params, run.weights)
 
 
 @pytest.fixture(scope="module")

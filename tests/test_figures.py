@@ -31,7 +31,8 @@ from qpenet_jax.paper.tiles import (
     evolution_tiles,
     support_regions,
 )
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.build import build_backbone, complete, initial_params
+from qpenet_jax.runs.datasets import build_dataset
 from qpenet_jax.runs.folder import TrainedRun, claim, inputs_of
 from qpenet_jax.training.step import episode_features
 
@@ -308,7 +309,7 @@ def test_long_titles_fit_their_tile():
     assert (page[: pictures.HEADER, -2:] == 255).all()
 
 
-# On runs: real experiments with random parameters in place of a checkpoint, as to
+# On runs: real configs with random parameters in place of a checkpoint, as to
 # initialise and to restore them would compile for longer than all tests here take.
 
 
@@ -316,12 +317,12 @@ def shrunk(**changes):
     config = quickstart.get_config()
     fields = SHRUNK | {name.replace("__", "."): v for name, v in changes.items()}
     config.update_from_flattened_dict(fields)
-    return Experiment(config)
+    return complete(config)
 
 
-def random_params(experiment):
+def random_params(config):
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(experiment.untrained)
+    shapes = jax.eval_shape(lambda: initial_params(config))
     return jax.tree.map(
         lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), shapes
     )
@@ -331,12 +332,12 @@ def random_params(experiment):
 def opened(tmp_path_factory):
     """What `open_run` returns, by the workdir."""
     folder = tmp_path_factory.mktemp("runs")
-    experiments = [shrunk(variant=name) for name in ("full", "baseline")]
+    configs = [shrunk(variant=name) for name in ("full", "baseline")]
     found = {}
-    for experiment in experiments:
-        workdir = folder / f"run_{experiment.config.variant}"
+    for config in configs:
+        workdir = folder / f"run_{config.variant}"
         workdir.mkdir()
-        found[workdir] = TrainedRun(workdir, experiment, random_params(experiment), 0)
+        found[workdir] = TrainedRun(workdir, config, random_params(config), 0)
     return found
 
 
@@ -368,7 +369,7 @@ def test_three_sheets_of_two_runs(runs, tmp_path, drawn):
 
 def test_the_background_by_p_bg_is_the_heads_answer_to_it(runs):
     run, _ = figures._open_runs(runs)
-    backbone, params = run.experiment.backbone, run.params
+    backbone, params = build_backbone(run.config), run.params
     rng = np.random.default_rng(0)
     episode = Episode(
         rng.integers(0, 256, (1, SIDE, SIDE, 3), np.uint8),
@@ -479,10 +480,10 @@ def test_runs_that_do_not_compare(tmp_path, changes, words):
 def test_runs_on_other_images_do_not_compare(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     pair = [shrunk(), shrunk(seed=1)]  # the shapes' seed too
-    for folder, experiment in zip(folders, pair, strict=True):
+    for folder, config in zip(folders, pair, strict=True):
         folder.mkdir()
-        data = experiment.dataset("val")
-        claim(folder, experiment.config, inputs_of(data, data, {}))
+        data = build_dataset(config, "val")
+        claim(folder, config, inputs_of(data, data, {}))
     with pytest.raises(InputError, match="b has other validation images"):
         figures._check_comparable(folders, pair)
     figures._check_comparable(folders[:1] * 2, pair[:1] * 2)

@@ -45,10 +45,10 @@ from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.masks.annotations import parse_support, read_support
 from qpenet_jax.masks.margins import compete
-from qpenet_jax.runs.config_files import load_config, override
-from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.runs.folder import open_run, read_config
 from qpenet_jax.runs import checkpoints
+from qpenet_jax.runs.build import complete
+from qpenet_jax.runs.config_files import load_config, override
+from qpenet_jax.runs.folder import open_run, read_config
 from qpenet_jax.training.step import TrainState
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -203,7 +203,7 @@ def runs(rng: Rng, folder: Path) -> None:
     assert isinstance(opened.shared, dict)
     if name == "config.json":
         told = oracles.flat(json.loads((run / name).read_text(encoding="utf-8")))
-        ours = flat(opened.experiment.config.to_dict())
+        ours = flat(opened.config.to_dict())
         for field, value in told.items():
             if field != "version":
                 same_value(ours[field], value, field)
@@ -281,7 +281,7 @@ def configs(rng: Rng, folder: Path) -> None:
         for field, given in told.items():
             if field != "version":
                 same_value(flat(config.to_dict())[field], given, field)
-    used = flat(Experiment(config).config.to_dict())
+    used = flat(complete(config).config.to_dict())
     for field, default in fields.items():
         if default is not None and not isinstance(default, tuple):
             wanted = (int, float) if type(default) is float else type(default)

@@ -19,14 +19,13 @@ from qpenet_jax.config import SELECTION
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import locked
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.runs import loop, progress
+from qpenet_jax.runs import checkpoints, loop, progress
+from qpenet_jax.runs.build import FREE
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.evaluator import Evaluator
-from qpenet_jax.runs.experiment import FREE
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.training.profiling import Profile
 from qpenet_jax.training.stopping import Interrupted, StopSignal
-from qpenet_jax.runs import checkpoints
 
 pytestmark = [
     pytest.mark.standard_promotion,

@@ -74,7 +74,7 @@ def test_every_step_has_a_plan_for_each_platform(monkeypatch):
 
 
 def test_the_table_of_known_plans(monkeypatch, capsys):
-    def benchmark(settings, experiment=None):
+    def benchmark(settings, config=None):
         assert settings == Settings(("memory",), shots=(5,))
         return {"facts": facts, "cases": [], "memory": [step]}
 

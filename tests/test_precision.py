@@ -8,10 +8,19 @@ import pytest
 
 from configs import quickstart
 from qpenet_jax.backbones import precision
-from qpenet_jax.backbones.precision import InDtype
+from qpenet_jax.backbones.precision import InDtype, meant
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.loader import load_episode
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.optimizer import Optimizer
+from qpenet_jax.runs.build import (
+    build_backbone,
+    build_cosine_predictor,
+    build_model,
+    build_predictor,
+    build_weights,
+    complete,
+)
+from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -60,17 +69,17 @@ def trained():
         config = quickstart.get_config()
         config.side, config.batch_size, config.dtype = SIDE, 2, dtype
         config.dataset.train_images = 200
-        experiment = Experiment(config)
-        dataset = experiment.dataset("train")
-        sampler = experiment.train_sampler(dataset)
+        config = complete(config)
+        dataset = build_dataset(config, "train")
+        sampler = build_train_sampler(config, dataset)
         loaded = [load_episode(dataset, sampler(i), SIDE) for i in range(2)]
         batch = jax.tree.map(lambda *x: np.stack(x), *loaded)
-        tx = experiment.optimizer.build(10)
-        weights = experiment.backbone_weights()
-        state = experiment.init(tx)
-        predict = experiment.predictor(jax.tree.map(jnp.copy, state.params), weights)
+        tx = Optimizer(**config.optimizer).build(10)
+        weights = build_weights(config)
+        state = config.init(tx)
+        predict = build_predictor(config, jax.tree.map(jnp.copy, state.params), weights)
         margin = predict(jax.tree.map(lambda x: x[:1], batch))
-        step = experiment.train_step(tx)
+        step = config.train_step(tx)
         return *step(state, weights, batch, jax.random.key(0)), margin
 
     with jax.numpy_dtype_promotion("standard"):
@@ -96,15 +105,17 @@ def test_auto_is_tf32_where_the_device_has_it(ampere, expected, monkeypatch):
     monkeypatch.setattr(precision, "from_ampere_on", lambda: ampere)
     config = quickstart.get_config()
     assert config.dtype == "auto", "the default"
-    experiment = Experiment(config)
-    assert experiment.dtype == expected
-    both = precision.in_dtype(experiment.model, experiment.backbone, config.dtype)
+    config = complete(config)
+    assert meant(config.dtype) == expected
+    both = precision.in_dtype(build_model(config), build_backbone(config), config.dtype)
     assert [both[0].dtype, both[1].module.dtype] == [expected] * 2
-    predict = experiment.predictor({}, {})
+    predict = build_predictor(config, {}, {})
     assert predict.decode.func.args[0].dtype == expected, (
         "as evaluate, predict and figures"
     )
-    assert experiment.cosine_predictor({}).encode.func.args[0].module.dtype == expected
+    assert (
+        build_cosine_predictor(config, {}).encode.func.args[0].module.dtype == expected
+    )
     for dtype in precision.DTYPES:
         assert precision.meant(dtype) == dtype
 
@@ -113,4 +124,4 @@ def test_an_unknown_dtype_is_refused():
     config = quickstart.get_config()
     config.dtype = "float16"
     with pytest.raises(InputError, match="choose auto, float32, tf32, bfloat16"):
-        Experiment(config)
+        complete(config)

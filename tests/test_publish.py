@@ -21,6 +21,7 @@ from qpenet_jax import InputError
 from qpenet_jax.cli import options
 from qpenet_jax.cli.main import main
 from qpenet_jax.runs import hub
+from qpenet_jax.runs.build import identity
 from qpenet_jax.runs.folder import claim, open_run, read_inputs
 from qpenet_jax.runs.model_file import MODEL_FILE, STORED, write_model
 from qpenet_jax.runs.publish import publish
@@ -58,7 +59,7 @@ def test_a_published_run_is_the_run(exact):
     assert after.step == before.step
     assert after.shared == before.shared
     assert read_inputs(exact) == read_inputs(RUN)
-    assert after.experiment.identity == before.experiment.identity
+    assert identity(after.config) == identity(before.config)
 
 
 def test_the_choices_of_the_command_are_those_of_the_library():
@@ -97,9 +98,7 @@ def test_the_backbone_goes_along_if_asked_and_its_own_always(tmp_path, exact):
     config = json.loads((folder / "config.json").read_text())
     assert config["backbone"]["weights"] == "backbone.safetensors"
     run = open_run(folder)
-    assert run.experiment.config.backbone.weights == str(
-        folder / "backbone.safetensors"
-    )
+    assert run.config.backbone.weights == str(folder / "backbone.safetensors")
     equal(run.weights, open_run(exact).weights)
     assert "backbone.safetensors in this folder" in (folder / "README.md").read_text()
     own = publish(folder, tmp_path / "own", dtype="float16")
@@ -221,7 +220,7 @@ def test_another_checkpoint_than_the_published_is_refused(mine):
 
 def test_a_published_run_is_not_trained_on(mine):
     with pytest.raises(InputError, match="published run, which can't be trained on"):
-        claim(mine, open_run(mine).experiment.config, {})
+        claim(mine, open_run(mine).config, {})
 
 
 def test_publishing_replaces_nothing_and_leaves_nothing(

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from qpenet_jax.runs.saved_config import merged
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.fields import flat
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.runs.config_files import load_config
-from qpenet_jax.runs.experiment import Experiment
-from qpenet_jax.runs.saved_config import merged
 from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.recipes import RECIPES
+from qpenet_jax.runs.build import complete
+from qpenet_jax.runs.config_files import load_config
 
 # ml_collections loads config files by a way that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -25,7 +25,7 @@ ROOMS = {"model": QPENet, "loss": LossWeights, "optimizer": Optimizer}
 
 
 def load(*words):
-    return Experiment(load_config(CONFIG, [f"--config.{word}" for word in words]))
+    return complete(load_config(CONFIG, [f"--config.{word}" for word in words]))
 
 
 def test_all_recipes_settle_the_same_fields_and_these_exist():
@@ -92,7 +92,7 @@ def test_a_config_of_before_recipes_means_what_it_meant():
     old["loss"] = {"alpha": 1.0, "beta": 1.0}
     old["optimizer"]["lr_factor"] = 10.0
     del old["version"]
-    opened = Experiment(merged(old, "config.json"))
+    opened = complete(merged(old, "config.json"))
     now = flat(opened.config.to_dict())
     assert {name: now[name] for name in flat(old)} == flat(old)
     assert opened.model == QPENet()

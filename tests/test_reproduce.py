@@ -441,11 +441,11 @@ def test_tables_1_and_2_plan_folds_backbones_and_weights(monkeypatch, capsys):
     runs = []
     monkeypatch.setattr(module, "print_plan", runs.extend)
     reproduce("table2", config, "nowhere", dry_run=True)
-    files = {run.experiment.config.backbone.weights for run in runs}
+    files = {run.config.backbone.weights for run in runs}
     assert files == {f"data/weights/{name}.safetensors" for name in backbones}
     for run in runs:
         assert run.command[-1] == "--config.seed=0"
-        assert run.experiment.config.shots == 1
+        assert run.config.shots == 1
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ def test_released_runs_have_the_authors_epochs(changes, epochs):
     config = ROOT / "configs" / "released_pascal.py"
     names = [f"{name}_deepstem" for name in epochs]
     plan = Plan("table1", config, Path("nowhere"), (), changes, (), names, (2, 3))
-    planned = [run.experiment.config.epochs for run in plan.runs()]
+    planned = [run.config.epochs for run in plan.runs()]
     assert planned == [n for of_folds in epochs.values() for n in of_folds]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from qpenet_jax.runs.saved_config import merged
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -17,10 +18,10 @@ from qpenet_jax.config import VERSION, default_config
 from qpenet_jax.core.fields import flat
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.evaluation.metrics import load_scores
+from qpenet_jax.recipes import resolved
+from qpenet_jax.runs.datasets import build_dataset
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.runs.folder import claim, inputs_of, open_run
-from qpenet_jax.runs.saved_config import merged
-from qpenet_jax.recipes import resolved
 
 OLD = Path(__file__).parent / "goldens" / "run_dbf7d53"
 """The quick start of commit dbf7d53, before configs had a version: 3 steps of a network
@@ -41,8 +42,8 @@ def edit(folder, **fields):
 
 def test_a_run_of_an_earlier_version_evaluates_to_the_same_scores(old, tmp_path):
     run = open_run(old)
-    val = run.experiment.dataset("val")
-    evaluator = Evaluator(run.experiment, run.weights, tmp_path / "out", val)
+    val = build_dataset(run.config, "val")
+    evaluator = Evaluator(run.config, run.weights, tmp_path / "out", val)
     (tmp_path / "out").mkdir()
     told = []
 
@@ -69,7 +70,7 @@ def test_a_run_of_an_earlier_version_evaluates_to_the_same_scores(old, tmp_path)
 
 
 def test_later_fields_have_the_value_that_the_run_was_made_with(old):
-    config = open_run(old).experiment.config
+    config = open_run(old).config
     assert config.version == VERSION
     assert config.recipe == "paper"
     assert config.dtype == "float32"
@@ -81,8 +82,8 @@ def test_later_fields_have_the_value_that_the_run_was_made_with(old):
 
 def test_an_earlier_run_may_be_resumed_by_the_same_config(old):
     run = open_run(old)
-    data = run.experiment.dataset("train"), run.experiment.dataset("val")
-    claim(old, run.experiment.config, inputs_of(*data, run.weights))
+    data = build_dataset(run.config, "train"), build_dataset(run.config, "val")
+    claim(old, run.config, inputs_of(*data, run.weights))
 
 
 def test_other_images_under_the_same_names_are_refused(old, tmp_path, write_voc):
@@ -94,12 +95,12 @@ def test_other_images_under_the_same_names_are_refused(old, tmp_path, write_voc)
         return inputs_of(data, data, run.weights)
 
     (old / "inputs.json").unlink()
-    claim(old, run.experiment.config, inputs())
-    claim(old, run.experiment.config, inputs())
+    claim(old, run.config, inputs())
+    claim(old, run.config, inputs())
     image = root / "JPEGImages/im_001.jpg"
     image.write_bytes(image.read_bytes() + b"more")
     with pytest.raises(InputError) as refused:
-        claim(old, run.experiment.config, inputs())
+        claim(old, run.config, inputs())
     assert "(training files, validation files differ" in str(refused.value)
 
 
@@ -181,7 +182,7 @@ def test_what_is_saved_is_what_is_read():
 
 def test_paths_can_be_overridden_and_nothing_else(old):
     words = ["--config.dataset.root=/elsewhere", "--config.workers=0"]
-    config = open_run(old, words).experiment.config
+    config = open_run(old, words).config
     assert (config.dataset.root, config.workers) == ("/elsewhere", 0)
     with pytest.raises(InputError, match=r"side=97: a finished run settles this"):
         open_run(old, ["--config.side=97"])

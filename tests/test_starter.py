@@ -15,6 +15,7 @@ from qpenet_jax import InputError, load
 from qpenet_jax.cli.main import main
 from qpenet_jax.evaluation import predictor
 from qpenet_jax.evaluation.training_free import SHARPNESS
+from qpenet_jax.runs.build import build_predictor, build_self_support_predictor
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.model_file import MODEL_FILE
 from qpenet_jax.segmenter import STARTER
@@ -39,8 +40,8 @@ def test_its_probability_is_the_mean_of_two(starter):
     task = starter.learn(images, masks)
     view = task.view(query)
     run = open_run(STARTER)
-    network = run.experiment.predictor(run.params, run.weights)
-    free = run.experiment.training_free_predictor(run.weights)
+    network = build_predictor(run.config, run.params, run.weights)
+    free = build_self_support_predictor(run.config, run.weights)
     of_network, of_free = (
         predict.decode(tuple(part), task.masks, seen)[0, :48, :64]
         for predict, part, seen in zip(

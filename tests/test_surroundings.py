@@ -16,7 +16,7 @@ from qpenet_jax import InputError, load_backbone
 from qpenet_jax.cli.main import main
 from qpenet_jax.config import default_config
 from qpenet_jax.data.sources.prepared import Prepared
-from qpenet_jax.runs.experiment import Experiment
+from qpenet_jax.runs.build import complete
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -182,7 +182,7 @@ def test_a_program_that_set_64_bits_is_told_in_one_line():
     jax.config.update("jax_enable_x64", True)
     try:
         for start in (
-            lambda: Experiment(default_config()),
+            lambda: complete(default_config()),
             lambda: load_backbone("resnet50", "none.pth"),
         ):
             with pytest.raises(InputError, match="set to 64 bits"):

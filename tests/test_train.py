@@ -23,13 +23,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qpenet_jax import load
 from qpenet_jax.cli.main import main
+from qpenet_jax.config import selections
 from qpenet_jax.core.files import locked
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.runs import progress
-from qpenet_jax.runs.datasets import build_eval_samplers
+from qpenet_jax.runs.datasets import (
+    build_dataset,
+    build_eval_samplers,
+    build_fold,
+    selection_protocols,
+)
 from qpenet_jax.runs.folder import open_run
-from qpenet_jax.training.train import LOCK_FILE
 from qpenet_jax.training.health import PATIENCE, Watch
+from qpenet_jax.training.train import LOCK_FILE
 
 pytestmark = [
     pytest.mark.standard_promotion,
@@ -360,12 +366,12 @@ def test_a_checkpoint_is_selected_on_base_classes(tmp_path):
     assert "base classes" in results["selection"]
     assert "leaks" not in results["selection"]
     # The same number by hand, of the checkpoint that is the last and always kept.
-    experiment = open_run(workdir).experiment
-    val = experiment.dataset("val")
-    protocol = experiment.selection_protocols()["base"]
-    sampler = build_eval_samplers(experiment, val, protocol)[0]
-    novel = np.subtract(experiment.fold.novel, 1)
-    assert set(sampler.classes) == set(experiment.fold.base)
+    config = open_run(workdir).config
+    val = build_dataset(config, "val")
+    protocol = selection_protocols(config, selections(config))["base"]
+    sampler = build_eval_samplers(config, val, protocol)[0]
+    novel = np.subtract(build_fold(config).novel, 1)
+    assert set(sampler.classes) == set(build_fold(config).base)
     assert not val.counts[sampler.images][:, novel].any()
 
 

@@ -12,9 +12,9 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.training.health import HEADS
 from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.training.batches import global_batch, shardings
+from qpenet_jax.training.health import HEADS
 from qpenet_jax.training.step import (
     TrainState,
     episode_features,

@@ -30,6 +30,7 @@ from qpenet_jax.models.fem import adaptive_average_pool, prior_mask
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.variants import VARIANTS
+from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.paper.parameters import (
     RESNET50_LAYER4,
     RESNET50_TO_LAYER3,
@@ -37,7 +38,6 @@ from qpenet_jax.paper.parameters import (
     parameter_table,
 )
 from qpenet_jax.paper.results import ABLATION_RESULTS, rows_of
-from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.training.step import init_state, make_train_step
 
 HEIGHT, WIDTH = 33, 49
