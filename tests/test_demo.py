@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import refused
-from test_results import Colours, scene
+from test_writers import Colours, scene
 
 from qpenet_jax import InputError
 from qpenet_jax.cli.main import main
@@ -340,16 +340,14 @@ def test_inside_shows_what_the_parts_found(ring):
 
 
 def test_a_network_is_looked_into(ring, tmp_path):
-    network = Colours()
-    decode = network.decode
+    class Network(Colours):
+        def decode(self, *given, named=False):
+            margin = super().decode(*given)
+            return (margin, {"y_bg_q": on_grid(LEFT)[None]}) if named else margin
 
-    def named(*given, named=False):
-        margin = decode(*given)
-        return (margin, {"y_bg_q": on_grid(LEFT)[None]}) if named else margin
-
-    segmenter = network.segmenter
-    segmenter = type(segmenter)(segmenter.predict._replace(decode=named), 65)
-    calls = Calls(segmenter, ABOUT | {"method": "qpenet", "run": "r"}, tmp_path)
+    calls = Calls(
+        Network().segmenter, ABOUT | {"method": "qpenet", "run": "r"}, tmp_path
+    )
     files, text = ring
     *_, inside, _ = calls.segment(files, text, 4 * files, "", False)
     assert inside.count("GBC. What P_global") == answers.LOOKED_INTO

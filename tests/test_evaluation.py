@@ -12,10 +12,10 @@ from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import fit, fit_label, unpad
 from qpenet_jax.evaluation.metrics import fb_iou, mean_iou
-from qpenet_jax.evaluation.predictor import Predictor, cosine_predictor
+from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import score, score_episodes
-from qpenet_jax.evaluation.training_free import nearest_prototype
+from qpenet_jax.evaluation.training_free import cosine_predictor, nearest_prototype
 
 NAMES = ("one", "two", "three")
 
@@ -133,13 +133,17 @@ def oracle(dataset, sign=1):
     def label_of(image):
         return fit_label(dataset.label(fitted[np.asarray(image).tobytes()]), 33)
 
-    def decode(supports, masks, query):
-        assert query.shape == (1, 33, 33, 3)
-        assert masks.shape == (1, 1, 33, 33)
-        (class_id,) = np.unique(label_of(supports[0])[masks[0, 0] == 1])
-        return np.where(label_of(query) == class_id, sign, -float(sign))[None]
+    class Oracle(Predictor):
+        def encode(self, images, roles=(), padding=None):
+            return images
 
-    return Predictor(lambda image, padding=None: image, decode)
+        def decode(self, supports, masks, query, *, named=False):
+            assert query.shape == (1, 33, 33, 3)
+            assert masks.shape == (1, 1, 33, 33)
+            (class_id,) = np.unique(label_of(supports[0])[masks[0, 0] == 1])
+            return np.where(label_of(query) == class_id, sign, -float(sign))[None]
+
+    return Oracle()
 
 
 def test_a_perfect_prediction_scores_100_percent(loop):

@@ -110,12 +110,8 @@ def test_auto_is_tf32_where_the_device_has_it(ampere, expected, monkeypatch):
     both = precision.in_dtype(build_model(config), build_backbone(config), config.dtype)
     assert [both[0].dtype, both[1].module.dtype] == [expected] * 2
     predict = build_predictor(config, {}, {})
-    assert predict.decode.func.args[0].dtype == expected, (
-        "as evaluate, predict and figures"
-    )
-    assert (
-        build_cosine_predictor(config, {}).encode.func.args[0].module.dtype == expected
-    )
+    assert predict.model.dtype == expected, "as evaluate, predict and figures"
+    assert build_cosine_predictor(config, {}).backbone.module.dtype == expected
     for dtype in precision.DTYPES:
         assert precision.meant(dtype) == dtype
 

@@ -10,7 +10,7 @@ from test_segmenter import SEGMENT, picture
 
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputWarning
-from qpenet_jax.masks import marks
+from qpenet_jax.masks import annotations
 from qpenet_jax.masks import queries as queries_of
 
 
@@ -136,7 +136,7 @@ def test_home_is_found_in_every_path(monkeypatch, tmp_path, support):
 
 def test_no_more_than_two_queries_are_in_memory(tmp_path, support, monkeypatch):
     """However many there are; the second is the one that is being read."""
-    read, kept, most = marks.read_image, [], []
+    read, kept, most = annotations.read_image, [], []
 
     def watched(*args, **options):
         pixels = read(*args, **options)
@@ -144,7 +144,7 @@ def test_no_more_than_two_queries_are_in_memory(tmp_path, support, monkeypatch):
         most.append(sum(image() is not None for image in kept[1:]))  # of the queries
         return pixels
 
-    monkeypatch.setattr(marks, "read_image", watched)
+    monkeypatch.setattr(annotations, "read_image", watched)
     monkeypatch.setattr(queries_of, "read_image", watched)
     folder = queries(tmp_path / "photos", *(f"{i}.png" for i in range(9)))
     main(words(support, folder, tmp_path / "out"))

@@ -16,7 +16,7 @@ from qpenet_jax.backbones.registry import backbone, features
 from qpenet_jax.cli.main import main
 from qpenet_jax.data.transforms import fit, fit_label
 from qpenet_jax.evaluation.training_free import self_supported
-from qpenet_jax.segmenter import DEFAULT_BACKBONE, SHARPNESS
+from qpenet_jax.segmenter import COSINE_SCALE, DEFAULT_BACKBONE
 
 GOLDENS = Path(__file__).parent / "goldens"
 SIDE = 65
@@ -42,10 +42,12 @@ def test_it_mixes_prototypes_of_supports_and_query(segmenter):
     logits, _ = self_supported(maps[None, :2], squares, maps[2:], photo)
     margin = np.asarray(task.margin(task.view(query)))
     np.testing.assert_allclose(
-        margin / SHARPNESS, (logits[0, :48, :64, 1] - logits[0, :48, :64, 0]), atol=1e-4
+        margin / COSINE_SCALE,
+        (logits[0, :48, :64, 1] - logits[0, :48, :64, 0]),
+        atol=1e-4,
     )
     assert 0.5 < task.probability(query)[truth == 1].mean() < 1
-    seen = task.look(query)
+    seen = task.intermediates(query)
     assert {name: x.shape[:2] for name, x in seen.items()} == dict.fromkeys(
         ("cosines", "sure_background", "sure_foreground"), (9, 9)
     )

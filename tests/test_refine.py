@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
-from test_results import Colours, iou, scene
+from test_writers import Colours, iou, scene
 
 from qpenet_jax.masks.margins import Tiles
 from qpenet_jax.masks.refine import SMOOTHNESS, Edges

@@ -10,7 +10,7 @@ from qpenet_jax.evaluation.predictor import Predictor
 SIDE = 65
 
 
-class Red:
+class Red(Predictor):
     """A stand-in for the network: red query pixels are foreground.
 
     It notes what it is asked to encode and to decode.
@@ -18,18 +18,17 @@ class Red:
 
     def __init__(self):
         self.encoded, self.decoded = [], []
-        self.predictor = Predictor(self.encode, self.decode)
 
     def encode(self, images, roles=("support", "query"), padding=None):
         self.encoded.append((roles, images))
         return images.astype(np.float32)
 
-    def decode(self, supports, masks, query):
+    def decode(self, supports, masks, query, *, named=False):
         self.decoded.append((supports, masks))
         return query[..., 0] - query[..., 1] - 60
 
 
-SEGMENT = Segmenter(Red().predictor, SIDE)
+SEGMENT = Segmenter(Red(), SIDE)
 
 
 def picture(height, width):
@@ -64,7 +63,7 @@ def test_all_supports_reach_the_network():
     network = Red()
     supports = [picture(50, 60), picture(80, 30), picture(31, 31)]
     images, masks = zip(*supports, strict=True)
-    Segmenter(network.predictor, SIDE)(picture(40, 40)[0], images, masks)
+    Segmenter(network, SIDE)(picture(40, 40)[0], images, masks)
     ((encoded, seen),) = network.decoded
     assert [x.shape for x in encoded] == [(1, SIDE, SIDE, 3)] * 3
     assert seen.shape == (1, 3, SIDE, SIDE)
@@ -76,7 +75,7 @@ def test_supports_are_encoded_once_for_all_queries():
     """Ten queries at five shots are fifteen encodings."""
     network = Red()
     images, masks = zip(*[picture(40 + k, 50) for k in range(5)], strict=True)
-    task = Segmenter(network.predictor, SIDE).learn(images, masks)
+    task = Segmenter(network, SIDE).learn(images, masks)
     assert [roles for roles, _ in network.encoded] == [("support",)] * 5
     for i in range(10):
         query, truth = picture(60, 40 + i)
@@ -100,7 +99,7 @@ def test_a_probability_says_more_than_the_mask():
 def learned(image, mask):
     """Return the mask [s, s] that the network is given."""
     network = Red()
-    Segmenter(network.predictor, SIDE)(picture(20, 20)[0], image, mask)
+    Segmenter(network, SIDE)(picture(20, 20)[0], image, mask)
     ((_, masks),) = network.decoded
     return masks[0, 0]
 

@@ -13,8 +13,7 @@ from test_segmenter import picture
 
 from qpenet_jax import InputError, load
 from qpenet_jax.cli.main import main
-from qpenet_jax.evaluation import predictor
-from qpenet_jax.evaluation.training_free import SHARPNESS
+from qpenet_jax.evaluation.training_free import SHARPNESS, mean_margin
 from qpenet_jax.runs.build import build_predictor, build_self_support_predictor
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.model_file import MODEL_FILE
@@ -52,13 +51,15 @@ def test_its_probability_is_the_mean_of_two(starter):
     np.testing.assert_allclose(probability(task.margin(view)), mean, atol=1e-5)
     np.testing.assert_allclose(task.probability(query), mean, atol=1e-5)
     np.testing.assert_array_equal(task(query), mean > 0.5)
-    assert {"y_pre", "A_main", "y_bg_q", "y_rev", "cosines"} <= task.look(query).keys()
+    assert {"y_pre", "A_main", "y_bg_q", "y_rev", "cosines"} <= task.intermediates(
+        query
+    ).keys()
 
 
 def test_far_margins_stay_finite():
     """A logit of 200 is a probability of 1 in float32, and its logit infinite."""
     margins = np.float32([[200.0, -200.0, 200.0], [200.0, -200.0, 0.0]])
-    margin = predictor._mean_margin(*margins)
+    margin = mean_margin(*margins)
     np.testing.assert_allclose(margin, [200, -200, math.log(3)], rtol=1e-6)
 
 

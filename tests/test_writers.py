@@ -18,7 +18,7 @@ from qpenet_jax.cli import options, predict
 from qpenet_jax.cli.main import main
 from qpenet_jax.data.prepare.instances import draw
 from qpenet_jax.evaluation.predictor import Predictor
-from qpenet_jax.masks import results
+from qpenet_jax.masks import writers
 from qpenet_jax.masks.coco_json import polygons
 from qpenet_jax.masks.labelme import draw_shapes
 from qpenet_jax.masks.margins import Tiles, compete, probability, tiled
@@ -30,18 +30,18 @@ from qpenet_jax.segmenter import METHODS
 COLOURS = {"red": (250, 0, 0), "blue": (0, 0, 250)}
 
 
-class Colours:
+class Colours(Predictor):
     """A stand-in for the network: what has the marked pixels' mean colour is found."""
 
     def __init__(self):
         self.encoded = []
-        self.segmenter = Segmenter(Predictor(self.encode, self.decode), SIDE)
+        self.segmenter = Segmenter(self, SIDE)
 
     def encode(self, images, roles=("support", "query"), padding=None):
         self.encoded.append(roles)
         return images.astype(np.float32)
 
-    def decode(self, supports, masks, query):
+    def decode(self, supports, masks, query, *, named=False):
         marked = np.concatenate(
             [x[0][m == 1] for x, m in zip(supports, masks[0], strict=True)]
         )
@@ -453,5 +453,5 @@ def test_a_folders_videos_are_left_out_and_told(network, photos, tmp_path, capsy
 
 
 def test_the_choices_are_written_out_as_they_are():
-    assert predict.FORMATS == results.FORMATS
+    assert predict.FORMATS == writers.FORMATS
     assert options.METHODS == METHODS

@@ -93,7 +93,7 @@ def answer(
             results.add(Query(photo, names[i], photo), Frame(pixels, names[i]), found)
             _show(shown, photo.name, pixels, found)
             if look and i < LOOKED_INTO:
-                seen = tasks.tasks[name].look(pixels)
+                seen = tasks.tasks[name].intermediates(pixels)
                 drawn = inside_pictures(pixels, supports, seen, segmenter.side)
                 shown.inside.append((photo.name, drawn))
         results.finish()

@@ -25,7 +25,7 @@ def inside_pictures(
     out: Mapping[str, Any],
     side: int,
 ) -> list[Picture]:
-    """Returns what the parts of a network made of a query; `out` is `Task.look`'s.
+    """Returns what the parts of a network made of a query; `out` is `Task.intermediates`'.
 
     What a variant lacks is left out. `side` is that of the network's input.
     """

@@ -1,26 +1,33 @@
 """Score predictions on the episodes of a protocol, at the protocol's size."""
 
+import collections
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, PyTree, UInt8
+from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
 from qpenet_jax.core import cluster
 from qpenet_jax.core.types import Array, SegmentationDataset
 from qpenet_jax.data.episode_lists import FrozenEpisodes
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
-from qpenet_jax.data.transforms import unpad
+from qpenet_jax.data.loader import ahead
+from qpenet_jax.data.transforms import (
+    Resize,
+    binary_mask,
+    fit,
+    fit_label,
+    padding,
+    unpad,
+)
 from qpenet_jax.evaluation import metrics
-from qpenet_jax.evaluation.inputs import Inputs, loaded
 from qpenet_jax.evaluation.metrics import Scores
-from qpenet_jax.evaluation.plan import Turn, grouped, plan
 from qpenet_jax.evaluation.predictor import Margin, Predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.models.ops import interpolation_matrix
@@ -32,6 +39,10 @@ T = TypeVar("T")
 CACHE_BYTES = 2 * 2**30
 """Of encoded images, kept on each device: 290 of ResNet's at 473 pixels, where a class
 of PASCAL has about 100."""
+
+AT_ONCE = collections.defaultdict(lambda: 4, cpu=1)
+"""Episodes that are predicted together, by the kind of device; what a GPU or TPU gains
+by it hasn't been measured."""
 
 
 def score_episodes(
@@ -51,39 +62,38 @@ def score_episodes(
 
     An image is encoded once for all episodes as far as `cache_bytes` allow, which
     changes no bit of a result: 0 encodes the same images one by one, again and again.
-    Episodes run grouped by class and query; the rows are in the protocol's order.
-    `at_once` of them are predicted together, by default one on a CPU, else AT_ONCE.
-    Together they may round otherwise, so that a pixel changes where both classes tie.
-    Several processes share the episodes, and in each its `devices`, by default all but
-    on a CPU, whose cores one device uses; all processes return all rows.
+    Episodes run ordered by class and query, so that neighbours share images; the rows
+    are in the protocol's order. `at_once` of them are predicted together, by default
+    as AT_ONCE says. Together they may round otherwise, so that a pixel changes where
+    both classes tie. Several processes share the episodes, and in each its `devices`,
+    by default all but on a CPU, whose cores one device uses; all processes return all
+    rows.
 
     Raises:
         InputError: an image or label can't be used.
         KeyboardInterrupt: `stop_asked` says so, in any process.
     """
-    drawn = [(s.seed, s(i)) for s in samplers for i in range(protocol.episodes)]
-    order = grouped([ids for _, ids in drawn])
-    episodes = [drawn[n][1] for n in order]
-    if at_once is None:
-        at_once = 1 if jax.default_backend() == "cpu" else AT_ONCE
+    episodes = [(s.seed, s(i)) for s in samplers for i in range(protocol.episodes)]
+    kind = jax.default_backend()
+    at_once = at_once or AT_ONCE[kind]
+    devices = devices or jax.local_devices()[: 1 if kind == "cpu" else None]
     room = cache_bytes // _image_bytes(predict, protocol)
-    capacity = max(room - at_once * (len(episodes[0].supports) + 1), 0)
-    if devices is None:
-        all_of_them = jax.default_backend() != "cpu"
-        devices = jax.local_devices()[: None if all_of_them else 1]
-    shares = _shares(predict, drawn, order, capacity, devices)
-    rows = np.zeros((len(drawn), len(metrics.SCORE_COLUMNS)), np.int64)
-    turns = _in_turn([share.turns for share in shares], at_once)
-    positions = _in_turn([share.positions for share in shares], at_once)
-    stream = loaded(dataset, turns, protocol, workers)
+    capacity = max(room - at_once * (len(episodes[0][1].supports) + 1), 0)
+    groups = groups_of([ids for _, ids in episodes], at_once, capacity, len(devices))
+    moved = [predict]
+    if len(devices) > 1:
+        moved = [jax.device_put(predict, device) for device in devices]
+    predictors = [CachedPredictor(each, capacity, at_once) for each in moved]
+    load = functools.partial(_load, dataset, groups, protocol.side, protocol.resize)
+    stream = ahead(load, range(len(groups)), workers)
+    count = sum(len(group.positions) for group in groups)
     silent = not cluster.is_first()
-    bar = tqdm(total=len(turns), desc=label, unit="episode", disable=silent)
+    bar = tqdm(total=count, desc=label, unit="episode", disable=silent)
+    rows = np.zeros((len(episodes), len(metrics.SCORE_COLUMNS)), np.int64)
     with contextlib.closing(stream), bar:
-        for n, (margin, inputs) in zip(
-            positions, _margins(shares, stream, at_once), strict=True
-        ):
-            counts = score(margin, inputs.fitted_mask, inputs.mask, protocol)
-            seed, ids = drawn[n]
+        for n, margin, *masks in _margins(predictors, groups, stream):
+            seed, ids = episodes[n]
+            counts = score(margin, *masks, protocol)
             rows[n] = (seed, ids.index, ids.query, ids.class_id, *counts)
             bar.update()
             if stop_asked():
@@ -93,145 +103,189 @@ def score_episodes(
     return Scores(_of_all_processes(rows))
 
 
+def _margins(
+    predictors: Sequence["CachedPredictor"],
+    groups: Sequence["Group"],
+    stream: Iterable["Inputs"],
+) -> Iterator[tuple[int, Float[np.ndarray, "s s"], Array, Array]]:
+    """Yields of each episode its position, the margin, and the query's two masks.
+
+    All devices compute before the first is waited for.
+    """
+    started: collections.deque = collections.deque()
+    for group, inputs in zip(groups, stream, strict=True):
+        margins = predictors[group.device](group, inputs)
+        started.append((group.positions, margins, inputs.fitted_masks, inputs.masks))
+        if len(started) == len(predictors):
+            yield from _each(*started.popleft())
+    for waiting in started:
+        yield from _each(*waiting)
+
+
+def _each(positions, margins, fitted_masks, masks):
+    """Returns what belongs to each episode, once the device has computed it."""
+    return zip(positions, np.asarray(margins), fitted_masks, masks, strict=True)
+
+
 def _of_all_processes(rows: Int[np.ndarray, "n c"]) -> Int[np.ndarray, "n c"]:
-    """Returns the rows of all processes, each of which has zeros where others worked."""
+    """Returns the rows of all processes, which have zeros where others worked."""
     parts = cluster.gather(rows.tobytes())
     return np.sum([np.frombuffer(part, rows.dtype) for part in parts], 0).reshape(
         rows.shape
     )
 
 
-AT_ONCE = 4
-"""Episodes that a GPU or TPU predicts together; its gain hasn't been measured."""
-
-
 def _image_bytes(predict: Predictor, protocol: Protocol) -> int:
     """Returns how much memory an encoded image takes."""
-    shape = (1, protocol.side, protocol.side, 3)
-    image = jax.ShapeDtypeStruct(shape, np.uint8)
-    leaves = jax.tree.leaves(jax.eval_shape(predict.encode, image))
+    square = (1, protocol.side, protocol.side)
+    image = jax.ShapeDtypeStruct((*square, 3), np.uint8)
+    beside = jax.ShapeDtypeStruct(square, np.bool_)
+    leaves = jax.tree.leaves(jax.eval_shape(predict.encode, image, padding=beside))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-class Share(NamedTuple):
-    """The episodes of one device: their positions among those that were drawn."""
+class Group(NamedTuple):
+    """Episodes that one device predicts together, by their positions among all.
 
-    predict: Predictor
+    `missing` are the images that are to be encoded then, as the cache lacks them.
+    """
+
+    device: int
     positions: list[int]
-    turns: list[Turn]
+    episodes: list[EpisodeIds]
+    missing: list[int]
+
+    @property
+    def images(self) -> list[int]:
+        """All images of the episodes, each once."""
+        all_of_them = ((ids.query, *ids.supports) for ids in self.episodes)
+        return list(dict.fromkeys(itertools.chain.from_iterable(all_of_them)))
 
 
-def _shares(
-    predict: Predictor,
-    drawn: Sequence[tuple[int, EpisodeIds]],
-    order: Sequence[int],
-    capacity: int,
-    devices: Sequence[Any],
-) -> list[Share]:
-    """Returns what this process' devices predict; neighbours in the order stay such."""
-    ours = np.array_split(np.array(order), cluster.count())[cluster.index()]
-    parts = [part.tolist() for part in np.array_split(ours, len(devices))]
-    return [
-        Share(
-            predict if len(devices) == 1 else jax.device_put(predict, device),
-            part,
-            plan([drawn[n][1] for n in part], capacity),
-        )
-        for device, part in zip(devices, parts, strict=True)
-    ]
+def groups_of(
+    episodes: Sequence[EpisodeIds], at_once: int, capacity: int, devices: int = 1
+) -> list[Group]:
+    """Returns what the devices of this process predict, group by group.
 
-
-def _in_turn(parts: Sequence[Sequence[T]], size: int) -> list[T]:
-    """Returns the elements of all parts, so many of each in turn."""
-    longest = max(map(len, parts))
-    return [
-        element
-        for start in range(0, longest, size)
-        for part in parts
-        for element in part[start : start + size]
-    ]
-
-
-def _margins(
-    shares: Sequence[Share], stream: Iterable[Inputs], at_once: int
-) -> Generator[tuple[Float[np.ndarray, "s s"], Inputs], None, None]:
-    """Yields the margin in every turn's episode, in turn as `_in_turn` says.
-
-    Encoded images are kept. All devices begin before the first is waited for.
+    Episodes are ordered by class and query, so that neighbours share images. Every
+    process takes a part of them, and in it every device; devices take turns.
     """
-    stream, caches = iter(stream), [{} for _ in shares]
-    longest = max(len(share.turns) for share in shares)
-    for start in range(0, longest, at_once):
-        begun = []
-        for share, kept in zip(shares, caches, strict=True):
-            turns = share.turns[start : start + at_once]
-            # In this order: it takes no more from the stream than there are turns.
-            if group := [*zip(turns, stream, strict=False)]:
-                begun.append((_begun(share.predict, group, kept, at_once), group))
-        for margins, group in begun:
-            inputs = [inputs for _, inputs in group]
-            yield from zip(np.asarray(margins), inputs, strict=True)
-
-
-def _begun(
-    predict: Predictor,
-    group: Sequence[tuple[Turn, Inputs]],
-    kept: dict[int, PyTree[Array]],
-    at_once: int,
-) -> Margin:
-    """Returns the margins of some turns, which the device may still compute."""
-    new = _unseen(group, kept)
-    for start in range(0, len(new), at_once):
-        some = dict(itertools.islice(new.items(), start, start + at_once))
-        kept |= _encoded(predict, some, at_once)
-    ids = [turn.ids for turn, _ in group]
-    supports = tuple(
-        _joined([kept[image] for image in images])
-        for images in zip(*(episode.supports for episode in ids), strict=True)
+    order = sorted(
+        range(len(episodes)),
+        key=lambda n: (episodes[n].class_id, episodes[n].query),
     )
-    masks = np.stack([inputs.support_masks for _, inputs in group])
-    query = _joined([kept[episode.query] for episode in ids])
-    margin = predict.decode(supports, masks, query)
-    for image in _forgotten([turn for turn, _ in group]):
-        del kept[image]
-    return margin
+    own = np.array_split(np.array(order), cluster.count())[cluster.index()]
+    parts = [
+        _groups_of_device(episodes, device, part.tolist(), at_once, capacity)
+        for device, part in enumerate(np.array_split(own, devices))
+    ]
+    turns = itertools.zip_longest(*parts)
+    return [group for turn in turns for group in turn if group is not None]
 
 
-def _unseen(
-    group: Iterable[tuple[Turn, Inputs]], kept: Container[int]
-) -> dict[int, tuple[Any, Any]]:
-    """Returns image and padding of what the turns load and isn't kept, each once."""
-    return {
-        image: (pixels, padded)
-        for turn, inputs in group
-        for image, pixels, padded in zip(
-            turn.load, inputs.images, inputs.padding, strict=True
-        )
-        if image not in kept
-    }
+def _groups_of_device(episodes, device, positions, at_once, capacity) -> list[Group]:
+    """Returns the groups of one device, of whose cache the numbers alone are kept."""
+    cache: dict[int, None] = {}
+    groups = []
+    for start in range(0, len(positions), at_once):
+        some = positions[start : start + at_once]
+        group = Group(device, some, [episodes[n] for n in some], [])
+        group.missing.extend(image for image in group.images if image not in cache)
+        keep_latest(cache, dict.fromkeys(group.images), capacity)
+        groups.append(group)
+    return groups
 
 
-def _forgotten(turns: Iterable[Turn]) -> set[int]:
-    """Returns what is dropped in some turns and not loaded again in later ones."""
-    dropped: set[int] = set()
-    for turn in turns:
-        dropped = dropped.difference(turn.load).union(turn.drop)
-    return dropped
+def keep_latest(cache: dict[int, T], used: Mapping[int, T], capacity: int) -> None:
+    """Adds to an LRU cache what was used just now, and drops what it has no room for.
 
-
-def _encoded(
-    predict: Predictor, images: Mapping[int, tuple[Any, Any]], count: int
-) -> dict[int, PyTree[Array]]:
-    """Returns images, encoded in one batch of `count`, whatever their own number.
-
-    Every other size would be compiled anew.
+    The cache is in the order of last use.
     """
-    pairs = [*images.values()]
-    pairs += pairs[-1:] * (count - len(pairs))
-    pixels, padding = (np.stack(each) for each in zip(*pairs, strict=True))
-    encoded = predict.encode(pixels, padding=padding)
-    each = [encoded] if count == 1 else _apart(encoded, count)
-    return dict(zip(images, each, strict=False))  # without what filled the batch
+    for image in used:
+        cache.pop(image, None)
+    cache.update(used)
+    for image in [*itertools.islice(cache, max(len(cache) - capacity, 0))]:
+        del cache[image]
+
+
+class Inputs(NamedTuple):
+    """What a group needs from files: the images that are missing, and masks.
+
+    `padding` says where the images' squares hold no photo. `fitted_masks` are the
+    queries' as the network's input has them, `masks` at their own sizes.
+    """
+
+    images: list[UInt8[np.ndarray, "s s 3"]]
+    padding: list[Bool[np.ndarray, "s s"]]
+    support_masks: UInt8[np.ndarray, "b k s s"]
+    fitted_masks: list[UInt8[np.ndarray, "s s"]]
+    masks: list[UInt8[np.ndarray, "h w"]]
+
+
+# At module level, as what goes to a worker process is pickled.
+def _load(
+    dataset: SegmentationDataset,
+    groups: Sequence[Group],
+    side: int,
+    resize: Resize,
+    position: int,
+) -> Inputs:
+    group = groups[position]
+
+    def mask_of(image: int, ids: EpisodeIds) -> UInt8[np.ndarray, "h w"]:
+        return binary_mask(dataset.label(image), ids.class_id)
+
+    masks = [mask_of(ids.query, ids) for ids in group.episodes]
+    supports = [
+        [fit_label(mask_of(image, ids), side, resize) for image in ids.supports]
+        for ids in group.episodes
+    ]
+    photos = [dataset.image(image) for image in group.missing]
+    return Inputs(
+        images=[fit(photo, side, resize) for photo in photos],
+        padding=[padding(*photo.shape[:2], side, resize) for photo in photos],
+        support_masks=np.array(supports),
+        fitted_masks=[fit_label(mask, side, resize) for mask in masks],
+        masks=masks,
+    )
+
+
+class CachedPredictor:
+    """A predictor on one device, with the images that it has encoded last."""
+
+    def __init__(self, predict: Predictor, capacity: int, at_once: int):
+        self.predict, self.capacity, self.at_once = predict, capacity, at_once
+        self._cache: dict[int, PyTree[Array]] = {}
+
+    def __call__(self, group: Group, inputs: Inputs) -> Margin:
+        """Returns the margins of a group, which the device may still compute."""
+        encoded = self._cache | self._encoded(group.missing, inputs)
+        used = {image: encoded[image] for image in group.images}
+        supports = tuple(
+            _joined([used[image] for image in images])
+            for images in zip(*(ids.supports for ids in group.episodes), strict=True)
+        )
+        query = _joined([used[ids.query] for ids in group.episodes])
+        keep_latest(self._cache, used, self.capacity)
+        return self.predict.decode(supports, inputs.support_masks, query)
+
+    def _encoded(self, images: Sequence[int], inputs: Inputs) -> dict[int, Any]:
+        """Returns images, encoded in batches of `at_once`, whatever their own number.
+
+        Every other size would be compiled anew.
+        """
+        encoded, count = {}, self.at_once
+        for start in range(0, len(images), count):
+            part = slice(start, start + count)
+            pixels, padding = (
+                np.stack([*each[part], *each[-1:] * (count - len(each[part]))])
+                for each in (inputs.images, inputs.padding)
+            )
+            batch = self.predict.encode(pixels, padding=padding)
+            each = [batch] if count == 1 else _apart(batch, count)
+            # Without what filled the batch.
+            encoded |= zip(images[part], each, strict=False)
+        return encoded
 
 
 @functools.partial(jax.jit, static_argnums=1)

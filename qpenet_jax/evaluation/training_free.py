@@ -8,18 +8,32 @@ Segmentation, ECCV 2022, without its background of each pixel, which finds less 
 (docs/starter.md).
 """
 
+import dataclasses
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, PyTree
 
-from qpenet_jax.core.types import Array
+from qpenet_jax.backbones.precision import backbone_in_dtype
+from qpenet_jax.backbones.registry import Backbone, features
+from qpenet_jax.core.types import FEATURE_STRIDE, Array
+from qpenet_jax.evaluation.predictor import (
+    STATIC,
+    NetworkPredictor,
+    Predictor,
+    qpenet_predictor,
+)
 from qpenet_jax.models.ops import resize_align_corners
 from qpenet_jax.models.prototypes import (
     NORM_EPSILON,
     activation_map,
+    foreground_margin,
     foreground_on_grid,
     masked_average_pool,
 )
+from qpenet_jax.models.qpenet import ROLES, QPENet
 
 SHARPNESS = 10.0
 """What differences of cosines are multiplied by, before they are taken for logits."""
@@ -106,3 +120,134 @@ def _sure(probability, photo, least):
     flat = inside.reshape(inside.shape[0], -1)
     likeliest, _ = jax.lax.top_k(flat, min(FEWEST, flat.shape[1]))
     return photo & (inside >= jnp.minimum(likeliest[:, -1], least)[:, None, None])
+
+
+_features = jax.jit(features, static_argnums=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class CosinePredictor(Predictor):
+    """The training-free baseline: the nearest of two prototypes (`training_free`)."""
+
+    backbone: Backbone = dataclasses.field(metadata=STATIC)
+    weights: PyTree[Array]
+
+    def encode(self, images, roles=ROLES, padding=None):
+        """Returns the features, which don't depend on roles and padding."""
+        del roles, padding
+        return _features(self.backbone, self.weights, images)
+
+    @functools.partial(jax.jit, static_argnames="named")
+    def decode(self, supports, masks, query, *, named=False):
+        """Returns the margin; see `Predictor`."""
+        logits, out = nearest_prototype(jnp.stack(supports, axis=1), masks, query)
+        margin = foreground_margin(logits)
+        return (margin, out) if named else margin
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class SelfSupportPredictor(Predictor):
+    """What segments best without training (`training_free`); margins times `scale`."""
+
+    backbone: Backbone = dataclasses.field(metadata=STATIC)
+    scale: float = dataclasses.field(metadata=STATIC)
+    weights: PyTree[Array]
+
+    def encode(self, images, roles=ROLES, padding=None):
+        """Returns the features, and which cells hold the photo."""
+        del roles
+        maps = _features(self.backbone, self.weights, images)
+        if padding is None:
+            return {"maps": maps, "photo": jnp.ones(maps.shape[:3], bool)}
+        return {"maps": maps, "photo": ~padding[:, ::FEATURE_STRIDE, ::FEATURE_STRIDE]}
+
+    @functools.partial(jax.jit, static_argnames="named")
+    def decode(self, supports, masks, query, *, named=False):
+        """Returns the margin; see `Predictor`."""
+        maps = jnp.stack([support["maps"] for support in supports], axis=1)
+        logits, out = self_supported(maps, masks, query["maps"], query["photo"])
+        margin = self.scale * foreground_margin(logits)
+        return (margin, out) if named else margin
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class MeanPredictor(Predictor):
+    """The mean of two probabilities: of a network, and of self-support.
+
+    The backbone of the second has the stages of the first and others after them; an
+    image passes it once for both.
+    """
+
+    network: NetworkPredictor
+    training_free: SelfSupportPredictor
+
+    def encode(self, images, roles=ROLES, padding=None):
+        """Returns what each of the two makes of images."""
+        found = self.training_free.encode(images, roles, padding)
+        return self.network.encode_maps(found["maps"], roles), found
+
+    def decode(self, supports, masks, query, *, named=False):
+        """Returns the margin; see `Predictor`."""
+        for_network, for_free = zip(*supports, strict=True)
+        margin = self.network.decode(for_network, masks, query[0], named=named)
+        free = self.training_free.decode(for_free, masks, query[1], named=named)
+        if not named:
+            return mean_margin(margin, free)
+        return mean_margin(margin[0], free[0]), margin[1] | free[1]
+
+    def crop_supports(self, supports, masks):
+        """Returns the network's part cropped; self-support looks at all of its own."""
+        network, training_free = zip(*supports, strict=True)
+        cropped = self.network.crop_supports(network, masks)
+        return tuple(zip(cropped, training_free, strict=True))
+
+
+@jax.jit
+def mean_margin(*margins: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the logit of the mean probability of several margins."""
+    log_p, log_q = (
+        jax.nn.logsumexp(jax.nn.log_sigmoid(sign * jnp.stack(margins)), axis=0)
+        for sign in (1, -1)
+    )
+    return log_p - log_q
+
+
+def cosine_predictor(
+    backbone: Backbone, weights: PyTree[Array], dtype: str = "float32"
+) -> CosinePredictor:
+    """Returns the training-free baseline over the features of a backbone."""
+    return CosinePredictor(backbone_in_dtype(backbone, dtype), weights)
+
+
+def self_support_predictor(
+    backbone: Backbone,
+    weights: PyTree[Array],
+    dtype: str = "float32",
+    scale: float = 1.0,
+) -> SelfSupportPredictor:
+    """Returns what segments best without training, over the features of a backbone."""
+    return SelfSupportPredictor(backbone_in_dtype(backbone, dtype), scale, weights)
+
+
+def mean_predictor(
+    model: QPENet,
+    backbone: Backbone,
+    params: PyTree[Array],
+    weights: PyTree[Array],
+    others: Sequence[str],
+    dtype: str = "float32",
+) -> MeanPredictor:
+    """Returns the mean of a network and self-support.
+
+    Each finds what the other misses: the network, where it has seen the like in
+    training; features alone, where it hasn't (docs/starter.md). Self-support takes
+    the `others` of the backbone's stages as well.
+    """
+    whole = backbone._replace(stages=(*backbone.stages, *others))
+    return MeanPredictor(
+        qpenet_predictor(model, backbone, params, weights, dtype),
+        self_support_predictor(whole, weights, dtype, SHARPNESS),
+    )

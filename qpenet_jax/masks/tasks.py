@@ -77,16 +77,17 @@ class Task:
         return View(encoded, height, width)
 
     @functools.cached_property
-    def focused(self) -> tuple[PyTree[Array], ...]:
+    def cropped_supports(self) -> tuple[PyTree[Array], ...]:
         """The supports without what no margin depends on."""
-        return self.predict.focus(self.supports, self.masks)
+        return self.predict.crop_supports(self.supports, self.masks)
 
     def margin(self, view: View) -> Margin:
         """Returns the margin of the foreground at every pixel of an encoded query."""
-        margin = np.asarray(self.predict.decode(self.focused, self.masks, view.encoded))
+        supports = self.cropped_supports
+        margin = np.asarray(self.predict.decode(supports, self.masks, view.encoded))
         return unpad(margin[0], view.height, view.width)
 
-    def look(self, query: Image) -> dict[str, Any]:
+    def intermediates(self, query: Image) -> dict[str, Any]:
         """Returns the named intermediates for a query, as arrays without a batch axis.
 
         A trained network's are those of `QPENet.__call__`, those of the training-free

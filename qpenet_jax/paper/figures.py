@@ -238,7 +238,9 @@ def _look(run: ShownRun) -> Callable[[Episode], tuple[Float[np.ndarray, "s s"], 
     _, config, params, weights = run
 
     def look(episode):
-        margin, out = build_predictor(config, params, weights).look(episode)
+        margin, out = build_predictor(config, params, weights).with_intermediates(
+            episode
+        )
         if build_model(config).bgpe:
             # The head of eq 10 segments by whatever stands at P_global's place.
             gbc = params["gbc"] | {"P_global": out["P_bg"][0]}

@@ -24,11 +24,10 @@ from qpenet_jax.core.fields import flat
 from qpenet_jax.core.files import local_path
 from qpenet_jax.core.runtime import refuse_64_bits
 from qpenet_jax.core.types import BATCH_STATISTICS
-from qpenet_jax.evaluation.predictor import (
-    Predictor,
+from qpenet_jax.evaluation.predictor import Predictor, qpenet_predictor
+from qpenet_jax.evaluation.training_free import (
     cosine_predictor,
     mean_predictor,
-    qpenet_predictor,
     self_support_predictor,
 )
 from qpenet_jax.models.qpenet import QPENet
@@ -221,9 +220,15 @@ def build_cosine_predictor(config: Any, weights: PyTree[Array]) -> Predictor:
     return cosine_predictor(backbone(config.backbone.name), weights, config.dtype)
 
 
-def build_self_support_predictor(config: Any, weights: PyTree[Array]) -> Predictor:
-    """Returns what segments best without any training: method prototype."""
-    return self_support_predictor(backbone(config.backbone.name), weights, config.dtype)
+def build_self_support_predictor(
+    config: Any, weights: PyTree[Array], scale: float = 1.0
+) -> Predictor:
+    """Returns what segments best without any training: method prototype.
+
+    Its margins are differences of cosines times `scale`.
+    """
+    net = backbone(config.backbone.name)
+    return self_support_predictor(net, weights, config.dtype, scale)
 
 
 def build_mean_predictor(

@@ -255,8 +255,10 @@ class Evaluator:
             self.val,
             [self.samplers[0](i) for i in range(count)],
             {
-                "cosine": self.cosine.as_scored,
-                build.network_name(self.config, self.protocol.shots): predict.as_scored,
+                "cosine": self.cosine.in_both_roles,
+                build.network_name(
+                    self.config, self.protocol.shots
+                ): predict.in_both_roles,
             },
             self.protocol.side,
             self.protocol.resize,

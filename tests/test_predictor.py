@@ -1,7 +1,5 @@
 """Supports cut around their foreground give the masks that whole ones do."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -9,8 +7,11 @@ from test_segmenter import picture
 
 from qpenet_jax import load
 from qpenet_jax.backbones.registry import backbone
-from qpenet_jax.evaluation.focus import around_foreground
-from qpenet_jax.evaluation.predictor import qpenet_predictor
+from qpenet_jax.data.transforms import unpad
+from qpenet_jax.evaluation.predictor import (
+    around_foreground,
+    qpenet_predictor,
+)
 from qpenet_jax.models.layers import Convs
 from qpenet_jax.models.qpenet import QPENet
 
@@ -50,14 +51,14 @@ def test_the_margin_is_that_of_whole_supports(fields):
         return model.apply(params, x, (role,), method="encode")
 
     supports = [encode(features[:, k], "support") for k in range(4)]
-    focused = around_foreground(supports, masks)
+    cropped = around_foreground(supports, masks)
     assert sizes(supports) == {(31, 31)}
-    assert sizes(focused) == {(16, 16)}
+    assert sizes(cropped) == {(16, 16)}
     whole, part = (
         model.apply(params, stacked, masks, encode(query, "query"), method="decode")[0]
         for stacked in (
             jax.tree.map(lambda *x: np.stack(x, axis=1), *some)
-            for some in (supports, focused)
+            for some in (supports, cropped)
         )
     )
     np.testing.assert_allclose(part, whole, atol=1e-5, rtol=1e-5)
@@ -104,13 +105,13 @@ def test_the_starter_learns_its_networks_part_alone():
     images, masks = zip(*(picture(64, n) for n in (40, 80)), strict=True)
     corner = [mask * (np.indices(mask.shape) < 20).all(axis=0) for mask in masks]
     task = load(overrides=["--config.side=161"]).learn(images, corner)
-    network, free = zip(*task.focused, strict=True)
+    network, free = zip(*task.cropped_supports, strict=True)
     assert sizes(network) == {(16, 16)}
     assert sizes(free) == {(21, 21)}
     query, _ = picture(64, 64)
     view = task.view(query)
-    unfocused = task.predict._replace(focus=lambda supports, masks: supports)
-    whole = dataclasses.replace(task, predict=unfocused).margin(view)
+    whole = np.asarray(task.predict.decode(task.supports, task.masks, view.encoded))
+    whole = unpad(whole[0], *query.shape[:2])
     np.testing.assert_allclose(task.margin(view), whole, atol=1e-4)
 
 
@@ -118,6 +119,7 @@ def test_a_network_of_others_may_look_at_all_of_a_support():
     class Other(QPENet):
         pass
 
-    focus = qpenet_predictor(Other(), backbone("resnet50"), {}, {}).focus
+    network = qpenet_predictor(Other(), backbone("resnet50"), {}, {})
     supports = [{"F_s": np.ones((1, 31, 31, 4), np.float32)}] * 2
-    assert focus(supports, np.stack([mask_of(BOXES["edge"])] * 2)[None]) is supports
+    masks = np.stack([mask_of(BOXES["edge"])] * 2)[None]
+    assert network.crop_supports(supports, masks) is supports
