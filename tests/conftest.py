@@ -1,10 +1,13 @@
 """Paths and small data sets that several test files share."""
 
+import atexit
 import contextlib
 import gc
 import importlib.util
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,25 +16,29 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # To compile takes far longer than to run what most tests run, in processes of theirs as
 # well. JAX_DISABLE_MOST_OPTIMIZATIONS=0 lets all tests run the code that users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# What one process has compiled no other one compiles again, of all that this run starts.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = tempfile.mkdtemp(prefix="qpenet_jax_tests_")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import cv2
 import jax
 import numpy as np
 import pytest
-from jax._src import compiler
-from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 from PIL import Image
 
-from qpenet_jax.core.files import cache_folder
-
 # Fusion emitters take half of the time that little effort takes. Newer versions of XLA
 # don't know the flag, and end the process that has it.
-NO_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
-LITTLE_EFFORT = jax.config.values["jax_disable_most_optimizations"]
-if LITTLE_EFFORT and jax.__version_info__[:2] == (0, 10):
+if (
+    jax.config.values["jax_disable_most_optimizations"]
+    and jax.__version_info__[:2] == (0, 10)
+    and "fusion_emitters" not in os.environ.get("XLA_FLAGS", "")
+):
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} {NO_EMITTERS}".strip()
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 
 # Every call in these rooms is checked against its annotations, shapes included, and JAX
 # refuses to promote dtypes and ranks. What a test starts as a process runs unchecked.
@@ -54,19 +61,34 @@ PARITY = ("torch", "torchvision", "efficientnet_lite_pytorch")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-LONG = (
-    "test_train.py",
-    "test_cluster.py",
-    "test_reproduce.py",
-    "test_loop.py",
-    "test_twin.py",
-)
-"""Files that take more than a minute."""
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""The event of JAX that counts a compiled program, also one from the cache."""
+
+compiled = 0
 
 
-def pytest_collection_modifyitems(items):
-    """Start with the long files, so that neither process of two ends with one alone."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+def count_compiled(event, duration, **_):
+    global compiled
+    compiled += event == COMPILED
+
+
+jax.monitoring.register_event_duration_secs_listener(count_compiled)
+
+
+def pytest_sessionfinish(session):
+    """Hand the number of compiled programs to the process that starts the others."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["compiled"] = compiled
+
+
+def pytest_testnodedown(node):
+    global compiled
+    compiled += getattr(node, "workeroutput", {}).get("compiled", 0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what makes the tests slow, beside the ten slowest (`--durations=10`)."""
+    terminalreporter.line(f"programs compiled in the tests' processes: {compiled}")
 
 
 def pytest_runtest_setup(item):
@@ -86,19 +108,6 @@ def _promotion(request):
 
 
 @contextlib.contextmanager
-def _settings(**values):
-    """Change settings of JAX, here and in processes that are started meanwhile."""
-    before = {name: jax.config.values[name] for name in values}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setenv(name.upper(), str(value))
-            jax.config.update(name, value)
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@contextlib.contextmanager
 def no_file_above(size):
     """Let writes beyond `size` bytes of a file fail, as all do on a full disk."""
     import resource  # Unix only
@@ -111,48 +120,13 @@ def no_file_above(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@contextlib.contextmanager
-def _with_fusion_emitters():
-    """Take NO_EMITTERS back, here and of processes that are started meanwhile."""
-    flags, options_of = os.environ.get("XLA_FLAGS", ""), compiler.get_compile_options
-    if NO_EMITTERS not in flags:
-        yield
-        return
-    name = NO_EMITTERS.removeprefix("--").removesuffix("=false")
-
-    def options(*given, **named):
-        made = options_of(*given, **named)
-        made.env_option_overrides = [*(made.env_option_overrides or ()), (name, True)]
-        return made
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", options)
-        patch.setenv("XLA_FLAGS", flags.replace(NO_EMITTERS, "").strip())
-        yield
-
-
 @pytest.fixture(scope="module")
 def optimised_code():
     """Compile with all effort, where much is computed or the last digits matter."""
-    with _settings(jax_disable_most_optimizations=False), _with_fusion_emitters():
-        yield
-
-
-@pytest.fixture(scope="module")
-def compiled_once():
-    """Compile once for all runs that are alike, here and in processes.
-
-    Most of a run of few steps is compilation, of many parts that take less than the
-    second from which on JAX keeps one.
-    """
-    cache = {
-        "jax_compilation_cache_dir": str(cache_folder("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    with _settings(**cache):
-        compilation_cache.reset_cache()  # JAX looks only once whether there is one
-        yield
-    compilation_cache.reset_cache()
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,6 @@ from qpenet_jax.training.train import LOCK_FILE
 
 pytestmark = [
     pytest.mark.standard_promotion,
-    pytest.mark.usefixtures("compiled_once"),
 ]
 
 START, STEPS, SCORED = 3, 14, 7
@@ -190,7 +189,7 @@ def assert_same_result(ours, theirs):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, compiled_once):
+def start(tmp_path_factory):
     """A run of one process that was stopped after START steps."""
     workdir = tmp_path_factory.mktemp("start") / "run"
     add, steps = progress.Progress.add, []

@@ -40,7 +40,7 @@ from qpenet_jax.training.stopping import Interrupted
 
 pytestmark = [
     pytest.mark.standard_promotion,
-    pytest.mark.usefixtures("compiled_once", "tiny"),
+    pytest.mark.usefixtures("tiny"),
 ]
 
 NET = Backbone(

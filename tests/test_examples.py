@@ -19,7 +19,6 @@ from qpenet_jax.runs.build import build_model, complete, initial_params
 
 pytestmark = [
     pytest.mark.standard_promotion,
-    pytest.mark.usefixtures("compiled_once"),
 ]
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"

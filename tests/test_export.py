@@ -24,8 +24,6 @@ from qpenet_jax.runs.export import FORMATS, export
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.parts import Part
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 RUN = Path(__file__).parent / "goldens" / "run_dbf7d53"
 SIDE = 65
 GUIDE = Path(__file__).parents[1] / "docs" / "export.md"

@@ -29,7 +29,6 @@ from qpenet_jax.training.stopping import Interrupted, StopSignal
 
 pytestmark = [
     pytest.mark.standard_promotion,
-    pytest.mark.usefixtures("compiled_once"),
 ]
 
 SCORES = {1: 30.0, 2: 90.0, 3: 10.0}

@@ -80,7 +80,6 @@ def run(tmp_path, **changes):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.usefixtures("compiled_once")
 def test_the_check_ends_with_a_verdict(tmp_path):
     """Small images of noise-like training: alive or not, it is said and returned."""
     result = run(tmp_path, steps=30)
@@ -93,7 +92,6 @@ def test_the_check_ends_with_a_verdict(tmp_path):
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.usefixtures("compiled_once")
 def test_the_check_fails_where_training_diverges(tmp_path):
     changes = {"optimizer__name": "sgd", "optimizer__lr": 1e30, "steps": 30}
     result = run(tmp_path, **changes)

@@ -26,8 +26,6 @@ from qpenet_jax.runs.folder import claim, open_run, read_inputs
 from qpenet_jax.runs.model_file import MODEL_FILE, STORED, write_model
 from qpenet_jax.runs.publish import publish
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 RUN = Path(__file__).parent / "goldens" / "run_dbf7d53"
 
 

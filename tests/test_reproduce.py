@@ -141,7 +141,7 @@ def reproduced(table, workdir, options):
 
 
 @pytest.fixture(scope="module")
-def killed(compiled_once, tmp_path_factory):
+def killed(tmp_path_factory):
     """Table III, stopped by Ctrl-C in the first step of its second run."""
     workdir = tmp_path_factory.mktemp("table3") / "runs"
     process = start("table3", workdir, TABLE3)
@@ -320,7 +320,7 @@ def test_a_run_of_another_config_is_told(finished, tmp_path, capsys):
 
 
 @pytest.fixture
-def endless(compiled_once, tmp_path):
+def endless(tmp_path):
     """A reproduction in a session of its own, held while it trains; its options."""
     rows = {"rows": ("full",), "seeds": (0,), "overrides": overrides(steps=100_000)}
     process = start("table3", tmp_path, rows, new_session=True)
@@ -396,7 +396,7 @@ def test_the_cost_counts_references_and_selection(monkeypatch, capsys):
     assert not Path("nowhere").exists()
 
 
-def test_table1_over_two_folds_and_five_shots(compiled_once, tmp_path):
+def test_table1_over_two_folds_and_five_shots(tmp_path):
     workdir = tmp_path / "runs"
     out = reproduced("table1", workdir, TABLE1)
     assert "[2/2] efficientnet_lite0 fold1 seed0: mIoU" in out

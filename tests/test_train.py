@@ -39,7 +39,6 @@ from qpenet_jax.training.train import LOCK_FILE
 
 pytestmark = [
     pytest.mark.standard_promotion,
-    pytest.mark.usefixtures("compiled_once"),
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,7 +121,7 @@ def assert_refused(result, *words):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compiled_once):
+def finished(tmp_path_factory):
     """A finished run and what it printed."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     result = train_alone(workdir)

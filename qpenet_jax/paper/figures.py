@@ -23,7 +23,7 @@ from qpenet_jax.paper.sheets import (
     predictions_sheet,
 )
 from qpenet_jax.paper.tiles import Out
-from qpenet_jax.runs.build import build_model, build_predictor
+from qpenet_jax.runs.build import build_cosine_predictor, build_model, build_predictor
 from qpenet_jax.runs.datasets import (
     build_dataset,
     build_eval_samplers,

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Bool, Float, Int, PyTree, UInt8
 
-from qpenet_jax.backbones.batch_norm import refolded
+from qpenet_jax.backbones.batch_norm import refolded, statistics_of
 from qpenet_jax.backbones.registry import Backbone, deep_part, normalize, with_deep
 from qpenet_jax.core.types import BATCH_STATISTICS, Array, Episode
 from qpenet_jax.models.losses import LossWeights
@@ -29,6 +29,12 @@ from qpenet_jax.training.step import (
     train_step,
     updated,
 )
+
+
+def with_statistics(params: PyTree[Array], weights: PyTree[Array]) -> PyTree[Array]:
+    """Returns parameters with the statistics that backbone weights were folded with."""
+    statistics = jax.tree.map(jnp.copy, statistics_of(weights))
+    return {**params, BATCH_STATISTICS: statistics}
 
 
 def drifts(step: Int[Array, ""], epoch: int) -> Bool[Array, ""]:

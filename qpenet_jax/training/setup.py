@@ -4,15 +4,12 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from qpenet_jax.backbones.batch_norm import statistics_of
 from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import BATCH_STATISTICS
 from qpenet_jax.data.versions import shared_photos
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.released.losses import released_loss
@@ -25,7 +22,7 @@ from qpenet_jax.runs.build import (
 )
 from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.training.batches import shardings
-from qpenet_jax.training.released_step import make_drifting_step
+from qpenet_jax.training.released_step import make_drifting_step, with_statistics
 from qpenet_jax.training.step import TrainState, make_train_step
 
 
@@ -34,8 +31,7 @@ def initial_state(config: Any, weights: PyTree[Array], steps: int) -> TrainState
     params = initial_params(config)
     opt_state = Optimizer(**config.optimizer).build(steps).init(params)
     if config.backbone.drift:
-        statistics = jax.tree.map(jnp.copy, statistics_of(weights))
-        params = {**params, BATCH_STATISTICS: statistics}
+        params = with_statistics(params, weights)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 

@@ -19,6 +19,7 @@ from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.network import ReleasedQPENet
+from qpenet_jax.runs.build import init_params
 from qpenet_jax.training.health import HEADS
 
 Network = QPENet | ReleasedQPENet | InDtype
@@ -32,6 +33,18 @@ class TrainState:
     step: Any  # Int[Array, ""], or what stands for it in a tree of shapes
     params: PyTree
     opt_state: PyTree
+
+
+def init_state(
+    model: QPENet | ReleasedQPENet,
+    optimizer: optax.GradientTransformation,
+    *,
+    channels: int,
+    key: Array,
+) -> TrainState:
+    """Returns the state at step 0; `channels` are the backbone's."""
+    params = init_params(model, channels, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 # One trace serves all runs that are alike in a process.
@@ -90,14 +103,17 @@ def train_step(
     episode_loss = functools.partial(batch_loss, model=model, loss=loss)
     gradient = jax.value_and_grad(episode_loss, has_aux=True)
 
-    def part(batch, key):
+    def gradients(batch, key):
         maps = episode_features(backbone, weights, batch)
         return gradient(state.params, weights, maps, batch, key)
 
+    def part(batch, i):
+        return gradients(batch, jax.random.fold_in(key, i))
+
     if accumulate == 1:
-        (_, metrics), grads = part(batch, key)
+        (_, metrics), grads = gradients(batch, key)
     else:
-        (_, metrics), grads = mean_of_parts(part, batch, key, accumulate)
+        (_, metrics), grads = mean_of_parts(part, batch, accumulate)
     return updated(state, grads, metrics, optimizer)
 
 
@@ -165,24 +181,21 @@ def episode_features(
     return maps[:, :k], maps[:, k]
 
 
-def mean_of_parts(
-    f: Callable[..., Any], batch: PyTree, key: Array, count: int
-) -> PyTree[Array]:
-    """Returns the mean of `f(part, key of the part)` over equal parts of a batch.
+def mean_of_parts(f: Callable[..., Any], batch: PyTree, count: int) -> Any:
+    """Returns the mean of `f(part, i)` over equal parts of a batch, one at a time.
 
     Part i holds the rows i, i + count, ...: devices go through what they have.
     """
     parts = jax.tree.map(
         lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
     )
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    one = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts), key)
+    one = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts), 0)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, f(*part)), None
+    def add(total, numbered):
+        return jax.tree.map(jnp.add, total, f(*numbered)), None
 
-    total, _ = jax.lax.scan(add, zero, (parts, keys))
+    total, _ = jax.lax.scan(add, zero, (parts, jnp.arange(count)))
     return jax.tree.map(lambda x: x / count, total)
 
 
