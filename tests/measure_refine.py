@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import qpenet_jax
 from qpenet_jax.data.images import read_image, read_label
 from qpenet_jax.data.transforms import binary_mask, fit_label, unpad
-from qpenet_jax.masks.margins import probability
 from qpenet_jax.masks.refine import Edges
+from qpenet_jax.masks.tasks import probability
 
 MIN_PIXELS, MIN_IMAGES, TOLERANCE = 2048, 10, 0.008
 

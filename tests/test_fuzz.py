@@ -44,7 +44,7 @@ from qpenet_jax.data.prepare.instances import Instances
 from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.masks.annotations import parse_support, read_support
-from qpenet_jax.masks.margins import compete
+from qpenet_jax.masks.tasks import compete
 from qpenet_jax.runs import checkpoints
 from qpenet_jax.runs.build import complete
 from qpenet_jax.runs.config_files import load_config, override

@@ -5,8 +5,8 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from test_writers import Colours, iou, scene
 
-from qpenet_jax.masks.margins import Tiles
 from qpenet_jax.masks.refine import SMOOTHNESS, Edges
+from qpenet_jax.masks.tasks import Tiles
 
 
 def by_regression(photo, given, radius):

@@ -21,10 +21,9 @@ from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks import writers
 from qpenet_jax.masks.coco_json import polygons
 from qpenet_jax.masks.labelme import draw_shapes
-from qpenet_jax.masks.margins import Tiles, compete, probability, tiled
 from qpenet_jax.masks.polygons import fill, outlines
 from qpenet_jax.masks.queries import find_queries, frames
-from qpenet_jax.masks.tasks import Tasks
+from qpenet_jax.masks.tasks import Tasks, Tiles, compete, probability, tiled
 from qpenet_jax.segmenter import METHODS
 
 COLOURS = {"red": (250, 0, 0), "blue": (0, 0, 250)}

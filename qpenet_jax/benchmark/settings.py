@@ -167,7 +167,7 @@ class Settings:
         backbone(self.backbone)
 
     def _check_numbers(self) -> None:
-        from qpenet_jax.evaluation.protocols import check_side
+        from qpenet_jax.data.transforms import check_side
 
         for name in ("what", "shots", "batch", "dtype", "variants", "workers"):
             if not getattr(self, name):

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
     from qpenet_jax.backbones.registry import backbone
     from qpenet_jax.core.errors import check_choice
-    from qpenet_jax.evaluation.protocols import check_side
+    from qpenet_jax.data.transforms import check_side
     from qpenet_jax.models.released import network as released
     from qpenet_jax.models.variants import VARIANTS
 

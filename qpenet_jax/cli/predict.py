@@ -119,8 +119,8 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from qpenet_jax.masks.annotations import parse_support, read_supports
-    from qpenet_jax.masks.margins import Tiles
     from qpenet_jax.masks.queries import find_queries
+    from qpenet_jax.masks.tasks import Tiles
     from qpenet_jax.masks.writers import MaskWriter, segment_files
 
     for name in args.format:

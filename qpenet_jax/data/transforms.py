@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
 
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import FEATURE_STRIDE, IGNORE
 
 Resize = Literal["pad", "squash"]
@@ -107,3 +108,15 @@ def nearest(
     # INTER_NEAREST takes the top left of each source window: off by half a pixel of
     # the image's grid. EXACT shares its half-pixel centres.
     return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def check_side(side: int) -> None:
+    """Refuses sides of the network's input that its stride of 8 doesn't fit.
+
+    Raises:
+        InputError: not 8 n + 1, or below 17.
+    """
+    if side % 8 != 1 or side < 17:
+        raise InputError(
+            f"side={side} must be 8 n + 1 and at least 17, such as 161, 321 or 473"
+        )

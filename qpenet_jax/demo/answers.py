@@ -16,8 +16,8 @@ from qpenet_jax.demo.photos import read_photo, result_names
 from qpenet_jax.demo.pictures import RGB, Picture, shrunk
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, class_overlay, overlay
 from qpenet_jax.masks.annotations import UNNAMED
-from qpenet_jax.masks.margins import Segmentation
 from qpenet_jax.masks.queries import Frame, Query
+from qpenet_jax.masks.tasks import Segmentation
 from qpenet_jax.masks.writers import MaskWriter
 from qpenet_jax.paper.tiles import DARK, heat
 from qpenet_jax.segmenter import Segmenter

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import IGNORE, SegmentationDataset
 from qpenet_jax.data.episodes import MIN_PIXELS, Order, Targets
-from qpenet_jax.data.transforms import Resize
+from qpenet_jax.data.transforms import Resize, check_side
 from qpenet_jax.data.versions import dataset_version
 
 Scoring = Literal["original", "input", "exact"]
@@ -171,18 +171,6 @@ def preset_fields(preset: str, split: str) -> dict[str, Any]:
     ours = {name: defaults[name] for name in PRESET_FIELDS}
     on_coco = PRESETS_ON_COCO.get(preset, {}) if split.startswith("coco") else {}
     return ours | PRESETS[preset] | on_coco
-
-
-def check_side(side: int) -> None:
-    """Refuses sides of the network's input that its stride of 8 doesn't fit.
-
-    Raises:
-        InputError: not 8 n + 1, or below 17.
-    """
-    if side % 8 != 1 or side < 17:
-        raise InputError(
-            f"side={side} must be 8 n + 1 and at least 17, such as 161, 321 or 473"
-        )
 
 
 def of_dataset(protocol: Protocol, dataset: SegmentationDataset) -> Protocol:

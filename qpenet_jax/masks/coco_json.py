@@ -12,8 +12,8 @@ from pycocotools import mask as pycoco
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import refuse_other_size
 from qpenet_jax.data.prepare.instances import by_id, drawn, size_of
-from qpenet_jax.masks.margins import Segmentation
 from qpenet_jax.masks.polygons import outlines
+from qpenet_jax.masks.tasks import Segmentation
 
 
 def coco_annotations(

@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import decoding
 from qpenet_jax.data.prepare.instances import FORMAT_ERRORS, reason
-from qpenet_jax.masks.margins import Segmentation
 from qpenet_jax.masks.polygons import fill, outlines
+from qpenet_jax.masks.tasks import Segmentation
 
 VERSION = "5.5.0"
 """The version of labelme that a written file names; those after it read it as well."""

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.evaluation.pictures import class_overlay
-from qpenet_jax.masks.margins import Segmentation
+from qpenet_jax.masks.tasks import Segmentation
 
 RGB = UInt8[np.ndarray, "h w 3"]
 

@@ -19,8 +19,8 @@ from qpenet_jax.core.files import refuse_overwriting, write_whole
 from qpenet_jax.evaluation.pictures import class_overlay, voc_colour
 from qpenet_jax.masks.coco_json import CocoFile
 from qpenet_jax.masks.labelme import labelme_file
-from qpenet_jax.masks.margins import Segmentation
 from qpenet_jax.masks.queries import Frame, Query, frames
+from qpenet_jax.masks.tasks import Segmentation
 from qpenet_jax.masks.videos import OverlayVideo
 
 FORMATS = ("png", "voc", "coco", "coco_polygons", "labelme")
