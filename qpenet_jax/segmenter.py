@@ -12,8 +12,7 @@ from jaxtyping import Array, PyTree, Shaped
 from qpenet_jax.config import default_config
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path
-from qpenet_jax.data.arrays import as_image, as_mask
-from qpenet_jax.data.supports import fit_support
+from qpenet_jax.data.supports import as_image, as_mask, fit_support
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks.tasks import Image, Mask, Task, Tasks
 from qpenet_jax.runs.build import (

@@ -18,9 +18,8 @@ from qpenet_jax.benchmark.reference_pipeline import (
 )
 from qpenet_jax.benchmark.speed_tables import loading_report
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.augmentation import Augmentation, draw
+from qpenet_jax.data.augmentation import Augmentation, augment, draw
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
-from qpenet_jax.data.host_augmentation import augment
 from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout

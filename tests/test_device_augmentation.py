@@ -16,7 +16,14 @@ from qpenet_jax.benchmark.made_up import made_up_photo
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE
 from qpenet_jax.data.augmentation import Augmentation, draw
-from qpenet_jax.data.device_augmentation import augment_episodes
+from qpenet_jax.data.device_augmentation import (
+    RawEpisode,
+    augment_episodes,
+    canvas_side,
+    device_draws,
+    load_raw_episode,
+    scaled_side,
+)
 from qpenet_jax.data.episodes import (
     AUGMENT_STREAM,
     EpisodeIds,
@@ -24,13 +31,6 @@ from qpenet_jax.data.episodes import (
     generator,
 )
 from qpenet_jax.data.loader import load_episode, training_batches
-from qpenet_jax.data.raw_episodes import (
-    RawEpisode,
-    canvas_side,
-    device_draws,
-    load_raw_episode,
-    scaled_side,
-)
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.runs import config, loading
@@ -406,7 +406,7 @@ import re
 import jax, numpy as np
 from qpenet_jax.data.augmentation import Augmentation, draw
 from qpenet_jax.data.device_augmentation import augment_episodes
-from qpenet_jax.data.raw_episodes import RawEpisode, device_draws
+from qpenet_jax.data.device_augmentation import RawEpisode, device_draws
 from qpenet_jax.training.batches import shardings
 
 rng = np.random.default_rng(0)

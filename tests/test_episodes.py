@@ -18,7 +18,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler, eligible_pairs
-from qpenet_jax.data.loader import ahead, load_episode, training_batches
+from qpenet_jax.data.loader import load_episode, prefetched, training_batches
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.data.transforms import binary_mask, fit, fit_label
 
@@ -380,13 +380,13 @@ def test_image_and_label_of_other_sizes_are_told_when_they_are_loaded(root):
 LOADS = """
 import contextlib, os, sys, time
 import numpy as np
-from qpenet_jax.data.loader import ahead
+from qpenet_jax.data.loader import prefetched
 
 def load(i):
     return os.getpid(), np.full((300, 300), i), np.full(3, i)
 
 if __name__ == "__main__":
-    with contextlib.closing(ahead(load, range(1000), 2)) as stream:
+    with contextlib.closing(prefetched(load, range(1000), 2)) as stream:
         kept = [next(stream) for _ in range(5)]
         print(*{pid for pid, *_ in kept}, flush=True)
         time.sleep(int(sys.argv[1]))
@@ -432,10 +432,10 @@ def killed_at_3(i):
 
 UNGUARDED = """
 import numpy as np
-from qpenet_jax.data.loader import ahead
+from qpenet_jax.data.loader import prefetched
 def load(i):
     return np.full(3, i)
-next(ahead(load, range(9), 1))
+next(prefetched(load, range(9), 1))
 """
 
 
@@ -456,7 +456,7 @@ def test_a_process_that_loads_and_is_killed_is_told():
     got = []
     with (
         pytest.raises(InputError, match=r"was killed .*signal 9.*config.workers"),
-        contextlib.closing(ahead(killed_at_3, range(9), 1)) as stream,
+        contextlib.closing(prefetched(killed_at_3, range(9), 1)) as stream,
     ):
         got.extend(loaded.tolist() for loaded in stream)
     assert got == [[number] * 3 for number in range(len(got))]

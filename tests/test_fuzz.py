@@ -39,7 +39,7 @@ from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.core.fields import flat
 from qpenet_jax.data.episode_lists import export_episodes, read_episodes
 from qpenet_jax.data.episodes import EpisodeSampler
-from qpenet_jax.data.prepare.class_lists import read_classes
+from qpenet_jax.data.prepare.image_folder import read_classes
 from qpenet_jax.data.prepare.instances import Instances
 from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.sources.voc import VOCLayout

@@ -16,10 +16,10 @@ from qpenet_jax.data.images import (
     image_size,
     read_image,
     read_label,
-    read_mask,
     reread_image,
     warn_of_turn,
 )
+from qpenet_jax.data.supports import read_mask
 
 SMOOTH = np.stack(
     np.broadcast_arrays(

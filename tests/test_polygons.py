@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from qpenet_jax.data.sources.drawing import outlines
+from qpenet_jax.data.sources import silhouettes as outlines
 
 
 def _drawn(class_id: int, size: float, centre: tuple[float, float], side: int):

@@ -15,11 +15,10 @@ from PIL import Image
 
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.images import read_mask
 from qpenet_jax.data.prepare.archives import fingerprint
-from qpenet_jax.data.prepare.class_lists import read_classes
-from qpenet_jax.data.prepare.folder import prepare_folder
+from qpenet_jax.data.prepare.image_folder import prepare_folder, read_classes
 from qpenet_jax.data.sources.prepared import Prepared
+from qpenet_jax.data.supports import read_mask
 
 SIZE = (12, 17)
 
@@ -168,7 +167,7 @@ def test_preparing_again(root, tmp_path, change, capfd):
 PREPARING = """
 import sys, time
 from pathlib import Path
-from qpenet_jax.data.prepare import folder
+from qpenet_jax.data.prepare import image_folder as folder
 
 root, out, begun, go = map(Path, sys.argv[1:])
 
@@ -250,7 +249,7 @@ def test_what_is_left_out_is_said(root, tmp_path, capfd):
 PREPARE = """
 import sys
 from pathlib import Path
-from qpenet_jax.data.prepare.folder import prepare_folder
+from qpenet_jax.data.prepare.image_folder import prepare_folder
 prepare_folder(Path(sys.argv[1]), Path(sys.argv[2]), name="same")
 """
 

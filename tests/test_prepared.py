@@ -27,8 +27,14 @@ from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.images import read_image
 from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.prepare import builder
-from qpenet_jax.data.prepare.builder import SegmentationBuilder, encode_mask, prepare
-from qpenet_jax.data.prepare.source import Example, Source, check_example
+from qpenet_jax.data.prepare.builder import (
+    LabelledImage,
+    SegmentationBuilder,
+    Source,
+    check_example,
+    encode_mask,
+    prepare,
+)
 from qpenet_jax.data.sources.prepared import Prepared
 
 EXIF_ORIENTATION = 0x0112
@@ -81,7 +87,7 @@ def val_names(images: dict[str, bytes]) -> list[str]:
 
 def source(images: dict[str, bytes], **changes) -> Source:
     def example(split, name):
-        return Example(name, images[name.removeprefix("val ")], label_of(name))
+        return LabelledImage(name, images[name.removeprefix("val ")], label_of(name))
 
     given = {
         "classes": ("cat", "dog"),
@@ -265,7 +271,7 @@ def test_estimate_of_the_disk(monkeypatch, tmp_path):
     made = source(
         images,
         splits={"train": list(images)},
-        example=lambda _, name: Example(name, data, big),
+        example=lambda _, name: LabelledImage(name, data, big),
     )
     folder = prepare(Tiny, made, tmp_path, "main")
     used = sum(path.stat().st_size for path in folder.iterdir())
@@ -289,17 +295,17 @@ def test_tfds_is_silent(tmp_path, caplog, capfd, monkeypatch):
 
 def test_check_example_names_image_and_label():
     data, label = pictures()["png"], label_of("png")
-    counts = check_example(Example("a", data, label), classes=2)
+    counts = check_example(LabelledImage("a", data, label), classes=2)
     assert counts.tolist() == [(label == 1).sum(), (label == 2).sum()]
     sources = {"image_from": "a.zip: 1.png", "label_from": "b.zip: 2.png"}
     with pytest.raises(InputError, match=r"^a: label value 2 is no class"):
-        check_example(Example("a", data, label), classes=1)
+        check_example(LabelledImage("a", data, label), classes=1)
     with pytest.raises(InputError, match=r"^b\.zip: 2\.png: label value 2 is no"):
-        check_example(Example("a", data, label, **sources), classes=1)
+        check_example(LabelledImage("a", data, label, **sources), classes=1)
     with pytest.raises(InputError, match=r"^b\.zip: 2\.png: mask of 39x30 pixels"):
-        check_example(Example("a", data, label[:, :39], **sources), classes=2)
+        check_example(LabelledImage("a", data, label[:, :39], **sources), classes=2)
     with pytest.raises(InputError, match=r"^a\.zip: 1\.png: broken image"):
-        check_example(Example("a", data[:-200], label, **sources), classes=2)
+        check_example(LabelledImage("a", data[:-200], label, **sources), classes=2)
 
 
 def test_encode_mask_is_a_grey_png():

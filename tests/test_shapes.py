@@ -8,9 +8,9 @@ import pytest
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.data.sources import scenes as painting
 from qpenet_jax.data.sources import shapes
-from qpenet_jax.data.sources.drawing import painting
-from qpenet_jax.data.sources.drawing.scenes import scene
+from qpenet_jax.data.sources.scenes import scene
 from qpenet_jax.data.sources.shapes import Shapes
 
 CLASS_IDS = range(1, 21)

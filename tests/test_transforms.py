@@ -2,7 +2,6 @@ import cv2
 import numpy as np
 import pytest
 
-from qpenet_jax.data import host_augmentation
 from qpenet_jax.data.augmentation import Augmentation, draw
 from qpenet_jax.data.transforms import binary_mask, content_size, fit, fit_label, unpad
 
@@ -33,7 +32,7 @@ class Scripted(np.random.Generator):
 def augment(image, mask, side: int, augmentation: Augmentation, rng):
     """Draw and apply."""
     draws = draw(rng, augmentation, mask.shape, side)
-    return host_augmentation.augment(image, mask, side, draws)
+    return augmentation.augment(image, mask, side, draws)
 
 
 def smooth_image(height: int, width: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from test_segmenter import SIDE, picture
 from qpenet_jax import InputError, Segmenter
 from qpenet_jax.cli import options, predict
 from qpenet_jax.cli.main import main
-from qpenet_jax.data.prepare.instances import draw
+from qpenet_jax.data.prepare.instances import draw_segmentation
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks import writers
 from qpenet_jax.masks.coco_json import polygons
@@ -165,7 +165,7 @@ def test_coco_reads_back_every_mask_bit_for_bit(network, photos, tmp_path, capsy
             mask = index == annotation["category_id"]
             np.testing.assert_array_equal(coco.annToMask(annotation), mask)
             np.testing.assert_array_equal(
-                draw(annotation["segmentation"], *mask.shape), mask
+                draw_segmentation(annotation["segmentation"], *mask.shape), mask
             )
             assert annotation["area"] == mask.sum()
             y, x = np.nonzero(mask)

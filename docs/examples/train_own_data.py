@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from qpenet_jax.config import default_config
-from qpenet_jax.data.prepare.folder import prepare_folder
+from qpenet_jax.data.prepare.image_folder import prepare_folder
 from qpenet_jax.training.train import train
 
 

@@ -23,9 +23,9 @@ from qpenet_jax.benchmark.stages import Load, stages
 from qpenet_jax.core.runtime import keep_freed_memory, processor
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation
+from qpenet_jax.data.device_augmentation import canvas_side, load_raw_episode
 from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.loader import load_episode, training_batches
-from qpenet_jax.data.raw_episodes import canvas_side, load_raw_episode
 from qpenet_jax.data.sources.decoded import Decoded
 
 BATCH = 4

@@ -18,18 +18,24 @@ GRAIN, QUALITY = 16.0, (cv2.IMWRITE_JPEG_QUALITY, 90)
 def made_up_photos(folder: Path) -> Prepared:
     """Writes 64 JPEGs of 500x375 and 375x500 with labels, as `qpenet prepare` does."""
     # TFDS is imported where it is needed: it takes most of a second.
-    from qpenet_jax.data.prepare.builder import SegmentationBuilder, prepare
-    from qpenet_jax.data.prepare.source import Example, Source
+    from qpenet_jax.data.prepare.builder import (
+        LabelledImage,
+        SegmentationBuilder,
+        Source,
+        prepare,
+    )
 
     class Photos(SegmentationBuilder, skip_registration=True):
         """Smooth noise with an ellipse, the size of photos."""
 
         name = "made_up_photos"
 
-    def example(split: str, name: str) -> Example:
+    def example(split: str, name: str) -> LabelledImage:
         image, label = made_up_photo(int(name))
         bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        return Example(name, cv2.imencode(".jpg", bgr, QUALITY)[1].tobytes(), label)
+        return LabelledImage(
+            name, cv2.imencode(".jpg", bgr, QUALITY)[1].tobytes(), label
+        )
 
     names = [str(i) for i in range(PHOTOS)]
     classes = tuple(f"class {c}" for c in range(1, CLASSES + 1))

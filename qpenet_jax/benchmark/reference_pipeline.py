@@ -2,7 +2,7 @@
 
 It does what most few-shot codes do: float32 from the file on, a padding mask of its own
 beside the label, normalisation on the host. It applies the same draws as
-`host_augmentation.augment`, so both make the same episodes.
+`augmentation.augment`, so both make the same episodes.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from qpenet_jax.core.types import IGNORE, SegmentationDataset
-from qpenet_jax.data.augmentation import MIN_FOREGROUND, Augmentation, Draws, draw
+from qpenet_jax.data.augmentation import MIN_FOREGROUND, Augmentation, ImageDraws, draw
 from qpenet_jax.data.episodes import AUGMENT_STREAM, EpisodeIds, generator
 from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.sources.voc import VOCLayout
@@ -142,7 +142,7 @@ def _pad(sample: Sample, side: int) -> Sample:
     return Sample(image, mask, padding)
 
 
-def _crop(sample: Sample, side: int, draws: Draws) -> Sample:
+def _crop(sample: Sample, side: int, draws: ImageDraws) -> Sample:
     needed = MIN_FOREGROUND * np.count_nonzero(sample.mask == 1)
     crop = sample
     for top, left in draws.corners.tolist():

@@ -10,7 +10,7 @@ from unittest import mock
 
 from qpenet_jax.benchmark import reference_pipeline as plain
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data import host_augmentation, loader
+from qpenet_jax.data import augmentation, loader
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
 
 Load = Callable[[EpisodeIds], Any]
@@ -57,10 +57,10 @@ def _functions(dataset: Any) -> dict[str, tuple[Functions, Functions]]:
         "read and decode the image": (of(source, "image"), of(plain, "_image")),
         "read and decode the label": (of(source, "label"), of(plain, "_label")),
         "mask of the class": (of(loader, "binary_mask"), of(plain, "_mask")),
-        "warp: scale": (of(host_augmentation, "_scale"), of(plain, "_scale")),
-        "warp: rotate": (of(host_augmentation, "_rotate"), of(plain, "_rotate")),
-        "blur": (of(host_augmentation, "_blur"), of(plain, "_blur")),
-        "flip, pad, crop": (of(host_augmentation, *cut), of(plain, *cut)),
+        "warp: scale": (of(augmentation, "_scale"), of(plain, "_scale")),
+        "warp: rotate": (of(augmentation, "_rotate"), of(plain, "_rotate")),
+        "blur": (of(augmentation, "_blur"), of(plain, "_blur")),
+        "flip, pad, crop": (of(augmentation, *cut), of(plain, *cut)),
         "normalise": ((), of(plain, "_normalise")),
     }
 

@@ -149,7 +149,7 @@ def _coco(args: argparse.Namespace) -> None:
 
 
 def _folder(args: argparse.Namespace) -> None:
-    from qpenet_jax.data.prepare.folder import prepare_folder
+    from qpenet_jax.data.prepare.image_folder import prepare_folder
 
     folder, out = Path(args.folder), Path(args.out)
     _refuse_inputs(out, [folder / "images", folder / "masks"])

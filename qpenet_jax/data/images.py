@@ -5,34 +5,22 @@ Whoever checks an image and whoever uses it reads it here, so that both see one 
 
 import contextlib
 import io
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Int, Integer, Shaped, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from PIL import Image
 
 from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.core.types import IGNORE
-from qpenet_jax.data.orientation import (
-    ORIENTATION,
-    SIDEWAYS,
-    TURNS,
-    orientation,
-    upright,
-)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 """What counts as an image in a user's folder."""
-
-FULL_SCALE = 255
-"""Foreground of a 0/255 mask, as drawing programs write it; there it isn't IGNORE."""
-
-LISTED = 8
-"""Values that a message names."""
 
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: several JPEGs in one file, as phones write them
 
@@ -188,47 +176,6 @@ def check_label(
     return pixels[1 : classes + 1]
 
 
-def read_mask(path: str | Path) -> UInt8[np.ndarray, "h w"]:
-    """Reads a support mask given by a user: 0 background, 1 foreground, 255 ignore.
-
-    A file of 0 and 255 alone, as drawing programs save it, is read as 0 and 1. Any
-    other single value may stand for the foreground, with 255 as ignore beside it.
-
-    Raises:
-        InputError: as `read_label`; no foreground; several foreground values.
-    """
-    return support_mask(read_label(path), path)
-
-
-def support_mask(
-    label: Integer[np.ndarray, "h w"], name: str | Path
-) -> UInt8[np.ndarray, "h w"]:
-    """Returns a support's mask from values of any integer type, as `read_mask` does.
-
-    Raises:
-        InputError: no foreground; several foreground values; a negative one.
-    """
-    values = set(np.unique(label).tolist())
-    if min(values, default=0) < 0:
-        raise InputError(
-            f"{name}: the mask has the value {min(values)}; give 0 for background, 1 "
-            "for the object, 255 for what is to be ignored"
-        )
-    foreground = (values - {0, IGNORE}) or (values & {FULL_SCALE})
-    if not foreground:
-        raise InputError(
-            f"{name}: the mask has no foreground; paint the object with 1 or 255"
-        )
-    if len(foreground) > 1:
-        raise InputError(
-            f"{name}: the mask has several foreground values, {_listed(foreground)}; "
-            "keep one object class and set the rest to 0"
-        )
-    mask = np.where(label == IGNORE, np.uint8(IGNORE), np.uint8(0))
-    mask[label == foreground.pop()] = 1
-    return mask
-
-
 @contextlib.contextmanager
 def _opened(file: File, name: str | None = None) -> Iterator[Image.Image]:
     with decoding(name or file), contextlib.ExitStack() as stack:
@@ -275,8 +222,68 @@ def rgb(image: Image.Image, name: File) -> Image.Image:
     return image.convert("RGB")
 
 
-def _listed(values: set[int]) -> str:
-    shown = ", ".join(map(str, sorted(values)[:LISTED]))
-    return (
-        shown if len(values) <= LISTED else f"{shown} and {len(values) - LISTED} more"
-    )
+ORIENTATION = 0x0112
+"""The EXIF tag, in an image's own metadata or in those of TIFF."""
+
+XMP_ORIENTATION = re.compile(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])\b")
+
+TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
+}
+"""What makes the stored pixels of each orientation upright."""
+
+SIDEWAYS = (5, 6, 7, 8)
+"""Orientations that swap height and width."""
+
+
+def orientation(image: Image.Image) -> int:
+    """Returns 1 to 8 as EXIF tells, in a tag of any type, or else XMP; 1 is upright."""
+    value: Any = image.getexif().get(ORIENTATION)
+    if value is None:
+        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+        found = XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
+        value = found[1].decode() if found else 1
+    return _number(value) if _number(value) in TURNS else 1
+
+
+def _number(value: Any) -> int:
+    """Returns an EXIF value as a number: BYTE comes as bytes, several as a tuple."""
+    try:
+        return int(value[0]) if isinstance(value, bytes | tuple) else int(value)
+    except (TypeError, ValueError, LookupError, ArithmeticError):
+        return 0
+
+
+def upright(
+    image: Image.Image, pixels: Callable[[], np.ndarray]
+) -> UInt8[np.ndarray, "h w *c"]:
+    """Returns what `pixels` reads of an image, turned unless Pillow has done so."""
+    turn, told = TURNS[orientation(image)], ORIENTATION in image.getexif()
+    image.load()
+    turned = told and ORIENTATION not in image.getexif()  # of a TIFF, while loading
+    found = pixels()
+    return found if turned else np.ascontiguousarray(turn(found))
+
+
+def check_numbered(label: UInt8[np.ndarray, "h w"], name: str) -> None:
+    """Refuses a label map that marks pixels with 255 and nothing else.
+
+    Drawing programs save masks so, and `read_mask` takes such a file for one object; in
+    a data set 255 means ignored, and nothing would be left of the object.
+
+    Raises:
+        InputError: naming the file.
+    """
+    if label.any() and label[label > 0].min() == IGNORE:
+        raise InputError(
+            f"{name}: 255 is its only value beside 0; in a data set 255 is ignored, so "
+            "write the number of the class (1 for the first of the list) instead, or "
+            "take the image out"
+        )

@@ -18,13 +18,12 @@ from absl import flags
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE, Episode, SegmentationDataset
-from qpenet_jax.data.augmentation import Augmentation, draw
+from qpenet_jax.data.augmentation import Augmentation, augment, draw
 from qpenet_jax.data.episodes import (
     AUGMENT_STREAM,
     EpisodeIds,
     generator,
 )
-from qpenet_jax.data.host_augmentation import augment
 from qpenet_jax.data.images import check_same_size
 from qpenet_jax.data.transforms import (
     UNSURE,
@@ -35,7 +34,7 @@ from qpenet_jax.data.transforms import (
     padding_apart,
 )
 
-BATCHES_AHEAD = 2
+PREFETCHED_BATCHES = 2
 """Batches that each worker keeps ready."""
 
 WORKER_DIED = re.compile(r"process was terminated unexpectedly with exit code (-?\d+)")
@@ -114,10 +113,10 @@ def training_batches(
     batch = functools.partial(
         _load_batch, load, sampler, stride=batch_size, offset=process * size, size=size
     )
-    return ahead(batch, range(start_step, sys.maxsize), workers)
+    return prefetched(batch, range(start_step, sys.maxsize), workers)
 
 
-def ahead(
+def prefetched(
     load: Callable[[int], T], indices: range, workers: int
 ) -> Generator[T, None, None]:
     """Yields `load(i)` in order, computed in worker processes, or a thread if 0.
@@ -133,12 +132,12 @@ def ahead(
 
     items = grain.MapDataset.range(indices.start, indices.stop).map(load)
     stream = items.to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=BATCHES_AHEAD)
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
     )
     if workers:
         _mark_flags_as_parsed()
         options = grain.MultiprocessingOptions(
-            workers, per_worker_buffer_size=BATCHES_AHEAD
+            workers, per_worker_buffer_size=PREFETCHED_BATCHES
         )
         stream = stream.mp_prefetch(options, worker_init_fn=_quiet_worker)
     iterator = iter(stream)

@@ -1,17 +1,23 @@
-"""A user's support at the size of the network, with every marked object in it.
-
-The network's grid has a cell every 8 pixels, and an object of a photograph may fall
-between all of them. Evaluation leaves it so, as the published codes do; whoever marks
-an object means it.
-"""
+"""Images and masks that a program hands over, checked before they are cast to uint8."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+import PIL.Image
+from jaxtyping import Bool, Int, Integer, Shaped, UInt8
 
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import FEATURE_STRIDE
+from qpenet_jax.data.images import (
+    check_same_size,
+    decoding,
+    orientation,
+    read_label,
+    rgb,
+)
 from qpenet_jax.data.transforms import (
     Image,
     Mask,
@@ -21,6 +27,124 @@ from qpenet_jax.data.transforms import (
     nearest,
     padding,
 )
+
+FULL_SCALE = 255
+"""Foreground of a 0/255 mask, as drawing programs write it; there it isn't IGNORE."""
+
+LISTED = 8
+"""Values that a message names."""
+
+LARGEST = 2**31
+"""Beyond it no float is taken for a label."""
+
+
+def as_image(given: Any, name: str) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns an array or PIL image as RGB in 0..255; `name` is for messages.
+
+    Raises:
+        InputError: another type or shape, no pixel, or metadata that turn the image.
+    """
+    pixels = _array(given, name, colour=True)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise InputError(
+            f"{name} is {pixels.dtype}{list(pixels.shape)}: "
+            "give uint8 RGB of shape [height, width, 3]"
+        )
+    if not pixels.size:
+        raise InputError(f"{name} is {list(pixels.shape)}: it has no pixel")
+    return np.ascontiguousarray(pixels)
+
+
+def as_mask(given: Any, size: tuple[int, int], name: str) -> UInt8[np.ndarray, "h w"]:
+    """Returns a support's mask, 1 the object and 255 ignored, for an image of `size`.
+
+    Booleans, numbers and PIL images of indices or of grey mean what a file of these
+    values means to `read_mask`; [height, width, 1] is taken as well.
+
+    Raises:
+        InputError: another shape or type; fractions; and as `support_mask`.
+    """
+    values = _array(given, name, colour=False)
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if values.ndim != 2:
+        raise InputError(f"{name} is {list(values.shape)}: give [height, width]")
+    check_same_size(values, size, name)
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
+    elif np.issubdtype(values.dtype, np.floating):
+        values = _whole(values, name)
+    elif not np.issubdtype(values.dtype, np.integer):
+        raise InputError(f"{name} is {values.dtype}: give booleans or whole numbers")
+    return support_mask(values, name)
+
+
+def read_mask(path: str | Path) -> UInt8[np.ndarray, "h w"]:
+    """Reads a support mask given by a user: 0 background, 1 foreground, 255 ignore.
+
+    A file of 0 and 255 alone, as drawing programs save it, is read as 0 and 1. Any
+    other single value may stand for the foreground, with 255 as ignore beside it.
+
+    Raises:
+        InputError: as `read_label`; no foreground; several foreground values.
+    """
+    return support_mask(read_label(path), path)
+
+
+def support_mask(
+    label: Integer[np.ndarray, "h w"], name: str | Path
+) -> UInt8[np.ndarray, "h w"]:
+    """Returns a support's mask from values of any integer type, as `read_mask` does.
+
+    Raises:
+        InputError: no foreground; several foreground values; a negative one.
+    """
+    values = set(np.unique(label).tolist())
+    if min(values, default=0) < 0:
+        raise InputError(
+            f"{name}: the mask has the value {min(values)}; give 0 for background, 1 "
+            "for the object, 255 for what is to be ignored"
+        )
+    foreground = (values - {0, IGNORE}) or (values & {FULL_SCALE})
+    if not foreground:
+        raise InputError(
+            f"{name}: the mask has no foreground; paint the object with 1 or 255"
+        )
+    if len(foreground) > 1:
+        raise InputError(
+            f"{name}: the mask has several foreground values, {_listed(foreground)}; "
+            "keep one object class and set the rest to 0"
+        )
+    mask = np.where(label == IGNORE, np.uint8(IGNORE), np.uint8(0))
+    mask[label == foreground.pop()] = 1
+    return mask
+
+
+def _array(given: Any, name: str, *, colour: bool) -> Shaped[np.ndarray, "..."]:
+    if not isinstance(given, PIL.Image.Image):
+        try:
+            return np.asarray(given)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name}: no array ({error})") from None
+    with decoding(name):
+        if orientation(given) != 1:
+            raise InputError(
+                f"{name}: its metadata turn it; give PIL.ImageOps.exif_transpose(it)"
+            )
+        return np.array(rgb(given, name) if colour else given)
+
+
+def _whole(values, name):
+    """Returns floats that are whole numbers as integers."""
+    with np.errstate(invalid="ignore"):  # infinity less itself
+        fractions = values[~((values == np.rint(values)) & (abs(values) < LARGEST))]
+    if fractions.size:
+        raise InputError(
+            f"{name} holds {fractions[0]:g}, which is no label: give booleans, such as "
+            "mask > 0.5"
+        )
+    return values.astype(np.int64)
+
 
 SHARE = 8
 """A window is so many times as wide as the object: the smallest that training shows
@@ -104,3 +228,10 @@ def _around(first: int, last: int, length: int, room: int) -> slice:
     """Returns `length` places around those from `first` to `last`, or all there are."""
     start = min((first + last + 1 - length) // 2, room - length)
     return slice(max(start, 0), max(start, 0) + length)
+
+
+def _listed(values: set[int]) -> str:
+    shown = ", ".join(map(str, sorted(values)[:LISTED]))
+    return (
+        shown if len(values) <= LISTED else f"{shown} and {len(values) - LISTED} more"
+    )

@@ -17,7 +17,7 @@ from qpenet_jax.core import cluster
 from qpenet_jax.core.types import Array, SegmentationDataset
 from qpenet_jax.data.episode_lists import FrozenEpisodes
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
-from qpenet_jax.data.loader import ahead
+from qpenet_jax.data.loader import prefetched
 from qpenet_jax.data.transforms import (
     Resize,
     binary_mask,
@@ -85,7 +85,7 @@ def score_episodes(
         moved = [jax.device_put(predict, device) for device in devices]
     predictors = [CachedPredictor(each, capacity, at_once) for each in moved]
     load = functools.partial(_load, dataset, groups, protocol.side, protocol.resize)
-    stream = ahead(load, range(len(groups)), workers)
+    stream = prefetched(load, range(len(groups)), workers)
     count = sum(len(group.positions) for group in groups)
     silent = not cluster.is_first()
     bar = tqdm(total=count, desc=label, unit="episode", disable=silent)

@@ -17,12 +17,15 @@ from qpenet_jax.core.files import local_path
 from qpenet_jax.data.images import (
     check_same_size,
     read_image,
-    read_mask,
     refuse_other_size,
-    support_mask,
     warn_of_turn,
 )
-from qpenet_jax.data.prepare.instances import draw, format_errors, read_annotations
+from qpenet_jax.data.prepare.instances import (
+    draw_segmentation,
+    format_errors,
+    read_annotations,
+)
+from qpenet_jax.data.supports import read_mask, support_mask
 from qpenet_jax.masks.coco_json import coco_annotations, draw_annotations
 from qpenet_jax.masks.labelme import draw_shapes, labelme_shapes, labelme_size
 
@@ -164,7 +167,7 @@ def _numbers(said: str, text: str) -> list[float]:
 
 def _polygon(said: str, numbers: list[float], size: Size) -> Bool[np.ndarray, "h w"]:
     try:
-        return draw([numbers], *size)
+        return draw_segmentation([numbers], *size)
     except ValueError as error:
         raise InputError(f"{said}: {error}; the photo is {_wide(size)}") from None
 

@@ -11,7 +11,7 @@ from pycocotools import mask as pycoco
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import refuse_other_size
-from qpenet_jax.data.prepare.instances import by_id, drawn, size_of
+from qpenet_jax.data.prepare.instances import annotation_mask, by_id, size_of
 from qpenet_jax.masks.polygons import outlines
 from qpenet_jax.masks.tasks import Segmentation
 
@@ -61,7 +61,7 @@ def draw_annotations(
     """Returns what any of a photo's annotations marks; raises InputError as `drawn`."""
     mask = np.zeros(size, bool)
     for annotation in annotations:
-        mask |= drawn(path, annotation, name, size)
+        mask |= annotation_mask(path, annotation, name, size)
     return mask
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import FEATURE_STRIDE
-from qpenet_jax.data.arrays import as_image
+from qpenet_jax.data.supports import as_image
 from qpenet_jax.data.transforms import fit, padding, unpad
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks.refine import Edges

@@ -13,9 +13,13 @@ from typing import Any
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import COCO_CLASSES
 from qpenet_jax.data.prepare.archives import Archive, fingerprint, open_archive
-from qpenet_jax.data.prepare.builder import SegmentationBuilder, prepare
+from qpenet_jax.data.prepare.builder import (
+    LabelledImage,
+    SegmentationBuilder,
+    Source,
+    prepare,
+)
 from qpenet_jax.data.prepare.instances import Instances
-from qpenet_jax.data.prepare.source import Example, Source
 
 LABEL_RULES = (
     "all polygons as pycocotools draws them; crowds skipped, and images that show "
@@ -60,10 +64,10 @@ def prepare_coco(
     with contextlib.ExitStack() as stack:
         found = _find(images, files.values(), stack)
 
-        def example(split: str, name: str) -> Example:
+        def example(split: str, name: str) -> LabelledImage:
             instances = files[split]
             archive, member = found[instances.files[name]]
-            return Example(
+            return LabelledImage(
                 name,
                 image=archive[member],
                 label=instances.label(name),

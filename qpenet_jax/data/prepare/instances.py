@@ -61,7 +61,7 @@ class Instances:
         # pycocotools' masks are in column order as well; assigning is then faster.
         label = np.zeros(size, np.uint8, order="F")
         for annotation in self._of_image[self._ids[name]]:
-            mask = drawn(self.path, annotation, name, size)
+            mask = annotation_mask(self.path, annotation, name, size)
             label[mask] = self._ranks[annotation["category_id"]]
         return np.ascontiguousarray(label)
 
@@ -178,16 +178,16 @@ def size_of(path: Path, image: dict[str, Any]) -> tuple[int, int]:
     return size
 
 
-def drawn(
+def annotation_mask(
     path: Path, annotation: dict[str, Any], name: str, size: tuple[int, int]
 ) -> Bool[np.ndarray, "h w"]:
-    """Returns the mask of an annotation of the image `name`, as `draw` does.
+    """Returns the mask of an annotation of the image `name`, as `draw_segmentation` does.
 
     Raises:
         InputError: it can't be drawn.
     """
     try:
-        return draw(annotation["segmentation"], *size)
+        return draw_segmentation(annotation["segmentation"], *size)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: annotation {annotation['id']} of {name} can't be drawn "
@@ -195,7 +195,9 @@ def drawn(
         ) from None
 
 
-def draw(segmentation: Any, height: int, width: int) -> Bool[np.ndarray, "h w"]:
+def draw_segmentation(
+    segmentation: Any, height: int, width: int
+) -> Bool[np.ndarray, "h w"]:
     """Returns the mask of a segmentation as pycocotools draws it, checked before.
 
     A segmentation is a list of polygons [x0, y0, x1, y1, ...] in pixels, all of which

@@ -20,8 +20,12 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import PASCAL_CLASSES
 from qpenet_jax.data.images import read_label
 from qpenet_jax.data.prepare.archives import Archive, fingerprint, open_archive
-from qpenet_jax.data.prepare.builder import SegmentationBuilder, prepare
-from qpenet_jax.data.prepare.source import Example, Source
+from qpenet_jax.data.prepare.builder import (
+    LabelledImage,
+    SegmentationBuilder,
+    Source,
+    prepare,
+)
 from qpenet_jax.data.sources.voc import read_ids
 
 POOLS = {
@@ -210,7 +214,7 @@ def _facts(
     }
 
 
-def _example(files: VocFiles, extra: Masks, name: str) -> Example:
+def _example(files: VocFiles, extra: Masks, name: str) -> LabelledImage:
     jpeg, mask, voc = files.jpeg(name), files.mask(name), files.archive
     if mask in voc:
         where = voc.where(mask)
@@ -218,7 +222,7 @@ def _example(files: VocFiles, extra: Masks, name: str) -> Example:
     else:
         where = extra.archive.where(extra.members[name])
         label = extra.read(name)
-    return Example(name, voc[jpeg], label, voc.where(jpeg), where)
+    return LabelledImage(name, voc[jpeg], label, voc.where(jpeg), where)
 
 
 def _open_masks(

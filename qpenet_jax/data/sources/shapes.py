@@ -14,9 +14,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.sources.drawing.outlines import OUTLINES, bounding_box, coverage
-from qpenet_jax.data.sources.drawing.painting import backdrop, paint
-from qpenet_jax.data.sources.drawing.scenes import scene
+from qpenet_jax.data.sources.scenes import backdrop, paint, scene
+from qpenet_jax.data.sources.silhouettes import OUTLINES, bounding_box, coverage
 
 PIXEL_NOISE = 0.02
 """Standard deviation of the pixel noise; images are 0..1 until they are stored."""

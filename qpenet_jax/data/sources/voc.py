@@ -17,12 +17,12 @@ from qpenet_jax.core.download import sha256
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import (
     check_label,
+    check_numbered,
     image_size,
     read_image,
     read_label,
     warn_of_turn,
 )
-from qpenet_jax.data.labels import check_numbered
 from qpenet_jax.data.versions import DIGITS, Hashed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
