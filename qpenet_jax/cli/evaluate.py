@@ -16,8 +16,6 @@ from qpenet_jax.cli.options import (
 )
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
-from qpenet_jax.runs.build import network_name
-from qpenet_jax.runs.datasets import build_dataset, build_protocol, files_read
 
 
 def add_parser(commands) -> None:
@@ -67,10 +65,12 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Scores the run once for each number of shots."""
     from qpenet_jax.data.episode_lists import read_episodes
-    from qpenet_jax.runs import retries
+    from qpenet_jax.runs.build import network_name
+    from qpenet_jax.runs.datasets import build_dataset, build_protocol, files_read
     from qpenet_jax.runs.evaluator import Evaluator, folder_name
     from qpenet_jax.runs.folder import open_run
     from qpenet_jax.runs.hub import is_on_hub
+    from qpenet_jax.training.retries import read_retries
 
     if is_on_hub(args.workdir) and not args.out:
         raise InputError(
@@ -78,33 +78,29 @@ def run(args: argparse.Namespace) -> None:
             "results"
         )
     opened = open_run(args.workdir, args.overrides, args.checkpoint)
-    config = opened.config
+    config, retries = opened.config, read_retries(opened.folder)
     val = build_dataset(config, "val")
     out = Path(args.out or Path(args.workdir) / "evaluate")
-    changes = protocol_changes(args)
-    frozen = None
+    read, frozen = files_read(config), None
     if args.episode_list:
+        read = [*read, Path(args.episode_list)]
         frozen = read_episodes(Path(args.episode_list), val)
         _refuse_changes(args, ("shots", "episodes", "seeds", "order", "targets"))
     for shots in (1,) if frozen else args.shots or (1,):
-        protocol = build_protocol(config, args.protocol, **changes | {"shots": shots})
+        changes = protocol_changes(args) | {"shots": shots}
+        protocol = build_protocol(config, args.protocol, **changes)
         folder = out / folder_name(protocol, frozen)
         if network_name(config, shots) == "fixed QPENet":
             folder = folder.with_name(f"{folder.name}_fixed")
         evaluator = Evaluator(config, opened.weights, folder, val, protocol, frozen)
         if args.checkpoint:
             evaluator = evaluator.of_selection(args.checkpoint)
-        read = [
-            *files_read(config),
-            *filter(None, [frozen and Path(args.episode_list)]),
-        ]
         refuse_overwriting(evaluator.files, read)
         print(evaluator.describe())
         if args.references:
             evaluator.references()
         facts: dict[str, Any] = {"step": opened.step, "shared": opened.shared}
-        facts |= retries.told(opened.folder)
-        evaluator(opened.params, **facts)
+        evaluator(opened.params, **facts, **({"retries": retries} if retries else {}))
         print(evaluator.report())
         print(f"written to {folder}")
 
