@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qpenet_jax.runs.drawn import draw
 
-from qpenet_jax.evaluation.metrics import paired_difference
+from qpenet_jax.evaluation.metrics import estimate_difference
 from qpenet_jax.evaluation.pictures import episode_figure, save_image
 from qpenet_jax.evaluation.report import summarize, table
 from qpenet_jax.evaluation.scoring import score_episodes
@@ -71,7 +71,7 @@ def main(config, sheet, workdir, overrides):
     for ours, theirs in COMPARED:
         if ours not in scores:
             continue
-        difference = paired_difference(scores[ours], scores[theirs], class_ids)
+        difference = estimate_difference(scores[ours], scores[theirs], class_ids).miou
         value, low, high = (100 * v for v in difference)
         print(f"{ours} - {theirs}, mIoU: {value:+.1f} [{low:+.1f}, {high:+.1f}]")
     if sheet:

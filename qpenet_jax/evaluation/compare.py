@@ -31,7 +31,7 @@ ROUNDING = 0.011
 """results.json holds percent with two decimals."""
 
 LONGEST_VALUE = 40
-"""In a message, in characters; of longer values only a part is told."""
+"""In a message, in characters; longer values are cut off."""
 
 HEADER = ("IoU %", "A", "B", "B - A", "episodes")
 
@@ -58,18 +58,18 @@ def compare_results(
     _refuse(differs, f"{a} and {b}", different_protocols)
     all_a, all_b = episode_scores(a, first), episode_scores(b, second)
     try:
-        ours, theirs = common_episodes(all_a, all_b)
+        common_a, common_b = common_episodes(all_a, all_b)
     except InputError as error:
         raise InputError(f"{a} and {b}: {error}") from None
-    episodes = (ours.rows, all_a.rows, all_b.rows)
+    rows = (common_a.rows, all_a.rows, all_b.rows)
     return {
         "a": str(a),
         "b": str(b),
         "selection": [result.get("selection", "") for result in (first, second)],
         "protocol": first["protocol"]["text"],
         "differs": differs,
-        "episodes": dict(zip(("common", "a", "b"), map(len, episodes), strict=True)),
-        **_paired(ours, theirs, _common_classes(first, second)),
+        "episodes": dict(zip(("common", "a", "b"), map(len, rows), strict=True)),
+        **_paired(common_a, common_b, _common_classes(first, second)),
     }
 
 
@@ -82,7 +82,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     ]
     lines.append(f"Protocol{' of A' if differs else ''}: {comparison['protocol']}")
     if differs:
-        lines.append(f"DIFFERENT PROTOCOLS, A / B: {_told(differs)}")
+        lines.append(f"DIFFERENT PROTOCOLS, A / B: {_listed(differs)}")
     lines.append(
         f"Common episodes: {episodes['common']}, of {episodes['a']} in A and "
         f"{episodes['b']} in B; all numbers are on these."
@@ -118,10 +118,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         protocol = results["protocol"]
-        whole = {"text", "dataset", "classes"} <= set(protocol)
-        whole &= len(protocol["classes"]) == len(set(results["class_ids"])) > 0
-        whole &= isinstance(results["miou"], float | int)
-        whole &= isinstance(results.get("episodes_file", EPISODES), str)
+        whole = (
+            {"text", "dataset", "classes"} <= set(protocol)
+            and len(protocol["classes"]) == len(set(results["class_ids"])) > 0
+            and isinstance(results["miou"], float | int)
+            and isinstance(results.get("episodes_file", EPISODES), str)
+        )
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; `qpenet evaluate` writes one"
@@ -130,8 +132,8 @@ def _read(path: Path) -> dict[str, Any]:
         whole = False
     if not whole:
         raise InputError(
-            f"{path}: not a results.json of `qpenet evaluate` (broken, or of an older "
-            "version); evaluate again"
+            f"{path}: not a results.json of `qpenet evaluate`, or broken; evaluate "
+            "again"
         )
     return results
 
@@ -168,15 +170,15 @@ def _common_classes(a: dict[str, Any], b: dict[str, Any]) -> dict[int, str]:
     return {i: name for i, name in names if i in b["class_ids"]}
 
 
-def _paired(ours: Scores, theirs: Scores, names: dict[int, str]) -> dict[str, Any]:
+def _paired(first: Scores, second: Scores, names: dict[int, str]) -> dict[str, Any]:
     """Returns the rows of the comparison: each class, mIoU and FB-IoU."""
-    a, b = estimate(ours, list(names)), estimate(theirs, list(names))
-    difference = estimate_difference(theirs, ours, list(names))
+    a, b = estimate(first, list(names)), estimate(second, list(names))
+    difference = estimate_difference(second, first, list(names))
     per_class = map(_row, a.per_class, b.per_class, difference.per_class)
-    drawn = ours.column("class_id")
+    class_ids = first.column("class_id")
     return {
         "per_class": {
-            name: row | {"episodes": int((drawn == i).sum())}
+            name: row | {"episodes": int((class_ids == i).sum())}
             for (i, name), row in zip(names.items(), per_class, strict=True)
         },
         "miou": _row(a.miou, b.miou, difference.miou),
@@ -194,32 +196,28 @@ def _refuse(differs: Differences, files: str, different_protocols: bool) -> None
     other_data = {key: differs[key] for key in differs if key in IDENTITY}
     if other_data:
         raise InputError(
-            f"{files}: different data ({_told(other_data)}), so no episode is common; "
+            f"{files}: different data ({_listed(other_data)}), so no episode is common; "
             "evaluate both on the same data set"
         )
     if differs and not different_protocols:
         raise InputError(
-            f"{files}: different protocols ({_told(differs)}); evaluate both by one, "
+            f"{files}: different protocols ({_listed(differs)}); evaluate both by one, "
             "or compare their common episodes with --different-protocols"
         )
 
 
-def _told(differs: Differences) -> str:
+def _listed(differs: Differences) -> str:
     return ", ".join(
-        f"{key} {_short(a, b)} / {_short(b, a)}" for key, (a, b) in differs.items()
+        f"{key} {_short(a)} / {_short(b)}" for key, (a, b) in differs.items()
     )
 
 
-def _short(value: Any, other: Any) -> str:
-    """Returns a value for a message; of a long list what the other lacks."""
-    if isinstance(value, list):
-        lacking = [x for x in value if x not in (other or [])]
-        text = ",".join(map(str, value))
-        if len(text) > LONGEST_VALUE:
-            text = f"{len(value)} with " + (",".join(map(str, lacking)) or "none more")
-    else:
-        text = "(none)" if value in (None, "") else str(value)
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+def _short(value: Any) -> str:
+    """Returns a value for a message."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value or "")
+    if len(text) > LONGEST_VALUE:
+        return text[: LONGEST_VALUE - 3] + "..."
+    return text or "(none)"
 
 
 def _row(a: Interval, b: Interval, difference: Interval) -> dict[str, Any]:

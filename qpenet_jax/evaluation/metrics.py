@@ -102,19 +102,11 @@ class Estimates(NamedTuple):
     fb_iou: Interval
 
 
-class Spread(NamedTuple):
-    """How much a number varies over seeds; `std`, with n - 1, is None for one seed."""
-
-    std: float | None
-    low: float
-    high: float
-
-
 def class_iou(scores: Scores, classes: Sequence[int]) -> Float[np.ndarray, " classes"]:
     """Returns IoU per class: summed intersections over summed unions, 0..1.
 
-    Summed over the episodes of a seed, then averaged over the seeds. A class that a
-    seed never drew counts 0 for this seed; both are the field's custom.
+    Summed over the episodes of a seed, then averaged over the seeds. A class
+    without an episode of a seed counts 0 for this seed; both are the field's custom.
     """
     return _whole(scores, classes)[:-2]
 
@@ -144,13 +136,6 @@ def seed_iou(
     }
 
 
-def seed_spread(scores: Scores, classes: Sequence[int]) -> Spread:
-    """Returns standard deviation, least and greatest mIoU of the seeds, 0..1."""
-    mious = [iou.mean() for iou in seed_iou(scores, classes).values()]
-    std = float(np.std(mious, ddof=1)) if len(mious) > 1 else None
-    return Spread(std, float(min(mious)), float(max(mious)))
-
-
 def estimate(scores: Scores, classes: Sequence[int]) -> Estimates:
     """Returns all IoUs, 0..1, with 95 % intervals by Rubin's Bayesian bootstrap.
 
@@ -165,9 +150,9 @@ def estimate(scores: Scores, classes: Sequence[int]) -> Estimates:
 
 
 def estimate_difference(
-    ours: Scores, theirs: Scores, classes: Sequence[int]
+    first: Scores, second: Scores, classes: Sequence[int]
 ) -> Estimates:
-    """Returns ours - theirs on their common episodes, -1..1, with 95 % intervals.
+    """Returns first - second on their common episodes, -1..1, with 95 % intervals.
 
     Each bootstrap sample weights the images of both alike, so what makes an episode
     hard for both cancels.
@@ -175,24 +160,13 @@ def estimate_difference(
     Raises:
         InputError: no episode is common.
     """
-    ours, theirs = common_episodes(ours, theirs)
-    our_measures, images = _measures(ours, classes)
-    their_measures, _ = _measures(theirs, classes)
-    return _bootstrap(lambda w: our_measures(w) - their_measures(w), images)
+    first, second = common_episodes(first, second)
+    of_first, images = _measures(first, classes)
+    of_second, _ = _measures(second, classes)
+    return _bootstrap(lambda w: of_first(w) - of_second(w), images)
 
 
-def paired_difference(
-    ours: Scores, theirs: Scores, classes: Sequence[int]
-) -> tuple[float, float, float]:
-    """Returns the mIoU difference on common episodes and its 95 % interval, -1..1.
-
-    Raises:
-        InputError: no episode is common.
-    """
-    return estimate_difference(ours, theirs, classes).miou
-
-
-def common_episodes(ours: Scores, theirs: Scores) -> tuple[Scores, Scores]:
+def common_episodes(first: Scores, second: Scores) -> tuple[Scores, Scores]:
     """Returns both restricted to episodes equal in seed, index, query and class.
 
     Raises:
@@ -201,15 +175,15 @@ def common_episodes(ours: Scores, theirs: Scores) -> tuple[Scores, Scores]:
     key = np.dtype([(name, np.int64) for name in SCORE_COLUMNS[:KEYS]])
     keys = [
         np.ascontiguousarray(s.rows[:, :KEYS], np.int64).view(key).ravel()
-        for s in (ours, theirs)
+        for s in (first, second)
     ]
-    common, mine, other = np.intersect1d(keys[0], keys[1], return_indices=True)
+    common, *places = np.intersect1d(*keys, return_indices=True)
     if not len(common):
         raise InputError(
             "the two results have no episode in common (same seed, index, query and "
             "class): evaluate both by one protocol"
         )
-    return Scores(ours.rows[mine]), Scores(theirs.rows[other])
+    return Scores(first.rows[places[0]]), Scores(second.rows[places[1]])
 
 
 Measures = Callable[
@@ -225,7 +199,7 @@ def _whole(scores: Scores, classes: Sequence[int]) -> Float[np.ndarray, " measur
 
 
 def _measures(scores: Scores, classes: Sequence[int]) -> tuple[Measures, int]:
-    """Sums the counts of each image; return the measures and the number of images."""
+    """Sums the counts of each image; returns the measures and the number of images."""
     from scipy import sparse  # Here: whoever only predicts does without it.
 
     queries, image = np.unique(scores.column("query"), return_inverse=True)
@@ -256,7 +230,7 @@ def _measures(scores: Scores, classes: Sequence[int]) -> tuple[Measures, int]:
 
 
 def _ratio(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
-    """Returns IoU, and 0 where there is no union: a class that was never drawn."""
+    """Returns IoU, and 0 where there is no union: a class without an episode."""
     return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
 
 

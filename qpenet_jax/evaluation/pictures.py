@@ -1,6 +1,6 @@
 """Pictures of episodes: what is drawn into a tile, and sheets of tiles.
 
-The colours are those of Okabe and Ito, told apart by colour-blind readers too; one
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish; one
 colour means the same on every sheet.
 """
 
@@ -229,7 +229,7 @@ def _width(text, font) -> int:
 
 
 def _fitting_font(title):
-    """Returns the largest font, of 17 pixels or less, in which a title fits its tile."""
+    """Returns the largest font, up to 17 pixels, in which a title fits its tile."""
     fonts = (ImageFont.load_default(size) for size in range(17, 7, -1))
     return next(
         (f for f in fonts if _width(title, f) <= TILE), ImageFont.load_default(8)

@@ -199,7 +199,7 @@ def around_foreground(
 
 
 def _ranges(marked: Bool[np.ndarray, "k n"]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where the surroundings of the foreground begin and end, for K supports."""
+    """Returns where the surroundings of K foregrounds begin and end."""
     first = marked.argmax(axis=1) - Convs.REACH
     end = marked.shape[1] - marked[:, ::-1].argmax(axis=1) + Convs.REACH
     return first, end

@@ -1,4 +1,4 @@
-"""What an evaluation found, as dictionary, Markdown table, CSV and files."""
+"""The results of an evaluation as a dictionary, a Markdown table, CSV and files."""
 
 import csv
 import io
@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qpenet_jax.core import markdown
 from qpenet_jax.core.files import write_whole
@@ -19,7 +21,7 @@ SHEET = "results.csv"
 
 BRACKETS = (
     "In brackets: 95 % intervals over query images (Bayesian bootstrap); they say "
-    "nothing about another training run. A class that was never drawn counts 0."
+    "nothing about another training run. A class without episodes counts 0."
 )
 
 Results = dict[str, Any]
@@ -41,6 +43,8 @@ def summarize(
     found = metrics.estimate(scores, class_ids)
     per_class = dict(zip(protocol.classes, found.per_class, strict=True))
     by_seed = metrics.seed_iou(scores, class_ids)
+    mious = [iou.mean() for iou in by_seed.values()]
+    std = _percent(np.std(mious, ddof=1)) if len(mious) > 1 else None
     result = {
         **_mean(found.miou),
         "fb_iou": _percent(found.fb_iou.value),
@@ -48,7 +52,11 @@ def summarize(
         "per_class": {name: _percent(iou.value) for name, iou in per_class.items()},
         "per_class_interval": {name: _ends(iou) for name, iou in per_class.items()},
         "per_seed": {str(s): _percent(v.mean()) for s, v in by_seed.items()},
-        "seed_spread": _spread(metrics.seed_spread(scores, class_ids)),
+        "seed_spread": {
+            "std": std,
+            "min": _percent(min(mious)),
+            "max": _percent(max(mious)),
+        },
         "episodes": protocol.episodes,
         "seeds": list(protocol.seeds),
         "protocol": protocol.to_dict(),
@@ -163,11 +171,6 @@ def _mean(miou: Interval) -> Results:
 
 def _ends(interval: Interval) -> list[float]:
     return [_percent(interval.low), _percent(interval.high)]
-
-
-def _spread(spread: metrics.Spread) -> Results:
-    std = None if spread.std is None else _percent(spread.std)
-    return {"std": std, "min": _percent(spread.low), "max": _percent(spread.high)}
 
 
 def _percent(value: float) -> float:

@@ -100,13 +100,15 @@ def score_episodes(
                 break
     if cluster.any_of(stop_asked()):
         raise KeyboardInterrupt("stopped: the same command goes on")
-    return Scores(_of_all_processes(rows))
+    # Each process has zeros where others worked.
+    parts = [np.frombuffer(p, rows.dtype) for p in cluster.gather(rows.tobytes())]
+    return Scores(np.sum(parts, axis=0).reshape(rows.shape))
 
 
 def _margins(
     predictors: Sequence["CachedPredictor"],
     groups: Sequence["Group"],
-    stream: Iterable["Inputs"],
+    stream: Iterable["GroupInputs"],
 ) -> Iterator[tuple[int, Float[np.ndarray, "s s"], Array, Array]]:
     """Yields of each episode its position, the margin, and the query's two masks.
 
@@ -125,14 +127,6 @@ def _margins(
 def _each(positions, margins, fitted_masks, masks):
     """Returns what belongs to each episode, once the device has computed it."""
     return zip(positions, np.asarray(margins), fitted_masks, masks, strict=True)
-
-
-def _of_all_processes(rows: Int[np.ndarray, "n c"]) -> Int[np.ndarray, "n c"]:
-    """Returns the rows of all processes, which have zeros where others worked."""
-    parts = cluster.gather(rows.tobytes())
-    return np.sum([np.frombuffer(part, rows.dtype) for part in parts], 0).reshape(
-        rows.shape
-    )
 
 
 def _image_bytes(predict: Predictor, protocol: Protocol) -> int:
@@ -208,7 +202,7 @@ def keep_latest(cache: dict[int, T], used: Mapping[int, T], capacity: int) -> No
         del cache[image]
 
 
-class Inputs(NamedTuple):
+class GroupInputs(NamedTuple):
     """What a group needs from files: the images that are missing, and masks.
 
     `padding` says where the images' squares hold no photo. `fitted_masks` are the
@@ -229,7 +223,7 @@ def _load(
     side: int,
     resize: Resize,
     position: int,
-) -> Inputs:
+) -> GroupInputs:
     group = groups[position]
 
     def mask_of(image: int, ids: EpisodeIds) -> UInt8[np.ndarray, "h w"]:
@@ -241,7 +235,7 @@ def _load(
         for ids in group.episodes
     ]
     photos = [dataset.image(image) for image in group.missing]
-    return Inputs(
+    return GroupInputs(
         images=[fit(photo, side, resize) for photo in photos],
         padding=[padding(*photo.shape[:2], side, resize) for photo in photos],
         support_masks=np.array(supports),
@@ -257,7 +251,7 @@ class CachedPredictor:
         self.predict, self.capacity, self.at_once = predict, capacity, at_once
         self._cache: dict[int, PyTree[Array]] = {}
 
-    def __call__(self, group: Group, inputs: Inputs) -> Margin:
+    def __call__(self, group: Group, inputs: GroupInputs) -> Margin:
         """Returns the margins of a group, which the device may still compute."""
         encoded = self._cache | self._encoded(group.missing, inputs)
         used = {image: encoded[image] for image in group.images}
@@ -269,7 +263,7 @@ class CachedPredictor:
         keep_latest(self._cache, used, self.capacity)
         return self.predict.decode(supports, inputs.support_masks, query)
 
-    def _encoded(self, images: Sequence[int], inputs: Inputs) -> dict[int, Any]:
+    def _encoded(self, images: Sequence[int], inputs: GroupInputs) -> dict[int, Any]:
         """Returns images, encoded in batches of `at_once`, whatever their own number.
 
         Every other size would be compiled anew.

@@ -19,9 +19,9 @@ from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.episode_lists import EpisodeList
 from qpenet_jax.evaluation.metrics import (
     Scores,
+    estimate_difference,
     load_scores,
     mean_iou,
-    paired_difference,
 )
 from qpenet_jax.evaluation.pictures import episode_figure, save_image
 from qpenet_jax.evaluation.predictor import Predictor
@@ -293,7 +293,9 @@ class Evaluator:
             chosen = tuple(self.class_ids[names.index(name)] for name in self.focus)
             classes["mean of " + ", ".join(self.focus)] = chosen
         return {
-            what: [round(100 * v, 2) for v in paired_difference(ours, theirs, ids)]
+            what: [
+                round(100 * v, 2) for v in estimate_difference(ours, theirs, ids).miou
+            ]
             for what, ids in classes.items()
         }
 
