@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Array
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.runs.folder import read_json
 from qpenet_jax.training import health

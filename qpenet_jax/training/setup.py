@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.types import Array
 from qpenet_jax.data.versions import shared_photos
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.released.losses import released_loss
@@ -20,7 +21,6 @@ from qpenet_jax.runs.build import (
     initial_params,
     is_released,
 )
-from qpenet_jax.runs.evaluator import Evaluator
 from qpenet_jax.training.batches import shardings
 from qpenet_jax.training.released_step import make_drifting_step, with_statistics
 from qpenet_jax.training.step import TrainState, make_train_step
@@ -52,14 +52,13 @@ def build_train_step(config: Any, steps: int, images: int) -> Callable[..., Any]
 
 
 def trained_and_scored(
-    what: str, train_set: Any, sampler: Any, evaluator: Evaluator
+    what: str, train_set: Any, trained: Any, val_set: Any, scored: Any
 ) -> dict[str, str]:
     """Finds the scored images that are trained on, too, and warns of them.
 
-    Images of one list may serve both, as long as no episode of both shows one.
+    `trained` and `scored` are the samplers of episodes over the two data sets. Images of one list may serve both, as long as no episode of both shows one.
     """
-    scored: Any = evaluator.samplers[0]
-    found = shared_photos(train_set, evaluator.val, sampler.images, scored.images)
+    found = shared_photos(train_set, val_set, trained.images, scored.images)
     if not found:
         return {}
     text = f"{len(found)} of {len(scored)}, such as {' = '.join(found[0])}"

@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 from qpenet_jax.config import selections
 from qpenet_jax.core import cluster, markdown
 from qpenet_jax.core.files import local_path, locked, refuse_overwriting
+from qpenet_jax.core.types import Array
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.report import RESULTS
 from qpenet_jax.optimizer import Optimizer
@@ -116,11 +117,10 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
         lock = locked(workdir / LOCK_FILE, f"{busy}choose another --workdir")
         cluster.by_first(lambda: stack.enter_context(lock))
         shared = {}
-        for what, scorer in (
-            (SHARED, evaluator),
-            *((SELECTED_ON, selector) for selector in selectors.values()),
-        ):
-            shared |= trained_and_scored(what, train_set, sampler, scorer)
+        for scorer in (evaluator, *selectors.values()):
+            what = SHARED if scorer is evaluator else SELECTED_ON
+            scored = scorer.samplers[0]
+            shared |= trained_and_scored(what, train_set, sampler, val_set, scored)
         inputs = inputs_of(train_set, val_set, weights)
         refuse_other_inputs(inputs)
         cluster.by_first(lambda: claim(workdir, config, inputs | shared))
