@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # To compile takes far longer than to run what most tests run, in processes of theirs as
 # well. JAX_DISABLE_MOST_OPTIMIZATIONS=0 lets all tests run the code that users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# What one process has compiled no other one compiles again, of all that this run starts.
+# What one process has compiled no other one of this run compiles again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     cache = tempfile.mkdtemp(prefix="qpenet_jax_tests_")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
@@ -127,6 +127,15 @@ def optimised_code():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run of tests/tiny.py, not to be changed, and what it printed."""
+    from commands import passed, tiny
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, passed(*tiny(workdir))
 
 
 @pytest.fixture(scope="session")

@@ -75,13 +75,6 @@ def assert_same_params(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run and what it printed."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    return workdir, passed(*tiny(workdir))
-
-
 @pytest.fixture
 def copy(finished, tmp_path):
     """A copy of the finished run, to be changed."""
@@ -209,7 +202,7 @@ def test_signals_set_a_flag_and_are_given_back(capsys):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-# --- Which checkpoint is the result -----------------------------------------------------
+# --- Which checkpoint is the result ---
 
 
 def test_one_training_is_scored_by_every_selection(tmp_path, capsys):
@@ -254,7 +247,7 @@ def test_one_training_is_scored_by_every_selection(tmp_path, capsys):
         open_run(tmp_path, selection="other")
 
 
-# --- A loss that isn't finite ------------------------------------------------------------
+# --- A loss that isn't finite ---
 
 DIVERGING = {"optimizer__name": "sgd", "optimizer__lr": 1e30, "recipe": "paper"}
 
@@ -322,7 +315,7 @@ def test_dead_heads_are_warned_of_once_with_the_remedy(tmp_path):
     assert len(set(heads)) == len(heads)
 
 
-# --- What is refused ---------------------------------------------------------------------
+# --- What is refused ---
 
 
 @pytest.mark.slow
@@ -424,7 +417,7 @@ def test_scored_images_that_are_trained_on_are_warned_of(tmp_path, write_voc, ca
     assert capsys.readouterr().err == "warning: what: 2 of 2, such as im_003 = im_003\n"
 
 
-# --- Speed, and traces of steps ------------------------------------------------------------
+# --- Speed, and traces of steps ---
 
 
 def test_speeds_are_of_the_steps_since_a_moment(tmp_path):

@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> None:
         if args.references:
             evaluator.references()
         facts: dict[str, Any] = {"step": opened.step, "shared": opened.shared}
-        evaluator(opened.params, **facts, **({"retries": retries} if retries else {}))
+        facts |= {"retries": retries} if retries else {}
+        evaluator.write(evaluator.score(opened.params, **facts))
         print(evaluator.report())
         print(f"written to {folder}")
 

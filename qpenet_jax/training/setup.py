@@ -54,9 +54,10 @@ def build_train_step(config: Any, steps: int, images: int) -> Callable[..., Any]
 def trained_and_scored(
     what: str, train_set: Any, trained: Any, val_set: Any, scored: Any
 ) -> dict[str, str]:
-    """Finds the scored images that are trained on, too, and warns of them.
+    """Returns which scored images are trained on, too, and warns of them.
 
-    `trained` and `scored` are the samplers of episodes over the two data sets. Images of one list may serve both, as long as no episode of both shows one.
+    `trained` and `scored` are the samplers of episodes over the two data sets. Images
+    of one list may serve both, as long as no episode of both shows one.
     """
     found = shared_photos(train_set, val_set, trained.images, scored.images)
     if not found:
