@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from predictors import Colours, scene
 from test_cli import refused
-from test_writers import Colours, scene
 
 from qpenet_jax import InputError
 from qpenet_jax.cli.main import main

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_segmenter import picture
+from predictors import picture
 
 from qpenet_jax import load
 from qpenet_jax.backbones.registry import backbone

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from predictors import picture
 from test_cli import refused
-from test_segmenter import picture
 
 from qpenet_jax import InputError, load
 from qpenet_jax.backbones.convert import load_weights, save_weights

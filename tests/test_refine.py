@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
-from test_writers import Colours, iou, scene
+from predictors import Colours, scene
+from test_writers import iou
 
 from qpenet_jax.masks.refine import SMOOTHNESS, Edges
 from qpenet_jax.masks.tasks import Tiles

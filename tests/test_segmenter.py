@@ -3,41 +3,11 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from predictors import SIDE, Red, picture
 
 from qpenet_jax import InputError, Segmenter
-from qpenet_jax.evaluation.predictor import Predictor
-
-SIDE = 65
-
-
-class Red(Predictor):
-    """A stand-in for the network: red query pixels are foreground.
-
-    It notes what it is asked to encode and to decode.
-    """
-
-    def __init__(self):
-        self.encoded, self.decoded = [], []
-
-    def encode(self, images, roles=("support", "query"), padding=None):
-        self.encoded.append((roles, images))
-        return images.astype(np.float32)
-
-    def decode(self, supports, masks, query, *, named=False):
-        self.decoded.append((supports, masks))
-        return query[..., 0] - query[..., 1] - 60
-
 
 SEGMENT = Segmenter(Red(), SIDE)
-
-
-def picture(height, width):
-    """A red left half on grey."""
-    image = np.full((height, width, 3), 128, np.uint8)
-    image[:, : width // 2] = (255, 0, 0)
-    mask = np.zeros((height, width), np.uint8)
-    mask[:, : width // 2] = 1
-    return image, mask
 
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 40), (40, 97), (300, 500)])

@@ -8,16 +8,13 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from predictors import COLOURS, Colours, picture, run_predict, scene
 from pycocotools import mask as pycoco
 from pycocotools.coco import COCO
-from test_cli import refused
-from test_segmenter import SIDE, picture
 
-from qpenet_jax import InputError, Segmenter
+from qpenet_jax import InputError
 from qpenet_jax.cli import options, predict
-from qpenet_jax.cli.main import main
 from qpenet_jax.data.prepare.instances import draw_segmentation
-from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.masks import writers
 from qpenet_jax.masks.coco_json import polygons
 from qpenet_jax.masks.labelme import draw_shapes
@@ -26,44 +23,10 @@ from qpenet_jax.masks.queries import find_queries, frames
 from qpenet_jax.masks.tasks import Tasks, Tiles, compete, probability, tiled
 from qpenet_jax.segmenter import METHODS
 
-COLOURS = {"red": (250, 0, 0), "blue": (0, 0, 250)}
-
-
-class Colours(Predictor):
-    """A stand-in for the network: what has the marked pixels' mean colour is found."""
-
-    def __init__(self):
-        self.encoded = []
-        self.segmenter = Segmenter(self, SIDE)
-
-    def encode(self, images, roles=("support", "query"), padding=None):
-        self.encoded.append(roles)
-        return images.astype(np.float32)
-
-    def decode(self, supports, masks, query, *, named=False):
-        marked = np.concatenate(
-            [x[0][m == 1] for x, m in zip(supports, masks[0], strict=True)]
-        )
-        return 3 - np.abs(query - marked.mean(0)).sum(-1) / 40
-
 
 @pytest.fixture
-def network(monkeypatch):
-    network = Colours()
-    load = lambda *_, **__: network.segmenter  # noqa: E731
-    monkeypatch.setattr("qpenet_jax.segmenter.load", load)
-    return network
-
-
-def scene(height=90, width=120):
-    """A red ring with a blue disc beside it on grey, and the classes of its pixels."""
-    y, x = np.mgrid[:height, :width]
-    away = np.hypot(y - height / 2, x - height / 2)
-    index = np.zeros((height, width), np.uint8)
-    index[(away < height * 0.45) & (away > height * 0.2)] = 1
-    index[np.hypot(y - height / 2, x - width + height * 0.2) < height * 0.15] = 2
-    colours = np.array([(128, 128, 128), *COLOURS.values()], np.uint8)
-    return colours[index], index
+def network():
+    return Colours()
 
 
 @pytest.fixture
@@ -80,11 +43,17 @@ def photos(tmp_path):
     return words
 
 
-def run(tmp_path, words, *more, query="photos"):
-    query, out = tmp_path / query, tmp_path / "out"
-    given = ["predict", "--workdir=w", *words, "--query", query, "--out", out, *more]
-    main([str(word) for word in given])
+def run(network, tmp_path, words, *more, query="photos"):
+    out = tmp_path / "out"
+    given = [*words, "--query", tmp_path / query, "--out", out, *more]
+    run_predict(network.segmenter, "--workdir=w", *given)
     return out
+
+
+def refusal(*given, **options):
+    with pytest.raises(InputError) as error:
+        run(Colours(), *given, **options)
+    return str(error.value)
 
 
 def indices(path):
@@ -94,7 +63,7 @@ def indices(path):
 
 
 def test_several_classes_make_one_index_mask(network, photos, tmp_path):
-    out = run(tmp_path, photos, "--recursive")
+    out = run(network, tmp_path, photos, "--recursive")
     found, palette = indices(out / "a.png")
     truth = scene()[1]
     assert (found == truth).mean() > 0.95
@@ -123,7 +92,7 @@ def test_several_classes_make_one_index_mask(network, photos, tmp_path):
 def test_supports_and_queries_are_encoded_once_for_all_classes(
     network, photos, tmp_path
 ):
-    run(tmp_path, photos, "--recursive")
+    run(network, tmp_path, photos, "--recursive")
     assert network.encoded == [("support",)] * 2 + [("query",)] * 3
 
 
@@ -150,7 +119,7 @@ def test_tasks_are_of_one_segmenter():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools under NumPy 2
 def test_coco_reads_back_every_mask_bit_for_bit(network, photos, tmp_path, capsys):
-    out = run(tmp_path, photos, "--recursive", "--format", "png,coco")
+    out = run(network, tmp_path, photos, "--recursive", "--format", "png,coco")
     capsys.readouterr()
     coco = COCO(str(out / "coco.json"))
     files = {image["file_name"]: image["id"] for image in coco.imgs.values()}
@@ -194,7 +163,7 @@ def test_coco_draws_polygons_back_to_the_mask(smooth):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_polygons_of_coco_are_its_run_lengths(network, photos, tmp_path, capsys):
-    out = run(tmp_path, photos, "--recursive", "--format=coco,coco_polygons")
+    out = run(network, tmp_path, photos, "--recursive", "--format=coco,coco_polygons")
     capsys.readouterr()
     one, two = (COCO(str(out / f"{name}.json")) for name in ("coco", "coco_polygons"))
     capsys.readouterr()
@@ -209,7 +178,7 @@ def test_polygons_of_coco_are_its_run_lengths(network, photos, tmp_path, capsys)
 
 
 def test_labelme_reads_back_every_mask(network, photos, tmp_path):
-    out = run(tmp_path, photos, "--recursive", "--format", "voc,labelme")
+    out = run(network, tmp_path, photos, "--recursive", "--format", "voc,labelme")
     for name in ("a", "sub/b", "none"):
         path = out / f"{name}.json"
         content = json.loads(path.read_text())
@@ -234,7 +203,7 @@ def test_labelme_reads_back_every_mask(network, photos, tmp_path):
 def test_labelme_itself_reads_what_is_written(network, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
     labelme = pytest.importorskip("labelme", exc_type=ImportError)
-    out = run(tmp_path, photos, "--format", "png,labelme")
+    out = run(network, tmp_path, photos, "--format", "png,labelme")
     file = labelme.LabelFile(str(out / "a.json"))
     values = {name: i for i, name in enumerate(COLOURS, 1)}
     drawn, _ = labelme.utils.shapes_to_label((90, 120), file.shapes, values)
@@ -270,7 +239,7 @@ def test_a_large_outline_saves_corners_and_keeps_99_percent():
 
 
 def test_probabilities_have_16_bits(network, photos, tmp_path):
-    out = run(tmp_path, photos, "--probability")
+    out = run(network, tmp_path, photos, "--probability")
     index, _ = indices(out / "a.png")
     found = [cv2.imread(str(out / f"a_probability_{c}.png"), -1) for c in COLOURS]
     assert found[0].dtype == np.uint16
@@ -281,68 +250,59 @@ def test_probabilities_have_16_bits(network, photos, tmp_path):
     summary = json.loads((out / "predictions.json").read_text())
     mean = found[0][index == 1].mean() / 65535
     assert abs(summary["images"][0]["found"]["red"]["score"] - mean) < 1e-4
-    out = run(tmp_path, photos[:2], "--probability")
+    out = run(network, tmp_path, photos[:2], "--probability")
     assert (out / "a_probability.png").exists()
 
 
-def test_an_interrupted_run_leaves_no_summary(network, photos, tmp_path, capsys):
-    out = run(tmp_path, photos, "--format=png,coco")
+def test_an_interrupted_run_leaves_no_summary(network, photos, tmp_path):
+    out = run(network, tmp_path, photos, "--format=png,coco")
     assert (out / "coco.json").exists()
     path = tmp_path / "photos/z.jpg"
     Image.fromarray(scene()[0]).save(path)
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(SystemExit):
-        run(tmp_path, photos, "--format=png,coco")
-    assert "z.jpg: broken image" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"z\.jpg: broken image"):
+        run(network, tmp_path, photos, "--format=png,coco")
     assert (out / "a.png").exists()
     assert not (out / "coco.json").exists()
     assert not (out / "predictions.json").exists()
 
 
-def test_results_in_each_others_place_are_refused(network, photos, tmp_path, capsys):
-    words = ["predict", "--workdir=w", *photos, "--out", tmp_path / "out", "--query"]
+def test_results_in_each_others_place_are_refused(photos, tmp_path):
     for name in ("predictions", "coco"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
-        query = tmp_path / f"{name}.png"
-        error = refused(capsys, *words, query, "--format=coco,labelme")
+        query = f"{name}.png"
+        error = refusal(tmp_path, photos, "--format=coco,labelme", query=query)
         assert f"two results would be called {tmp_path / 'out' / name}.json" in error
-    assert "--format 'tiff': choose" in refused(capsys, *words, query, "--format=tiff")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "taken"),
-    [
+def test_results_never_replace_marks(photos, tmp_path):
+    for option, taken in (
         ("--format=labelme", "a.json"),
         ("--format=coco", "coco.json"),
         ("--format=voc", "SegmentationClass/a.png"),
         ("--probability", "a_probability.png"),
-    ],
-)
-def test_results_never_replace_marks(network, photos, tmp_path, capsys, options, taken):
-    marks = tmp_path / taken
-    marks.parent.mkdir(exist_ok=True)
-    if marks.suffix == ".png":
-        Image.new("L", (64, 64), 1).save(marks)
-    else:
-        shape = {"label": "red", "points": [[1, 1], [9, 1], [9, 9]]}
-        marks.write_text(json.dumps({"shapes": [shape]}))
-    before = marks.read_bytes()
-    support = f"{tmp_path / 'red.png'}:{marks}"
-    error = refused(
-        capsys, "predict", "--workdir=w", "--support", support, "--query",
-        tmp_path / "photos/a.png", "--out", tmp_path, options,
-    )  # fmt: skip
-    assert f"over the input {marks}" in error
-    assert marks.read_bytes() == before
+    ):
+        marks = tmp_path / "out" / taken
+        marks.parent.mkdir(parents=True, exist_ok=True)
+        if marks.suffix == ".png":
+            Image.new("L", (64, 64), 1).save(marks)
+        else:
+            shape = {"label": "red", "points": [[1, 1], [9, 1], [9, 9]]}
+            marks.write_text(json.dumps({"shapes": [shape]}))
+        before = marks.read_bytes()
+        support = ["--support", f"{tmp_path / 'red.png'}:{marks}"]
+        error = refusal(tmp_path, support, option, query="photos/a.png")
+        assert f"over the input {marks}" in error
+        assert marks.read_bytes() == before
 
 
 def test_a_file_that_isnt_written_isnt_touched(network, photos, tmp_path):
     """COCO's file of an earlier call may be the marks of this one."""
-    out = run(tmp_path, photos, "--format=coco")
+    out = run(network, tmp_path, photos, "--format=coco")
     before = (out / "coco.json").read_bytes()
     support = f"red={tmp_path / 'photos/a.png'}:{out / 'coco.json'}"
-    run(tmp_path, ["--support", support])
+    run(network, tmp_path, ["--support", support])
     assert (out / "coco.json").read_bytes() == before
     found = np.array(Image.open(out / "a.png"))
     assert ((found == 255) == (scene()[1] == 1)).mean() > 0.95
@@ -378,11 +338,13 @@ def test_one_tile_is_the_whole_and_many_agree(network, photos, tmp_path):
         margins(image), tiled(margins, image, Tiles(32)), strict=True
     ):
         np.testing.assert_allclose(probability(part), probability(whole), atol=1e-5)
-    plain = indices(run(tmp_path, photos) / "a.png")[0]
-    one = indices(run(tmp_path, photos, "--tiles=120") / "a.png")[0]
+    plain = indices(run(network, tmp_path, photos) / "a.png")[0]
+    one = indices(run(network, tmp_path, photos, "--tiles=120") / "a.png")[0]
     np.testing.assert_array_equal(one, plain)
     network.encoded.clear()
-    many = indices(run(tmp_path, photos, "--tiles=64", query="photos/a.png") / "a.png")
+    many = indices(
+        run(network, tmp_path, photos, "--tiles=64", query="photos/a.png") / "a.png"
+    )
     assert (many[0] == scene()[1]).mean() > 0.97
     assert network.encoded.count(("query",)) == 2 * 3  # of 90 and of 120 pixels
 
@@ -400,7 +362,7 @@ def test_a_video_is_segmented_frame_by_frame(network, photos, tmp_path):
     image, truth = scene()
     write_video(tmp_path / "clip.avi", [image, image[:, ::-1], image])
     formats = "--format=png,coco,labelme"
-    out = run(tmp_path, photos, formats, query="clip.avi")
+    out = run(network, tmp_path, photos, formats, query="clip.avi")
     for i, expected in enumerate((truth, truth[:, ::-1], truth)):
         found, _ = indices(out / f"clip/{i:06d}.png")
         assert (found == expected).mean() > 0.95
@@ -418,7 +380,7 @@ def test_a_video_is_segmented_frame_by_frame(network, photos, tmp_path):
     assert [p.name for p in out.iterdir() if ".part" in p.name] == []
 
 
-def test_broken_videos_are_one_line(network, photos, tmp_path, capfd):
+def test_broken_videos_are_one_line(photos, tmp_path, capfd):
     write_video(tmp_path / "clip.mp4", [scene()[0]] * 3, "mp4v")
     whole = (tmp_path / "clip.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
@@ -427,25 +389,24 @@ def test_broken_videos_are_one_line(network, photos, tmp_path, capfd):
     playlist = f"ffconcat version 1.0\nfile {tmp_path / 'clip.mp4'}\n"
     (tmp_path / "list.mp4").write_text(playlist)
     for name in ("cut.mp4", "none.avi", "empty.mov", "list.mp4"):
-        with pytest.raises(SystemExit):
-            run(tmp_path, photos, query=name)
-        lines = capfd.readouterr().err.strip().splitlines()
-        assert lines == [
-            f"error: {tmp_path / name}: no frame can be read; convert it to mp4"
-        ]
+        error = refusal(tmp_path, photos, query=name)
+        assert error == f"{tmp_path / name}: no frame can be read; convert it to mp4"
+        assert not capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_frames_never_replace_what_is_read(network, photos, tmp_path, capsys):
-    write_video(tmp_path / "photos.avi", [scene()[0]])
-    words = ["predict", "--workdir=w", *photos, "--query", tmp_path / "photos.avi"]
-    error = refused(capsys, *words, tmp_path / "photos/a.png", "--out", tmp_path)
-    assert f"written into {tmp_path / 'photos'}, where" in error
+def test_frames_never_replace_what_is_read(photos, tmp_path):
+    write_video(tmp_path / "out.avi", [scene()[0]])
+    (tmp_path / "out/out").mkdir(parents=True)
+    Image.fromarray(scene()[0]).save(tmp_path / "out/out/a.png")
+    more = ["--query", tmp_path / "out.avi", tmp_path / "out/out/a.png"]
+    error = refusal(tmp_path, photos, *more)
+    assert f"written into {tmp_path / 'out/out'}, where" in error
 
 
 def test_a_folders_videos_are_left_out_and_told(network, photos, tmp_path, capsys):
     write_video(tmp_path / "photos/x.avi", [scene()[0]])
-    run(tmp_path, photos)
+    run(network, tmp_path, photos)
     assert "1 x .avi, 1 folder(s): give --recursive, give videos by their own" in (
         capsys.readouterr().err
     )

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qpenet_jax.cli.options import (
     about_segmenter,
@@ -12,6 +13,9 @@ from qpenet_jax.cli.options import (
     path,
 )
 from qpenet_jax.core.errors import InputError, check_choice
+
+if TYPE_CHECKING:
+    from qpenet_jax.segmenter import Segmenter
 
 FORMATS = ("png", "voc", "coco", "coco_polygons", "labelme")
 
@@ -115,7 +119,14 @@ def _add_results(parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Segments every query image."""
+    """Segments every query image by the network or method that is chosen."""
+    for name in args.format:
+        check_choice("--format ", name, FORMATS)
+    segment(args, load_segmenter(args))
+
+
+def segment(args: argparse.Namespace, segmenter: "Segmenter") -> None:
+    """Segments every query image by a segmenter."""
     from tqdm import tqdm
 
     from qpenet_jax.masks.annotations import parse_support, read_supports
@@ -123,10 +134,7 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.masks.tasks import Tiles
     from qpenet_jax.masks.writers import MaskWriter, segment_files
 
-    for name in args.format:
-        check_choice("--format ", name, FORMATS)
     tiles = Tiles(args.tiles, args.tile_overlap) if args.tiles is not None else None
-    segment = load_segmenter(args)
     supports = [parse_support(text) for text in args.support]
     examples = read_supports(supports)
     queries = find_queries(args.query, args.recursive)
@@ -137,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
     files = [file for support in supports for file in support.files]
     files += [query.path for query in queries]
     results.refuse_clashes(queries, [*files, *_query_folders(out, args)])
-    tasks = segment.learn_classes(examples)
+    tasks = segmenter.learn_classes(examples)
 
     def find(pixels):
         return tasks.find(pixels, tiles, refine=args.refine, **kept)

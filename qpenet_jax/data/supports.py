@@ -10,7 +10,7 @@ import PIL.Image
 from jaxtyping import Bool, Int, Integer, Shaped, UInt8
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import FEATURE_STRIDE
+from qpenet_jax.core.types import FEATURE_STRIDE, IGNORE
 from qpenet_jax.data.images import (
     check_same_size,
     decoding,

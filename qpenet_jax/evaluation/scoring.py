@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, PyTree, UInt8
+from jaxtyping import Bool, Float, PyTree, UInt8
 from tqdm import tqdm
 
 from qpenet_jax.core import cluster
