@@ -1,10 +1,17 @@
-"""Which heads count as dead, and when that is told."""
+"""Which heads count as dead, and when a warning says so."""
 
 import math
 
 import pytest
 
-from qpenet_jax.training.health import CHANCE, HEADS, LOSSES, Watch, dead_heads
+from qpenet_jax.training.health import (
+    CHANCE,
+    HEADS,
+    LOSSES,
+    PATIENCE,
+    DeadHeads,
+    dead_heads,
+)
 
 ALIVE = {"loss_pre": 0.3, "loss_rev": 0.3, "loss_bg_q": 0.6, "loss_aux": 0.3}
 ALIVE |= {"loss_final": 0.3, **{f"empty_{head}": 0.25 for head in HEADS}}
@@ -47,19 +54,20 @@ def test_heads_that_a_variant_lacks_are_not_missed():
     assert dead_heads([lean] * 5) == {}
 
 
-def test_the_watch_warns_once_of_each_head_and_names_the_remedy():
-    watch, empty = Watch(), ALIVE | {"empty_rev": 1.0}
-    assert watch([empty] * 199) == []
-    (warning,) = watch([empty] * 10)
+def test_a_warning_comes_once_of_each_head_and_names_the_remedy():
+    warnings, empty = DeadHeads(), ALIVE | {"empty_rev": 1.0}
+    assert PATIENCE == 200
+    assert warnings([empty] * 199) == []
+    (warning,) = warnings([empty] * 10)
     assert "y_rev has found nothing for 200 steps" in warning
     assert "--config.recipe=stable" in warning
     assert "\n" not in warning
-    assert watch([empty] * 500) == []
-    (later,) = watch([empty | {"empty_bg": 1.0}] * 200)
+    assert warnings([empty] * 500) == []
+    (later,) = warnings([empty | {"empty_bg": 1.0}] * 200)
     assert "y_bg_q" in later
 
 
-def test_the_watch_starts_anew_when_a_head_finds_something():
-    watch, empty = Watch(), ALIVE | {"empty_rev": 1.0}
-    assert watch([empty] * 199 + [ALIVE] + [empty] * 199) == []
-    assert len(watch([empty])) == 1
+def test_the_count_starts_anew_when_a_head_finds_something():
+    warnings, empty = DeadHeads(), ALIVE | {"empty_rev": 1.0}
+    assert warnings([empty] * 199 + [ALIVE] + [empty] * 199) == []
+    assert len(warnings([empty])) == 1

@@ -1,8 +1,8 @@
 """The verdict over the first steps of training, each line of it."""
 
 import pytest
+from commands import qpenet, tiny
 from test_health import ALIVE
-from test_train import qpenet, words
 
 from qpenet_jax.training.preflight import GIB, Step, findings, memory
 
@@ -10,7 +10,7 @@ GOOD = ALIVE | {"loss": 1.5, "grad_norm": 4.0}
 
 
 def steps(count=100, waited=0.01, took=0.5, **changes):
-    return [Step(None, GOOD | changes, waited, took)] * count
+    return [Step(None, 36_000, GOOD | changes, waited, took)] * count
 
 
 def verdict(taken, used=(("GPU 0", 10 * GIB, 80 * GIB),)):
@@ -29,7 +29,7 @@ def test_a_healthy_run_passes_everywhere():
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_what_is_not_finite_is_told_with_its_step(name):
+def test_what_is_not_finite_is_named_with_its_step(name):
     good, text = verdict(steps(3) + steps(1, **{name: float("nan")}))["finite"]
     assert not good
     assert "from step 4 on" in text
@@ -50,7 +50,7 @@ def test_a_head_is_judged_by_the_last_steps():
     assert "y_rev has found nothing" in text
 
 
-def test_slow_loading_is_told_and_the_first_steps_do_not_count():
+def test_slow_loading_is_bad_and_the_first_steps_do_not_count():
     first = steps(20, waited=9.0, took=30.0)
     assert verdict(first + steps(80))["loading"][0]
     good, text = verdict(first + steps(80, waited=0.2))["loading"]
@@ -60,7 +60,7 @@ def test_slow_loading_is_told_and_the_first_steps_do_not_count():
     assert "of 0.50 s" in verdict(first + steps(80))["to go"][1]
 
 
-def test_full_memory_is_told():
+def test_full_memory_is_bad():
     good, text = verdict(steps(), [("GPU 0", 79 * GIB, 80 * GIB)])["memory"]
     assert not good
     assert "config.batch_size" in text
@@ -72,8 +72,7 @@ def test_this_machines_memory():
 
 
 def run(tmp_path, **changes):
-    changes = {"workers": 0} | changes
-    result = qpenet("train", *words(tmp_path / "run", **changes), "--check")
+    result = qpenet(*tiny(tmp_path / "run", **changes), "--check")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists(), "a check writes nothing"
     return result
@@ -83,7 +82,7 @@ def run(tmp_path, **changes):
 def test_the_check_ends_with_a_verdict(tmp_path):
     """Small images of noise-like training: alive or not, it is said and returned."""
     result = run(tmp_path, steps=30)
-    assert "the first 30 of 30 steps, recipe paper" in result.stdout
+    assert "the first 30 of 30 steps, recipe stable" in result.stdout
     for line in ("finite", "heads", "loading", "memory", "to go"):
         assert f"  {line}" in result.stdout
     last = result.stdout.splitlines()[-1]

@@ -6,32 +6,39 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from qpenet_jax.runs.saved_config import merged
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from qpenet_jax import InputError, load
 from qpenet_jax.backbones import precision
-from qpenet_jax.backbones.convert import convert
 from qpenet_jax.config import VERSION, default_config
 from qpenet_jax.core.fields import flat
+from qpenet_jax.data.episode_lists import EpisodeList, FrozenEpisodes
+from qpenet_jax.data.episodes import EpisodeIds
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.evaluation.metrics import load_scores
 from qpenet_jax.recipes import resolved
-from qpenet_jax.runs.datasets import build_dataset
-from qpenet_jax.runs.evaluator import Evaluator
+from qpenet_jax.runs.config_files import saved_config
+from qpenet_jax.runs.datasets import (
+    build_dataset,
+    build_fold,
+    build_protocol,
+    class_names,
+)
+from qpenet_jax.runs.evaluator import Evaluator, folder_name, scored_episodes
 from qpenet_jax.runs.folder import claim, inputs_of, open_run
 
-OLD = Path(__file__).parent / "goldens" / "run_dbf7d53"
-"""The quick start of commit dbf7d53, before configs had a version: 3 steps of a network
-of 8 channels at 65 pixels, scored on 10 episodes; without the optimiser's state."""
+pytestmark = pytest.mark.standard_promotion
 
 
 @pytest.fixture
-def old(tmp_path):
-    """A copy of the old run, which may be changed."""
-    return Path(shutil.copytree(OLD, tmp_path / "run"))
+def run(finished, tmp_path):
+    """A copy of a finished run, which may be changed."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+@pytest.fixture
+def config(finished):
+    return open_run(finished[0]).config
 
 
 def edit(folder, **fields):
@@ -40,175 +47,166 @@ def edit(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_a_run_of_an_earlier_version_evaluates_to_the_same_scores(old, tmp_path):
-    run = open_run(old)
-    val = build_dataset(run.config, "val")
-    evaluator = Evaluator(run.config, run.weights, tmp_path / "out", val)
-    (tmp_path / "out").mkdir()
-    told = []
-
-    def tell(results, figure):
-        """TensorBoard's part; the results say that all is done, so it comes before."""
-        with Image.open(figure) as picture:
-            shape = np.asarray(picture).shape
-        told.append((results["miou"], len(shape), results_file.exists()))
-
-    results_file = tmp_path / "out" / "results.json"
-    evaluator(run.params, tell, step=run.step)
-    results = json.loads(results_file.read_text())
-    assert told == [(pytest.approx(results["miou"]), 3, False)]
-    before = json.loads((OLD / "results.json").read_text())
-    assert results["protocol"] == before["protocol"]
-    assert (results["dtype"], results["device"]) == ("float32", "cpu")
-    assert "Computed in float32 on cpu" in (tmp_path / "out/results.md").read_text()
-    assert results["miou"] == pytest.approx(before["miou"], abs=0.05)
-    ours = load_scores(tmp_path / "out" / "episodes_qpenet.csv").rows
-    theirs = load_scores(OLD / "episodes_qpenet.csv").rows
-    np.testing.assert_array_equal(ours[:, :4], theirs[:, :4])
-    # Another machine may round a pixel to the other side.
-    np.testing.assert_allclose(ours, theirs, atol=3)
+# --- What belongs to a run ---
 
 
-def test_later_fields_have_the_value_that_the_run_was_made_with(old):
-    config = open_run(old).config
-    assert config.version == VERSION
-    assert config.recipe == "paper"
-    assert config.dtype == "float32"
-    assert not config.model.normalize
-    assert config.model.background_scale == 1
-    assert config.loss.pre == 1
-    assert config.optimizer.lr == 5e-4
-
-
-def test_an_earlier_run_may_be_resumed_by_the_same_config(old):
-    run = open_run(old)
-    data = build_dataset(run.config, "train"), build_dataset(run.config, "val")
-    claim(old, run.config, inputs_of(*data, run.weights))
-
-
-def test_other_images_under_the_same_names_are_refused(old, tmp_path, write_voc):
-    """Of a run that knows of them: an earlier version's has no hash of the files."""
-    run, root = open_run(old), write_voc(tmp_path / "voc", images=3, classes=2)
+def test_other_images_under_the_same_names_are_refused(run, tmp_path, write_voc):
+    opened, root = open_run(run), write_voc(tmp_path / "voc", images=3, classes=2)
 
     def inputs():
         data = VOCLayout(root, root / "ids.txt", ("one", "two"))
-        return inputs_of(data, data, run.weights)
+        return inputs_of(data, data, opened.weights)
 
-    (old / "inputs.json").unlink()
-    claim(old, run.config, inputs())
-    claim(old, run.config, inputs())
+    (run / "inputs.json").unlink()
+    claim(run, opened.config, inputs())
+    claim(run, opened.config, inputs())
     image = root / "JPEGImages/im_001.jpg"
     image.write_bytes(image.read_bytes() + b"more")
     with pytest.raises(InputError) as refused:
-        claim(old, run.config, inputs())
+        claim(run, opened.config, inputs())
     assert "(training files, validation files differ" in str(refused.value)
 
 
-def test_what_is_shared_is_read_back(old):
-    assert open_run(old).shared == {}
-    path = old / "inputs.json"
+def test_what_is_shared_is_read_back(run):
+    assert open_run(run).shared == {}
+    path = run / "inputs.json"
     found = {"scored images that were trained on": "1 of 9, such as a = b"}
     path.write_text(json.dumps(json.loads(path.read_text()) | found))
-    assert open_run(old).shared == found
+    assert open_run(run).shared == found
 
 
 def test_a_run_goes_on_only_where_auto_means_the_same(tmp_path, monkeypatch):
-    def on(ampere):
+    def go_on(dtype, ampere):
         monkeypatch.setattr(precision, "from_ampere_on", lambda: ampere)
-
-    def go_on(folder, dtype):
         config = default_config()
         config.dtype = dtype
-        claim(folder, resolved(config), {"weights": "0"})
+        claim(tmp_path / "run", resolved(config), {"weights": "0"})
 
-    new, early = tmp_path / "new", tmp_path / "early"
-    on(True)
-    go_on(new, "auto")
-    assert json.loads((new / "inputs.json").read_text())["dtype"] == "tf32"
-    go_on(new, "tf32")
+    go_on("auto", ampere=True)
+    kept = json.loads((tmp_path / "run/inputs.json").read_text())
+    assert kept["dtype"] == "tf32"
+    go_on("tf32", ampere=True)
     with pytest.raises(InputError, match=r"another config \(dtype differ\)"):
-        go_on(new, "float32")
-    on(False)
+        go_on("float32", ampere=True)
     with pytest.raises(InputError, match=r"other inputs \(dtype differ .*same dtype"):
-        go_on(new, "auto")
-    # Begun before there was "auto", and before inputs.json told the dtype.
-    go_on(early, "float32")
-    (early / "inputs.json").write_text('{"weights": "0"}')
-    go_on(early, "auto")
-    on(True)
-    with pytest.raises(InputError, match=r"another config \(dtype differ\)"):
-        go_on(early, "auto")
+        go_on("auto", ampere=False)
 
 
-def test_a_run_without_a_dtype_was_made_in_float32(old):
-    path = old / "config.json"
-    config = json.loads(path.read_text())
-    del config["dtype"]
-    assert merged(config, "a file").dtype == "float32"
-    assert merged({"version": VERSION}, "a file").dtype == "auto"
-
-
-def test_an_unknown_field_is_one_clear_line(old):
-    edit(old, sead=3)
-    with pytest.raises(InputError) as refused:
-        open_run(old)
-    assert str(refused.value) == (
-        f"{old / 'config.json'} has an unknown field sead: is it seed?"
-    )
-
-
-def test_a_later_version_is_refused(old):
-    edit(old, version=VERSION + 1)
-    with pytest.raises(InputError, match=f"of version {VERSION + 1}.*knows 1 to"):
-        open_run(old)
-
-
-def test_a_value_of_another_type_is_refused(old):
-    edit(old, dataset=3)
-    with pytest.raises(InputError, match="dataset must hold fields"):
-        open_run(old)
-    edit(old, dataset={}, side="large")
-    with pytest.raises(InputError, match="side='large' is not of the type of 473"):
-        open_run(old)
+def test_configs_that_no_run_has_are_one_clear_line(run):
+    whole = (run / "config.json").read_text()
+    for fields, refused in (
+        ({"sead": 3}, f"{run}/config.json has an unknown field sead: is it seed?"),
+        ({"version": VERSION + 1}, f"of version {VERSION + 1}.*knows {VERSION}"),
+        ({"dataset": 3}, "dataset must hold fields"),
+        ({"side": "large"}, "side='large' is not of the type of 473"),
+    ):
+        edit(run, **fields)
+        with pytest.raises(InputError, match=refused.replace("?", r"\?")):
+            open_run(run)
+        (run / "config.json").write_text(whole)
 
 
 def test_what_is_saved_is_what_is_read():
     config = default_config()
     config.dataset.novel = ("ant", "bee")
     config.eval.seeds = (1, 2)
-    again = merged(json.loads(config.to_json()), "config.json")
+    again = saved_config(json.loads(config.to_json()), "config.json")
     assert flat(again.to_dict()) == flat(config.to_dict())
 
 
-def test_paths_can_be_overridden_and_nothing_else(old):
+def test_paths_can_be_overridden_and_nothing_else(run):
     words = ["--config.dataset.root=/elsewhere", "--config.workers=0"]
-    config = open_run(old, words).config
+    config = open_run(run, words).config
     assert (config.dataset.root, config.workers) == ("/elsewhere", 0)
-    with pytest.raises(InputError, match=r"side=97: a finished run settles this"):
-        open_run(old, ["--config.side=97"])
+    with pytest.raises(InputError, match=r"side=97: a finished run decides this"):
+        open_run(run, ["--config.side=97"])
     with pytest.raises(InputError, match="a whole number of loading processes"):
-        open_run(old, ["--config.workers=many"])
+        open_run(run, ["--config.workers=many"])
 
 
-def test_other_weights_than_those_of_the_training_are_refused(old, tmp_path):
-    right = Path(convert("efficientnet_lite0", None, out_dir=tmp_path))
-    load(old, [f"--config.backbone.weights={right}"])
-    weights = load_file(right)
+def test_other_weights_than_those_of_the_training_are_refused(run, tmp_path):
+    right = open_run(run).config.backbone.weights
+    moved = shutil.copy(right, tmp_path / "moved.safetensors")
+    load(run, [f"--config.backbone.weights={moved}"])
+    weights, wrong = load_file(right), tmp_path / "wrong.safetensors"
     name = next(iter(weights))
     weights[name] = weights[name] + 1
-    wrong = tmp_path / "wrong.safetensors"
     with safe_open(right, "numpy") as file:
         save_file(weights, wrong, metadata=file.metadata())
     with pytest.raises(InputError, match=r"wrong.safetensors: not the weights that"):
-        load(old, [f"--config.backbone.weights={wrong}"])
+        load(run, [f"--config.backbone.weights={wrong}"])
 
 
 @pytest.mark.parametrize("split", ["blocks", "strided", "named", "coco_fwb"])
-def test_predicting_needs_no_data_set(old, split):
-    saved = json.loads((old / "config.json").read_text())["dataset"]
+def test_predicting_needs_no_data_set(run, split):
+    saved = json.loads((run / "config.json").read_text())["dataset"]
     here = {"kind": "prepared", "root": "/nowhere", "split": split, "novel": ["ant"]}
-    edit(old, dataset=saved | here)
-    segmenter = load(old)
+    edit(run, dataset=saved | here)
     image = np.zeros((40, 50, 3), np.uint8)
     mask = np.ones((40, 50), np.uint8)
-    assert segmenter(image, image, mask).shape == (40, 50)
+    assert load(run)(image, image, mask).shape == (40, 50)
+
+
+# --- What is scored, and the folder for it ---
+
+
+def frozen(*class_ids):
+    """One episode of every class, with two supports."""
+    rows = [EpisodeIds(i, 5, c, (6, 7)) for i, c in enumerate(class_ids)]
+    return EpisodeList([FrozenEpisodes(0, tuple(rows))], "ab" * 32)
+
+
+def test_every_protocol_has_a_folder_of_its_own(config):
+    """It is named for what is scored, so before the evaluator is made."""
+    own = {"side": 473, "min_pixels": 2048, "exclude_novel": False}
+    pfenet = build_protocol(config, "pfenet", **own)
+    assert folder_name(pfenet) == "pfenet_1shot"
+    changes = own | {"shots": 5, "seeds": (1, 2), "scoring": "exact"}
+    five = build_protocol(config, "pfenet", **changes)
+    assert folder_name(five) == "pfenet_seeds=1,2_scoring=exact_5shot"
+    episodes = frozen(*build_fold(config).novel)
+    listed = folder_name(pfenet, episodes)
+    assert "episode_list=abababababab" in listed
+    assert listed.endswith("_2shot")
+    val, protocol = build_dataset(config, "val"), build_protocol(config)
+    for given in (None, episodes):
+        scored = scored_episodes(config, val, protocol, given).protocol
+        assert folder_name(scored) == folder_name(protocol, given)
+
+
+def test_classes_that_no_episode_can_show_are_left_out(config):
+    val, protocol = build_dataset(config, "val"), build_protocol(config)
+    whole = scored_episodes(config, val, protocol)
+    assert (whole.class_ids, whole.left_out) == (build_fold(config).novel, [])
+    counts = val.counts[:, [c - 1 for c in whole.class_ids]]
+    most = int((counts >= 64).sum(axis=0).max())
+    few = scored_episodes(config, val, build_protocol(config, shots=most - 1))
+    names = tuple(class_names(config)[c - 1] for c in few.class_ids)
+    assert 0 < len(few.left_out) < len(protocol.classes)
+    assert set(names) == set(protocol.classes) - set(few.left_out)
+    assert few.protocol.classes == names
+
+
+def test_a_list_of_training_classes_is_refused(config):
+    episodes = frozen(build_fold(config).base[0])
+    val = build_dataset(config, "val")
+    with pytest.raises(InputError, match="isn't novel"):
+        scored_episodes(config, val, build_protocol(config), episodes)
+
+
+def test_results_say_last_that_all_is_done(run, config, tmp_path):
+    """To make an evaluator and to score write no results yet."""
+    folder, opened = tmp_path / "new", open_run(run)
+    evaluator = Evaluator(config, opened.weights, folder, build_dataset(config, "val"))
+    assert evaluator.describe().startswith("protocol: ours, but episodes=6")
+    assert evaluator.step() is None
+    assert not folder.exists()
+    results = evaluator.score(opened.params, step=opened.step)
+    assert (folder / "episodes.png").exists()
+    assert evaluator.step() is None
+    evaluator.write(results)
+    assert evaluator.step() == opened.step
+    before = json.loads((run / "results.json").read_text())
+    for name in ("miou", "protocol", "dtype", "device"):
+        assert results[name] == before[name]
+    assert "Computed in float32 on cpu" in (folder / "results.md").read_text()

@@ -1,24 +1,20 @@
 """Batch norm that drifts: against PyTorch and NumPy, and in runs from start to end."""
 
-import contextlib
-import copy
-import dataclasses
 import importlib
 import json
 import os
 import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from commands import ROOT, overrides
 from flax.traverse_util import flatten_dict
 from make_backbone_goldens import _deepen, random_tensor
-from qpenet_jax.runs.saved_config import merged
-from qpenet_jax.runs.trainer import Trainer
-from qpenet_jax.training.drift import drifting_features, drifts
-from test_train import ROOT
 
 from qpenet_jax.backbones import convert, registry, torch_layout
 from qpenet_jax.backbones.batch_norm import Norm, refolded, statistics_of
@@ -29,19 +25,24 @@ from qpenet_jax.backbones.resnet import Layer4, ResNet
 from qpenet_jax.backbones.torch_layout import no_statistics, to_flax
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import BATCH_STATISTICS, Episode
-from qpenet_jax.runs import config as module
-from qpenet_jax.runs import loop
-from qpenet_jax.runs.build import build_predictor, complete
+from qpenet_jax.runs.build import (
+    build_predictor,
+    build_weights,
+    complete,
+    initial_params,
+    params_like,
+)
 from qpenet_jax.runs.config_files import load_config
-from qpenet_jax.runs.evaluator import Evaluator
+from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.segmenter import load
-from qpenet_jax.training.stopping import Interrupted
+from qpenet_jax.training.batches import build_batches, on_devices, shardings
+from qpenet_jax.training.released_step import drifting_features, drifts
+from qpenet_jax.training.setup import build_train_step, initial_state
+from qpenet_jax.training.step import TrainState
+from qpenet_jax.training.train import train
 
-pytestmark = [
-    pytest.mark.standard_promotion,
-    pytest.mark.usefixtures("tiny"),
-]
+pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("tiny")]
 
 NET = Backbone(
     ResNet((1, 1, 1), deep_stem=True), ("layer3", "layer2"), 1536, deep=Layer4(1)
@@ -54,9 +55,9 @@ SIDE = 25
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Let NET be known as the backbone "tiny"."""
+    """Let NET be known as the backbone "one_block"."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.BACKBONES, "tiny", NET)
+        patch.setitem(registry.BACKBONES, "one_block", NET)
         yield
 
 
@@ -64,7 +65,7 @@ def tiny():
 def tensors(tiny):
     """A state_dict of NET, by PyTorch's names."""
     names, found = torch_layout.ORIGINALS[ResNet].names, {}
-    for path, shape in torch_layout.shapes_of("tiny", True).items():
+    for path, shape in torch_layout.shapes_of("one_block", True).items():
         layer, _, leaf = path.rpartition("/")
         if leaf == "kernel":
             conv, norm = names(layer)
@@ -75,7 +76,7 @@ def tensors(tiny):
 
 @pytest.fixture(scope="module")
 def weights(tensors):
-    params = to_flax("tiny", tensors, deep=True, norms=True)
+    params = to_flax("one_block", tensors, deep=True, norms=True)
     return jax.tree.map(jnp.asarray, params)
 
 
@@ -164,7 +165,7 @@ def test_it_drifts_from_the_middle_of_an_epoch_on_but_in_the_first():
 def converted(tensors, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     safetensors.numpy.save_file(tensors, folder / "original.safetensors")
-    return convert.convert("tiny", folder / "original.safetensors", out_dir=folder)
+    return convert.convert("one_block", folder / "original.safetensors", out_dir=folder)
 
 
 STEPS = 9
@@ -173,61 +174,64 @@ STEPS = 9
 def config(converted, **changes):
     fields = {
         "steps": STEPS,
-        "dataset.kind": "shapes",
-        "dataset.name": "Shapes",
-        "dataset.side": 33,
-        "dataset.train_images": 20,
-        "dataset.val_images": 40,
-        "dataset.min_pixels": 64,
-        "dataset.on_few": "drop",
-        "backbone.name": "tiny",
-        "backbone.weights": converted,
-        "backbone.drift": True,
-        "model.channels": 16,
+        "dataset__kind": "shapes",
+        "dataset__name": "Shapes",
+        "dataset__side": 33,
+        "dataset__train_images": 20,
+        "dataset__val_images": 40,
+        "dataset__min_pixels": 64,
+        "dataset__on_few": "drop",
+        "backbone__name": "one_block",
+        "backbone__weights": converted,
+        "backbone__drift": True,
+        "model__channels": 16,
         "side": SIDE,
         "batch_size": 2,
         "workers": 0,
         "log_every": 1,
-        "eval.episodes": 4,
-        "eval.seeds": "(0,)",
-        "select_on": "novel",
+        "save_every": 1,
+        "eval__episodes": 4,
+        "eval__seeds": "(0,)",
+        "select_on": "last",
     }
-    fields |= {name.replace("__", "."): value for name, value in changes.items()}
-    words = [f"--config.{name}={value}" for name, value in fields.items()]
-    return load_config(ROOT / "configs" / "released_pascal.py", words)
+    file = ROOT / "configs" / "released_pascal.py"
+    return load_config(file, overrides(**fields | changes))
 
 
 @pytest.fixture(scope="module")
-def trainer(converted):
-    """What a run trains with: compiled once for its steps and for those of the tests.
-
-    Its epochs have five steps: of the second, 5 to 9, the last three drift.
+def made(converted):
+    """A config, complete. Its epochs have five steps: the last three of the second
+    drift.
     """
-    made = Trainer(complete(config(converted)))
-    assert len(made.sampler) // made.config.batch_size == 5
+    made = complete(config(converted))
+    sampler = build_train_sampler(made, build_dataset(made, "train"))
+    assert len(sampler) // made.batch_size == 5
     return made
 
 
 @pytest.fixture(scope="module")
-def initial(trainer):
-    return trainer.initial_state()
+def frozen(made):
+    """The backbone's weights."""
+    return build_weights(made)
 
 
-SETTLED, DRIFTING = 5, 7
+FROZEN, DRIFTING = 5, 7
 """First steps of two and of three that do not drift, and that do."""
 
 
-def train(trainer, initial, batches, start, statistics, weights=None):
-    """Return the state after a step on every batch, and what each measured."""
-    state = dataclasses.replace(initial, step=jnp.int32(start), statistics=statistics)
-    state = jax.tree.map(jnp.array, state)  # a copy: the step uses it up
-    ours = copy.copy(trainer)
-    ours.weights = trainer.placed(weights or trainer.weights)
-    state, measured = trainer.placed(state), []
+def steps(made, frozen, batches, start, statistics):
+    """Return the state after a step on every batch, and the metrics of each."""
+    step = build_train_step(made, STEPS, 10)
+    state = initial_state(made, frozen, STEPS)
+    params = {**state.params, BATCH_STATISTICS: jax.tree.map(jnp.array, statistics)}
+    state = TrainState(jnp.int32(start), params, state.opt_state)
+    replicated, _ = shardings(made.batch_size)
+    state, weights = jax.device_put((state, frozen), replicated)
+    measured, key = [], jax.random.key(made.seed + 1)
     for batch in batches:
-        state, metrics = ours.step(state, batch)
+        state, metrics = step(state, weights, batch, key)
         measured.append({name: float(value) for name, value in metrics.items()})
-    return state, measured
+    return state.params, measured
 
 
 @pytest.fixture(scope="module")
@@ -293,46 +297,46 @@ def pytorchs(tensors, batches):
 
 @pytest.mark.parity
 def test_three_steps_move_the_statistics_as_in_pytorch(
-    trainer, initial, tensors, batches, pytorchs
+    made, frozen, tensors, batches, pytorchs
 ):
-    start = statistics_of(trainer.weights)
-    state, _ = train(trainer, initial, batches, DRIFTING, start)
+    start = statistics_of(frozen)
+    params, _ = steps(made, frozen, batches, DRIFTING, start)
+    moved = params[BATCH_STATISTICS]
     _, theirs = pytorchs
     counts = (theirs[f"{x}.num_batches_tracked"] for x in ("bn1", "layer4.0.bn1"))
     assert [int(count) for count in counts] == [6, 9]
     after = tensors | {name: theirs[name] for name in tensors}
-    expected = statistics_of(to_flax("tiny", after, deep=True, norms=True))
-    assert largest_difference(state.statistics, expected) < 1e-5
+    expected = statistics_of(to_flax("one_block", after, deep=True, norms=True))
+    assert largest_difference(moved, expected) < 1e-5
     assert largest_difference(start, expected) > 0.1
     # What evaluates the run is folded with them, as a converted checkpoint would be.
-    folded = to_flax("tiny", after, deep=True)
-    ours = refolded(trainer.weights, state.statistics)
+    folded = to_flax("one_block", after, deep=True)
+    ours = refolded(frozen, moved)
     assert jax.tree.structure(ours) == jax.tree.structure(folded)
     assert largest_difference(ours, folded) < 1e-5
 
 
 @pytest.mark.parity
-def test_features_are_normalised_by_the_batch_as_in_pytorch(trainer, batches, pytorchs):
+def test_features_are_normalised_by_the_batch_as_in_pytorch(frozen, batches, pytorchs):
     see = jax.jit(drifting_features, static_argnums=0)
-    start = statistics_of(trainer.weights)
-    (support, query), _ = see(NET, trainer.weights, start, batches[0])
+    start = statistics_of(frozen)
+    (support, query), _ = see(NET, frozen, start, batches[0])
     for ours, theirs in zip((query, support[:, 0]), pytorchs[0], strict=True):
         assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
 
 
 def test_steps_that_do_not_drift_use_the_statistics_as_they_are(
-    trainer, initial, tensors, batches
+    made, frozen, tensors, batches
 ):
-    start = statistics_of(trainer.weights)
+    start = statistics_of(frozen)
     moved = jax.tree.map(lambda x: 3 * x + 0.5, start)
-    folded = to_flax("tiny", as_pytorch(tensors, moved), deep=True, norms=True)
+    folded = to_flax("one_block", as_pytorch(tensors, moved), deep=True, norms=True)
     deep = {**start, DEEP: moved[DEEP]}
 
-    def measured(statistics, weights=None):
-        after, (found,) = train(
-            trainer, initial, batches[:1], SETTLED, statistics, weights
-        )
-        jax.tree.map(np.testing.assert_array_equal, after.statistics, statistics)
+    def measured(statistics, weights=frozen):
+        after, (found,) = steps(made, weights, batches[:1], FROZEN, statistics)
+        kept = after[BATCH_STATISTICS]
+        jax.tree.map(np.testing.assert_array_equal, kept, statistics)
         return found
 
     before, now, last = map(measured, (start, moved, deep))
@@ -345,16 +349,15 @@ def test_steps_that_do_not_drift_use_the_statistics_as_they_are(
     assert last["loss_aux"] != before["loss_aux"], "the prior is made of layer4"
 
 
-def test_drifting_steps_see_the_batch_alone(trainer, initial, batches):
-    start = statistics_of(trainer.weights)
+def test_drifting_steps_see_the_batch_alone(made, frozen, batches):
+    start = statistics_of(frozen)
     other = jax.tree.map(lambda x: 2 * x, start)
-    one, two = (
-        train(trainer, initial, batches[:2], DRIFTING, s) for s in (start, other)
-    )
+    one, two = (steps(made, frozen, batches[:2], DRIFTING, s) for s in (start, other))
     assert one[1] == two[1]
-    jax.tree.map(np.testing.assert_array_equal, one[0].params, two[0].params)
-    _, settled = train(trainer, initial, batches[:1], SETTLED, start)
-    assert abs(one[1][0]["rms_F_q"] / settled[0]["rms_F_q"] - 1) > 1e-3
+    learned = [{k: x[k] for k in x if k != BATCH_STATISTICS} for x, _ in (one, two)]
+    jax.tree.map(np.testing.assert_array_equal, *learned)
+    _, still = steps(made, frozen, batches[:1], FROZEN, start)
+    assert abs(one[1][0]["rms_F_q"] / still[0]["rms_F_q"] - 1) > 1e-3
 
 
 # --- Converted files -----------------------------------------------------------------
@@ -363,40 +366,38 @@ def test_drifting_steps_see_the_batch_alone(trainer, initial, batches):
 def test_a_converted_file_holds_the_norms_for_those_who_ask(
     converted, tensors, weights
 ):
-    plain = load_weights("tiny", converted, deep=True)
+    plain = load_weights("one_block", converted, deep=True)
     jax.tree.map(
-        np.testing.assert_array_equal, plain, to_flax("tiny", tensors, deep=True)
+        np.testing.assert_array_equal, plain, to_flax("one_block", tensors, deep=True)
     )
-    with_norms = load_weights("tiny", converted, deep=True, norms=True)
+    with_norms = load_weights("one_block", converted, deep=True, norms=True)
     jax.tree.map(np.testing.assert_array_equal, with_norms, weights)
     last = with_norms[DEEP]["layer4_0"]["conv2"]
     assert set(last) == {"kernel", "bias", *Norm._fields}
     name = "layer4.0.bn2.running_var"
     np.testing.assert_array_equal(last["var"], tensors[name])
-    like = no_statistics("tiny")
+    like = no_statistics("one_block")
     assert jax.tree.map(np.shape, like) == jax.tree.map(
         np.shape, statistics_of(with_norms)
     )
 
 
-def test_a_file_of_an_earlier_version_serves_all_but_drift(
-    converted, tensors, tmp_path
-):
+def test_a_file_without_norms_serves_all_but_drift(converted, tensors, tmp_path):
     old = tmp_path / "old.safetensors"
-    params = to_flax("tiny", tensors, deep=True)
-    convert.save_weights(old, "tiny", params, converted)
-    plain = load_weights("tiny", old, deep=True)
+    params = to_flax("one_block", tensors, deep=True)
+    convert.save_weights(old, "one_block", params, converted)
+    plain = load_weights("one_block", old, deep=True)
     jax.tree.map(np.testing.assert_array_equal, plain, params)
     told = "without batch norm, which config.backbone.drift needs: run `qpenet convert"
     with pytest.raises(InputError, match=rf"old.safetensors was converted {told}"):
-        load_weights("tiny", old, deep=True, norms=True)
+        load_weights("one_block", old, deep=True, norms=True)
     flat = safetensors.numpy.load_file(converted)
     flat["conv2/var"] = -flat["conv2/var"]
     del flat["conv1/gamma"]
-    metadata = {"format": convert.FORMAT, "backbone": "tiny"}
+    metadata = {"format": convert.FORMAT, "backbone": "one_block"}
     safetensors.numpy.save_file(flat, old, metadata)
     with pytest.raises(InputError, match=r"missing: conv1/gamma; .*variance: conv2/v"):
-        load_weights("tiny", old, deep=True, norms=True)
+        load_weights("one_block", old, deep=True, norms=True)
 
 
 # --- Configs and runs ----------------------------------------------------------------
@@ -417,79 +418,55 @@ def test_drift_is_refused_where_it_repeats_nothing(converted, changes, needs):
     assert needs in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["released_pascal", "quickstart"])
-def test_by_default_nothing_drifts(name, monkeypatch):
-    made = importlib.import_module(f"configs.{name}").get_config()
-    assert made.backbone.drift is False
-    saved = json.loads(made.to_json())
-    del saved["backbone"]["drift"]  # a run of before
-    assert merged(saved, "config.json").backbone.drift is False
-    ours = complete(made)
-    tx = ours.optimizer.build(10)
-    state = jax.eval_shape(lambda: ours.init(tx))
-    assert state.statistics == {}
-    assert state.learned is state.params
-    assert BATCH_STATISTICS not in ours.learned_like()
-    given = []
-    monkeypatch.setattr(
-        module, "make_train_step", lambda *inputs, **_: given.append(inputs)
-    )
-    ours.train_step(tx, 7)
-    assert given[0][-1] is None
+def test_by_default_nothing_drifts(made):
+    released = importlib.import_module("configs.released_pascal").get_config()
+    assert released.backbone.drift is False
+    assert BATCH_STATISTICS in params_like(made)
+    still = complete(load_config(ROOT / "tests" / "tiny.py"))
+    assert BATCH_STATISTICS not in params_like(still)
 
 
 @pytest.fixture(scope="module")
 def finished(converted, tmp_path_factory):
-    """A run of two short epochs, stopped and resumed among steps that drift.
+    """The folder of two short epochs, stopped and resumed among steps that drift."""
+    workdir = tmp_path_factory.mktemp("drift") / "run"
 
-    Its folder, and what was to be scored: for the selection and as the result.
-    """
-    workdir, made = tmp_path_factory.mktemp("drift") / "run", config(converted)
-    tell, scored = loop.Progress.tell, []
+    def stop():
+        while not (workdir / f"checkpoints/{STEPS - 2}").exists():
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    def killed(self, step, saved):
-        if step == STEPS - 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        tell(self, step, saved)
-
-    def miou(self, params):
-        scored.append(jax.tree.map(np.asarray, params))
-        return 50.0
-
-    def result(self, params, tell, **facts):
-        miou(self, params)
-        return {"miou": 0.5, "fb_iou": 0.5}, np.zeros((4, 4, 3), np.uint8)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluator, "miou", miou)
-        patch.setattr(Evaluator, "__call__", result)
-        patch.setattr(Evaluator, "report", lambda self: "")
-        with patch.context() as stopping:
-            stopping.setattr(loop.Progress, "tell", killed)
-            with pytest.raises(Interrupted, match=f"step {STEPS - 1} is saved"):
-                loop.train(made, workdir)
-        loop.train(made, workdir)
-    return workdir, scored
+    threading.Thread(target=stop, daemon=True).start()
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with pytest.raises(KeyboardInterrupt, match="is saved"):
+            train(config(converted), workdir)
+        train(config(converted), workdir)
+    return workdir
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(finished, trainer, initial):
-    state = trainer.placed(jax.tree.map(jnp.array, initial))
-    with contextlib.closing(trainer.batches()) as batches:
-        for _ in range(STEPS):
-            state, _ = trainer.step(state, next(batches))
-    workdir, scored = finished
-    run = open_run(workdir)
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, made, frozen):
+    replicated, split = shardings(made.batch_size)
+    weights = jax.device_put(frozen, replicated)
+    state = jax.device_put(initial_state(made, weights, STEPS), replicated)
+    dataset = build_dataset(made, "train")
+    sampler = build_train_sampler(made, dataset)
+    step = build_train_step(made, STEPS, len(sampler))
+    batches, key = build_batches(made, dataset, sampler), jax.random.key(made.seed + 1)
+    for _ in range(STEPS):
+        state, _ = step(state, weights, on_devices(made, next(batches), split), key)
+    batches.close()
+    run = open_run(finished)
     assert run.step == STEPS
-    assert set(run.params) == {*state.params, BATCH_STATISTICS}
-    assert len(scored) == 2
-    for params in (run.params, *scored):
-        jax.tree.map(np.testing.assert_array_equal, params, state.learned)
+    assert set(run.params) == {*initial_params(made), BATCH_STATISTICS}
+    jax.tree.map(np.testing.assert_array_equal, run.params, state.params)
+    results = json.loads((finished / "results.json").read_text())
+    assert results["step"] == STEPS
 
 
 def test_a_run_predicts_with_the_statistics_of_its_checkpoint(
     finished, converted, tensors
 ):
-    run, segmenter = open_run(finished[0]), load(finished[0])
+    run, segmenter = open_run(finished), load(finished)
     moved = run.params[BATCH_STATISTICS]
     assert largest_difference(moved, statistics_of(run.weights)) > 0.01
     image = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
@@ -501,12 +478,12 @@ def test_a_run_predicts_with_the_statistics_of_its_checkpoint(
         return {name: found[name] for name in ("F_q", "deep")}
 
     ours = encoded(segmenter.predict)
-    folded = to_flax("tiny", as_pytorch(tensors, moved), deep=True)
+    folded = to_flax("one_block", as_pytorch(tensors, moved), deep=True)
     assert (
         largest_difference(ours, encoded(build_predictor(run.config, params, folded)))
         < 1e-4
     )
-    start = load_weights("tiny", converted, deep=True)
+    start = load_weights("one_block", converted, deep=True)
     before = encoded(build_predictor(run.config, params, start))
     for name in ours:
         assert largest_difference(ours[name], before[name]) > 1e-2
