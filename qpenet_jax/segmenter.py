@@ -33,7 +33,7 @@ or the nearest of two prototypes alone, without training
 (`evaluation/training_free.py`)."""
 
 STARTER = Path(__file__).parent / "starter"
-"""The starter as a published run; its README.md tells of its data and its limits."""
+"""The starter as a published run; its README.md describes its data and its limits."""
 
 ITS_FIELDS = ("side", "dtype")
 """Fields of the config that the starter may be used with other values of."""

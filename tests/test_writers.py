@@ -233,9 +233,11 @@ def test_outlines_of_any_mask_give_it_back(smooth):
 
 def test_a_large_outline_saves_corners_and_keeps_99_percent():
     _, index = scene(900, 1200)
-    (polygon,) = outlines(index == 1)
-    assert len(polygon) < 200
-    assert iou(fill(polygon, index.shape), index == 1) >= 0.99
+    halves = outlines(index == 1)  # of the ring
+    assert len(halves) == 2
+    assert sum(map(len, halves)) < 200
+    found = np.any([fill(polygon, index.shape) for polygon in halves], axis=0)
+    assert iou(found, index == 1) >= 0.99
 
 
 def test_probabilities_have_16_bits(network, photos, tmp_path):
@@ -413,5 +415,5 @@ def test_a_folders_videos_are_left_out_and_told(network, photos, tmp_path, capsy
 
 
 def test_the_choices_are_written_out_as_they_are():
-    assert predict.FORMATS == writers.FORMATS
+    assert {*writers.COCO} < {*predict.FORMATS}
     assert options.METHODS == METHODS

@@ -196,8 +196,8 @@ def _refuse(differs: Differences, files: str, different_protocols: bool) -> None
     other_data = {key: differs[key] for key in differs if key in IDENTITY}
     if other_data:
         raise InputError(
-            f"{files}: different data ({_listed(other_data)}), so no episode is common; "
-            "evaluate both on the same data set"
+            f"{files}: different data ({_listed(other_data)}), so no episode is "
+            "common; evaluate both on the same data set"
         )
     if differs and not different_protocols:
         raise InputError(

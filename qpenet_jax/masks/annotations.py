@@ -136,51 +136,49 @@ def read_support(support: SupportFiles) -> MarkedPhoto:
     """
     pixels = read_image(support.image)
     size, marks = pixels.shape[:2], support.marks
-    said = f"{support.image}:{marks}"
+    source = f"{support.image}:{marks}"
     label = None
     if marks.startswith((POLYGON, BOX)):
         warn_of_turn(support.image)
     if marks.startswith(POLYGON):
-        drawn = _polygon(said, _numbers(said, marks.removeprefix(POLYGON)), size)
+        drawn = _polygon(source, _numbers(source, marks.removeprefix(POLYGON)), size)
     elif marks.startswith(BOX):
-        drawn = _box(said, _numbers(said, marks.removeprefix(BOX)), size)
+        drawn = _box(source, _numbers(source, marks.removeprefix(BOX)), size)
     elif marks.lower().endswith(".json"):
-        said = marks
+        source = marks
         drawn, label = _read_json(local_path(marks), support, size)
     else:
         mask = read_mask(local_path(marks))
         check_same_size(mask, size, local_path(marks))
         warn_of_turn(support.image, local_path(marks))
         return MarkedPhoto(pixels, mask, None)
-    return MarkedPhoto(pixels, support_mask(drawn.astype(np.uint8), said), label)
+    return MarkedPhoto(pixels, support_mask(drawn.astype(np.uint8), source), label)
 
 
-def _numbers(said: str, text: str) -> list[float]:
+def _numbers(source: str, text: str) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(",")]
         if all(map(math.isfinite, numbers)):
             return numbers
     except ValueError:
         pass
-    raise InputError(f"{said}: give numbers of pixels, separated by commas")
+    raise InputError(f"{source}: give numbers of pixels, separated by commas")
 
 
-def _polygon(said: str, numbers: list[float], size: Size) -> Bool[np.ndarray, "h w"]:
+def _polygon(source: str, numbers: list[float], size: Size) -> Bool[np.ndarray, "h w"]:
     try:
         return draw_segmentation([numbers], *size)
     except ValueError as error:
-        raise InputError(f"{said}: {error}; the photo is {_wide(size)}") from None
+        raise InputError(f"{source}: {error}; the photo is {_wide(size)}") from None
 
 
-def _box(said: str, numbers: list[float], size: Size) -> Bool[np.ndarray, "h w"]:
+def _box(source: str, numbers: list[float], size: Size) -> Bool[np.ndarray, "h w"]:
     """Returns which pixels have their centre in a box."""
-    if len(numbers) != 4:
-        raise InputError(f"{said}: a box is {BOX}x,y,width,height")
-    left, top, width, height = numbers
-    if min(numbers) < 0 or left + width > size[1] or top + height > size[0]:
+    left, top, width, height = numbers if len(numbers) == 4 else [-1.0] * 4
+    if min(left, top) < 0 or left + width > size[1] or top + height > size[0]:
         raise InputError(
-            f"{said}: a box is {BOX}x,y,width,height, not two corners, and lies in the "
-            f"photo, which is {_wide(size)}"
+            f"{source}: a box is {BOX}x,y,width,height, not two corners, and lies in "
+            f"the photo, which is {_wide(size)}"
         )
     x, y = np.arange(size[1]) + 0.5, np.arange(size[0]) + 0.5
     rows = (top <= y) & (y < top + height)
@@ -199,9 +197,9 @@ def _read_json(
     with format_errors(path, "a JSON file of labelme or COCO"):
         content = read_annotations(path)
         if "shapes" in content:
-            told = labelme_size(content)
-            if told is not None:
-                refuse_other_size(told, size, path)
+            stored = labelme_size(content)
+            if stored is not None:
+                refuse_other_size(stored, size, path)
             found: Mapping[str, Any] = labelme_shapes(content)
             label = _choice(path, found, support.name)
             return draw_shapes(path, found[label], size), label

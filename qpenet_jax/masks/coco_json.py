@@ -22,7 +22,7 @@ def coco_annotations(
     """Returns the annotations of a photo, by the names of their categories.
 
     The photo is found by its file name, if two have it by its folders as well; crowds
-    are left out. Nothing is drawn yet.
+    are left out. No mask is made yet.
 
     Raises:
         InputError: no or two images of that name, or another size than the photo's
@@ -72,12 +72,10 @@ class CocoFile:
     run lengths, or with `polygons` the outlines of its parts.
     """
 
-    def __init__(
-        self, classes: Sequence[str], description: str, *, polygons: bool = False
-    ):
+    def __init__(self, classes: Sequence[str], *, polygons: bool = False):
         self.polygons = polygons
         self.content: dict[str, Any] = {
-            "info": {"description": description},
+            "info": {"description": "masks found by qpenet predict"},
             "licenses": [],
             "images": [],
             "categories": [
@@ -113,14 +111,16 @@ class CocoFile:
 
 
 FINER = 3
-"""Of a pixel's pixels the middle one tells no border: corners round to the others."""
+"""A pixel becomes so many squared. Corners of outlines are then in the outer ones, and
+never in the middle one, so that they round to the border of the pixel. The same holds
+for both sides of a cut through a hole, as its middle is at 3 n or 3 n + 1."""
 
 
 def polygons(mask: Bool[np.ndarray, "h w"]) -> list[list[int]]:
     """Returns x, y, x, y, ... of each part's outline, along the borders of its pixels.
 
     COCO's coordinates are those of pixels' borders, labelme's those of their centres.
-    Parts, holes and corners are as in `outlines`.
+    Holes and corners are as in `outlines`.
     """
     finer = mask.repeat(FINER, 0).repeat(FINER, 1)
     found = []

@@ -29,7 +29,7 @@ Shape = dict[str, Any]
 
 
 def labelme_shapes(content: dict[str, Any]) -> dict[str, list[Shape]]:
-    """Returns the shapes of a file's content by their labels; nothing is drawn yet.
+    """Returns the shapes of a file's content by their labels; no mask is made yet.
 
     Raises:
         ValueError, LookupError, TypeError: no content of such a file.
@@ -43,7 +43,7 @@ def labelme_shapes(content: dict[str, Any]) -> dict[str, list[Shape]]:
 
 
 def labelme_size(content: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Returns the photo's height and width as the file tells them, if it does."""
+    """Returns the photo's height and width where the file holds them, else None."""
     size = content.get("imageHeight"), content.get("imageWidth")
     return None if None in size else size
 
@@ -124,10 +124,10 @@ def _pasted(text: str, corners: np.ndarray, size: tuple[int, int]):
 def labelme_file(
     path: Path, photo: Path, found: Segmentation, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the content of a file at `path` about a photo: a polygon for each part.
+    """Returns the content of a file at `path` about a photo: polygons of each class.
 
-    Parts of one class share a `group_id`; the class's score stands beside each. A hole
-    is cut into its part's polygon (`outlines`). The photo itself isn't embedded.
+    Those of one class share a `group_id`; its score stands beside each. A part with a
+    hole has several (`outlines`). The photo itself isn't embedded.
     """
     height, width = found.index.shape
     shapes = []

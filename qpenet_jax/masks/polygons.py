@@ -3,9 +3,6 @@
 A polygon marks its border's pixels too, as labelme and Pillow draw it.
 """
 
-import itertools
-from collections.abc import Sequence
-
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
@@ -15,29 +12,27 @@ Points = Int[np.ndarray, "n 2"]
 """x and y of a closed polygon's corners, in pixels."""
 
 SHARE = 0.02
-"""Of a part's pixels, so many could change at the most where corners are saved. On 120
-objects of VOC at four times their size, the IoU stayed above 0.993."""
+"""Of a polygon's pixels, so many could change at the most where corners are saved. On
+120 objects of VOC at four times their size, the IoU stayed above 0.993."""
 
 
 def outlines(mask: Shaped[np.ndarray, "h w"]) -> list[Points]:
-    """Returns a polygon of three points or more for each part of a mask that isn't 0.
+    """Returns polygons of three points or more that mark where a mask isn't 0.
 
-    What touches at a corner is one part. A hole is reached from the outline by a cut,
-    there and back: the polygon passes that way twice. Large parts lose some corners
+    What touches at a corner is one part, with a polygon of its own. A part with holes
+    is divided through them: no polygon has a hole. Large polygons lose some corners
     (`SHARE`), and have an IoU of 0.99 or more with the mask; small ones lose nothing.
     """
     inside = (mask != 0).astype(np.uint8)
-    rings, tree = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    count, labels, boxes, _ = cv2.connectedComponentsWithStats(inside, connectivity=8)
     found = []
-    for i, ring in enumerate(rings):
-        *_, hole, parent = tree[0, i]
-        if parent >= 0:
-            continue
-        holes = []
-        while hole >= 0:
-            holes.append(rings[hole][:, 0])
-            hole = tree[0, hole][0]
-        found.append(_polygon(inside, ring[:, 0], holes))
+    for number in range(1, count):
+        left, top, width, height = boxes[number, :4]
+        box = labels[top : top + height, left : left + width]
+        found += [
+            np.add(polygon, (left, top))
+            for polygon in _of_part((box == number).astype(np.uint8))
+        ]
     return found
 
 
@@ -55,52 +50,24 @@ def fill(
     return np.array(canvas)
 
 
-def _polygon(inside, ring: Points, holes: Sequence[Points]) -> Points:
-    area = cv2.contourArea(ring) - sum(cv2.contourArea(hole) for hole in holes)
-    length = sum(cv2.arcLength(part, True) for part in (ring, *holes))
-    joined, ends = _with_cuts(inside, ring, holes)
-    tolerance = SHARE * max(area, 0) / max(length, 1)
-    parts = []
-    for a, b in itertools.pairwise([*np.flatnonzero(ends), len(joined) - 1]):
-        piece = cv2.approxPolyDP(joined[a : b + 1], tolerance, closed=False)[:, 0]
-        parts += [joined[a : a + 1], piece[1:-1]]
-    corners = np.concatenate(parts)
+def _of_part(part: UInt8[np.ndarray, "h w"]) -> list[Points]:
+    """Returns the polygons of pixels that hang together, in a box around them."""
+    rings, tree = cv2.findContours(part, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    holes = [ring for ring, link in zip(rings, tree[0], strict=True) if link[3] >= 0]
+    if not holes:
+        return [_polygon(rings[0][:, 0])]
+    # In the middle of the middle hole, so that few pixels are looked at again.
+    across = holes[len(holes) // 2][:, 0, 0]
+    column = int(across.min() + across.max() + 1) // 2
+    return [
+        *outlines(part[:, :column]),
+        *(np.add(polygon, (column, 0)) for polygon in outlines(part[:, column:])),
+    ]
+
+
+def _polygon(ring: Points) -> Points:
+    """Returns a ring of pixels without the corners that it can do without."""
+    tolerance = SHARE * cv2.contourArea(ring) / max(cv2.arcLength(ring, True), 1)
+    corners = cv2.approxPolyDP(ring, tolerance, closed=True)[:, 0]
     missing = max(3 - len(corners), 0)
     return np.concatenate([corners, np.repeat(corners[-1:], missing, axis=0)])
-
-
-def _with_cuts(
-    inside: UInt8[np.ndarray, "h w"], ring: Points, holes: Sequence[Points]
-) -> tuple[Points, Bool[np.ndarray, " n"]]:
-    """Returns one closed line through the ring and all holes, and where its pieces end.
-
-    A cut goes from a hole's leftmost pixel straight to the left, where the ring is or a
-    hole that begins farther left: from left to right, each is joined to what is. The
-    first point stands again at the end.
-    """
-    points, ends = list(map(tuple, ring.tolist())), {0, _farthest(ring)}
-    after = [*range(1, len(points)), -1]  # the point that follows each one
-    place = {point: i for i, point in reversed(list(enumerate(points)))}
-    for hole in sorted(holes, key=lambda hole: hole[:, 0].min()):
-        turned = np.roll(hole, -hole[:, 0].argmin(), axis=0)
-        x, y = turned[0].tolist()
-        beside = np.flatnonzero(inside[y, :x] == 0)
-        at = place[int(beside[-1]) + 1 if beside.size else 0, y]
-        first, around = len(points), list(map(tuple, turned.tolist()))
-        points += [*around, around[0], points[at]]
-        last = len(points) - 1
-        after += [*range(first + 1, last + 1), after[at]]
-        after[at] = first
-        ends |= {at, first, first + _farthest(turned), last - 1, last}
-        for i, point in enumerate(around, first):
-            place.setdefault(point, i)
-    order = [0]
-    while after[order[-1]] >= 0:
-        order.append(after[order[-1]])
-    line = np.array([points[i] for i in [*order, 0]], np.int32)
-    return line, np.array([i in ends for i in order] + [False])
-
-
-def _farthest(ring: Points) -> int:
-    """Returns the point farthest from the first: a closed line has two open halves."""
-    return int(((ring - ring[0]) ** 2).sum(1).argmax())

@@ -18,7 +18,7 @@ from qpenet_jax.masks.videos import VIDEO_SUFFIXES, frame_rate, read_video
 class Query(NamedTuple):
     """An image or a video to segment, and what its results are called.
 
-    `name` is a path without ending, `shown` the one that files of results tell.
+    `name` is a path without ending, `shown` the path that stands in files of results.
     """
 
     path: Path
@@ -79,7 +79,7 @@ def frames(query: Query) -> Iterator[Frame]:
 
 
 def _queries_at(path: Path, recursive: bool) -> list[Query]:
-    """Returns an image file, or the image files of a folder; tell what is left out."""
+    """Returns an image file, or those of a folder; prints what is left out."""
     if not path.exists():
         raise InputError(f"{path}: no such image or folder")
     if not path.is_dir():
@@ -90,12 +90,12 @@ def _queries_at(path: Path, recursive: bool) -> list[Query]:
     skipped = Counter(file.suffix.lower() or "without ending" for file in files)
     for suffix in IMAGE_SUFFIXES:
         skipped.pop(suffix, None)
-    told = [f"{count} x {suffix}" for suffix, count in sorted(skipped.items())]
+    notes = [f"{count} x {suffix}" for suffix, count in sorted(skipped.items())]
     if folders and not recursive:
-        told.append(f"{len(folders)} folder(s): give --recursive")
+        notes.append(f"{len(folders)} folder(s): give --recursive")
     if VIDEO_SUFFIXES & skipped.keys():
-        told.append("give videos by their own names")
-    hints = [f"left out: {', '.join(told)}"] if told else []
+        notes.append("give videos by their own names")
+    hints = [f"left out: {', '.join(notes)}"] if notes else []
     if not images:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
         raise InputError("; ".join([f"{path} holds no image ({known})", *hints]))

@@ -42,7 +42,7 @@ class Edges:
     def __call__(
         self, probability: Float[np.ndarray, "h w"]
     ) -> Float[np.ndarray, "h w"]:
-        """Returns a probability, of the photo's size, that follows the photo's edges."""
+        """Returns a probability of the photo's size that follows the photo's edges."""
         given = self._small(probability)
         mean = self._box(given)
         common = (

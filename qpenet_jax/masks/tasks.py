@@ -28,7 +28,7 @@ Margin = Float[np.ndarray, "h w"]
 RGB = UInt8[np.ndarray, "h w 3"]
 
 LARGEST = 80.0
-"""Margins beyond it have probability 0 or 1 in float32, and exp of them may overflow."""
+"""Margins beyond it have probability 0 or 1 in float32; their exp may overflow."""
 
 UNSURE = 1e-6
 """What a probability is away from 0 and 1 at the least, to have a margin."""
@@ -58,9 +58,10 @@ def margin_of(probability: Margin) -> Margin:
 
 
 def compete(margins: Iterable[Margin], *, probabilities: bool = False) -> Segmentation:
-    """Gives each pixel to the class with the largest margin above 0; the first, if equal.
+    """Gives each pixel to the class with the largest margin above 0.
 
-    Margins are looked at one after the other, so that one at a time need be in memory.
+    Of equal margins the first counts. They are read one after the other, so that one at
+    a time need be in memory.
     """
     index, largest, kept, classes = None, None, [], 0
     for classes, margin in enumerate(margins, 1):
@@ -122,7 +123,7 @@ def tiled(
     """Returns the margins of a photo's classes, from those of its tiles.
 
     Probabilities are blended: each tile weighs most in its middle and next to nothing
-    at its border. Where one tile covers the photo, its margins are returned as they are.
+    at its border. Where one tile covers the photo, its margins are returned unchanged.
     """
     places = list(tiles.cover(*image.shape[:2]))
     if len(places) == 1:
@@ -157,7 +158,7 @@ class View(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What to look for, learned from support images: `task(query)` finds it.
+    """What was learned from support images: `task(query)` finds it.
 
     Made by `Segmenter.learn`; the supports are encoded once for all queries.
     """
@@ -223,8 +224,8 @@ MOST_CLASSES = 254
 class Tasks:
     """Tasks of one segmenter by their class: class i, from 1 on, in the order given.
 
-    The classes compete: a pixel is of the one with the largest margin above 0. A query is
-    encoded once for all of them. Raises InputError for no class, more than 254, or
+    The classes compete: a pixel is of the one with the largest margin above 0. A query
+    is encoded once for all of them. Raises InputError for no class, more than 254, or
     tasks of several segmenters.
     """
 
@@ -258,7 +259,7 @@ class Tasks:
     ) -> Segmentation:
         """Returns index mask and scores, and if asked for each class's probabilities.
 
-        With `tiles`, the network looks at parts of the query. With `refine`, masks
+        With `tiles`, the network is given parts of the query. With `refine`, masks
         follow the photo's edges (`masks/refine.py`). Raises as a call.
         """
         pixels = as_image(query, "query image")

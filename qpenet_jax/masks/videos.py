@@ -20,15 +20,11 @@ RGB = UInt8[np.ndarray, "h w 3"]
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".m4v", ".webm"}
 """What is read as a video where it is named; in a folder, videos are left out."""
 
-OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
-"""The environment variable that OpenCV reads whenever it opens a video."""
-
-ONLY_FILES = (
+# OpenCV reads it whenever it opens a video. With other options of FFmpeg, a file that
+# calls itself a video could be a list of others, and of addresses to fetch.
+os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = (
     "protocol_whitelist;file|format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm"
 )
-"""Options of FFmpeg: else a file that calls itself a video could be a list of others,
-and of addresses to fetch."""
-
 # FFmpeg prints lines of its own about a broken file; this is read at its first use.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
@@ -42,7 +38,7 @@ def read_video(path: Path) -> Iterator[RGB]:
         InputError: no frame can be read.
     """
     with _opened(path) as video:
-        told, count = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0
+        expected, count = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0
         read, frame = video.read()
         if not read:
             raise InputError(f"{path}: no frame can be read; convert it to mp4")
@@ -50,13 +46,13 @@ def read_video(path: Path) -> Iterator[RGB]:
             count += 1
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             read, frame = video.read()
-    if count < told:
-        message = f"{path}: only {count} of {told} frames could be read"
+    if count < expected:
+        message = f"{path}: only {count} of {expected} frames could be read"
         warnings.warn(message, InputWarning, stacklevel=2)
 
 
 def frame_rate(path: Path) -> float:
-    """Returns a video's frames a second as its header tells, 25 if it doesn't."""
+    """Returns a video's frames a second by its header, 25 where it has none."""
     with _opened(path) as video:
         rate = video.get(cv2.CAP_PROP_FPS)
     return rate if 0 < rate < 1000 else 25.0
@@ -64,18 +60,10 @@ def frame_rate(path: Path) -> float:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    path.open("rb").close()  # the system's own words, where it can't be read
-    before = os.environ.get(OPTIONS)
-    level = cv2.utils.logging.getLogLevel()
-    os.environ[OPTIONS] = ONLY_FILES
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
-    finally:
-        cv2.utils.logging.setLogLevel(level)
-        os.environ.pop(OPTIONS)
-        if before is not None:
-            os.environ[OPTIONS] = before
+    path.open("rb").close()  # the system's own message, where it can't be read
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    cv2.utils.logging.setLogLevel(level)
     try:
         yield video
     finally:
@@ -108,10 +96,9 @@ class OverlayVideo:
         self._writer.write(cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR))
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """Gives the file its name if all went well, else take it away."""
-        if self._writer is None:
-            return
-        self._writer.release()
+        """Gives the file its name if all went well, else deletes it."""
+        if self._writer is not None:
+            self._writer.release()
         if kind is None and self._part.exists():
             self._part.replace(self.path)
         self._part.unlink(missing_ok=True)

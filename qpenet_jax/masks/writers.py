@@ -23,8 +23,6 @@ from qpenet_jax.masks.queries import Frame, Query, frames
 from qpenet_jax.masks.tasks import Segmentation
 from qpenet_jax.masks.videos import OverlayVideo
 
-FORMATS = ("png", "voc", "coco", "coco_polygons", "labelme")
-
 SUMMARY = Path("predictions.json")
 
 COCO = {name: Path(f"{name}.json") for name in ("coco", "coco_polygons")}
@@ -35,15 +33,15 @@ Mask = UInt8[np.ndarray, "h w"]
 VOC_FOLDER = Path("SegmentationClass")
 
 FORMAT = "qpenet_jax predictions 1"
-"""Of the summary, as it tells itself."""
+"""The format of the summary, which stands in it."""
 
 
 class MaskWriter:
     """Files below `out` for each image that is segmented.
 
     A file is written whole or not at all. The files about all images, the summary and
-    COCO's, are written by `finish`; those of an earlier call are taken away before the
-    first mask is written, so that none tells of other masks than those that are there.
+    COCO's, are written by `finish`; those of an earlier call are deleted before the
+    first mask is written, so that none is about masks that are no longer there.
     """
 
     def __init__(
@@ -56,9 +54,10 @@ class MaskWriter:
         about: Mapping[str, Any] | None = None,
         photos: Path | None = None,
     ):
-        """`about` stands in the summary: the version, the run and the like.
+        """Writes nothing yet.
 
-        `photos` is where queries of a relative path are; default: the working folder.
+        `about` stands in the summary: the version, the run and the like. `photos` is
+        the folder of queries with relative paths, by default the working folder.
         """
         self.out, self.classes, self.formats = out, tuple(classes), tuple(formats)
         self.probabilities, self._photos = probabilities, photos or Path()
@@ -68,9 +67,8 @@ class MaskWriter:
             for i, name in enumerate(self.classes, 1)
         ]
         self._summary = {"format": FORMAT, **(about or {}), "classes": listed}
-        told = "masks found by qpenet predict"
         self._coco = {
-            name: CocoFile(self.classes, told, polygons=name == "coco_polygons")
+            COCO[name]: CocoFile(self.classes, polygons=name == "coco_polygons")
             for name in COCO
             if name in self.formats
         }
@@ -81,7 +79,7 @@ class MaskWriter:
         Raises:
             InputError: naming them.
         """
-        files, folders = [self.out / name for name in self._about_all()], set()
+        files, folders = [self.out / name for name in (SUMMARY, *self._coco)], set()
         for query in queries:
             if query.is_video:
                 files.append(self._overlay_video(query))
@@ -109,14 +107,16 @@ class MaskWriter:
         Raises InputError where that can't be written.
         """
         if not self._images:
-            for name in self._about_all():
+            for name in (SUMMARY, *self._coco):
                 (self.out / name).unlink(missing_ok=True)
         files = self._files(frame.name, query.is_video)
         for what, path in files.items():
             write_whole(path, self._content(what, path, query, frame, found))
-        shown = files["frame"].relative_to(self.out) if "frame" in files else None
+        photo = (
+            files["frame"].relative_to(self.out) if "frame" in files else query.shown
+        )
         for coco in self._coco.values():
-            coco.add((shown or query.shown).as_posix(), found)
+            coco.add(photo.as_posix(), found)
         self._images.append(self._summed_up(query, frame, found, files))
 
     def overlay_video(self, query: Query) -> OverlayVideo:
@@ -126,12 +126,9 @@ class MaskWriter:
     def finish(self) -> None:
         """Writes the files that are about all images; raises InputError if it can't."""
         for name, coco in self._coco.items():
-            write_whole(self.out / COCO[name], json.dumps(coco.content))
+            write_whole(self.out / name, json.dumps(coco.content))
         summary = self._summary | {"images": self._images}
         write_whole(self.out / SUMMARY, json.dumps(summary, indent=1))
-
-    def _about_all(self) -> list[Path]:
-        return [SUMMARY, *(COCO[name] for name in self._coco)]
 
     def _overlay_video(self, query: Query) -> Path:
         return self.out / f"{query.name}_overlay.mp4"
@@ -228,7 +225,7 @@ def segment_files(
     queries: Iterable[Query],
     results: MaskWriter,
 ) -> int:
-    """Writes what `find` finds in every image and frame; return how many they were.
+    """Writes what `find` finds in every image and frame; returns how many they were.
 
     One image at a time is in memory. Raises InputError where a file is broken or can't
     be written; what was written before stays, without a summary.
