@@ -15,8 +15,7 @@ from PIL import Image
 
 import qpenet_jax
 from qpenet_jax.backbones.registry import BACKBONES
-from qpenet_jax.benchmark.settings import TWIN_VARIANTS
-from qpenet_jax.cli import benchmark, options
+from qpenet_jax.cli import options
 from qpenet_jax.cli.main import COMMANDS, _one_line, main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.episodes import Order, Targets
@@ -155,7 +154,6 @@ def test_the_choices_are_those_of_the_package():
     assert get_args(Order) == options.ORDERS
     assert get_args(Targets) == options.TARGETS
     assert get_args(Resize) == options.RESIZES
-    assert tuple(TWIN_VARIANTS) == benchmark.TORCH_VARIANTS
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,10 +1,7 @@
-"""JAX's steps in the speed benchmarks; as a program, one case in a new process."""
+"""JAX's steps in the speed benchmarks: their weights, their inputs, what is timed."""
 
-import dataclasses
 import functools
-import json
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,12 +15,9 @@ from jaxtyping import Array, PyTree
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import cast, in_dtype
 from qpenet_jax.backbones.registry import backbone, features, weight_shapes
-from qpenet_jax.benchmark.contenders import Contender, made_up_episodes
-from qpenet_jax.benchmark.flop import flop
-from qpenet_jax.benchmark.processes import child_report
 from qpenet_jax.benchmark.settings import Case
-from qpenet_jax.benchmark.timing import matmul_rate
-from qpenet_jax.core.runtime import keep_freed_memory, peak_memory
+from qpenet_jax.benchmark.timing import Candidate, matmul_rate
+from qpenet_jax.core.runtime import peak_memory
 from qpenet_jax.core.types import Episode
 from qpenet_jax.evaluation.predictor import qpenet_predictor
 from qpenet_jax.models.losses import LossWeights, total_loss
@@ -45,14 +39,14 @@ LINEAR = ("conv3", "downsample", "project")
 
 
 class Weights(NamedTuple):
-    """The parameters of both contenders: the frozen backbone's and QPENet's."""
+    """The parameters of both sides: the frozen backbone's and QPENet's."""
 
     backbone: PyTree[Array]
     params: PyTree[Array]
 
 
 def random_weights(case: Case) -> Weights:
-    """Reads the backbone's weights, or draw them with the case's seed; draw QPENet's.
+    """Returns random parameters by the case's seed, of the backbone those of its file.
 
     Raises InputError as `load_weights` and `backbone` do.
     """
@@ -60,34 +54,34 @@ def random_weights(case: Case) -> Weights:
     if case.weights:
         frozen = load_weights(case.backbone, case.weights, deep=case.released)
     else:
-        frozen = _draw(weight_shapes(net, deep=case.released), rng)
-    shapes = jax.eval_shape(lambda: _initial(case))
-    return Weights(frozen, _draw(shapes, rng))
+        frozen = random_params(weight_shapes(net, deep=case.released), rng)
+    shapes = jax.eval_shape(lambda: initial_params(case))
+    return Weights(frozen, random_params(shapes, rng))
 
 
-def _draw(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:
-    """Draws parameters that keep the variance from layer to layer.
+def random_params(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:
+    """Returns random parameters that keep the variance from layer to layer.
 
     So rounding errors grow in no layer more than in the others.
     """
     leaves: dict = flatten_dict(shapes)
-    drawn = {}
+    values = {}
     for path, leaf in leaves.items():
         *_, layer, name = "", *path
-        values = rng.standard_normal(leaf.shape, np.float32)
+        numbers = rng.standard_normal(leaf.shape, np.float32)
         if name == "kernel":
             depthwise = leaf.ndim == 3
             fan_in = math.prod(leaf.shape[:2] if depthwise else leaf.shape[:-1])
-            values *= math.sqrt((1 if layer in LINEAR else 2) / fan_in)
+            numbers *= math.sqrt((1 if layer in LINEAR else 2) / fan_in)
         elif name == "bias":
-            values *= 0.1
+            numbers *= 0.1
         elif name == "scale":
-            values = 1 + 0.1 * values
-        drawn[path] = jnp.asarray(values)
-    return unflatten_dict(drawn)
+            numbers = 1 + 0.1 * numbers
+        values[path] = jnp.asarray(numbers)
+    return unflatten_dict(values)
 
 
-def _initial(case: Case) -> PyTree[Array]:
+def initial_params(case: Case) -> PyTree[Array]:
     """Returns QPENet's parameters as training initialises them."""
     model, channels = network_of(case), backbone(case.backbone).channels
     key = jax.random.key(case.seed)
@@ -95,18 +89,11 @@ def _initial(case: Case) -> PyTree[Array]:
 
 
 def network_of(case: Case) -> QPENet | ReleasedQPENet:
-    """Returns the network of a case, without dropout."""
+    """Returns the network of a case, by default without dropout."""
     fields = {**NO_DROPOUT, **case.network}
     if not case.released:
         return QPENet(**fields)
     return ReleasedQPENet(backbone(case.backbone).deep, **fields)
-
-
-def step_and_inputs(
-    case: Case, weights: Weights, episodes: Episode
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Returns the step of a case, and its arguments."""
-    return step_of(case), inputs_of(case, weights, episodes)
 
 
 def step_of(case: Case) -> Callable[..., Any]:
@@ -120,13 +107,12 @@ def step_of(case: Case) -> Callable[..., Any]:
         return lambda params, frozen, batch: qpenet_predictor(
             network, bare, params, frozen, case.dtype
         )(batch)
-    optimizer = _optimizer()
     loss = released_loss if case.released else total_loss
-    return make_train_step(model, net, optimizer, LossWeights(), loss=loss)
+    return make_train_step(model, net, _optimizer(), LossWeights(), loss=loss)
 
 
 def inputs_of(case: Case, weights: Weights, episodes: Episode) -> tuple[Any, ...]:
-    """Returns what the step of a case is called with."""
+    """Returns the arguments of a case's step."""
     frozen, params = weights
     batch = jax.tree.map(jnp.asarray, episodes)
     if case.dtype == "bfloat16":
@@ -147,51 +133,40 @@ def _optimizer() -> optax.GradientTransformation:
     return Optimizer(lr=RATE, lr_factor=1.0).build(STEPS)
 
 
-def contender(case: Case, weights: Weights, episodes: Episode) -> Contender:
-    """Returns JAX as a contender of a case."""
-    step, args = step_and_inputs(case, weights, episodes)
+def jax_candidate(case: Case, weights: Weights, episodes: Episode) -> Candidate:
+    """Returns the step of a case as it is timed; train steps follow each other."""
+    step, args = step_of(case), inputs_of(case, weights, episodes)
 
     def call():
         nonlocal args
-        found = jax.block_until_ready(step(*args))
+        result = jax.block_until_ready(step(*args))
         if case.what == "train":
-            args = (found[0], *args[1:])
-        return found
+            args = (result[0], *args[1:])
+        return result
 
-    def first():
-        found = call()
+    def numbers(result):
         if case.what != "train":
             name = "margin" if case.what == "eval" else "features"
-            return {name: np.asarray(found, np.float32)}
-        state, metrics = found
-        return {"loss": np.asarray(metrics["loss"]), "gradient": _momentum(state)}
+            return {name: np.asarray(result, np.float32)}
+        state, metrics = result
+        # After one step SGD's momentum is the gradient, weight decay included.
+        gradient = as_vector(optax.tree.get(state.opt_state, "trace"))
+        return {"loss": np.asarray(metrics["loss"]), "gradient": gradient}
 
-    return Contender(first, call)
-
-
-def _momentum(state: Any) -> np.ndarray:
-    """Returns SGD's momentum, which after one step is the gradient with its decay."""
-    return flat(optax.tree.get(state.opt_state, "trace"))
+    return Candidate(call, numbers)
 
 
-def flat(tree: PyTree) -> np.ndarray:
+def as_vector(tree: PyTree) -> np.ndarray:
     """Returns all numbers of a tree as a vector, by sorted names."""
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def count_flop(case: Case, weights: Weights, episodes: Episode) -> int:
-    """Counts the FLOP of one step in float32, written plainly."""
-    case = dataclasses.replace(case, dtype="float32")
-    step, args = step_and_inputs(case, weights, episodes)
-    return flop(jax.make_jaxpr(step)(*args))
-
-
-def peak_rate(dtype: str, n: int) -> float:
-    """Returns the FLOP/s of a product of two n x n matrices."""
+def peak_rate(dtype: str, rows: int) -> float:
+    """Returns the FLOP/s of a product of two square matrices."""
     kind = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
-    a = jnp.ones((n, n), kind)
+    matrix = jnp.ones((rows, rows), kind)
     product = jax.jit(jnp.matmul)
-    return matmul_rate(lambda: product(a, a).block_until_ready(), n)
+    return matmul_rate(lambda: product(matrix, matrix).block_until_ready(), rows)
 
 
 def device_memory() -> int:
@@ -200,20 +175,3 @@ def device_memory() -> int:
     if device.platform == "cpu":
         return peak_memory()
     return (device.memory_stats() or {})["peak_bytes_in_use"]
-
-
-def main() -> None:
-    """Runs the case of the JSON argument `{case, cache, started}` and prints JSON."""
-    told = json.loads(sys.argv[1])
-    keep_freed_memory()
-    jax.config.update("jax_compilation_cache_dir", told["cache"])
-    at_import = peak_memory() if jax.default_backend() == "cpu" else 0
-    case = Case(**told["case"])
-    # Training starts with a compiled initialisation, so that counts, too.
-    weights = random_weights(case)._replace(params=_initial(case))
-    jaxs = contender(case, weights, made_up_episodes(case))
-    child_report(jaxs, told["started"], at_import, device_memory)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,11 @@
-"""What steps will need in memory, by XLA's plan of their buffers: nothing is run.
+"""The memory that steps will need, by XLA's plan of their buffers: nothing is run.
 
 A step for another platform is lowered for it, which takes that platform's formulations
 (`models/ops/`), and compiled by the compiler that is here.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,34 +13,69 @@ import numpy as np
 from jax import export
 from tqdm import tqdm
 
-from qpenet_jax.benchmark import jax_side as ours
+from qpenet_jax.benchmark import jax_side
 from qpenet_jax.benchmark.settings import Case, Settings
+from qpenet_jax.benchmark.speed_report import Row, Table
 from qpenet_jax.core.types import Episode
+from qpenet_jax.evaluation.scoring import CACHE_BYTES
 from qpenet_jax.models.qpenet import QPENet
 
+PLATFORMS = {"cpu": "CPU", "cuda": "NVIDIA GPU", "rocm": "AMD GPU", "tpu": "TPU"}
 
-def memory_plans(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yields what every evaluation and train step of the settings needs, by platform.
+CAPTION = (
+    "Memory of one step in GiB, as XLA plans it, with dropout; nothing was run. "
+    "Temporaries, and with them the weights, the optimiser's state and the batch. An "
+    f"evaluation keeps encoded images as well, up to {CACHE_BYTES / 2**30:g} GiB."
+)
+
+ESTIMATE = (
+    " The plan for GPUs is an estimate: it is XLA's CPU compiler's, of the "
+    "formulations that GPUs and TPUs take. A GPU's compiler merges more of them; CUDA "
+    "itself, and the workspace of cuDNN's convolutions, come on top."
+)
+
+
+def memory_plans(settings: Settings) -> Table:
+    """Returns the plans of every evaluation and train step of the settings.
 
     On a CPU the plans are for it and for GPUs, else for the device that is here.
     """
     here = export.default_export_platform()
     platforms = (here, "cuda") if here == "cpu" else (here,)
+    rows = []
     cases = list(settings.cases(("eval", "train")))
     for case in tqdm(cases, desc="planning", unit="step"):
-        plans = {platform: plan(case, platform) for platform in platforms}
-        yield dataclasses.asdict(case) | {"name": str(case), "plans": plans}
+        row: Row = {"step": str(case)}
+        for platform in platforms:
+            found, name = plan(case, platform), PLATFORMS.get(platform, platform)
+            row[f"{name}: temporaries"] = found["temporaries"] / 2**30
+            row[f"{name}: in all"] = sum(found.values()) / 2**30
+        rows.append(row)
+    return Table(CAPTION + (ESTIMATE if len(platforms) > 1 else ""), rows)
 
 
 def plan(case: Case, platform: str) -> dict[str, int]:
     """Returns `planned` of a case, with dropout, as networks are trained."""
-    dropout = {name: getattr(QPENet, name) for name in ours.NO_DROPOUT}
+    dropout = {name: getattr(QPENet, name) for name in jax_side.NO_DROPOUT}
     case = dataclasses.replace(case, network={**dropout, **case.network})
-    inputs = jax.eval_shape(
-        lambda episodes: ours.inputs_of(case, ours.random_weights(case), episodes),
-        _episodes(case),
+
+    def images(*axes: int, dtype: Any = np.uint8) -> Any:
+        return jax.ShapeDtypeStruct((case.batch, *axes), dtype)
+
+    query, supports = [case.size] * 2, [case.shots, case.size, case.size]
+    episodes = Episode(
+        images(*query, 3),
+        images(*query),
+        images(*supports, 3),
+        images(*supports),
+        images(*query, dtype=bool),
+        images(*supports, dtype=bool),
     )
-    return planned(ours.step_of(case), inputs, platform)
+    inputs = jax.eval_shape(
+        lambda batch: jax_side.inputs_of(case, jax_side.random_weights(case), batch),
+        episodes,
+    )
+    return planned(jax_side.step_of(case), inputs, platform)
 
 
 def planned(
@@ -49,19 +84,14 @@ def planned(
     """Returns the bytes of a step's temporaries, and of its inputs.
 
     `inputs` are arrays or their shapes; `platform` is one of JAX's, such as "cuda".
-    What a step returns isn't counted: a train step's takes the place of its inputs.
+    The results of a step aren't counted: a train step's take the place of its inputs.
     """
+    check = export.DisabledSafetyCheck
+    # Compiled where it isn't to run; and cuDNN's attention, if it is taken.
+    attention = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+    unchecked = [check.platform(), *map(check.custom_call, attention)]
     exported = export.export(
-        jax.jit(step),
-        platforms=(platform,),
-        # Compiled where it isn't to run; and cuDNN's attention, if it is taken.
-        disabled_checks=[
-            export.DisabledSafetyCheck.platform(),
-            *(
-                export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{name}")
-                for name in ("", "Backward")
-            ),
-        ],
+        jax.jit(step), platforms=(platform,), disabled_checks=unchecked
     )
     compiled = jax.jit(exported(*inputs).call).lower(*inputs).compile()
     memory: Any = compiled.memory_analysis()
@@ -69,21 +99,3 @@ def planned(
         "temporaries": memory.temp_size_in_bytes,
         "inputs": memory.argument_size_in_bytes,
     }
-
-
-def _episodes(case: Case) -> Episode:
-    """Returns the shapes of a case's batch."""
-    square = case.size, case.size
-
-    def shape(*margin: int, dtype: Any = np.uint8) -> Any:
-        return jax.ShapeDtypeStruct(margin, dtype)
-
-    query, supports = (case.batch, *square), (case.batch, case.shots, *square)
-    return Episode(
-        shape(*query, 3),
-        shape(*query),
-        shape(*supports, 3),
-        shape(*supports),
-        shape(*query, dtype=bool),
-        shape(*supports, dtype=bool),
-    )

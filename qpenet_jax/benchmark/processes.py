@@ -1,43 +1,29 @@
-"""Run one case in a new process, for its start and its peak memory."""
+"""Run modules in new processes; as a program, measure one case in its own process."""
 
+import dataclasses
+import functools
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from qpenet_jax.benchmark.contenders import Contender
+import jax
+
+from qpenet_jax.benchmark.made_up import made_up_episodes
+from qpenet_jax.benchmark.settings import Case
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.runtime import keep_freed_memory
 
 
-def run_child(module: str, **told: Any) -> dict[str, Any]:
-    """Runs `python -m module` with a JSON object; return the one that it prints last.
-
-    The child also gets the time of its start, in seconds since the epoch.
+def run_module(words: Sequence[str], **environment: str) -> str:
+    """Runs `python -m` with these words in a new process and returns what it printed.
 
     Raises:
         InputError: it failed, with its last line.
-    """
-    text = json.dumps(told | {"started": time.time()})
-    printed = run_module(
-        [module, text],
-        lambda reason: (
-            f"{module} failed in a process of its own ({reason}): give a smaller "
-            "--size or --batch"
-        ),
-    )
-    return json.loads(printed.splitlines()[-1])
-
-
-def run_module(
-    words: Sequence[str], told: Callable[[str], str], **environment: str
-) -> str:
-    """Runs `python -m` with these words in a new process; return what it printed.
-
-    Raises:
-        InputError: it failed; what `told` makes of its last line.
     """
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
@@ -48,21 +34,59 @@ def run_module(
     )
     if done.returncode:
         reasons = done.stderr.strip().splitlines() or ["killed, out of memory?"]
-        raise InputError(told(reasons[-1]))
+        raise InputError(f"{' '.join(words[:2])} failed: {reasons[-1]}")
     return done.stdout
 
 
-def child_report(
-    contender: Contender, started: float, at_import: int, memory: Callable[[], int]
-) -> None:
-    """Does three steps and prints what `run_child` returns.
+def run_case(case: Case, **options: str) -> dict[str, Any]:
+    """Returns the measurements of `main` from a new process.
 
-    `start_s` is from the start of the process to the end of its first step; `memory`
-    returns the peak in bytes, of which the libraries took `at_import`.
+    Raises:
+        InputError: it failed, with its last line.
     """
-    contender.call()
-    start = time.time() - started
-    contender.call()
-    contender.call()
+    given = {"case": dataclasses.asdict(case), "started": time.time(), **options}
+    try:
+        printed = run_module([__name__, json.dumps(given)])
+    except InputError as error:
+        raise InputError(
+            f"{case} in a process of its own: {error}; give a smaller --size or --batch"
+        ) from None
+    return json.loads(printed.splitlines()[-1])
+
+
+def main() -> None:
+    """Does three steps of the case in the JSON argument and prints JSON.
+
+    "start_s" is from the start of the process to the end of the first step, and
+    "peak_bytes" the peak memory, of which the libraries took "import_bytes". With
+    `variant` it is PyTorch on `device`, otherwise JAX with its compilation `cache`.
+    """
+    given = json.loads(sys.argv[1])
+    case = Case(**given["case"])
+    keep_freed_memory()
+    if "variant" in given:
+        torch_side = importlib.import_module("qpenet_jax.benchmark.torch_side")
+        memory = functools.partial(torch_side.device_memory, given["device"])
+        at_import = memory()
+        options = given["variant"], given["device"], made_up_episodes(case)
+        step = torch_side.torch_candidate(case, *options).call
+    else:
+        from qpenet_jax.benchmark import jax_side
+
+        jax.config.update("jax_compilation_cache_dir", given["cache"])
+        memory = jax_side.device_memory
+        at_import = memory()
+        # Training starts with a compiled initialisation, so that counts, too.
+        params = jax_side.initial_params(case)
+        weights = jax_side.random_weights(case)._replace(params=params)
+        step = jax_side.jax_candidate(case, weights, made_up_episodes(case)).call
+    step()
+    start = time.time() - given["started"]
+    step()
+    step()
     found = {"start_s": start, "peak_bytes": memory(), "import_bytes": at_import}
     print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

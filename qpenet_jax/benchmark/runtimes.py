@@ -1,7 +1,7 @@
-"""Our steps beside other run times' on the same exported network: ONNX's on a CPU.
+"""The parts of a prediction in JAX, beside run times of ONNX on the same network.
 
 A task that was learned once encodes its query and decodes it. Both parts are measured,
-in turns, one photo at a time.
+in turns, one photo at a time, on a CPU.
 """
 
 import functools
@@ -9,7 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,15 +17,126 @@ import jax.numpy as jnp
 import numpy as np
 
 from qpenet_jax.backbones.registry import backbone
-from qpenet_jax.benchmark import jax_side as ours
-from qpenet_jax.benchmark.contenders import made_up_episodes
+from qpenet_jax.benchmark.jax_side import network_of, random_weights
+from qpenet_jax.benchmark.made_up import made_up_episodes
 from qpenet_jax.benchmark.settings import Case, Settings
+from qpenet_jax.benchmark.speed_report import Row, Table
 from qpenet_jax.benchmark.timing import interleave, quartiles
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.markdown import table
 from qpenet_jax.evaluation.predictor import qpenet_predictor
 from qpenet_jax.runs.export import onnx
 from qpenet_jax.runs.parts import network_parts
+
+EQUAL = 1e-3
+"""Largest difference of margins, as a share of the largest margin, that is compared."""
+
+CLOCKS = {"": time.perf_counter, " of cores": time.process_time}
+"""How headers end, and the clock: of the wall, and of all cores together."""
+
+Session = Callable[[dict[str, np.ndarray]], dict[str, Any]]
+"""A loaded model: named inputs to named outputs."""
+
+
+def runtimes(settings: Settings) -> Table:
+    """Returns the times of the parts of a prediction, by number of shots and run time.
+
+    Raises:
+        InputError: no CPU, no run time of ONNX, or one that computes something else.
+    """
+    if jax.default_backend() != "cpu":
+        raise InputError("runtimes are compared on a CPU: set JAX_PLATFORMS=cpu")
+    sessions = {
+        n: f for n, f in RUNTIMES.items() if importlib.util.find_spec(n) is not None
+    }
+    if not sessions or importlib.util.find_spec("jax2onnx") is None:
+        raise InputError(
+            "runtimes needs jax2onnx and onnxruntime or openvino: docs/export.md says "
+            "how to install them"
+        )
+    rows: list[Row] = []
+    for shots in settings.shots:
+        case = settings.case("eval", shots, 1, "float32")
+        rows += compare_runtimes(case, sessions, settings.seconds)
+    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in sessions)
+    return Table(
+        f"One photo at a time, in turns; medians and quartiles. {versions}; "
+        f"{threads()} thread(s). Differences of margins are shares of the largest.",
+        rows,
+    )
+
+
+def compare_runtimes(
+    case: Case, sessions: Mapping[str, Callable[[bytes], Session]], seconds: float
+) -> list[Row]:
+    """Returns a row a part: times, and how far the run times' margins differ.
+
+    Raises:
+        InputError: the margins of a run time differ from JAX's.
+    """
+    weights, episode = random_weights(case), made_up_episodes(case)
+    networks = network_of(case), backbone(case.backbone)
+    predict = qpenet_predictor(*networks, weights.params, weights.backbone)
+    supports = tuple(
+        predict.encode(episode.support_images[:, k], ("support",))
+        for k in range(case.shots)
+    )
+    query = predict.encode(episode.query_image, ("query",))
+    in_jax: dict[str, Callable[[], Any]] = {
+        "encode_query": lambda: predict.encode(episode.query_image, ("query",)),
+        f"decode_{case.shots}shot": lambda: predict.decode(
+            supports, episode.support_masks, query
+        ),
+    }
+    parts = network_parts(
+        networks, weights.params, weights.backbone, case.size, (case.shots,)
+    )
+    stacked = jax.tree.map(lambda *x: np.asarray(jnp.stack(x, 1)), *supports)
+    arrays = {"image": episode.query_image, "masks": episode.support_masks}
+    arrays |= {f"query_{n}": np.asarray(x) for n, x in query.items()}
+    arrays |= {f"support_{n}": x for n, x in stacked.items()}
+    rows = []
+    for name, call in in_jax.items():
+        model, inputs = (
+            onnx(parts[name], name),
+            {n: arrays[n] for n in parts[name].inputs},
+        )
+        others = {n: functools.partial(f(model), inputs) for n, f in sessions.items()}
+        row: Row = {"part": name}
+        if name.startswith("decode"):
+            margin = np.asarray(call())
+            found = {n: other()["margin"] for n, other in others.items()}
+            row |= _differences(found, margin, case)
+        calls = {"JAX": lambda call=call: jax.block_until_ready(call()), **others}
+        rows.append(row | _timed(calls, seconds))
+    return rows
+
+
+def _differences(
+    margins: Mapping[str, np.ndarray], expected: np.ndarray, case: Case
+) -> Row:
+    row: Row = {}
+    for name, margin in margins.items():
+        largest = float(np.abs(margin - expected).max() / np.abs(expected).max())
+        if not largest <= EQUAL:
+            raise InputError(
+                f"{case}: margins of {name} differ from JAX's by {largest:.2g} of the "
+                "largest, so their speed can't be compared"
+            )
+        row[f"{name}: difference"] = largest
+    return row
+
+
+def _timed(calls: dict[str, Callable[[], Any]], seconds: float) -> Row:
+    """Returns the time of each, and JAX's as a share of each, by both CLOCKS."""
+    row: Row = {}
+    for ending, clock in CLOCKS.items():
+        times = interleave(list(calls.values()), seconds / len(CLOCKS), clock=clock)
+        by_name = dict(zip(calls, times, strict=True))
+        for name, each in by_name.items():
+            row[f"{name}, ms{ending}"] = quartiles(1e3 * each)
+            if name != "JAX":
+                row[f"JAX / {name}{ending}"] = quartiles(by_name["JAX"] / each)
+    return row
 
 
 def threads() -> int:
@@ -33,101 +144,7 @@ def threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-Call = Callable[[dict[str, np.ndarray]], dict[str, Any]]
-
-EQUAL = 1e-3
-"""Largest difference of margins, as a share of the largest margin, that is compared."""
-
-
-def runtimes(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yields what the parts of a prediction take, by number of shots and run time.
-
-    Raises:
-        InputError: no CPU, no run time of ONNX, or one that computes something else.
-    """
-    if jax.default_backend() != "cpu":
-        raise InputError("runtimes are compared on a CPU: set JAX_PLATFORMS=cpu")
-    found = {
-        n: f for n, f in RUNTIMES.items() if importlib.util.find_spec(n) is not None
-    }
-    if not found or importlib.util.find_spec("jax2onnx") is None:
-        raise InputError(
-            "runtimes needs jax2onnx and onnxruntime or openvino: docs/export.md tells "
-            "how to install them"
-        )
-    for shots in settings.shots:
-        yield _beside(settings.case("eval", shots, 1, "float32"), found, settings)
-
-
-def _beside(
-    case: Case, sessions: dict[str, Callable[[bytes], Call]], settings: Settings
-) -> dict[str, Any]:
-    weights, episode = ours.random_weights(case), made_up_episodes(case)
-    networks = ours.network_of(case), backbone(case.backbone)
-    predict = qpenet_predictor(*networks, weights.params, weights.backbone)
-    supports = tuple(
-        predict.encode(episode.support_images[:, k], ("support",))
-        for k in range(case.shots)
-    )
-    query = predict.encode(episode.query_image, ("query",))
-    jax.block_until_ready((supports, query))
-    margin = np.asarray(predict.decode(supports, episode.support_masks, query))
-
-    parts = network_parts(
-        networks, weights.params, weights.backbone, case.size, (case.shots,)
-    )
-    named = {"image": episode.query_image, "masks": episode.support_masks}
-    named |= {f"query_{n}": np.asarray(x) for n, x in query.items()}
-    stacked = jax.tree.map(lambda *x: np.asarray(jnp.stack(x, 1)), *supports)
-    named |= {f"support_{n}": x for n, x in stacked.items()}
-    mine: dict[str, Callable[[], Any]] = {
-        "encode_query": lambda: predict.encode(episode.query_image, ("query",)),
-        f"decode_{case.shots}shot": lambda: predict.decode(
-            supports, episode.support_masks, query
-        ),
-    }
-    result: dict[str, Any] = {"shots": case.shots, "parts": {}, "differences": {}}
-    for name, call in mine.items():
-        model = onnx(parts[name], name)
-        inputs = {n: named[n] for n in parts[name].inputs}
-        theirs = {
-            n: functools.partial(make(model), inputs) for n, make in sessions.items()
-        }
-        if name.startswith("decode"):
-            result["differences"] = {
-                n: float(
-                    np.abs(other()["margin"] - margin).max() / np.abs(margin).max()
-                )
-                for n, other in theirs.items()
-            }
-        calls = {"ours": lambda call=call: jax.block_until_ready(call()), **theirs}
-        result["parts"][name] = _timed(calls, settings.seconds)
-    for runtime, difference in result["differences"].items():
-        if not difference <= EQUAL:
-            raise InputError(
-                f"{case}: margins of {runtime} differ from ours by {difference:.2g} of "
-                "the largest, so their speed can't be compared"
-            )
-    return result
-
-
-CLOCKS = {"seconds": time.perf_counter, "core_seconds": time.process_time}
-
-
-def _timed(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
-    """Returns what each takes, and what we take as a share of each, by both CLOCKS."""
-    found: dict[str, Any] = {}
-    for what, clock in CLOCKS.items():
-        times = interleave(list(calls.values()), seconds / len(CLOCKS), clock=clock)
-        by_name = dict(zip(calls, times, strict=True))
-        found[what] = {n: quartiles(t) for n, t in by_name.items()}
-        found[f"{what}_ratio"] = {
-            n: quartiles(by_name["ours"] / t) for n, t in by_name.items() if n != "ours"
-        }
-    return found
-
-
-def _onnxruntime(model: bytes) -> Call:
+def _onnxruntime(model: bytes) -> Session:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -138,15 +155,14 @@ def _onnxruntime(model: bytes) -> Call:
     return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def _openvino(model: bytes) -> Call:
-    import openvino  # pyright: ignore[reportMissingImports]  # on one's own wish
+def _openvino(model: bytes) -> Session:
+    import openvino  # pyright: ignore[reportMissingImports]  # the user installs it
 
     core = openvino.Core()
-    read = core.read_model(model, b"")
-    # By itself it would compute in bfloat16 where the CPU has that.
+    # Without the hint it would compute in bfloat16 where the CPU has that.
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     options["INFERENCE_NUM_THREADS"] = str(threads())
-    compiled = core.compile_model(read, "CPU", options)
+    compiled = core.compile_model(core.read_model(model, b""), "CPU", options)
 
     def call(inputs):
         found = compiled(inputs)
@@ -156,38 +172,4 @@ def _openvino(model: bytes) -> Call:
 
 
 RUNTIMES = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-"""What is compared where it is installed: from a model's bytes to a call of it."""
-
-
-def runtimes_report(found: Sequence[dict[str, Any]]) -> str:
-    """Returns the table of `runtimes`, with the ratios' quartiles in brackets."""
-    names = list(found[0]["differences"])
-    rows = []
-    for case in found:
-        for part, times in case["parts"].items():
-            if part == "encode_query" and case is not found[0]:
-                continue  # it knows no shots
-            cells = [part, _milliseconds(times["seconds"]["ours"])]
-            for name in names:
-                cells.append(_milliseconds(times["seconds"][name]))
-                cells += [_ratio(times[f"{what}_ratio"][name]) for what in CLOCKS]
-            rows.append(cells)
-    header = ["part", "JAX"]
-    for name in names:
-        header += [name, f"JAX / {name}", "of cores' time"]
-    versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
-    largest = max(max(case["differences"].values()) for case in found)
-    return (
-        f"One photo at a time, in turns; medians and quartiles. {versions}; "
-        f"{threads()} thread(s). Margins differ by {largest:.1g} of the largest at "
-        f"most.\n\n{table(header, rows, numbers=True)}"
-    )
-
-
-def _milliseconds(times: Sequence[float]) -> str:
-    return f"{1000 * times[1]:,.0f} ms"
-
-
-def _ratio(quarters: Sequence[float]) -> str:
-    low, middle, high = quarters
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+"""Run times that are compared where they are installed."""

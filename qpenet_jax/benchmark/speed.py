@@ -1,6 +1,6 @@
 """Measure speed and memory, on request beside the PyTorch twin: `qpenet benchmark`.
 
-`benchmark` measures; tables.py and chart.py show what it returns.
+`benchmark` measures; speed_report.py shows its result.
 """
 
 import dataclasses
@@ -12,30 +12,27 @@ import importlib.util
 import os
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from qpenet_jax.backbones.precision import products
-from qpenet_jax.benchmark import jax_side as ours
-from qpenet_jax.benchmark.contenders import (
-    Contender,
-    differences_between,
-    made_up_episodes,
-)
-from qpenet_jax.benchmark.evaluation_speed import protocol_runs
-from qpenet_jax.benchmark.loading_speed import benchmark_data
+from qpenet_jax.benchmark import jax_side
+from qpenet_jax.benchmark.evaluation_speed import evaluation_speed
+from qpenet_jax.benchmark.flop import flop
+from qpenet_jax.benchmark.loading_speed import loading_speed
+from qpenet_jax.benchmark.made_up import made_up_episodes
 from qpenet_jax.benchmark.memory_plans import memory_plans
-from qpenet_jax.benchmark.prediction_speed import prediction
-from qpenet_jax.benchmark.processes import run_child
+from qpenet_jax.benchmark.prediction_speed import prediction_speed
+from qpenet_jax.benchmark.processes import run_case
 from qpenet_jax.benchmark.runtimes import runtimes
 from qpenet_jax.benchmark.settings import Case, Settings
-from qpenet_jax.benchmark.timing import interleave, quartiles
+from qpenet_jax.benchmark.speed_report import Row, Table
+from qpenet_jax.benchmark.timing import Candidate, interleave, quartiles
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import keep_freed_memory, processor
-from qpenet_jax.core.types import Episode
 from qpenet_jax.runs.datasets import build_dataset
 
 PEAK_ROWS = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
@@ -45,62 +42,45 @@ TRIED = 3
 """Rounds by which the fastest variant of the twin is chosen."""
 
 
-def benchmark(settings: Settings, config: Any | None = None) -> dict[str, Any]:
-    """Measures what the settings say; return numbers and strings alone, for JSON.
+class TorchSide(NamedTuple):
+    """The module with the twin's steps (it imports PyTorch), and its device."""
 
-    The images of "protocol" and "data" are the config's; without one they are made
-    up. As in training, the process keeps freed memory from then on.
+    module: Any
+    device: str
+
+
+def benchmark(settings: Settings, config: Any | None = None) -> dict[str, Any]:
+    """Measures the settings' steps; returns numbers and strings alone, for JSON.
+
+    The images of "protocol" and "data" are the config's; without one they are made up.
+    As in training, the process keeps freed memory from then on.
 
     Raises:
         InputError: this machine can't compute in a dtype; PyTorch is missing, or
             computes something different.
     """
     # Both frameworks share the device: neither may take most of its memory at once. It
-    # holds from when the device is first used, so that nothing before may ask for it.
+    # must be set before the device is first used.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     keep_freed_memory()
     if "tf32" in settings.dtype and jax.default_backend() != "gpu":
         raise InputError("--dtype tf32 needs an NVIDIA GPU: choose float32")
-    opponent = _opponent(settings)
-    cases = list(settings.cases())
-    result: dict[str, Any] = {
-        "facts": _facts(settings, opponent),
-        "peak_flops": {
-            dtype: _peak(dtype, opponent)
-            for dtype in dict.fromkeys(case.dtype for case in cases)
-        },
-        "cases": [_case(case, opponent, settings) for case in cases],
-    }
+    tables = list(_steps(settings))
     if "memory" in settings.what:
-        result["memory"] = list(memory_plans(settings))
+        tables.append(memory_plans(settings))
     if "protocol" in settings.what:
-        result["protocol"] = list(protocol_runs(settings, config))
+        tables.append(evaluation_speed(settings, config))
     if "runtimes" in settings.what:
-        result["runtimes"] = list(runtimes(settings))
+        tables.append(runtimes(settings))
     if "predict" in settings.what:
-        result["predict"] = prediction(settings)
+        tables += prediction_speed(settings)
     if "data" in settings.what:
-        result["data"] = benchmark_data(
-            build_dataset(config, "train") if config else None,
-            side=settings.size,
-            shots=settings.shots,
-            seconds=settings.seconds,
-            workers=settings.workers,
-            seed=settings.seed,
-        )
-    return result
+        images = build_dataset(config, "train") if config else None
+        tables += loading_speed(settings, images)
+    return {"facts": _facts(settings), "tables": [each._asdict() for each in tables]}
 
 
-class Opponent(NamedTuple):
-    """The module with the twin (it imports PyTorch), and its device."""
-
-    module: Any
-    device: str
-
-
-def _opponent(settings: Settings) -> Opponent | None:
-    if settings.against is None:
-        return None
+def _torch_side(settings: Settings) -> TorchSide:
     packages = ["torch", "torchvision"]
     if settings.backbone == "efficientnet_lite0":
         packages.append("efficientnet_lite_pytorch")
@@ -111,157 +91,216 @@ def _opponent(settings: Settings) -> Opponent | None:
                 "`pip install -e .[parity]`"
             )
     module = importlib.import_module("qpenet_jax.benchmark.torch_side")
-    return Opponent(module, module.device_for(jax.default_backend()))
+    return TorchSide(module, module.device_for(jax.default_backend()))
 
 
-def _facts(given: Settings, opponent: Opponent | None) -> dict[str, Any]:
-    """Returns where, when and with what was measured."""
-    packages = ["jax", "jaxlib", "flax", "numpy"]
-    facts: dict[str, Any] = {
-        "cpu": processor(),
-        "cores": os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.default_backend(),
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+def _facts(given: Settings) -> dict[str, Any]:
+    """Returns where, when and with which versions was measured."""
+    packages = ["jax", "jaxlib", "flax", "numpy", "grain"]
+    packages += ["torch", "torchvision"] if given.against else []
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return {
         "backbone": given.backbone,
+        "pixels": f"{given.size} x {given.size}",
         "weights": given.weights or "random",
-        "size": given.size,
         "seed": given.seed,
-        "dropout": "switched off",
+        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "cpu": f"{processor()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": ", ".join(versions),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    if opponent:
-        packages += ["torch", "torchvision"]
-        facts["torch_threads"] = opponent.module.threads()
-    facts["versions"] = {name: importlib.metadata.version(name) for name in packages}
-    return facts
 
 
-def _peak(dtype: str, opponent: Opponent | None) -> dict[str, float]:
-    """Returns the FLOP/s of a large matrix product in every framework."""
-    n = PEAK_ROWS[jax.default_backend()]
+# --- single steps -----------------------------------------------------------------
+
+CAPTION = (
+    "Time of one step without dropout, the median of several rounds with the first and "
+    "third quartiles in brackets. JAX and PyTorch take turns in one process, with the "
+    "same weights and inputs, after their results were found equal; in the ratio below "
+    "1 JAX is faster. GFLOP counts direct convolutions and matrix products, and "
+    "attention to all positions, whatever the step computes: a faster algorithm shows "
+    "as more GFLOP/s. The peak is the speed of one large matrix product, of the faster "
+    "framework."
+)
+
+PROCESSES = (
+    "In a new process: the time from its start to the end of its first step, and its "
+    "peak memory after three steps, of which importing the libraries takes a part. JAX "
+    "runs twice: the first time it compiles everything, the second time it finds the "
+    "compilations in its cache. The ratio is of the memory without imports, with the "
+    "cache."
+)
+
+
+def _steps(settings: Settings) -> Iterator[Table]:
+    """Yields the tables of single steps: times, the twin's variants, new processes."""
+    cases = list(settings.cases())
+    if not cases:
+        return
+    torch_side = _torch_side(settings) if settings.against else None
+    peaks = {dtype: _peak(dtype, torch_side) for dtype in settings.dtype}
+    measured, tried, started = [], [], []
+    for case in cases:
+        row, variants = step_speed(case, torch_side, settings)
+        rate = row["GFLOP"] / row["JAX, ms"][1] * 1e3
+        row |= {"GFLOP/s": rate, "% of peak": 1e11 * rate / peaks[case.dtype]}
+        measured.append(row)
+        tried += variants
+        gc.collect()  # the next case, or a process of its own, may need the memory
+        if settings.processes and case.what != "backbone":
+            fastest = row.get("variant of PyTorch", "")
+            started.append({"step": str(case)} | _processes(case, fastest, torch_side))
+    yield Table(CAPTION, measured)
+    if tried:
+        yield Table("All variants of PyTorch, and their differences from JAX.", tried)
+    if started:
+        yield Table(PROCESSES, started)
+
+
+def _peak(dtype: str, torch_side: TorchSide | None) -> float:
+    """Returns the FLOP/s of a large matrix product in the faster framework."""
+    rows = PEAK_ROWS[jax.default_backend()]
     with products(dtype):
-        peak = {"jax": ours.peak_rate(dtype, n)}
-    if opponent:
-        peak["torch"] = opponent.module.peak_rate(dtype, opponent.device, n)
-    return peak
+        peak = jax_side.peak_rate(dtype, rows)
+    if torch_side is None:
+        return peak
+    return max(peak, torch_side.module.peak_rate(dtype, torch_side.device, rows))
 
 
-# --- one case ---------------------------------------------------------------------
+def step_speed(
+    case: Case, torch_side: TorchSide | None, settings: Settings
+) -> tuple[Row, list[Row]]:
+    """Times JAX's step, in turns with the fastest variant of the twin if wanted.
 
-
-def _case(case: Case, opponent: Opponent | None, settings: Settings) -> dict[str, Any]:
-    """Measures one case: speed, and in new processes start and memory."""
-    found = _speed(case, opponent, settings)
-    gc.collect()  # the next case, or a process of its own, may need the memory
-    if settings.processes and case.what != "backbone":
-        found["processes"] = _processes(case, found.get("variant", ""), opponent)
-    return found
-
-
-def _speed(case: Case, opponent: Opponent | None, settings: Settings) -> dict[str, Any]:
-    """Times our step, in turns with the fastest variant of the twin if there is one."""
-    weights, episodes = ours.random_weights(case), made_up_episodes(case)
-    jaxs = ours.contender(case, weights, episodes)
-    first = jaxs.first()
-    found = dataclasses.asdict(case) | {
-        "name": str(case),
-        "flop": ours.count_flop(case, weights, episodes),
-    }
-    if opponent is None:
-        (times,) = interleave([jaxs.call], settings.seconds)
-        return found | {"seconds": quartiles(times), "rounds": len(times)}
-    inputs = episodes, weights
-    twins, tried = _fastest(case, opponent, settings.variants, first, inputs)
-    times, theirs = interleave([jaxs.call, twins.call], settings.seconds)
-    return found | {
-        **tried,
-        "seconds": quartiles(times),
-        "rounds": len(times),
-        "torch_seconds": quartiles(theirs),
-        "ratio": quartiles(times / theirs),
-    }
-
-
-class _Trial(NamedTuple):
-    """What a variant of the twin took, and how far its results differ from ours."""
-
-    seconds: float
-    variant: str
-    contender: Contender
-    differences: dict[str, float]
-
-
-def _fastest(
-    case: Case,
-    opponent: Opponent,
-    variants: Sequence[str],
-    first: Mapping[str, np.ndarray],
-    inputs: tuple[Episode, ours.Weights],
-) -> tuple[Contender, dict[str, Any]]:
-    """Returns the twin's fastest variant, and what all of them took in seconds.
-
-    Every variant must compute what we do. torch.compile may fail; the reason is then
-    part of the result.
+    Returns the row of the step and those of the twin's variants.
     """
-    told: dict[str, float | str] = {}
-    best: _Trial | None = None
-    for variant in variants:
+    weights, episodes = jax_side.random_weights(case), made_up_episodes(case)
+    candidates = [jax_side.jax_candidate(case, weights, episodes)]
+    single = dataclasses.replace(case, dtype="float32")
+    inputs = jax_side.inputs_of(single, weights, episodes)
+    count = flop(jax.make_jaxpr(jax_side.step_of(single))(*inputs))
+    row: Row = {"step": str(case), "GFLOP": count / 1e9}
+    variants: list[Row] = []
+    if torch_side:
+
+        def make(variant: str) -> Candidate:
+            return torch_side.module.torch_candidate(
+                case, variant, torch_side.device, episodes, weights
+            )
+
+        expected = first_numbers(candidates[0])
+        candidate, variants = fastest_variant(case, make, settings, expected)
+        candidates.append(candidate)
+    times = interleave([each.call for each in candidates], settings.seconds)
+    row["JAX, ms"] = quartiles(1e3 * times[0])
+    if torch_side:
+        best = min((each for each in variants if "ms" in each), key=lambda v: v["ms"])
+        row["variant of PyTorch"] = best["variant"]
+        row["PyTorch, ms"] = quartiles(1e3 * times[1])
+        row["JAX / PyTorch"] = quartiles(times[0] / times[1])
+    return row, variants
+
+
+def first_numbers(candidate: Candidate) -> dict[str, np.ndarray]:
+    """Does a candidate's first step and returns its numbers."""
+    return candidate.numbers(candidate.call())
+
+
+def fastest_variant(
+    case: Case,
+    make: Callable[[str], Candidate],
+    settings: Settings,
+    expected: Mapping[str, np.ndarray],
+) -> tuple[Candidate, list[Row]]:
+    """Returns the twin's fastest variant, and a row for each variant.
+
+    `make` returns a variant by its name; each must compute the `expected` numbers of
+    JAX. torch.compile may fail; the reason is then in its row.
+    """
+    rows: list[Row] = []
+    candidates: dict[float, Candidate] = {}
+    for variant in settings.variants:
+        row: Row = {"step": str(case), "variant": variant}
+        rows.append(row)
         try:
-            trial = _try(case, opponent, variant, first, inputs)
+            candidate = make(variant)
+            row |= differences_between(expected, first_numbers(candidate), case)
+            (times,) = interleave([candidate.call], min(settings.seconds, 1.0), TRIED)
         except Exception as error:
             if variant != "compile" or isinstance(error, InputError):
                 raise
-            told[variant] = f"not available ({_first_line(error)})"
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            row["failed"] = lines[0][:100]
             continue
-        told[variant] = trial.seconds
-        if best is None or trial.seconds < best.seconds:
-            best = trial
-    if best is None:
-        raise InputError(f"{case}: PyTorch runs none of {', '.join(variants)}: {told}")
-    return best.contender, {
-        "variants": told,
-        "variant": best.variant,
-        "differences": best.differences,
-    }
+        row["ms"] = 1e3 * float(np.median(times))
+        candidates[row["ms"]] = candidate
+    if not candidates:
+        raise InputError(f"{case}: PyTorch fails: {rows[0]['failed']}")
+    return candidates[min(candidates)], rows
 
 
-def _try(
-    case: Case,
-    opponent: Opponent,
-    variant: str,
-    first: Mapping[str, np.ndarray],
-    inputs: tuple[Episode, ours.Weights],
-) -> _Trial:
-    twins = opponent.module.contender(case, variant, opponent.device, *inputs)
-    differences = differences_between(first, twins.first(), case)
-    (times,) = interleave([twins.call], rounds=TRIED)
-    return _Trial(float(np.median(times)), variant, twins, differences)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:100]
-
-
-def _processes(case: Case, variant: str, opponent: Opponent | None) -> dict[str, Any]:
-    """Returns time to the first step and peak memory in new processes.
-
-    "cold" finds no compilation of earlier processes, "cached" that of the first.
-    """
-    told = {"case": dataclasses.asdict(case)}
+def _processes(case: Case, variant: str, torch_side: TorchSide | None) -> Row:
+    """Returns time to the first step and peak memory in new processes."""
     with tempfile.TemporaryDirectory() as cache:
-        found: dict[str, Any] = {
-            kind: run_child("qpenet_jax.benchmark.jax_side", cache=cache, **told)
-            for kind in ("cold", "cached")
-        }
-    if opponent:
-        told |= {"variant": variant, "device": opponent.device}
-        theirs = run_child("qpenet_jax.benchmark.torch_side", **told)
-        ratio = _without_imports(found["cached"]) / _without_imports(theirs)
-        found |= {"torch": theirs, "memory_ratio": ratio}
+        found = {kind: run_case(case, cache=cache) for kind in ("JAX", "JAX, cached")}
+    if torch_side:
+        found["PyTorch"] = run_case(case, variant=variant, device=torch_side.device)
+    row: Row = {}
+    for name, child in found.items():
+        row[f"{name}: start, s"] = child["start_s"]
+        row[f"{name}: MiB"] = child["peak_bytes"] / 2**20
+        row[f"{name}: imports, MiB"] = child["import_bytes"] / 2**20
+    if torch_side:
+        in_jax, in_torch = (
+            found[kind]["peak_bytes"] - found[kind]["import_bytes"]
+            for kind in ("JAX, cached", "PyTorch")
+        )
+        row["JAX / PyTorch"] = in_jax / in_torch
+    return row
+
+
+# --- are the results equal? -------------------------------------------------------
+
+TIE = {"float32": 1e-3, "tf32": 0.03, "bfloat16": 0.03}
+"""A pixel whose margin is below this share of the largest may be of either class."""
+
+LIMITS = {  # in float32, and in the others, whose numbers have 8 or 11 bits
+    "margin": (1e-3, 0.2),
+    "masks": (1e-3, 0.01),
+    "features": (1e-3, 0.2),
+    "loss": (1e-4, 0.02),
+    "gradient": (0.01, 0.5),
+}
+"""The largest differences at which speed is still compared."""
+
+
+def differences_between(
+    in_jax: Mapping[str, np.ndarray], in_torch: Mapping[str, np.ndarray], case: Case
+) -> dict[str, float]:
+    """Returns how far the results differ; refuses a comparison of different things.
+
+    Differences are relative: of margins, features and loss to the largest, of gradients
+    to their norm. "masks" is the share of pixels, without ties, of another class.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    found = {}
+    for name, expected in in_torch.items():
+        norm = np.linalg.norm if name == "gradient" else lambda x: np.abs(x).max()
+        found[name] = float(norm(in_jax[name] - expected) / norm(expected))
+    if "margin" in in_torch:
+        margin = in_torch["margin"]
+        clear = np.abs(margin) > TIE[case.dtype] * np.abs(margin).max()
+        differs = (in_jax["margin"] > 0) != (margin > 0)
+        found["masks"] = float(differs[clear].mean())
+    for name, value in found.items():
+        limit = LIMITS[name][case.dtype != "float32"]
+        if not value <= limit:  # NaN is refused, too
+            raise InputError(
+                f"{case}: {name} of JAX and PyTorch differ by {value:.2g}, more than "
+                f"{limit:g}, so their speed can't be compared: measure without "
+                "--against"
+            )
     return found
-
-
-def _without_imports(child: Mapping[str, float]) -> float:
-    return child["peak_bytes"] - child["import_bytes"]

@@ -1,12 +1,10 @@
 """PyTorch's steps in the speed benchmarks: the twin, in all ways of running it.
 
-As a program, one case in a new process. It needs the `[parity]` extra.
+It needs the `[parity]` extra.
 """
 
 import contextlib
-import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,24 +16,25 @@ from torch import Tensor, nn
 from qpenet_jax.backbones.registry import backbone
 from qpenet_jax.backbones.torch_layout import ORIGINALS
 from qpenet_jax.benchmark import twin
-from qpenet_jax.benchmark.contenders import Contender, made_up_episodes
-from qpenet_jax.benchmark.jax_side import NO_DROPOUT, RATE, STEPS, Weights, flat
-from qpenet_jax.benchmark.processes import child_report
+from qpenet_jax.benchmark.jax_side import (
+    RATE,
+    STEPS,
+    Weights,
+    as_vector,
+    network_of,
+)
 from qpenet_jax.benchmark.settings import Case
-from qpenet_jax.benchmark.timing import matmul_rate
+from qpenet_jax.benchmark.timing import Candidate, matmul_rate
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.runtime import keep_freed_memory, peak_memory
+from qpenet_jax.core.runtime import peak_memory
 from qpenet_jax.core.types import Episode
-from qpenet_jax.models.qpenet import QPENet
-
-
-def threads() -> int:
-    """Returns how many threads PyTorch computes with."""
-    return torch.get_num_threads()
 
 
 def device_for(platform: str) -> str:
-    """Returns PyTorch's device for a platform of JAX; InputError if it has none."""
+    """Returns PyTorch's device for a platform of JAX.
+
+    Raises InputError if PyTorch has none.
+    """
     if platform == "cpu":
         return "cpu"
     if platform == "gpu" and torch.cuda.is_available():
@@ -46,14 +45,19 @@ def device_for(platform: str) -> str:
     )
 
 
-def contender(
+def device_memory(device: str) -> int:
+    """Returns the peak in bytes: of the device, or of the process on a CPU."""
+    return peak_memory() if device == "cpu" else torch.cuda.max_memory_allocated()
+
+
+def torch_candidate(
     case: Case,
     variant: str,
     device: str,
     episodes: Episode,
     weights: Weights | None = None,
-) -> Contender:
-    """Returns the twin as a contender of a case.
+) -> Candidate:
+    """Returns the twin's step of a case as it is timed.
 
     Without `weights` they are those that PyTorch initialises. Raises InputError for a
     backbone that the twin doesn't have.
@@ -61,8 +65,8 @@ def contender(
     net, model = _networks(case, weights)
     layout: Any = {} if variant == "eager" else {"memory_format": torch.channels_last}
     net, model = net.to(device, **layout), model.to(device, **layout)
-    placed: Any = (_place(x, variant, device) for x in episodes if x is not None)
-    batch = Episode(*placed)
+    tensors: Any = (place(x, variant, device) for x in episodes if x is not None)
+    batch = Episode(*tensors)
     if case.dtype == "bfloat16":
         net = net.bfloat16()
         model = model if case.what == "train" else model.bfloat16()
@@ -70,30 +74,29 @@ def contender(
         torch.compiler.reset()
         net.compile()
         model.compile()
-    make = {"train": _train, "eval": _eval, "backbone": _backbone}[case.what]
-    made = make(net, model, batch)
+    step, numbers = _step(case, net, model, batch)
 
-    def timed():
+    def call():
         with precision(case.dtype, device):
-            found = made.call()
+            result = step()
             if device == "cuda":
                 torch.cuda.synchronize()
-        return found
+        return result
 
-    def first():
-        with precision(case.dtype, device):
-            return made.first()
-
-    return Contender(first, timed)
+    return Candidate(call, numbers)
 
 
 def _networks(case: Case, weights: Weights | None) -> tuple[twin.Backbone, twin.QPENet]:
     """Builds backbone and network, without dropout, with the given weights."""
     torch.manual_seed(case.seed)
     net = twin.backbone(case.backbone)
-    ours = QPENet(**{**NO_DROPOUT, **case.network})
+    network: Any = network_of(case)
     model = twin.QPENet(
-        net.channels, ours.channels, ours.heads, ours.ffn_features, ours.shared_reducer
+        net.channels,
+        network.channels,
+        network.heads,
+        network.ffn_features,
+        network.shared_reducer,
     )
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
@@ -132,8 +135,8 @@ def backbone_state(name: str, weights: PyTree[Array]) -> dict[str, Tensor]:
     return state
 
 
-def _place(array: np.ndarray, variant: str, device: str) -> Tensor:
-    """Puts images or masks on the device; images lie in memory as the variant asks."""
+def place(array: np.ndarray, variant: str, device: str) -> Tensor:
+    """Puts images or masks on the device; "eager" has the channels of images first."""
     tensor = torch.tensor(array, device=device)
     if variant == "eager" and array.shape[-1] == 3:
         return tensor.movedim(-1, -3).contiguous().movedim(-3, -1)
@@ -142,7 +145,7 @@ def _place(array: np.ndarray, variant: str, device: str) -> Tensor:
 
 @contextlib.contextmanager
 def precision(dtype: str, device: str) -> Iterator[None]:
-    """Computes in bfloat16 where that is safe, or choose float32 or TF32 products."""
+    """Computes in bfloat16 where that is safe, or in float32 or TF32 products."""
     fast = dtype == "tf32"
     torch.set_float32_matmul_precision("high" if fast else "highest")
     torch.backends.cudnn.allow_tf32 = fast
@@ -151,82 +154,52 @@ def precision(dtype: str, device: str) -> Iterator[None]:
         yield
 
 
-# --- what is timed ----------------------------------------------------------------
+def _step(
+    case: Case, net: twin.Backbone, model: twin.QPENet, batch: Any
+) -> tuple[Callable[[], Any], Callable[[Any], dict[str, np.ndarray]]]:
+    """Returns a function that does a step, and one for the numbers of its result."""
+    if case.what == "train":
+        optimizer = twin.build_optimizer(model.parameters(), STEPS, RATE)
 
+        def numbers(result: Any) -> dict[str, np.ndarray]:
+            state, names = optimizer[0].state, model.named_parameters()
+            momentum = {name: state[p]["momentum_buffer"] for name, p in names}
+            gradient = as_vector(twin.to_flax(momentum))
+            return {"loss": _numpy(result["loss"]), "gradient": gradient}
 
-def _images(batch: Episode) -> Any:
-    """Returns supports and queries as one batch: fewer, larger convolutions."""
-    supports: Any = batch.support_images
-    return torch.cat([supports.flatten(0, 1), batch.query_image])  # pyright: ignore
+        return lambda: twin.train_step(model, net, optimizer, batch), numbers
 
-
-def _eval(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Contender:
     b, k = batch.support_images.shape[:2]
-    images = _images(batch)
+    # Supports and queries as one batch: fewer, larger convolutions.
+    images = torch.cat([batch.support_images.flatten(0, 1), batch.query_image])
+    if case.what == "backbone":
+        return lambda: twin.features(net, images), lambda maps: {
+            "features": _numpy(maps.movedim(1, -1))
+        }
 
     @torch.no_grad()
-    def call():
+    def margin():
         maps = twin.features(net, images)
         supports = maps[: b * k].unflatten(0, (b, k))
         logits, _ = model(supports, batch.support_masks, maps[b * k :])
         return logits[:, 1] - logits[:, 0]
 
-    return Contender(lambda: {"margin": _numpy(call())}, call)
-
-
-def _backbone(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Contender:
-    images = _images(batch)
-
-    def call():
-        return twin.features(net, images)
-
-    return Contender(lambda: {"features": _numpy(call().movedim(1, -1))}, call)
-
-
-def _train(net: twin.Backbone, model: twin.QPENet, batch: Any) -> Contender:
-    optimizer = twin.build_optimizer(model.parameters(), STEPS, RATE)
-
-    def call():
-        return twin.train_step(model, net, optimizer, batch)
-
-    def first():
-        loss = _numpy(call()["loss"])
-        state = optimizer[0].state
-        momentum = {n: state[p]["momentum_buffer"] for n, p in model.named_parameters()}
-        return {"loss": loss, "gradient": flat(twin.to_flax(momentum))}
-
-    return Contender(first, call)
+    return margin, lambda result: {"margin": _numpy(result)}
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.float().cpu().numpy()
 
 
-def peak_rate(dtype: str, device: str, n: int) -> float:
-    """Returns the FLOP/s of a product of two n x n matrices."""
+def peak_rate(dtype: str, device: str, rows: int) -> float:
+    """Returns the FLOP/s of a product of two square matrices."""
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    a = torch.ones(n, n, dtype=kind, device=device)
+    matrix = torch.ones(rows, rows, dtype=kind, device=device)
 
     def product():
-        torch.matmul(a, a)
+        torch.matmul(matrix, matrix)
         if device == "cuda":
             torch.cuda.synchronize()
 
     with precision("float32" if dtype == "bfloat16" else dtype, device):
-        return matmul_rate(product, n)
-
-
-def main() -> None:
-    """Runs the case of the JSON argument `{case, variant, device, started}`."""
-    told = json.loads(sys.argv[1])
-    keep_freed_memory()
-    on_cpu = told["device"] == "cpu"
-    at_import = peak_memory() if on_cpu else 0
-    case = Case(**told["case"])
-    twins = contender(case, told["variant"], told["device"], made_up_episodes(case))
-    memory = peak_memory if on_cpu else torch.cuda.max_memory_allocated
-    child_report(twins, told["started"], at_import, memory)
-
-
-if __name__ == "__main__":
-    main()
+        return matmul_rate(product, rows)

@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE
-from qpenet_jax.data.transforms import Image, Mask, NewImage, NewMask, nearest
+from qpenet_jax.data.transforms import Mask, NewMask, nearest
+
+Image = Shaped[np.ndarray, "h w 3"]
+NewImage = Shaped[np.ndarray, "h2 w2 3"]
+"""Of uint8; the benchmark of loading also augments in float32."""
 
 MEAN_COLOUR = (124, 116, 104)
 """ImageNet mean 255 * (0.485, 0.456, 0.406), rounded as images are uint8: what
@@ -119,8 +123,8 @@ def no_change(side: int) -> ImageDraws:
 
 def augment(
     image: Image, mask: Mask, side: int, draws: ImageDraws
-) -> tuple[UInt8[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"]]:
-    """Scales, rotate, blur, flip and crop an image and its mask to `side` x `side`.
+) -> tuple[Shaped[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"]]:
+    """Scales, rotates, blurs, flips and crops an image and mask to `side` x `side`.
 
     Pixels that enter from outside have the mean colour and label 255. `draws` were made
     for the image's size and for `side`.
