@@ -8,7 +8,7 @@ from qpenet_jax.models.losses import (
     LossWeights,
     background_mining,
     cross_entropy,
-    margin,
+    resized_margin,
     total_loss,
 )
 
@@ -64,7 +64,7 @@ def draw(*leading, seed=0, scale=3.0):
 def test_margin_is_the_difference_of_the_resized_logits():
     logits, _ = draw(2, 3)
     large = resize(logits, SIDE)
-    result = margin(logits, (SIDE, SIDE))
+    result = resized_margin(logits, (SIDE, SIDE))
     np.testing.assert_allclose(result, large[..., 1] - large[..., 0], atol=1e-5)
 
 

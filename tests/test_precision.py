@@ -8,7 +8,7 @@ import pytest
 
 from configs import quickstart
 from qpenet_jax.backbones import precision
-from qpenet_jax.backbones.precision import InDtype, meant
+from qpenet_jax.backbones.precision import InDtype, resolve_dtype
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.loader import load_episode
 from qpenet_jax.optimizer import Optimizer
@@ -106,14 +106,14 @@ def test_auto_is_tf32_where_the_device_has_it(ampere, expected, monkeypatch):
     config = quickstart.get_config()
     assert config.dtype == "auto", "the default"
     config = complete(config)
-    assert meant(config.dtype) == expected
+    assert resolve_dtype(config.dtype) == expected
     both = precision.in_dtype(build_model(config), build_backbone(config), config.dtype)
     assert [both[0].dtype, both[1].module.dtype] == [expected] * 2
     predict = build_predictor(config, {}, {})
     assert predict.model.dtype == expected, "as evaluate, predict and figures"
     assert build_cosine_predictor(config, {}).backbone.module.dtype == expected
     for dtype in precision.DTYPES:
-        assert precision.meant(dtype) == dtype
+        assert precision.resolve_dtype(dtype) == dtype
 
 
 def test_an_unknown_dtype_is_refused():

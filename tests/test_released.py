@@ -10,8 +10,8 @@ import pytest
 
 from qpenet_jax.backbones.registry import backbone
 from qpenet_jax.models.released.background import Background
-from qpenet_jax.models.released.losses import background_mining, released_loss
 from qpenet_jax.models.released.network import ReleasedQPENet, behaves
+from qpenet_jax.models.released.released_loss import background_mining, released_loss
 from qpenet_jax.models.released.sampling import sample
 from qpenet_jax.models.released.tokens import (
     Draws,

@@ -13,8 +13,8 @@ from qpenet_jax.backbones.registry import DEEP, backbone
 from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.released import state_dict
-from qpenet_jax.models.released.losses import released_loss
 from qpenet_jax.models.released.network import ReleasedQPENet
+from qpenet_jax.models.released.released_loss import released_loss
 from qpenet_jax.models.released.tokens import (
     Draws,
 )

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from make_backbone_goldens import _deepen, random_tensor
 
 from qpenet_jax.backbones import convert, registry, torch_layout
-from qpenet_jax.backbones.batch_norm import Norm, refolded, statistics_of
+from qpenet_jax.backbones.batch_norm import Norm, refold, statistics_of
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.convolutions import Conv
 from qpenet_jax.backbones.registry import DEEP, Backbone
@@ -311,7 +311,7 @@ def test_three_steps_move_the_statistics_as_in_pytorch(
     assert largest_difference(start, expected) > 0.1
     # What evaluates the run is folded with them, as a converted checkpoint would be.
     folded = to_flax("one_block", after, deep=True)
-    ours = refolded(frozen, moved)
+    ours = refold(frozen, moved)
     assert jax.tree.structure(ours) == jax.tree.structure(folded)
     assert largest_difference(ours, folded) < 1e-5
 

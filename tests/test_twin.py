@@ -46,7 +46,7 @@ FULL_NET = QPENet(**NO_DROPOUT)
 def draw_twin(channels, seed=0, **sizes):
     """Build the twin without dropout; larger weights than PyTorch's mix the masks."""
     torch.manual_seed(seed)
-    model = twin.QPENet(channels, **sizes)
+    model = twin.TorchQPENet(channels, **sizes)
     for name, p in model.named_parameters():
         fan_in = p[0].numel() if p.ndim > 1 else 4
         p.data.normal_(1.0 if "norm" in name else 0.0, 1.4 / fan_in**0.5)
@@ -393,7 +393,7 @@ def test_twenty_steps_of_sgd_on_real_episodes(real_episodes):
     worst = {}
     for seed in (1, 2, 3):  # luck with ReLUs again: another start decides
         torch.manual_seed(seed)
-        model = without_dropout(twin.QPENet(net.channels))
+        model = without_dropout(twin.TorchQPENet(net.channels))
         query, _, supports, masks = map(torch.from_numpy, batches[0][:4])
         balance(model, twin.features(net, supports), masks, twin.features(net, query))
         start = flat(model)
@@ -554,7 +554,7 @@ def test_attention_with_every_key_masked(model, params):
 
 def test_dropout_rates_and_granularity():
     episode = draw_episode("ordinary", 3, 2)
-    model = twin.QPENet(FEATURES, **SMALL)
+    model = twin.TorchQPENet(FEATURES, **SMALL)
     ours, theirs = flax_dropouts(model, episode), twin_dropouts(model, episode)
     assert {k: len(v) for k, v in ours.items()} == {
         (0.5, "channel"): 6,  # two reducers; Convs of eqs 2, 4, 9 and 10
@@ -720,7 +720,7 @@ def test_unknown_backbone():
 
 def test_full_size():
     with torch.device("meta"):
-        model = twin.QPENet(1536)
+        model = twin.TorchQPENet(1536)
     assert sum(p.numel() for p in model.parameters()) == 9_901_320
 
 

@@ -1,8 +1,8 @@
 """Batch norm behind a convolution: folded into it, or moving as in the authors' code.
 
 A converted file holds the norm's vectors beside the convolution that it was folded
-into. With them the norm can be in training mode (`moved`), and be folded once more with
-the statistics that it has then (`settled`).
+into. With them the norm can run in training mode (`normalise_by_batch`) and be folded
+again with the statistics that it has then (`fold_statistics`).
 """
 
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ def fold(norm: Norm, epsilon: float = EPSILON) -> tuple[Vector, Vector]:
     return scale, norm.beta - norm.mean * scale
 
 
-def moved(
+def normalise_by_batch(
     y: Float[Array, "b h w c"], norm: Norm, statistics: Statistics
 ) -> tuple[Float[Array, "b h w c"], Statistics]:
     """Normalises by the batch, as PyTorch in training mode; return the new statistics.
@@ -79,7 +79,7 @@ def statistics_of(weights: PyTree[Array]) -> PyTree[Array]:
 
 
 @jax.jit
-def refolded(weights: PyTree[Array], statistics: PyTree[Array]) -> PyTree[Array]:
+def refold(weights: PyTree[Array], statistics: PyTree[Array]) -> PyTree[Array]:
     """Returns backbone weights, folded with other statistics than they were."""
     flat: dict[tuple[str, ...], Any] = flatten_dict(weights)
     now: dict[tuple[str, ...], Any] = flatten_dict(statistics)
@@ -95,7 +95,7 @@ def refolded(weights: PyTree[Array], statistics: PyTree[Array]) -> PyTree[Array]
     return unflatten_dict(folded)
 
 
-def settled(
+def fold_statistics(
     learned: PyTree[Array], weights: PyTree[Array]
 ) -> tuple[PyTree[Array], PyTree[Array]]:
     """Returns a network's parameters, and its backbone's weights as they go with them.
@@ -105,4 +105,4 @@ def settled(
     if BATCH_STATISTICS not in learned:
         return learned, weights
     params = dict(learned)
-    return params, refolded(weights, params.pop(BATCH_STATISTICS))
+    return params, refold(weights, params.pop(BATCH_STATISTICS))

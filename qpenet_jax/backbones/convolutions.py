@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Float
 
-from qpenet_jax.backbones.batch_norm import Norm, Statistics, moved
+from qpenet_jax.backbones.batch_norm import Norm, Statistics, normalise_by_batch
 from qpenet_jax.core.types import BATCH_STATISTICS, Array
 from qpenet_jax.models import ops
 from qpenet_jax.models.layers import parameter, traced_once
@@ -44,7 +44,7 @@ class Conv(nn.Module):
             return kind(*(self.get_variable(collection, f) for f in kind._fields))
 
         before = read(BATCH_STATISTICS, Statistics)
-        y, after = moved(y, read("params", Norm), before)
+        y, after = normalise_by_batch(y, read("params", Norm), before)
         for field, value in after._asdict().items():
             self.put_variable(BATCH_STATISTICS, field, value)
         return y

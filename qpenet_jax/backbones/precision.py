@@ -51,16 +51,16 @@ def in_dtype(model: nn.Module, net: Backbone, dtype: str) -> tuple[Any, Any]:
 
     Features pass from one to the other in it; what the network returns is float32.
     """
-    return InDtype(model, meant(dtype)), backbone_in_dtype(net, dtype)
+    return InDtype(model, resolve_dtype(dtype)), backbone_in_dtype(net, dtype)
 
 
 def backbone_in_dtype(net: Backbone, dtype: str) -> Backbone:
     """Returns a backbone as it computes in `dtype`, and returns its features."""
-    module: Any = InDtype(net.module, meant(dtype), returned=jnp.bfloat16)
+    module: Any = InDtype(net.module, resolve_dtype(dtype), returned=jnp.bfloat16)
     return net._replace(module=module)
 
 
-def meant(dtype: str) -> str:
+def resolve_dtype(dtype: str) -> str:
     """Returns which of DTYPES AUTO means on this device, or the dtype that is given."""
     if dtype != AUTO:
         return dtype

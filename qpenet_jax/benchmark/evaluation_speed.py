@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpenet_jax.backbones.precision import meant
+from qpenet_jax.backbones.precision import resolve_dtype
 from qpenet_jax.backbones.registry import weight_shapes
 from qpenet_jax.benchmark.jax_side import random_params
 from qpenet_jax.benchmark.settings import Settings
@@ -99,7 +99,7 @@ def timed_evaluation(config: Any, shots: int, episodes: int | None = None) -> Ro
     return {
         "protocol": str(protocol),
         "backbone": config.backbone.name,
-        "dtype": meant(config.dtype),
+        "dtype": resolve_dtype(config.dtype),
         "shots": protocol.shots,
         "episodes": protocol.episodes,
         "seeds": len(samplers),

@@ -22,8 +22,8 @@ from qpenet_jax.core.types import Episode
 from qpenet_jax.evaluation.predictor import qpenet_predictor
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.models.released.losses import released_loss
 from qpenet_jax.models.released.network import ReleasedQPENet
+from qpenet_jax.models.released.released_loss import released_loss
 from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.training.step import TrainState, init_state, make_train_step
 

@@ -86,12 +86,12 @@ def torch_candidate(
     return Candidate(call, numbers)
 
 
-def _networks(case: Case, weights: Weights | None) -> tuple[twin.Backbone, twin.QPENet]:
+def _networks(case: Case, weights: Weights | None) -> tuple[twin.Backbone, twin.TorchQPENet]:
     """Builds backbone and network, without dropout, with the given weights."""
     torch.manual_seed(case.seed)
     net = twin.backbone(case.backbone)
     network: Any = network_of(case)
-    model = twin.QPENet(
+    model = twin.TorchQPENet(
         net.channels,
         network.channels,
         network.heads,
@@ -155,7 +155,7 @@ def precision(dtype: str, device: str) -> Iterator[None]:
 
 
 def _step(
-    case: Case, net: twin.Backbone, model: twin.QPENet, batch: Any
+    case: Case, net: twin.Backbone, model: twin.TorchQPENet, batch: Any
 ) -> tuple[Callable[[], Any], Callable[[Any], dict[str, np.ndarray]]]:
     """Returns a function that does a step, and one for the numbers of its result."""
     if case.what == "train":

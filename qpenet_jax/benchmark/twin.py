@@ -144,7 +144,7 @@ def resize(
     return F.interpolate(logits, size, mode="bilinear", align_corners=True)
 
 
-class Residual(nn.Module):
+class TorchResidual(nn.Module):
     """x + ReLU(3x3(ReLU(3x3(x))))."""
 
     def __init__(self, width: int):
@@ -177,11 +177,12 @@ def head(width: int) -> nn.Sequential:
     )
 
 
-class Convs(nn.Sequential):
-    """Segment features with a prototype: Convs(Concat(F, BC(P))), eq 2, 4, 9, 10."""
+class TorchConvs(nn.Sequential):
+    """Segments features by a prototype: Convs(Concat(F, BC(P))) of eqs 2, 4, 9, 10."""
 
     def __init__(self, width: int):
-        super().__init__(reduce(2 * width, width, 0.5), Residual(width), head(width))
+        merge = reduce(2 * width, width, 0.5)
+        super().__init__(merge, TorchResidual(width), head(width))
 
 
 class Cross(nn.Module):
@@ -223,7 +224,7 @@ class Cross(nn.Module):
         return self.norm2(x + self.dropout(self.ffn(x)))
 
 
-class QPENet(nn.Module):
+class TorchQPENet(nn.Module):
     """Query-guided Prototype Evolution Network (Cong et al., TMM 2024), full version.
 
     `channels` are the backbone's, `width` is the paper's c, `heads` and `ffn` are the
@@ -241,8 +242,8 @@ class QPENet(nn.Module):
         super().__init__()
         self.reduce_support = reduce(channels, width, 0.5)
         self.reduce_query = None if shared_reducer else reduce(channels, width, 0.5)
-        self.segment_foreground = Convs(width)
-        self.segment_background = Convs(width)
+        self.segment_foreground = TorchConvs(width)
+        self.segment_background = TorchConvs(width)
         self.p_global = nn.Parameter(torch.randn(width))
         self.gate = nn.Sequential(
             nn.Linear(width, width),
@@ -253,10 +254,10 @@ class QPENet(nn.Module):
         )
         self.suppress = reduce(2 * width, width)
         self.activate = reduce(2 * width + 2, width)
-        self.activate_residual = Residual(width)
+        self.activate_residual = TorchResidual(width)
         self.auxiliary_head = head(width)
         self.cross = nn.ModuleList(Cross(width, heads, ffn) for _ in range(2))
-        self.final = nn.Sequential(reduce(width, width), Residual(width), head(width))
+        self.final = nn.Sequential(reduce(width, width), TorchResidual(width), head(width))
 
     def forward(
         self,
@@ -393,7 +394,7 @@ def build_optimizer(
 
 
 def train_step(
-    model: QPENet,
+    model: TorchQPENet,
     net: Backbone,
     optimizer: tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR],
     batch: Episode,
@@ -525,7 +526,7 @@ def _entries(
     """Lists what a network of these sizes holds; `reducer` is (channels, width)."""
     channels, width = reducer
     with torch.device("meta"):  # shapes without memory
-        model = QPENet(channels, width, 1, ffn, shared_reducer)
+        model = TorchQPENet(channels, width, 1, ffn, shared_reducer)
     entries = []
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)

@@ -32,7 +32,7 @@ class LossWeights:
     inner: Weight = 1.0  # of the variants with FEM, as in PFENet
 
 
-def margin(
+def resized_margin(
     logits: Float[Array, "*b h w 2"], size: tuple[int, int]
 ) -> Float[Array, "*b H W"]:
     """Returns the logit of class 1 minus that of class 0, resized to the image (align_corners).
@@ -52,7 +52,7 @@ def cross_entropy(
 
     L_bce of eq 17. No valid pixel at all gives 0.
     """
-    m = margin(logits, (mask.shape[-2], mask.shape[-1]))
+    m = resized_margin(logits, (mask.shape[-2], mask.shape[-1]))
     return _mean(softplus(jnp.where(mask == 1, -m, m)), mask != IGNORE)
 
 
@@ -64,7 +64,7 @@ def background_mining(
     Per image, foreground pixels are pushed to "not background"; half as hard, all valid
     pixels are pulled to "background". The mean over images.
     """
-    m = margin(logits, (mask.shape[-2], mask.shape[-1]))
+    m = resized_margin(logits, (mask.shape[-2], mask.shape[-1]))
     area = (-2, -1)
     not_background = _mean(softplus(m), mask == 1, area)
     background = _mean(softplus(-m), mask != IGNORE, area)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from qpenet_jax.backbones.batch_norm import settled
+from qpenet_jax.backbones.batch_norm import fold_statistics
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.registry import DEEP, Backbone, backbone, choose_stages
 from qpenet_jax.backbones.torch_layout import no_statistics
@@ -211,7 +211,7 @@ def build_predictor(
 ) -> Predictor:
     """Returns QPENet as it was trained, over the backbone's frozen weights."""
     model, net = build_model(config), build_backbone(config)
-    params, weights = settled(params, weights)
+    params, weights = fold_statistics(params, weights)
     return qpenet_predictor(model, net, params, weights, config.dtype)
 
 
@@ -244,7 +244,7 @@ def build_mean_predictor(
             f"config.variant={RELEASED!r} has no mean with self-support: "
             "choose a run of another variant"
         )
-    params, weights = settled(params, weights)
+    params, weights = fold_statistics(params, weights)
     known = backbone(config.backbone.name).stages
     others = [stage for stage in known if stage not in net.stages]
     return mean_predictor(model, net, params, weights, others, config.dtype)

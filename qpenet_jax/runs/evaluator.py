@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree, UInt8
 
-from qpenet_jax.backbones.precision import meant
+from qpenet_jax.backbones.precision import resolve_dtype
 from qpenet_jax.config import SELECTION, selections
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
@@ -205,7 +205,7 @@ class Evaluator:
         if not cluster.is_first():
             return results
         results["network"] = build.network_name(self.config, self.protocol.shots)
-        results["dtype"] = meant(self.config.dtype)
+        results["dtype"] = resolve_dtype(self.config.dtype)
         results["device"] = jax.devices()[0].device_kind
         results["config_hash"] = build.identity(self.config)[:12]
         results["class_ids"] = list(self.class_ids)

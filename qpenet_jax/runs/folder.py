@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtyping import Array, PyTree
 
-from qpenet_jax.backbones.precision import meant
+from qpenet_jax.backbones.precision import resolve_dtype
 from qpenet_jax.config import selections
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.fields import flat
@@ -56,7 +56,7 @@ def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
             f"{workdir} holds a published run, which can't be trained on: choose "
             "another --workdir"
         )
-    inputs = inputs | {DTYPE: meant(config.dtype)}
+    inputs = inputs | {DTYPE: resolve_dtype(config.dtype)}
     path = workdir / CONFIG_FILE
     if path.exists():
         before = resolved(read_config(workdir))
@@ -77,7 +77,7 @@ def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
 
 
 def _here(config) -> dict[str, Any]:
-    return flat(config.to_dict()) | {DTYPE: meant(config.dtype)}
+    return flat(config.to_dict()) | {DTYPE: resolve_dtype(config.dtype)}
 
 
 def _refuse_changes(workdir, now, before) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from qpenet_jax.backbones.batch_norm import settled
+from qpenet_jax.backbones.batch_norm import fold_statistics
 from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.backbones.registry import Backbone, deep_part, features, with_deep
 from qpenet_jax.core.errors import InputError
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 def parts_of(run: TrainedRun, shots: Sequence[int] = (1,)) -> dict[str, Part]:
     """Returns the parts of a run's network, as `network_parts` does."""
     config = run.config
-    params, weights = settled(run.params, run.weights)
+    params, weights = fold_statistics(run.params, run.weights)
     networks = build_model(config), build_backbone(config)
     return network_parts(networks, params, weights, config.side, shots)
 

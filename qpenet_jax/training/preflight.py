@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from qpenet_jax.backbones.precision import meant
+from qpenet_jax.backbones.precision import resolve_dtype
 from qpenet_jax.core import cluster
 from qpenet_jax.core.runtime import peak_memory
 from qpenet_jax.runs.build import build_weights, complete
@@ -212,7 +212,7 @@ def check(config: Any, steps: int = STEPS) -> bool:
                 bar.reset(steps)
                 bar.write(
                     f"check: the first {steps} of {total:,} steps, recipe "
-                    f"{config.recipe}, computed in {meant(config.dtype)}"
+                    f"{config.recipe}, computed in {resolve_dtype(config.dtype)}"
                 )
             taken.append(step)
             bar.update()

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Bool, Float, Int, PyTree, UInt8
 
-from qpenet_jax.backbones.batch_norm import refolded, statistics_of
+from qpenet_jax.backbones.batch_norm import refold, statistics_of
 from qpenet_jax.backbones.registry import Backbone, deep_part, normalize, with_deep
 from qpenet_jax.core.types import BATCH_STATISTICS, Array, Episode
 from qpenet_jax.models.losses import LossWeights
@@ -80,7 +80,7 @@ def frozen_step(
 ) -> tuple[TrainState, Metrics]:
     """Returns the next state by the statistics that batch norm has now."""
     state, statistics = _apart(state)
-    weights = refolded(weights, statistics)
+    weights = refold(weights, statistics)
     state, metrics = train_step(state, weights, batch, key, **setup)
     return _together(state, statistics), metrics
 

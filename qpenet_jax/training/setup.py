@@ -13,7 +13,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Array
 from qpenet_jax.data.versions import shared_photos
 from qpenet_jax.models.losses import LossWeights, total_loss
-from qpenet_jax.models.released.losses import released_loss
+from qpenet_jax.models.released.released_loss import released_loss
 from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.runs.build import (
     build_backbone,

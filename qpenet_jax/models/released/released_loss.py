@@ -8,7 +8,7 @@ from jax.nn import softplus
 from jaxtyping import Float, Integer
 
 from qpenet_jax.core.types import IGNORE, Array
-from qpenet_jax.models.losses import LossWeights, cross_entropy, margin
+from qpenet_jax.models.losses import LossWeights, cross_entropy, resized_margin
 
 WEIGHTS = LossWeights(pre=0.25, rev=0.25, final=1.0, aux=0.6, beta=0.5)
 """The release's, as those of eqs 17 to 19 with one support."""
@@ -57,7 +57,7 @@ def background_mining(
     As `losses.background_mining` but that the pull to "background" is at all pixels,
     those of 255 and of the foreground included.
     """
-    m = margin(logits, (mask.shape[-2], mask.shape[-1]))
+    m = resized_margin(logits, (mask.shape[-2], mask.shape[-1]))
     foreground = (mask == 1).astype(m.dtype)
     area = foreground.sum((-2, -1)) + AREA_EPSILON
     not_background = (softplus(m) * foreground).sum((-2, -1)) / area
