@@ -1,13 +1,9 @@
 """Scoring at three sizes, and the evaluation loop."""
 
 import cv2
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 
-from qpenet_jax.backbones.registry import Backbone, features
-from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import fit, fit_label, unpad
@@ -15,7 +11,6 @@ from qpenet_jax.evaluation.metrics import fb_iou, mean_iou
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import score, score_episodes
-from qpenet_jax.evaluation.training_free import cosine_predictor, nearest_prototype
 
 NAMES = ("one", "two", "three")
 
@@ -146,8 +141,8 @@ def oracle(dataset, sign=1):
     return Oracle()
 
 
-def test_a_perfect_prediction_scores_100_percent(loop):
-    dataset, _, samplers = loop
+def test_a_perfect_prediction_scores_100_percent_and_its_inverse_0(loop):
+    dataset, classes, samplers = loop
     p = protocol(scoring="input", seeds=(0, 5))
     scores = score_episodes(oracle(dataset), dataset, p, samplers)
     expected = [
@@ -155,40 +150,11 @@ def test_a_perfect_prediction_scores_100_percent(loop):
     ]
     assert [tuple(row) for row in scores.rows[:, :4].tolist()] == expected
     assert fb_iou(scores) == 1
-    drawn = np.unique(scores.column("class_id"))
-    assert mean_iou(scores, drawn.tolist()) > 0.49  # a class may miss in one seed
+    shown = np.unique(scores.column("class_id"))
+    assert mean_iou(scores, shown.tolist()) > 0.49  # a class may miss in one seed
     np.testing.assert_array_equal(
         scores.column("foreground_intersection"), scores.column("foreground_union")
     )
-
-
-def test_the_inverse_prediction_scores_0(loop):
-    dataset, classes, samplers = loop
     p = protocol(scoring="input")
     scores = score_episodes(oracle(dataset, sign=-1), dataset, p, samplers[:1])
     assert mean_iou(scores, classes) == fb_iou(scores) == 0
-
-
-class Patches(nn.Module):
-    """Every eighth pixel through one dense layer."""
-
-    @nn.compact
-    def __call__(self, images):
-        return {"stage": nn.Dense(6, name="dense")(images[:, ::8, ::8])}
-
-
-def test_a_prediction_is_the_margin_of_the_foreground_logit():
-    backbone = Backbone(Patches(), ("stage",), 6)
-    rng = np.random.default_rng(0)
-    batch = Episode(
-        query_image=rng.integers(0, 256, (2, 33, 33, 3), np.uint8),
-        query_mask=random_mask(2, 33, 33),
-        support_images=rng.integers(0, 256, (2, 3, 33, 33, 3), np.uint8),
-        support_masks=random_mask(2, 3, 33, 33),
-    )
-    weights = backbone.module.init(jax.random.key(0), np.zeros((1, 9, 9, 3)))["params"]
-    margin = cosine_predictor(backbone, weights)(batch)
-    support = np.stack([features(backbone, weights, x) for x in batch.support_images])
-    query = features(backbone, weights, batch.query_image)
-    logits, _ = nearest_prototype(support, batch.support_masks, query)
-    np.testing.assert_allclose(margin, logits[..., 1] - logits[..., 0], atol=1e-4)

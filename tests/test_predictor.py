@@ -78,14 +78,6 @@ def test_a_logit_sees_so_many_cells_and_no_more():
     np.testing.assert_array_equal(seen, reached)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_supports_that_stay_whole(count):
-    """One alone, for which every photo would be compiled; or one without foreground."""
-    masks = np.stack([mask_of(BOXES["edge"]), mask_of()])[None, :count]
-    supports = [{"F_s": np.ones((1, 31, 31, 4), np.float32)}] * count
-    assert around_foreground(supports, masks) is supports
-
-
 def test_windows_hold_the_features_around_the_foreground():
     masks = np.stack([mask_of(box) for box in BOXES.values()])[None]
     place = np.arange(31 * 31, dtype=np.float32).reshape(1, 31, 31, 1)
@@ -93,15 +85,13 @@ def test_windows_hold_the_features_around_the_foreground():
     for (top, bottom, left, right), part in zip(BOXES.values(), parts, strict=True):
         expected = place[0, top:bottom, left:right, 0].ravel()
         np.testing.assert_array_equal(part["F_s"][..., 0][part["M_s"]], expected)
-
-
-def test_a_window_reaches_from_one_object_to_another():
+    # A window reaches from one object to another.
     masks = np.stack([mask_of(BOXES["corner"], BOXES["last"])] * 2)[None]
     supports = [{"F_s": np.ones((1, 31, 31, 4), np.float32)}] * 2
     assert around_foreground(supports, masks)[0]["M_s"].shape == (1, 31, 31)
 
 
-def test_the_starter_learns_its_networks_part_alone():
+def test_the_starter_crops_its_networks_part_alone():
     images, masks = zip(*(picture(64, n) for n in (40, 80)), strict=True)
     corner = [mask * (np.indices(mask.shape) < 20).all(axis=0) for mask in masks]
     task = load(overrides=["--config.side=161"]).learn(images, corner)
@@ -115,11 +105,17 @@ def test_the_starter_learns_its_networks_part_alone():
     np.testing.assert_allclose(task.margin(view), whole, atol=1e-4)
 
 
-def test_a_network_of_others_may_look_at_all_of_a_support():
+def test_supports_that_stay_whole():
+    """One alone, for which every photo would be compiled; one without foreground."""
+    features = {"F_s": np.ones((1, 31, 31, 4), np.float32)}
+    masks = np.stack([mask_of(BOXES["edge"]), mask_of(), mask_of(BOXES["edge"])])[None]
+    for part in (slice(0, 1), slice(0, 2)):
+        supports = [features] * len(masks[0, part])
+        assert around_foreground(supports, masks[:, part]) is supports
+
     class Other(QPENet):
-        pass
+        """A network of others may depend on all of a support."""
 
     network = qpenet_predictor(Other(), backbone("resnet50"), {}, {})
-    supports = [{"F_s": np.ones((1, 31, 31, 4), np.float32)}] * 2
-    masks = np.stack([mask_of(BOXES["edge"])] * 2)[None]
-    assert network.crop_supports(supports, masks) is supports
+    supports = [features] * 2
+    assert network.crop_supports(supports, masks[:, ::2]) is supports
