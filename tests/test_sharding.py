@@ -80,6 +80,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.slow
 def test_only_gradients_and_sums_move_between_devices():
     flags = os.environ.get("XLA_FLAGS", "")
     flags += " --xla_force_host_platform_device_count=4"
