@@ -308,18 +308,16 @@ def packed(folder: Path, form: str) -> Path:
 
 
 @pytest.mark.parametrize("form", ["folder", "zip", "tar", "tgz"])
-def test_archives_are_mappings(form, tmp_path):
+def test_archives_find_their_members_by_path(form, tmp_path):
     path = packed(tmp_path, form)
     with open_archive(path) as archive:
-        assert dict(archive) == PACKED
+        assert contents(archive) == PACKED
         assert "a/1.png" in archive
         assert "a" not in archive
-        assert archive.get("none") is None
-        with pytest.raises(InputError, match=f"{path} has no member none; is it") as e:
+        with pytest.raises(InputError, match=f"{path} has no member none; is it"):
             archive["none"]
-        assert str(e.value)[0] != "'"
     with open_archive(path, lambda name: name.startswith("a/b")) as archive:
-        assert dict(archive) == {"a/b/2.png": PACKED["a/b/2.png"]}
+        assert contents(archive) == {"a/b/2.png": PACKED["a/b/2.png"]}
 
 
 def test_links_and_wild_paths_of_a_tar_touch_nothing(tmp_path):
@@ -333,7 +331,7 @@ def test_links_and_wild_paths_of_a_tar_touch_nothing(tmp_path):
             member.size = 1
             tar.addfile(member, io.BytesIO(b"x"))
     with open_archive(tmp_path / "wild.tar") as archive:
-        assert dict(archive) == dict.fromkeys(
+        assert contents(archive) == dict.fromkeys(
             ("plain.png", "../../up.png", "/root.png"), b"x"
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "wild.tar"]
@@ -398,9 +396,13 @@ def test_a_failing_crc_is_told(form, where, tmp_path):
         read_all(path)
 
 
+def contents(archive) -> Files:
+    return {name: archive[name] for name in archive}
+
+
 def read_all(path: Path) -> Files:
     with open_archive(path) as archive:
-        return dict(archive)
+        return contents(archive)
 
 
 def test_fingerprints(tmp_path):
@@ -433,29 +435,6 @@ def test_official_addresses(monkeypatch, tmp_path):
     assert [checksum for _, _, checksum in asked] == [f"md5:{md5}" for md5 in md5s]
 
 
-def test_rule_gives_the_order_of_the_real_list(shared_voc):
-    real = {
-        name: (shared_voc / "lists" / f"{name}.txt").read_text().split()
-        for name in ("all_train_5953", "sbd_5623", "voc_train_1464", "all_val_1449")
-    }
-
-    class Lists(pascal.VocFiles):
-        def __init__(self):
-            pass
-
-        def ids(self, name):
-            # SBD's 5,623 are inside of Main/train, which isn't here itself.
-            main = real["sbd_5623"] + real["voc_train_1464"]
-            return {"Main/train": main, "Segmentation/train": real["voc_train_1464"]}[
-                name
-            ]
-
-    sbd = frozenset(real["sbd_5623"] + real["all_val_1449"])
-    extra = pascal.Masks(archive=None, members={}, ids=sbd)
-    ids = pascal._train_ids(Lists(), extra, tuple(real["all_val_1449"]), "main")
-    assert list(ids) == real["all_train_5953"]
-
-
 def write_stand_ins(path, lists, masks):
     """Write a VOC tar with the real lists, and plain images of the masks' sizes.
 
@@ -471,7 +450,7 @@ def write_stand_ins(path, lists, masks):
         for member, name in names.items():
             content = (lists / f"{name}.txt").read_bytes()
             add_member(tar, f"VOCdevkit/VOC2012/ImageSets/{member}.txt", content)
-        for member, data in archive.items():
+        for member, data in contents(archive).items():
             size = Image.open(io.BytesIO(data)).size
             if size not in jpegs:
                 jpegs[size] = io.BytesIO()
@@ -508,4 +487,6 @@ def test_the_real_masks_give_the_lists_of_the_field(shared_voc, tmp_path):
         (592, 2752, 4097, 734, 3044),
         (336, 4510, 5108, 357, 5832),
     ]
-    assert (len(train), len(val)) == (5953, 1449)
+    for split, ids in (("train", "all_train_5953"), ("val", "all_val_1449")):
+        listed = (shared_voc / "lists" / f"{ids}.txt").read_text().split()
+        assert list(Prepared(folder, split).names) == listed

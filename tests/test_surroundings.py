@@ -1,21 +1,16 @@
 """What a command finds around it: paths, home, devices, a terminal, a closed pipe."""
 
 import os
-import pwd
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-from PIL import Image
 from test_cli import refused
 
 from qpenet_jax import InputError, load_backbone
-from qpenet_jax.cli.main import main
 from qpenet_jax.config import default_config
-from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.runs.build import complete
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,38 +137,6 @@ def test_names_that_the_terminal_cant_show_are_replaced(encoding):
     assert done.returncode == 0, done.stderr
     shown = "\u017e".encode(encoding, "replace")
     assert done.stdout.strip() == b"gaver" + shown + b" ? cat"
-
-
-def test_a_user_without_a_name_can_prepare_and_read(monkeypatch, tmp_path, capsys):
-    """As in a container that is started as some number: no HOME, no such user."""
-    for part in ("images", "masks"):
-        (tmp_path / "own" / part).mkdir(parents=True)
-    for i in range(8):
-        label = np.full((20, 20), i % 2 + 1, np.uint8)
-        Image.fromarray(label).save(tmp_path / "own" / "masks" / f"{i}.png")
-        Image.fromarray(9 * label).save(tmp_path / "own" / "images" / f"{i}.png")
-    (tmp_path / "own" / "classes.txt").write_text("a\nb\n")
-
-    def unknown(number):
-        raise KeyError(f"uid not found: {number}")
-
-    monkeypatch.setattr("pwd.getpwuid", unknown)
-    monkeypatch.setattr("grp.getgrgid", unknown)
-    monkeypatch.delenv("HOME", raising=False)
-    words = [
-        "prepare",
-        "folder",
-        str(tmp_path / "own"),
-        "--val-share=0",
-        "--out",
-        str(tmp_path / "data"),
-    ]
-    main(words)
-    assert "prepared; use it with" in capsys.readouterr().out
-    main(words)  # kept
-    found = Prepared(tmp_path / "data" / "folder" / "own" / "1.0.0", "train")
-    assert found.label(0).max() == int(found.names[0]) % 2 + 1
-    assert pwd.getpwuid is unknown
 
 
 def test_a_program_that_set_64_bits_is_told_in_one_line():

@@ -4,10 +4,7 @@ import contextlib
 import ctypes
 import platform
 import sys
-import types
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -88,38 +85,6 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**28)
         mallopt(M_ARENA_MAX, 1)
-
-
-@contextlib.contextmanager
-def nameless_users() -> Iterator[None]:
-    """Gives files of users and groups without a name, as in containers, their number.
-
-    TFDS's library of paths (etils) asks for the owner's name with every size of a file,
-    and can't do without one.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    import grp
-    import pwd
-
-    before = pwd.getpwuid, grp.getgrgid
-    pwd.getpwuid = _or_number(pwd.getpwuid, "pw_name")
-    grp.getgrgid = _or_number(grp.getgrgid, "gr_name")
-    try:
-        yield
-    finally:
-        pwd.getpwuid, grp.getgrgid = before
-
-
-def _or_number(find: Callable[[int], Any], name: str) -> Callable[[int], Any]:
-    def found(number):
-        try:
-            return find(number)
-        except KeyError:
-            return types.SimpleNamespace(**{name: str(number)})
-
-    return found
 
 
 def peak_memory() -> int:

@@ -1,20 +1,19 @@
-"""Read one image, one label map or one support mask; every failure names the file.
+"""Reads an image or a label map; every failure names the file.
 
 Whoever checks an image and whoever uses it reads it here, so that both see one picture.
 """
 
 import contextlib
 import io
-import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8
-from PIL import Image
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageOps
 
 from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.core.types import IGNORE
@@ -24,11 +23,17 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: several JPEGs in one file, as phones write them
 
+ORIENTATION = 0x0112
+"""The tag of EXIF; Pillow also gives it for an orientation in XMP."""
+
+SIDEWAYS = (5, 6, 7, 8)
+"""Orientations that swap height and width."""
+
 File = str | Path | io.BufferedIOBase
 
 
 def read_image(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image as RGB in 0..255, upright as its EXIF or XMP orientation tells.
+    """Reads an image as RGB in 0..255, turned upright as its EXIF or XMP says.
 
     Grey, palette, CMYK and 16-bit files are converted, an alpha channel is dropped.
     `name` stands for an open file in messages, here and below.
@@ -37,11 +42,12 @@ def read_image(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w 3"
         InputError: the file is missing, truncated or no image.
     """
     with _opened(file, name) as image:
-        return upright(image, lambda: np.array(rgb(image, name or file)))
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.array(rgb(image, name or file))
 
 
 def reread_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the pixels of a file that `read_image` has read, faster where it's a JPEG.
+    """Returns the pixels of a file that `read_image` has read, faster for most JPEGs.
 
     OpenCV gives Pillow's pixels in half the time, but takes a truncated file as well.
 
@@ -49,16 +55,15 @@ def reread_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
         InputError: the bytes are no image.
     """
     with _opened(io.BytesIO(data), name) as image:
-        if image.format not in JPEG_FORMATS or image.mode not in ("L", "RGB"):
+        jpeg = image.format in JPEG_FORMATS and image.mode in ("L", "RGB")
+        if not jpeg or orientation(image) != 1:
             return read_image(io.BytesIO(data), name)
-        # What OpenCV itself takes for the orientation may be another.
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        if pixels is None:
-            raise InputError(f"{name}: broken image; replace the file")
-        return np.ascontiguousarray(
-            TURNS[orientation(image)](cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
-        )
+    # What OpenCV itself takes for the orientation may be another.
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if pixels is None:
+        raise InputError(f"{name}: broken image; replace the file")
+    return pixels
 
 
 def image_size(file: File, name: str | None = None) -> tuple[int, int]:
@@ -68,19 +73,24 @@ def image_size(file: File, name: str | None = None) -> tuple[int, int]:
         InputError: the file is missing or no image.
     """
     with _opened(file, name) as image:
-        # Of a TIFF that is stored sideways, Pillow tells the upright size.
-        stored = getattr(image, "tag_v2", {}).get(ORIENTATION) not in SIDEWAYS
-        if stored and orientation(image) in SIDEWAYS:
+        # Pillow gives the upright size of a TIFF.
+        if image.format != "TIFF" and orientation(image) in SIDEWAYS:
             return image.width, image.height
         return image.height, image.width
+
+
+def orientation(image: Image.Image) -> int:
+    """Returns the orientation of an image, 1 to 8; 1 is upright, also without a tag."""
+    found = image.getexif().get(ORIENTATION)
+    return found if found in range(1, 9) else 1
 
 
 def warn_of_turn(file: File, mask: File | None = None, name: str | None = None) -> None:
     """Warns where a mask's size can't tell whether it was drawn on the upright image.
 
-    Those who draw on the stored pixels of a photo that EXIF turns by 180 degrees, or
-    of a square one, get no other sign. A mask that tells an orientation of its own is
-    turned by it, and decides.
+    A mask on the stored pixels of a photo that is turned by 180 degrees, or of a
+    square one, shows no other sign. A mask with an orientation of its own is turned
+    by it, and needs no warning.
     """
     with _opened(file, name) as image:
         found = orientation(image)
@@ -105,7 +115,7 @@ def read_label(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w"]:
     """Reads a label map: the indices of a palette file, the values of a grey one.
 
     The colours of a palette are never looked at: VOC's masks hold the class id in the
-    index, and a conversion to grey would turn it into a luminance. A mask that tells an
+    index, and a conversion to grey would turn it into a luminance. A mask with an
     orientation of its own is turned, as images are.
 
     Raises:
@@ -118,7 +128,8 @@ def read_label(file: File, name: str | None = None) -> UInt8[np.ndarray, "h w"]:
                 f"values are class ids, this one has mode {image.mode}; save it as such"
             )
         step = _scaled_by(image)
-        return upright(image, lambda: np.array(image, np.uint8) // step)
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.array(image, np.uint8) // step
 
 
 def _scaled_by(image: Image.Image) -> int:
@@ -132,28 +143,17 @@ def _scaled_by(image: Image.Image) -> int:
 
 
 def check_same_size(
-    label: Shaped[np.ndarray, "h w"], size: tuple[int, int], name: str | Path
+    mask: tuple[Any, ...], image: tuple[int, int], name: str | Path
 ) -> None:
-    """Refuses a mask that hasn't the height and width of its image.
+    """Refuses the height and width of a mask that aren't those of its image.
 
     Raises:
-        InputError: telling both.
+        InputError: naming both sizes.
     """
-    refuse_other_size(label.shape, size, name)
-
-
-def refuse_other_size(
-    told: tuple[Any, ...], size: tuple[int, int], name: str | Path
-) -> None:
-    """Refuses a height and width that a file tells, if the image has others.
-
-    Raises:
-        InputError: telling both.
-    """
-    if tuple(told) != tuple(size):
+    if tuple(mask) != tuple(image):
         raise InputError(
-            f"{name}: mask of {told[1]}x{told[0]} pixels for an image"
-            f" of {size[1]}x{size[0]}; make them equal"
+            f"{name}: mask of {mask[1]}x{mask[0]} pixels for an image"
+            f" of {image[1]}x{image[0]}; make them equal"
         )
 
 
@@ -165,7 +165,7 @@ def check_label(
     Raises:
         InputError: its size isn't the image's `size`, or a value is no class.
     """
-    check_same_size(label, size, name)
+    check_same_size(label.shape, size, name)
     pixels = np.bincount(label.ravel(), minlength=IGNORE + 1)
     strange = np.flatnonzero(pixels[classes + 1 : IGNORE])
     if strange.size:
@@ -220,56 +220,6 @@ def rgb(image: Image.Image, name: File) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns about the direct conversion.
     return image.convert("RGB")
-
-
-ORIENTATION = 0x0112
-"""The EXIF tag, in an image's own metadata or in those of TIFF."""
-
-XMP_ORIENTATION = re.compile(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])\b")
-
-TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda x: x,
-    2: lambda x: x[:, ::-1],
-    3: lambda x: x[::-1, ::-1],
-    4: lambda x: x[::-1],
-    5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: np.rot90(x, -1),
-    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
-    8: lambda x: np.rot90(x),
-}
-"""What makes the stored pixels of each orientation upright."""
-
-SIDEWAYS = (5, 6, 7, 8)
-"""Orientations that swap height and width."""
-
-
-def orientation(image: Image.Image) -> int:
-    """Returns 1 to 8 as EXIF tells, in a tag of any type, or else XMP; 1 is upright."""
-    value: Any = image.getexif().get(ORIENTATION)
-    if value is None:
-        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
-        found = XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
-        value = found[1].decode() if found else 1
-    return _number(value) if _number(value) in TURNS else 1
-
-
-def _number(value: Any) -> int:
-    """Returns an EXIF value as a number: BYTE comes as bytes, several as a tuple."""
-    try:
-        return int(value[0]) if isinstance(value, bytes | tuple) else int(value)
-    except (TypeError, ValueError, LookupError, ArithmeticError):
-        return 0
-
-
-def upright(
-    image: Image.Image, pixels: Callable[[], np.ndarray]
-) -> UInt8[np.ndarray, "h w *c"]:
-    """Returns what `pixels` reads of an image, turned unless Pillow has done so."""
-    turn, told = TURNS[orientation(image)], ORIENTATION in image.getexif()
-    image.load()
-    turned = told and ORIENTATION not in image.getexif()  # of a TIFF, while loading
-    found = pixels()
-    return found if turned else np.ascontiguousarray(turn(found))
 
 
 def check_numbered(label: UInt8[np.ndarray, "h w"], name: str) -> None:

@@ -67,7 +67,7 @@ def load_episode(
 
     def load(slot: int, item: int):
         image, label = dataset.image(item), dataset.label(item)
-        check_same_size(label, image.shape[:2], dataset.names[item])
+        check_same_size(label.shape, image.shape[:2], dataset.names[item])
         mask = padding_apart(binary_mask(label, ids.class_id))
         if augmentation is None:
             return fit(image, side, resize), fit_label(mask, side, resize)

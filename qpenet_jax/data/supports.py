@@ -69,7 +69,7 @@ def as_mask(given: Any, size: tuple[int, int], name: str) -> UInt8[np.ndarray, "
         values = values[..., 0]
     if values.ndim != 2:
         raise InputError(f"{name} is {list(values.shape)}: give [height, width]")
-    check_same_size(values, size, name)
+    check_same_size(values.shape, size, name)
     if values.dtype == bool:
         values = values.astype(np.uint8)
     elif np.issubdtype(values.dtype, np.floating):

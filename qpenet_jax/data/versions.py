@@ -22,25 +22,9 @@ def dataset_version(dataset: SegmentationDataset) -> str:
 def dataset_content(dataset: SegmentationDataset) -> str:
     """Returns a hash over all that a split holds: names, images, labels.
 
-    A data set without `content` of its own is known by its version.
+    A data set without `content` of its own has its version instead.
     """
     return getattr(dataset, "content", None) or dataset_version(dataset)
-
-
-class Hashed:
-    """A split of files, known by their hashes, which a subclass finds when asked."""
-
-    _hashes: tuple[tuple[str, ...], str]
-
-    @property
-    def photos(self) -> tuple[str, ...]:
-        """A hash of every image's file."""
-        return self._hashes[0]
-
-    @property
-    def content(self) -> str:
-        """A hash of all that the split holds."""
-        return self._hashes[1]
 
 
 class ContentHash:
@@ -74,7 +58,7 @@ def shared_photos(
     """Returns the names in both splits of images that are equal, byte for byte.
 
     `trained` and `scored` say which images count, by default all. A data set without
-    `photos`, as one that is drawn, shares none.
+    `photos`, such as the procedural one, shares none.
     """
     ours, theirs = (getattr(data, "photos", ()) for data in (train, val))
     trained = range(len(ours)) if trained is None else trained

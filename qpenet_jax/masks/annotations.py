@@ -17,7 +17,6 @@ from qpenet_jax.core.files import local_path
 from qpenet_jax.data.images import (
     check_same_size,
     read_image,
-    refuse_other_size,
     warn_of_turn,
 )
 from qpenet_jax.data.prepare.instances import (
@@ -149,7 +148,7 @@ def read_support(support: SupportFiles) -> MarkedPhoto:
         drawn, label = _read_json(local_path(marks), support, size)
     else:
         mask = read_mask(local_path(marks))
-        check_same_size(mask, size, local_path(marks))
+        check_same_size(mask.shape, size, local_path(marks))
         warn_of_turn(support.image, local_path(marks))
         return MarkedPhoto(pixels, mask, None)
     return MarkedPhoto(pixels, support_mask(drawn.astype(np.uint8), source), label)
@@ -199,7 +198,7 @@ def _read_json(
         if "shapes" in content:
             stored = labelme_size(content)
             if stored is not None:
-                refuse_other_size(stored, size, path)
+                check_same_size(stored, size, path)
             found: Mapping[str, Any] = labelme_shapes(content)
             label = _choice(path, found, support.name)
             return draw_shapes(path, found[label], size), label

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Shaped
 from pycocotools import mask as pycoco
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.images import refuse_other_size
+from qpenet_jax.data.images import check_same_size
 from qpenet_jax.data.prepare.instances import annotation_mask, by_id, size_of
 from qpenet_jax.masks.polygons import outlines
 from qpenet_jax.masks.tasks import Segmentation
@@ -34,7 +34,7 @@ def coco_annotations(
     if len(found) != 1:
         count = "no image" if not found else f"{len(found)} images"
         raise InputError(f"{path} has {count} called {photo.name}; it must have one")
-    refuse_other_size(size_of(path, found[0]), size, f"{path}, {photo.name}")
+    check_same_size(size_of(path, found[0]), size, f"{path}, {photo.name}")
     by_name: dict[str, list[dict[str, Any]]] = {}
     for annotation in by_id(path, "annotations", content["annotations"]).values():
         if annotation["image_id"] == found[0]["id"] and not annotation.get("iscrowd"):

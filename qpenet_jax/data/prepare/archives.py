@@ -1,4 +1,4 @@
-"""The files of a folder, a tar, a compressed tar or a zip, as a mapping to bytes.
+"""The files of a folder, a tar, a compressed tar or a zip, by their paths.
 
 Nothing is extracted: bytes go from the archive to the reader of the image or label,
 so a member's path, whatever it is, never names a file on this disk.
@@ -12,9 +12,8 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from io import BytesIO
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -22,12 +21,10 @@ from qpenet_jax.core.download import sha256
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import walk
 
-GZIP_START, ZIP_START = b"\x1f\x8b", b"PK"
-"""How such files begin; the name isn't asked, browsers unpack .tgz and keep it."""
-
 T = TypeVar("T")
 
 CHUNK = 1 << 20
+GZIP_START, ZIP_START = b"\x1f\x8b", b"PK"
 DAMAGE_ERRORS = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -40,18 +37,8 @@ DAMAGE_ERRORS = (
 """What the standard library raises on archives that are cut off or damaged."""
 
 
-class MissingMember(InputError, KeyError):
-    """No such member; a KeyError as well, as `get` and `in` of a Mapping expect."""
-
-    __str__ = ValueError.__str__  # KeyError's would put the message in quotes.
-
-
-class Archive(Mapping[str, bytes]):
-    """Read-only mapping from member path ("a/b.png") to bytes, read when asked for.
-
-    Looking up raises InputError (missing member, damaged member, failing CRC) with
-    the names of the archive and the member.
-    """
+class Archive:
+    """The members of an archive by their paths ("a/b.png"), read when asked for."""
 
     def __init__(self, path: Path, readers: Mapping[str, Callable[[], bytes]]):
         """Holds a function for every member; `open_archive` makes these."""
@@ -59,21 +46,25 @@ class Archive(Mapping[str, bytes]):
         self._readers = readers
 
     def __getitem__(self, name: str) -> bytes:
+        """Returns the bytes of a member.
+
+        Raises:
+            InputError: it is missing or damaged.
+        """
         if name not in self._readers:
-            raise MissingMember(
+            raise InputError(
                 f"{self.path} has no member {name}; is it the right and whole archive?"
             )
-        with _damage_told(self.where(name)):
+        with _damage_named(self.where(name)):
             return self._readers[name]()
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._readers
-
     def __iter__(self) -> Iterator[str]:
+        """Iterates over the paths of all members; `in` finds one of them."""
         return iter(self._readers)
 
-    def __len__(self) -> int:
-        return len(self._readers)
+    def __contains__(self, name: str) -> bool:
+        """Returns whether there is such a member."""
+        return name in self._readers
 
     def where(self, name: str) -> str:
         """Returns "archive: member", as messages name a member."""
@@ -82,7 +73,7 @@ class Archive(Mapping[str, bytes]):
 
 @contextlib.contextmanager
 def open_archive(
-    path: str | Path, wanted: Callable[[str], bool] | None = None
+    path: str | Path, wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[Archive]:
     """Opens a folder, .tar, .tar.gz/.tgz or .zip; `wanted(path)` chooses its members.
 
@@ -95,8 +86,8 @@ def open_archive(
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
-        with _damage_told(str(path)):
-            readers = _readers(path, functools.partial(_is_wanted, wanted), stack)
+        with _damage_named(str(path)):
+            readers = _readers(path, wanted, stack)
         yield Archive(path, readers)
 
 
@@ -119,52 +110,43 @@ def fingerprint(path: str | Path) -> dict[str, str]:
     return {"name": path.name, "sha256": total.hexdigest()}
 
 
-def _is_wanted(wanted: Callable[[str], bool] | None, name: str) -> bool:
-    return not _is_hidden(name) and (wanted is None or wanted(name))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".")
-
-
 def _readers(
     path: Path, wanted: Callable[[str], bool], stack: contextlib.ExitStack
 ) -> dict[str, Callable[[], bytes]]:
     """Returns a reader for every wanted member; `stack` closes what they read from."""
     if path.is_dir():
-        files = walk(path)
-        return {name: file.read_bytes for name, file in files.items() if wanted(name)}
+        files = _chosen(path, walk(path).items(), wanted)
+        return {name: file.read_bytes for name, file in files}
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder; check the path")
+    # The file's name isn't asked: browsers unpack a .tgz and keep its name.
     with path.open("rb") as file:
         start = file.read(2)
-    if start == GZIP_START:
-        members = _read_compressed_tar(path, wanted)
-        # A bound method of the bytes' own buffer: a reader that reads nothing.
-        return {name: BytesIO(data).getvalue for name, data in members.items()}
     if start == ZIP_START:
         pack = stack.enter_context(zipfile.ZipFile(path))
         infos = ((i.filename, i) for i in pack.infolist() if not i.is_dir())
-        read, members = pack.read, _chosen(path, infos, wanted)
-    else:
-        tar = stack.enter_context(tarfile.TarFile(path))
-        read = functools.partial(_read_member, tar)
-        members = _chosen(path, _files(tar), wanted)
-    return {name: functools.partial(read, member) for name, member in members}
+        members = _chosen(path, infos, wanted)
+        return {name: functools.partial(pack.read, info) for name, info in members}
+    if start == GZIP_START:
+        kept = _read_compressed_tar(path, wanted)
+        return {name: functools.partial(bytes, data) for name, data in kept.items()}
+    tar = stack.enter_context(tarfile.TarFile(path))
+    members = _chosen(path, _files(tar), wanted)
+    return {name: functools.partial(_read_member, tar, info) for name, info in members}
 
 
 def _read_compressed_tar(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     size = path.stat().st_size
     bar = tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True)
-    with path.open("rb") as file, bar, gzip.open(file) as plain:
-        with tarfile.open(fileobj=plain, mode="r|") as tar:
+    with path.open("rb") as file, bar, gzip.open(file) as unpacked:
+        with tarfile.open(fileobj=unpacked, mode="r|") as tar:
             kept = {}
             for name, member in _chosen(path, _files(tar), wanted):
                 bar.update(file.tell() - bar.n)
                 target = member.linkname.removeprefix("./")
                 same = kept.get(target) if member.islnk() else None
                 kept[name] = same or _read_member(tar, member)
-        while plain.read(CHUNK):  # gzip's CRC and length stand at the very end.
+        while unpacked.read(CHUNK):  # gzip's CRC and length stand at the very end.
             pass
         bar.update(size - bar.n)
     return kept
@@ -180,10 +162,14 @@ def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
 def _chosen(
     path: Path, members: Iterable[tuple[str, T]], wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, T]]:
-    """Yields the wanted members; a second one of a name would hide the first."""
+    """Yields the wanted members that aren't hidden.
+
+    Raises:
+        InputError: two have one name, and the second would hide the first.
+    """
     seen = set()
     for name, member in members:
-        if not wanted(name):
+        if name.rpartition("/")[2].startswith(".") or not wanted(name):
             continue
         if name in seen:
             raise InputError(f"{path} has two members {name}; take one of them out")
@@ -192,7 +178,7 @@ def _chosen(
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file: IO[bytes] | None = tar.extractfile(member)
+    file = tar.extractfile(member)
     data = file.read() if file else b""
     if member.isfile() and len(data) != member.size:
         raise EOFError(f"{len(data)} of {member.size} bytes")
@@ -200,7 +186,7 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 @contextlib.contextmanager
-def _damage_told(where: str) -> Iterator[None]:
+def _damage_named(where: str) -> Iterator[None]:
     """Turns what the standard library raises on damage into one InputError."""
     try:
         yield

@@ -33,9 +33,8 @@ from tqdm import tqdm
 
 from qpenet_jax.core.errors import MAKE_ROOM, InputError
 from qpenet_jax.core.files import check_room, locked
-from qpenet_jax.core.runtime import nameless_users
 from qpenet_jax.data.images import check_label, check_numbered, read_image, warn_of_turn
-from qpenet_jax.data.sources.prepared import Prepared, read_metadata
+from qpenet_jax.data.sources.prepared import read_metadata
 from qpenet_jax.data.versions import ContentHash
 
 SHARD_BYTES = 256_000_000
@@ -207,7 +206,7 @@ class _SameBytes(ExampleWriter):
         """Writes a shard.
 
         Raises:
-            InputError: the disk is full, which ArrayRecord tells as a RuntimeError.
+            InputError: the disk is full, for which ArrayRecord raises a RuntimeError.
         """
         ordered = ((key, _in_order(example)) for key, example in examples)
         try:
@@ -254,54 +253,49 @@ def prepare(
             config=tfds.core.BuilderConfig(name=config, version=builder.VERSION),
         )
     folder = Path(made.data_dir)
-    if folder.is_dir():
-        _check_same(folder, source)
-        print(f"{folder} is kept: it holds exactly these files", file=sys.stderr)
-    else:
+    if not folder.is_dir():
         needed = int(DISK_SPARE * source.image_bytes)
         check_room(out, needed, "make room or choose another --out")
-        busy = (
-            f"{folder}: another process is preparing this data set; wait until it has "
-            "finished, or choose another --out"
-        )
-        # Beside the folder of the versions, which holds data sets alone.
-        with locked(folder.parent.with_name(f".{config}.lock"), busy):
-            _write(made, folder, source)
+    busy = (
+        f"{folder}: another process is preparing this data set; wait until it has "
+        "finished, or choose another --out"
+    )
+    # Beside the folder of the versions, which holds data sets alone.
+    with locked(folder.parent.with_name(f".{config}.lock"), busy):
+        if folder.is_dir():
+            _check_same(folder, source)
+            print(f"{folder} is kept: it holds exactly these files", file=sys.stderr)
+            return folder
+        # This process has the lock, so whoever began these is gone. TFDS named them.
+        for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
+            shutil.rmtree(left)
+        # TFDS makes a folder for downloads in any case.
+        with tempfile.TemporaryDirectory() as unused, _quiet_tfds():
+            made.download_and_prepare(download_dir=unused)
     return folder
-
-
-def _write(made: SegmentationBuilder, folder: Path, source: Source) -> None:
-    """Writes a data set whose lock this process holds."""
-    if folder.is_dir():  # Another process has finished it in the meantime.
-        _check_same(folder, source)
-        return
-    # The lock was free: whoever began these is gone. The name is TFDS's own.
-    for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
-        shutil.rmtree(left)
-    # TFDS makes a folder for downloads in any case.
-    with tempfile.TemporaryDirectory() as unused, _quiet_tfds():
-        made.download_and_prepare(download_dir=unused)
 
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Keeps TFDS from printing, and from warning that a configuration isn't its own.
-
-    Users without a name may write as well.
-    """
+    """Keeps TFDS from printing, and from warning that a configuration isn't its own."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(None), nameless_users():
+        with contextlib.redirect_stdout(None):
             yield
     finally:
         logging.set_verbosity(verbosity)
 
 
 def _check_same(folder: Path, source: Source) -> None:
+    """Refuses a finished data set that isn't what the source would make.
+
+    Raises:
+        InputError: naming a fact, a split or an image that differs.
+    """
     made = read_metadata(folder)
-    facts, ours = made["facts"], json.loads(json.dumps(source.facts))
-    changed = sorted(k for k in facts | ours if facts.get(k) != ours.get(k))
+    facts, given = made["facts"], json.loads(json.dumps(source.facts))
+    changed = sorted(k for k in facts | given if facts.get(k) != given.get(k))
     if made["index"].keys() != source.splits.keys():
         changed.append("splits")
     if changed:
@@ -310,23 +304,22 @@ def _check_same(folder: Path, source: Source) -> None:
             "it, or choose another --out"
         )
     for split, names in source.splits.items():
-        _check_content(Prepared(folder, split), split, names, source.example)
+        content = ContentHash()
+        for name in tqdm(names, desc=f"comparing {split}", unit="image"):
+            content.add(*source.example(split, name)[:3])
+        old = made["index"][split]
+        if content.hexdigest() != old["sha256"]:
+            raise InputError(
+                f"{folder} was made of other files "
+                f"({_difference(split, names, content.photos, old)} differs): remove "
+                "it, or choose another --out"
+            )
 
 
-def _check_content(
-    made: Prepared, split: str, names: Sequence[str], example: Callable
-) -> None:
-    """Compares all images and labels with those of a finished data set."""
-    content = ContentHash()
-    for name in tqdm(names, desc=f"comparing {split}", unit="image"):
-        content.add(*example(split, name)[:3])
-    if content.hexdigest() == made.content:
-        return
-    what = f"the list of {split} or a mask"
-    if tuple(names) == tuple(made.names):
-        pairs = zip(names, content.photos, made.photos, strict=True)
-        what = next((f"image {n}" for n, ours, old in pairs if ours != old), "a mask")
-    raise InputError(
-        f"{made.root} was made of other files ({what} differs): remove it, or choose "
-        "another --out"
-    )
+def _difference(
+    split: str, names: Sequence[str], photos: Sequence[str], old: dict[str, Any]
+) -> str:
+    if list(names) != old["names"]:
+        return f"the list of {split}"
+    pairs = zip(names, photos, old["photos"], strict=True)
+    return next((f"image {n}" for n, new, made in pairs if new != made), "a mask")

@@ -11,10 +11,9 @@ from jaxtyping import Int, UInt8
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import reread_image
-from qpenet_jax.data.versions import ContentHash, Hashed
 
 
-class Prepared(Hashed):
+class Prepared:
     """A `SegmentationDataset` of one split of a prepared data set.
 
     Opening reads the index only: names and pixel counts, no record.
@@ -39,7 +38,9 @@ class Prepared(Hashed):
         self.classes = tuple(metadata["classes"])
         self.names = tuple(index[split]["names"])
         self.version = builder.info.full_name
-        self._index = index[split]
+        self.photos = tuple(index[split]["photos"])  # a hash of every image's file
+        self.content: str = index[split]["sha256"]  # of all that the split holds
+        self._counts = index[split]["counts"]
         self._records = builder.as_data_source(  # its decorator hides the arguments
             split,  # pyright: ignore[reportCallIssue]
             decoders={"image": encoded, "mask": encoded},
@@ -53,20 +54,10 @@ class Prepared(Hashed):
     def counts(self) -> Int[np.ndarray, "images classes"]:
         """Pixels of each class in each label."""
         counts = np.zeros((len(self), len(self.classes)), np.int64)
-        for row, shown in zip(counts, self._index["counts"], strict=True):
+        for row, shown in zip(counts, self._counts, strict=True):
             for class_id, pixels in shown:
                 row[class_id - 1] = pixels
         return counts
-
-    @functools.cached_property
-    def _hashes(self) -> tuple[tuple[str, ...], str]:
-        """Returns `photos` and `content`; `prepare` wrote none in an earlier version."""
-        if "photos" in self._index:
-            return tuple(self._index["photos"]), self._index["sha256"]
-        hashed = ContentHash()
-        for index, name in enumerate(self.names):
-            hashed.add(name, self._bytes(index, "image"), self.label(index))
-        return tuple(hashed.photos), hashed.hexdigest()
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         """Returns image `index`, RGB.
@@ -82,7 +73,10 @@ class Prepared(Hashed):
         Raises:
             InputError: the data set's files are damaged.
         """
-        return _decode(self._bytes(index, "mask"), cv2.IMREAD_GRAYSCALE)
+        data = np.frombuffer(self._bytes(index, "mask"), np.uint8)
+        label = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+        assert label is not None  # Checksums guard what `prepare` has checked.
+        return label
 
     def _bytes(self, index: int, feature: str) -> bytes:
         reason = "cut off"
@@ -96,12 +90,6 @@ class Prepared(Hashed):
                 "remove the folder and prepare it again"
             )
         return data
-
-
-def _decode(data: bytes, flags: int) -> np.ndarray:
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    assert image is not None  # Checksums guard what `prepare` has checked.
-    return image
 
 
 def prepared_classes(root: str | Path) -> tuple[str, ...]:

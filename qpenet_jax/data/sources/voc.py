@@ -23,7 +23,7 @@ from qpenet_jax.data.images import (
     read_label,
     warn_of_turn,
 )
-from qpenet_jax.data.versions import DIGITS, Hashed
+from qpenet_jax.data.versions import DIGITS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 COUNT_THREADS = 2
@@ -31,7 +31,7 @@ BAR_FROM_MASKS = 500
 """Number of labels from which counting them, 1 ms each, shows a progress bar."""
 
 
-class VOCLayout(Hashed):
+class VOCLayout:
     """A `SegmentationDataset` of `images/ID.jpg`, `masks/ID.png` and a list of ids.
 
     Masks are palette or grey PNGs of class ids: 0 background, 1..C, 255 ignore.
@@ -96,16 +96,25 @@ class VOCLayout(Hashed):
             )
         return counts
 
+    @property
+    def photos(self) -> tuple[str, ...]:
+        """A hash of every image's file."""
+        return tuple(image[:DIGITS] for image, _ in self._hashes)
+
     @functools.cached_property
-    def _hashes(self) -> tuple[tuple[str, ...], str]:
-        """Returns `photos` and `content`, by all names and files, reads once."""
-        files = self._of_all(
-            "hashing images",
-            lambda i: (sha256(Path(self._images[i])), sha256(Path(self._masks[i]))),
+    def content(self) -> str:
+        """A hash of all names, images and masks."""
+        pairs = zip(self.names, self._hashes, strict=True)
+        rows = (f"{name} {image} {mask}\n" for name, (image, mask) in pairs)
+        return hashlib.sha256("".join(rows).encode()).hexdigest()
+
+    @functools.cached_property
+    def _hashes(self) -> list[tuple[str, str]]:
+        """Returns the SHA-256 of every image's file and of its mask's, read once."""
+        files = [*zip(self._images, self._masks, strict=True)]
+        return self._of_all(
+            "hashing images", lambda i: tuple(sha256(Path(path)) for path in files[i])
         )
-        rows = (f"{n} {p} {m}\n" for n, (p, m) in zip(self.names, files, strict=True))
-        content = hashlib.sha256("".join(rows).encode()).hexdigest()
-        return tuple(photo[:DIGITS] for photo, _ in files), content
 
     def _of_all(self, what: str, of_one: Callable[[int], Any]) -> list[Any]:
         """Returns what is found of every image, with a progress bar for many."""
