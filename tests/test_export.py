@@ -17,7 +17,7 @@ from qpenet_jax.cli.main import main
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.transforms import fit, fit_label, unpad
 from qpenet_jax.models import ops
-from qpenet_jax.models.ops.devices import plain_formulations
+from qpenet_jax.models.ops.devices import default_formulations
 from qpenet_jax.runs import export as module
 from qpenet_jax.runs.build import build_predictor
 from qpenet_jax.runs.export import FORMATS, export
@@ -210,7 +210,7 @@ def test_the_plain_formulations_know_no_platforms():
         return str(jax.make_jaxpr(lambda *given: ops.conv3x3(*given))(x, kernel))
 
     assert "platform_index" in traced()
-    with plain_formulations():
+    with default_formulations():
         assert "platform_index" not in traced()
     assert "platform_index" in traced()
 

@@ -10,7 +10,7 @@ import pytest
 
 from qpenet_jax.backbones.registry import backbone
 from qpenet_jax.models.released.background import Background
-from qpenet_jax.models.released.network import ReleasedQPENet, behaves
+from qpenet_jax.models.released.network import ReleasedQPENet, resolve_behaviour
 from qpenet_jax.models.released.released_loss import background_mining, released_loss
 from qpenet_jax.models.released.sampling import sample
 from qpenet_jax.models.released.tokens import (
@@ -328,7 +328,7 @@ def test_a_mask_of_one_value_gives_finite_gradients(small, behaviour):
 
 def test_auto_is_fixed_with_several_supports_only(small):
     for shots, behaviour in ((1, "released"), (2, "fixed")):
-        assert behaves("auto", shots) == behaviour
+        assert resolve_behaviour("auto", shots) == behaviour
         inputs = episode(k=shots)
         auto, named = (
             predict(SMALL.clone(behaviour=b), small, *inputs)[0]

@@ -17,9 +17,8 @@ from flax.traverse_util import flatten_dict
 from make_backbone_goldens import _deepen, random_tensor
 
 from qpenet_jax.backbones import convert, registry, torch_layout
-from qpenet_jax.backbones.batch_norm import Norm, refold, statistics_of
 from qpenet_jax.backbones.convert import load_weights
-from qpenet_jax.backbones.convolutions import Conv
+from qpenet_jax.backbones.convolutions import Conv, Norm, refold, statistics_of
 from qpenet_jax.backbones.registry import DEEP, Backbone
 from qpenet_jax.backbones.resnet import Layer4, ResNet
 from qpenet_jax.backbones.torch_layout import no_statistics, to_flax

@@ -20,12 +20,11 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree, UInt8
 
-from qpenet_jax.backbones.batch_norm import Norm
+from qpenet_jax.backbones.convolutions import Norm
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
-from qpenet_jax.backbones.names import check_tensors
 from qpenet_jax.backbones.registry import DEEP, backbone
 from qpenet_jax.backbones.torch_files import read_tensors
-from qpenet_jax.backbones.torch_layout import shapes_of, to_flax
+from qpenet_jax.backbones.torch_layout import check_tensors, shapes_of, to_flax
 from qpenet_jax.core.download import download, sha256
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting

@@ -17,9 +17,9 @@ from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ops.devices import (
     by_platform,
-    is_plain,
+    default_formulations,
     on_each_device,
-    plain_formulations,
+    only_defaults,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -44,7 +44,7 @@ class Backbone(NamedTuple):
         self, weights: PyTree, images: UInt8[Array, "b height width 3"]
     ) -> dict[str, Float[Array, "b _ _ _"]]:
         """Returns the stages of RGB images 0..255."""
-        return _stages(self, is_plain(), weights, images)
+        return _stages(self, only_defaults(), weights, images)
 
 
 # Jitted: training, evaluation and baselines of a process share one trace an image size.
@@ -114,7 +114,7 @@ def weight_shapes(net: Backbone, *, deep: bool) -> dict[str, PyTree]:
     if not deep or net.deep is None:
         return params
     last = stages[net.stages[0]]
-    with plain_formulations():
+    with default_formulations():
         made = jax.eval_shape(net.deep.init, jax.random.key(0), last)
     return params | {DEEP: made["params"]}
 
@@ -123,7 +123,9 @@ def weight_shapes(net: Backbone, *, deep: bool) -> dict[str, PyTree]:
 def _shapes(net: Backbone) -> tuple[dict[str, Any], dict[str, PyTree]]:
     """Returns the shapes of the stages of a small image, and of the weights."""
     image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
-    with plain_formulations():  # shapes are the same, and a third of the time is saved
+    with (
+        default_formulations()
+    ):  # shapes are the same, and a third of the time is saved
         made: Any = jax.eval_shape(
             net.module.init_with_output, jax.random.key(0), image
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from qpenet_jax.backbones.names import listed
+from qpenet_jax.backbones.torch_layout import listed
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE, Array, Episode
 

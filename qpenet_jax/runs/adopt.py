@@ -11,9 +11,8 @@ import numpy as np
 import optax
 
 from qpenet_jax.backbones.convert import save_weights
-from qpenet_jax.backbones.names import check_tensors, under_prefix
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
-from qpenet_jax.backbones.torch_layout import to_flax
+from qpenet_jax.backbones.torch_layout import check_tensors, to_flax, under_prefix
 from qpenet_jax.config import default_config, for_coco, for_released
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path, new_folder, write_whole

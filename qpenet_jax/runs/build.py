@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from qpenet_jax.backbones.batch_norm import fold_statistics
 from qpenet_jax.backbones.convert import load_weights
+from qpenet_jax.backbones.convolutions import fold_statistics
 from qpenet_jax.backbones.registry import DEEP, Backbone, backbone, choose_stages
 from qpenet_jax.backbones.torch_layout import no_statistics
 from qpenet_jax.config import check, check_fields
@@ -32,7 +32,7 @@ from qpenet_jax.evaluation.training_free import (
 )
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.network import NAME as RELEASED
-from qpenet_jax.models.released.network import ReleasedQPENet, behaves
+from qpenet_jax.models.released.network import ReleasedQPENet, resolve_behaviour
 from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.recipes import resolved
@@ -170,7 +170,7 @@ def network_name(config: Any, shots: int) -> str:
     """Returns what tables call the network, with as many supports."""
     if not is_released(config):
         return "QPENet"
-    return f"{behaves(config.behaviour, shots)} QPENet"
+    return f"{resolve_behaviour(config.behaviour, shots)} QPENet"
 
 
 def initial_params(config: Any) -> PyTree[Array]:

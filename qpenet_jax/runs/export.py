@@ -11,7 +11,7 @@ import jax
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path, new_folder, write_whole
 from qpenet_jax.evaluation.report import write_json
-from qpenet_jax.models.ops.devices import plain_formulations
+from qpenet_jax.models.ops.devices import default_formulations
 from qpenet_jax.runs.build import identity
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.parts import Part, Shapes, parts_of
@@ -94,7 +94,7 @@ def onnx(part: Part, name: str) -> bytes:
 
     names, outputs = list(part.inputs), sorted(part.outputs)  # as a dict is flattened
     try:
-        with plain_formulations():
+        with default_formulations():
             model: Any = to_onnx(
                 lambda *arrays: part.function(**dict(zip(names, arrays, strict=True))),
                 list(part.inputs.values()),

@@ -15,8 +15,8 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
-from qpenet_jax.backbones.names import check_tensors
 from qpenet_jax.backbones.torch_files import read_tensors
+from qpenet_jax.backbones.torch_layout import check_tensors
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.types import values_hash

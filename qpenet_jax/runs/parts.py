@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from qpenet_jax.backbones.batch_norm import fold_statistics
+from qpenet_jax.backbones.convolutions import fold_statistics
 from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.backbones.registry import Backbone, deep_part, features, with_deep
 from qpenet_jax.core.errors import InputError

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Bool, Float, Int, PyTree, UInt8
 
-from qpenet_jax.backbones.batch_norm import refold, statistics_of
+from qpenet_jax.backbones.convolutions import refold, statistics_of
 from qpenet_jax.backbones.registry import Backbone, deep_part, normalize, with_deep
 from qpenet_jax.core.types import BATCH_STATISTICS, Array, Episode
 from qpenet_jax.models.losses import LossWeights

@@ -20,8 +20,8 @@ from qpenet_jax.models.ops.blocked_attention import attend_in_blocks, true_keys_
 from qpenet_jax.models.ops.devices import (
     by_platform,
     from_ampere_on,
-    is_plain,
     on_each_device,
+    only_defaults,
     rows_at_once,
 )
 
@@ -155,7 +155,7 @@ def _attention_in_blocks(*inputs):
 
 
 def _attention_plain(query, key, value, mask):
-    attend: Any = _written_out if is_plain() else jax.nn.dot_product_attention
+    attend: Any = _written_out if only_defaults() else jax.nn.dot_product_attention
     if query.dtype == jnp.bfloat16 and from_ampere_on():
         # Where the true keys end is all that cuDNN needs to know; a mask it would want
         # for every pair of query and key.

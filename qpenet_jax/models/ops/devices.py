@@ -45,32 +45,32 @@ def row_by_row(f: Callable[..., Any], *batches: Any, at_once: int = 1) -> Any:
     return on_each_device(our_part, *batches)
 
 
-_PLAIN = contextvars.ContextVar("plain", default=False)
+_ONLY_DEFAULTS = contextvars.ContextVar("only_defaults", default=False)
 
 
 def by_platform(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]):
     """Returns what either function does: on a CPU `cpu`, elsewhere `default`."""
-    if is_plain():
+    if only_defaults():
         return default(*operands)
     return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
 
 
-def is_plain() -> bool:
-    """Whether the default is traced alone; see `plain_formulations`."""
-    return _PLAIN.get()
+def only_defaults() -> bool:
+    """Returns whether the default is traced alone; see `default_formulations`."""
+    return _ONLY_DEFAULTS.get()
 
 
 @contextlib.contextmanager
-def plain_formulations() -> Iterator[None]:
+def default_formulations() -> Iterator[None]:
     """Traces the default of `by_platform` alone, for formats that know no platforms.
 
     What was jitted before isn't traced again.
     """
-    before = _PLAIN.set(True)
+    before = _ONLY_DEFAULTS.set(True)
     try:
         yield
     finally:
-        _PLAIN.reset(before)
+        _ONLY_DEFAULTS.reset(before)
 
 
 AT_ONCE = 2**26

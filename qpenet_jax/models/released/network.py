@@ -216,7 +216,7 @@ class ReleasedQPENet(nn.Module):
         T0 = self.activate_residual(H2)
         out["y_aux"] = self.auxiliary_head(T0, train=train)
 
-        behaviour = behaves(self.behaviour, shots=F_s.shape[1])
+        behaviour = resolve_behaviour(self.behaviour, shots=F_s.shape[1])
         marked = flags_on_grid(support_masks == 1, grid, behaviour)
         T, parts = self.transformer(
             T0,
@@ -285,7 +285,7 @@ class ReleasedQPENet(nn.Module):
         return jax.lax.stop_gradient(prior_mask(support, M_s, deep))
 
 
-def behaves(choice: str, shots: int) -> Behaviour:
+def resolve_behaviour(choice: str, shots: int) -> Behaviour:
     """Returns what "auto" means: upstream's code can't run with several supports."""
     if choice == "auto":
         return "released" if shots == 1 else "fixed"
