@@ -37,7 +37,7 @@ def summarize(
     """Returns the contents of results.json; IoU in percent.
 
     `class_ids` are those of `protocol.classes`, in their order; `focus` names classes
-    whose own mean is given beside the mean over all. Nothing in it depends on the hour
+    whose own mean is given beside the mean over all. Nothing in it depends on the time
     or the speed: a run that was killed and went on has the same file.
     """
     found = metrics.estimate(scores, class_ids)
@@ -70,29 +70,41 @@ def summarize(
 
 def table(results: dict[str, Results]) -> str:
     """Returns a Markdown table: a column a result, a row a class, means last."""
-    first = next(iter(results.values()))
-    rows = [
-        [name, *(f"{r['per_class'][name]:.1f}" for r in results.values())]
-        for name in first["per_class"]
-    ]
-    if "focus" in first:
-        title = _focus_title(first)
-        rows.append(
-            [title, *(_bracketed(r["focus"], "miou") for r in results.values())]
-        )
-    for title, key in (("mIoU", "miou"), ("FB-IoU", "fb_iou")):
-        rows.append([title, *(_bracketed(r, key) for r in results.values())])
+    rows = []
+    for cells in zip(*map(_rows, results.values()), strict=True):
+        title = cells[0][0]
+        is_class = title in next(iter(results.values()))["per_class"]
+        values = [
+            f"{iou:.1f}" if is_class else f"{iou:.1f} [{low:.1f}, {high:.1f}]"
+            for _, iou, low, high in cells
+        ]
+        rows.append([title, *values])
     return markdown.table(["IoU %", *results], rows)
+
+
+def _rows(result: Results) -> list[tuple[str, float, float, float]]:
+    """Returns title, IoU and the ends of its interval: the classes, then the means."""
+    rows = [
+        (name, iou, *result["per_class_interval"][name])
+        for name, iou in result["per_class"].items()
+    ]
+    if "focus" in result:
+        mean = result["focus"]
+        title = "mean of " + ", ".join(mean["classes"])
+        rows.append((title, mean["miou"], *mean["miou_interval"]))
+    rows.append(("mIoU", result["miou"], *result["miou_interval"]))
+    rows.append(("FB-IoU", result["fb_iou"], *result["fb_iou_interval"]))
+    return rows
 
 
 def write_report(folder: Path, results: Results) -> None:
     """Writes results.md, results.csv and last results.json, each whole or not at all.
 
-    So where there is a results.json, the others belong to it.
-    The table stands beside `results["references"]`, where there are any;
-    `results["selection"]` is a sentence on how the checkpoint was chosen.
+    So where there is a results.json, the others belong to it. The table stands beside
+    `results["references"]`, where there are any; `results["selection"]` is a sentence
+    on how the checkpoint was chosen.
     """
-    (folder / RESULTS).unlink(missing_ok=True)  # the older one
+    (folder / RESULTS).unlink(missing_ok=True)  # of an evaluation before
     write_whole(folder / TABLE, _page(results))
     write_whole(folder / SHEET, _sheet(results))
     write_json(folder / RESULTS, results)
@@ -150,18 +162,9 @@ def _seeds(results: Results) -> str:
 
 def _sheet(results: Results) -> str:
     """Returns results.csv: a row a class, then the means; IoU in percent."""
-    rows = [
-        (name, iou, *results["per_class_interval"][name])
-        for name, iou in results["per_class"].items()
-    ]
-    if "focus" in results:
-        mean = results["focus"]
-        rows.append((_focus_title(results), mean["miou"], *mean["miou_interval"]))
-    rows.append(("mIoU", results["miou"], *results["miou_interval"]))
-    rows.append(("FB-IoU", results["fb_iou"], *results["fb_iou_interval"]))
     sheet = io.StringIO()
     writer = csv.writer(sheet, lineterminator="\n")
-    writer.writerows([("name", "iou", "low", "high"), *rows])
+    writer.writerows([("name", "iou", "low", "high"), *_rows(results)])
     return sheet.getvalue()
 
 
@@ -175,12 +178,3 @@ def _ends(interval: Interval) -> list[float]:
 
 def _percent(value: float) -> float:
     return round(100 * float(value), 2)
-
-
-def _focus_title(result: Results) -> str:
-    return "mean of " + ", ".join(result["focus"]["classes"])
-
-
-def _bracketed(result: Results, key: str) -> str:
-    low, high = result[f"{key}_interval"]
-    return f"{result[key]:.1f} [{low:.1f}, {high:.1f}]"
