@@ -73,7 +73,7 @@ def _add_images(parser) -> None:
         "--tiles",
         type=int,
         metavar="PIXELS",
-        help="for large images with small objects: look at overlapping squares of so "
+        help="for large images with small objects: segment overlapping squares of so "
         "many pixels of the image, instead of the whole image scaled down",
     )
     group.add_argument(
@@ -108,7 +108,7 @@ def _add_results(parser) -> None:
     group.add_argument(
         "--refine",
         action="store_true",
-        help="draw masks to the edges of the image, by a guided filter on its colours",
+        help="let masks follow the edges of the image, by a guided filter on colours",
     )
     group.add_argument(
         "--probability",

@@ -144,9 +144,9 @@ class NetworkPredictor(Predictor):
         return (margin, out) if named else margin
 
     def crop_supports(self, supports, masks):
-        """Returns the surroundings of the foreground, as QPENet looks at no more.
+        """Returns the surroundings of the foreground, on which QPENet's margin depends.
 
-        A class derived from it may look at all.
+        That of a class derived from it may depend on the whole support.
         """
         if type(self.model.module) is not QPENet:
             return supports

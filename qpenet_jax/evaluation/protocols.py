@@ -17,8 +17,8 @@ FIVE_SEEDS = (0, 1, 2, 3, 4)
 HASH_DIGITS = 12
 """How many digits stand for the hash of an episode list in a line of text."""
 
-# What published evaluations do otherwise than ours, the defaults of `Protocol`. Their
-# random draws can't be repeated outside of their code: a preset draws by their rules.
+# In what published evaluations differ from the defaults of `Protocol`. The episodes that
+# they chose at random can't be repeated outside of their code; a preset has their rules.
 PRESETS: dict[str, dict[str, Any]] = {
     "ours": {},
     # QPENet, IV.B: random pairs by the protocol of PFENet, so at original size; the
@@ -94,7 +94,7 @@ class Protocol:
     preset: str = "ours"
 
     def __post_init__(self):
-        """Refuses values that would score something else than they say."""
+        """Refuses values that name no protocol."""
         for name, choices in (
             ("scoring", get_args(Scoring)),
             ("order", get_args(Order)),
@@ -131,16 +131,16 @@ class Protocol:
     def __str__(self) -> str:
         """Returns the one line that is printed with every result."""
         size = "any size" if self.targets == "any" else f">= {self.min_pixels} px"
-        draw = f"{self.order} queries, targets of {size}"
+        choice = f"{self.order} queries, targets of {size}"
         if self.episode_list:
-            draw = f"episode list {_short(self.episode_list)}"
+            choice = f"episode list {_short(self.episode_list)}"
         novel = "without" if self.exclude_novel else "with"
         versions = " ".join(filter(None, (self.release, self.version)))
         version = f" ({versions})" if versions else ""
         return (
             f"{self.name}: {self.dataset}{version}, {self.split} fold {self.fold}, "
             f"{self.shots}-shot, {self.episodes} episodes x seeds "
-            f"{_short(self.seeds)}, {draw}, input {self.side} ({self.resize}), scored "
+            f"{_short(self.seeds)}, {choice}, input {self.side} ({self.resize}), scored "
             f"at {self.scoring} size, {self.ignore} ignored, trained {novel} images "
             "that show novel classes"
         )
@@ -168,9 +168,9 @@ def preset_fields(preset: str, split: str) -> dict[str, Any]:
     """
     check_choice("protocol ", preset, PRESETS)
     defaults = {f.name: f.default for f in dataclasses.fields(Protocol)}
-    ours = {name: defaults[name] for name in PRESET_FIELDS}
+    fields = {name: defaults[name] for name in PRESET_FIELDS}
     on_coco = PRESETS_ON_COCO.get(preset, {}) if split.startswith("coco") else {}
-    return ours | PRESETS[preset] | on_coco
+    return fields | PRESETS[preset] | on_coco
 
 
 def of_dataset(protocol: Protocol, dataset: SegmentationDataset) -> Protocol:

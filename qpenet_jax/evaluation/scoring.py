@@ -1,4 +1,4 @@
-"""Score predictions on the episodes of a protocol, at the protocol's size."""
+"""Predictions on the episodes of a protocol, scored at the protocol's size."""
 
 import collections
 import contextlib
@@ -71,7 +71,7 @@ def score_episodes(
 
     Raises:
         InputError: an image or label can't be used.
-        KeyboardInterrupt: `stop_asked` says so, in any process.
+        KeyboardInterrupt: `stop_asked` returns True in any process.
     """
     episodes = [(s.seed, s(i)) for s in samplers for i in range(protocol.episodes)]
     kind = jax.default_backend()

@@ -199,7 +199,7 @@ class MeanPredictor(Predictor):
         return mean_margin(margin[0], free[0]), margin[1] | free[1]
 
     def crop_supports(self, supports, masks):
-        """Returns the network's part cropped; self-support looks at all of its own."""
+        """Returns the network's part cropped; self-support needs all of its own."""
         network, training_free = zip(*supports, strict=True)
         cropped = self.network.crop_supports(network, masks)
         return tuple(zip(cropped, training_free, strict=True))

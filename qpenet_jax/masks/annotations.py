@@ -61,7 +61,7 @@ class MarkedPhoto(NamedTuple):
 
 
 def parse_support(text: str) -> SupportFiles:
-    """Returns what `[NAME=]IMAGE:MARKS` says.
+    """Returns what `[NAME=]IMAGE:MARKS` stands for.
 
     Text before the first "=" is a name unless it holds one of `:/\\` or a file has the
     whole name.
@@ -116,8 +116,8 @@ def read_supports(
         labels = sorted({marked.label for marked in read if marked.label is not None})
         if len(labels) > 1:
             raise InputError(
-                f"the marks have the labels {_listed(labels)}: say by a name what each "
-                "support is of, --support NAME=IMAGE:MARKS"
+                f"the marks have the labels {_listed(labels)}: name the class of each "
+                "support, --support NAME=IMAGE:MARKS"
             )
         named = [*labels, UNNAMED][:1] * len(supports)
     classes: dict[str, tuple[list, list]] = {name: ([], []) for name in named}
@@ -140,18 +140,18 @@ def read_support(support: SupportFiles) -> MarkedPhoto:
     if marks.startswith((POLYGON, BOX)):
         warn_of_turn(support.image)
     if marks.startswith(POLYGON):
-        drawn = _polygon(source, _numbers(source, marks.removeprefix(POLYGON)), size)
+        mask = _polygon(source, _numbers(source, marks.removeprefix(POLYGON)), size)
     elif marks.startswith(BOX):
-        drawn = _box(source, _numbers(source, marks.removeprefix(BOX)), size)
+        mask = _box(source, _numbers(source, marks.removeprefix(BOX)), size)
     elif marks.lower().endswith(".json"):
         source = marks
-        drawn, label = _read_json(local_path(marks), support, size)
+        mask, label = _read_json(local_path(marks), support, size)
     else:
         mask = read_mask(local_path(marks))
         check_same_size(mask.shape, size, local_path(marks))
         warn_of_turn(support.image, local_path(marks))
         return MarkedPhoto(pixels, mask, None)
-    return MarkedPhoto(pixels, support_mask(drawn.astype(np.uint8), source), label)
+    return MarkedPhoto(pixels, support_mask(mask.astype(np.uint8), source), label)
 
 
 def _numbers(source: str, text: str) -> list[float]:

@@ -50,15 +50,15 @@ def _called(photo: Path, images: Iterable[dict[str, Any]]) -> list[dict[str, Any
         (image, PurePosixPath(image["file_name"].replace("\\", "/")).parts)
         for image in images
     ]
-    alike = [(image, theirs) for image, theirs in named if theirs[-1:] == parts[-1:]]
-    within = [image for image, theirs in alike if theirs == parts[-len(theirs) :]]
+    alike = [(image, path) for image, path in named if path[-1:] == parts[-1:]]
+    within = [image for image, path in alike if path == parts[-len(path) :]]
     return within if len(within) == 1 else [image for image, _ in alike]
 
 
 def draw_annotations(
     path: Path, annotations: Sequence[dict[str, Any]], name: str, size: tuple[int, int]
 ) -> Bool[np.ndarray, "h w"]:
-    """Returns what any of a photo's annotations marks; raises InputError as `drawn`."""
+    """Returns what any of a photo's annotations marks; raises as `annotation_mask`."""
     mask = np.zeros(size, bool)
     for annotation in annotations:
         mask |= annotation_mask(path, annotation, name, size)

@@ -1,8 +1,8 @@
-"""Masks drawn to the edges of the photo, by a guided filter.
+"""Masks that follow the edges of the photo, by a guided filter.
 
 A network's mask has the detail of its grid, a cell every 8 pixels of its input. Within
-some pixels around each place the filter takes the probability for a linear function of
-the photo's colours, so that it changes where they do.
+some pixels around each place the filter makes the probability a linear function of the
+photo's colours, so that it changes where they do.
 
 Sources: He, Sun and Tang, Guided Image Filtering, TPAMI 2013, for photos of colour; He
 and Sun, Fast Guided Filter, arXiv:1505.00996: the functions are found in a small photo

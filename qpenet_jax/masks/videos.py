@@ -32,7 +32,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 def read_video(path: Path) -> Iterator[RGB]:
     """Yields a video's frames as RGB, upright; one at a time is in memory.
 
-    Warns if it ends before its header says.
+    Warns if it has fewer frames than its header has.
 
     Raises:
         InputError: no frame can be read.
