@@ -24,12 +24,12 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from qpenet_jax.backbones.precision import AUTO, DTYPES
+from qpenet_jax.core.choices import Order, Scoring, Targets
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.fields import fields_like, flat
 from qpenet_jax.data.augmentation import Augmentation, check_ranges
-from qpenet_jax.data.episodes import Order, Targets
 from qpenet_jax.data.transforms import check_side
-from qpenet_jax.evaluation.protocols import PRESETS, Scoring
+from qpenet_jax.evaluation.protocols import PRESETS
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released import network as released

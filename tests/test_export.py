@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from qpenet_jax import InputError
-from qpenet_jax.cli import options
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.transforms import fit, fit_label, unpad
@@ -20,9 +19,8 @@ from qpenet_jax.models import ops
 from qpenet_jax.models.ops.devices import default_formulations
 from qpenet_jax.runs import export as module
 from qpenet_jax.runs.build import build_predictor
-from qpenet_jax.runs.export import FORMATS, export
+from qpenet_jax.runs.export import Part, export
 from qpenet_jax.runs.folder import open_run
-from qpenet_jax.runs.parts import Part
 
 RUN = Path(__file__).parent / "goldens" / "run_dbf7d53"
 SIDE = 65
@@ -114,10 +112,6 @@ def check(call, predict, photos, masks, tolerance):
             np.abs(expected).max(), 1
         )
         assert np.abs(probability - 1 / (1 + np.exp(-expected))).max() < tolerance
-
-
-def test_the_choices_of_the_command_are_those_of_the_library():
-    assert tuple(FORMATS) == options.EXPORTED
 
 
 def test_stablehlo_computes_what_we_do(stablehlo, predict, made_up):

@@ -18,13 +18,12 @@ from safetensors import safe_open
 
 import qpenet_jax
 from qpenet_jax import InputError
-from qpenet_jax.cli import options
 from qpenet_jax.cli.main import main
-from qpenet_jax.runs import hub
+from qpenet_jax.runs import published as hub
 from qpenet_jax.runs.build import identity
 from qpenet_jax.runs.folder import claim, open_run, read_inputs
-from qpenet_jax.runs.model_file import MODEL_FILE, STORED, write_model
 from qpenet_jax.runs.publish import publish
+from qpenet_jax.runs.published import MODEL_FILE, write_model
 
 RUN = Path(__file__).parent / "goldens" / "run_dbf7d53"
 
@@ -58,10 +57,6 @@ def test_a_published_run_is_the_run(exact):
     assert after.shared == before.shared
     assert read_inputs(exact) == read_inputs(RUN)
     assert identity(after.config) == identity(before.config)
-
-
-def test_the_choices_of_the_command_are_those_of_the_library():
-    assert tuple(STORED) == options.STORED
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

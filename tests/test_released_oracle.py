@@ -18,7 +18,7 @@ from qpenet_jax.models.released.released_loss import released_loss
 from qpenet_jax.models.released.tokens import (
     Draws,
 )
-from qpenet_jax.runs.adopt import STEM
+from qpenet_jax.runs.released_checkpoint import STEM
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
 NO_DROPOUT = {f"{k}_dropout": 0.0 for k in ("channel", "head", "gate", "attention")}

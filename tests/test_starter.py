@@ -16,7 +16,7 @@ from qpenet_jax.cli.main import main
 from qpenet_jax.evaluation.training_free import SHARPNESS, mean_margin
 from qpenet_jax.runs.build import build_predictor, build_self_support_predictor
 from qpenet_jax.runs.folder import open_run
-from qpenet_jax.runs.model_file import MODEL_FILE
+from qpenet_jax.runs.published import MODEL_FILE
 from qpenet_jax.segmenter import STARTER
 
 SIDE = 65

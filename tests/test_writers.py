@@ -13,15 +13,12 @@ from pycocotools import mask as pycoco
 from pycocotools.coco import COCO
 
 from qpenet_jax import InputError
-from qpenet_jax.cli import options, predict
 from qpenet_jax.data.prepare.instances import draw_segmentation
-from qpenet_jax.masks import writers
 from qpenet_jax.masks.coco_json import polygons
 from qpenet_jax.masks.labelme import draw_shapes
 from qpenet_jax.masks.polygons import fill, outlines
 from qpenet_jax.masks.queries import find_queries, frames
 from qpenet_jax.masks.tasks import Tasks, Tiles, compete, probability, tiled
-from qpenet_jax.segmenter import METHODS
 
 
 @pytest.fixture
@@ -412,8 +409,3 @@ def test_a_folders_videos_are_left_out_and_told(network, photos, tmp_path, capsy
     assert "1 x .avi, 1 folder(s): give --recursive, give videos by their own" in (
         capsys.readouterr().err
     )
-
-
-def test_the_choices_are_written_out_as_they_are():
-    assert {*writers.COCO} < {*predict.FORMATS}
-    assert options.METHODS == METHODS

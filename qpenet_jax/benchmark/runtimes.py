@@ -24,8 +24,7 @@ from qpenet_jax.benchmark.speed_report import Row, Table
 from qpenet_jax.benchmark.timing import interleave, quartiles
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.predictor import qpenet_predictor
-from qpenet_jax.runs.export import onnx
-from qpenet_jax.runs.parts import network_parts
+from qpenet_jax.runs.export import network_parts, onnx
 
 EQUAL = 1e-3
 """Largest difference of margins, as a share of the largest margin, that is compared."""

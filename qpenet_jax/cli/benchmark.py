@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qpenet_jax.benchmark.settings import WHAT, Settings
-from qpenet_jax.cli.options import BACKBONES, add_overrides, names, numbers, path
+from qpenet_jax.cli.options import add_overrides, names, numbers, path
+from qpenet_jax.core.choices import BACKBONES
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
 

@@ -2,7 +2,8 @@
 
 import argparse
 
-from qpenet_jax.cli.options import BACKBONES, add_overrides, path
+from qpenet_jax.cli.options import add_overrides, path
+from qpenet_jax.core.choices import BACKBONES, CHECKPOINT_DATASETS
 from qpenet_jax.core.errors import InputError
 
 
@@ -45,7 +46,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--dataset",
-        choices=("pascal", "coco"),
+        choices=CHECKPOINT_DATASETS,
         help="data set of the checkpoint, with --as-run; default: pascal",
     )
     add_overrides(parser)
@@ -81,9 +82,9 @@ def _as_run(args: argparse.Namespace) -> None:
                 if name == "backbone"
                 else "--out can't be given with --as-run, which names the folder"
             )
-    from qpenet_jax.runs.adopt import adopt
+    from qpenet_jax.runs.released_checkpoint import import_checkpoint
 
-    folder = adopt(
+    folder = import_checkpoint(
         args.weights,
         args.as_run,
         fold=args.fold,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from qpenet_jax.cli.options import BACKBONES
+from qpenet_jax.core.choices import BACKBONES
 
 
 def add_parser(commands) -> None:

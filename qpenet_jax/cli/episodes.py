@@ -11,8 +11,6 @@ from qpenet_jax.cli.options import (
     protocol_changes,
 )
 from qpenet_jax.core.files import refuse_overwriting
-from qpenet_jax.runs.build import complete
-from qpenet_jax.runs.datasets import build_dataset, build_protocol, files_read
 
 
 def add_parser(commands) -> None:
@@ -51,8 +49,14 @@ def run(args: argparse.Namespace) -> None:
     """Draws the episodes, writes them, prints the protocol and the file's hash."""
     from qpenet_jax.data.episode_lists import export_episodes
     from qpenet_jax.evaluation.protocols import of_dataset
+    from qpenet_jax.runs.build import complete
     from qpenet_jax.runs.config_files import load_config
-    from qpenet_jax.runs.datasets import build_eval_samplers
+    from qpenet_jax.runs.datasets import (
+        build_dataset,
+        build_eval_samplers,
+        build_protocol,
+        files_read,
+    )
     from qpenet_jax.runs.folder import CONFIG_FILE, open_run
 
     out = Path(args.out)

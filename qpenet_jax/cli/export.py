@@ -3,12 +3,12 @@
 import argparse
 
 from qpenet_jax.cli.options import (
-    EXPORTED,
     add_new_folder,
     add_overrides,
     add_workdir,
     numbers,
 )
+from qpenet_jax.core.choices import EXPORT_FORMATS
 
 
 def add_parser(commands) -> None:
@@ -24,7 +24,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--format",
         required=True,
-        choices=EXPORTED,
+        choices=EXPORT_FORMATS,
         help="stablehlo, which JAX alone runs on CPU, GPU and TPU, or onnx",
     )
     parser.add_argument(

@@ -1,36 +1,20 @@
 """Options that several commands share.
 
-Only light modules are imported here and at the top of the commands: `qpenet --help`
-would take seconds with JAX. The choices are therefore written out; a test compares them
-with what they name.
+Only light modules are imported here and at the top of the commands: with JAX, `qpenet
+--help` would take seconds. So the choices of an option are in `core/choices.py`.
 """
 
 import argparse
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from qpenet_jax.core import choices
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path
 
 if TYPE_CHECKING:
     from qpenet_jax.segmenter import Segmenter
-
-BACKBONES = (
-    "resnet50",
-    "resnet101",
-    "resnet50_deepstem",
-    "resnet101_deepstem",
-    "efficientnet_lite0",
-)
-PROTOCOLS = ("ours", "paper", "released", "pfenet", "bam", "hsnet")
-SCORINGS = ("original", "input", "exact")
-ORDERS = ("shuffled", "list", "pairs", "classes")
-TARGETS = ("large", "any")
-RESIZES = ("pad", "squash")
-METHODS = ("starter", "qpenet", "prototype")
-EXPORTED = ("stablehlo", "onnx")
-STORED = ("float32", "float16", "bfloat16")
 
 WORKDIR = (
     "folder of a trained run, as given to `qpenet train` or written by `qpenet "
@@ -74,7 +58,7 @@ def add_segmenter(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--method",
-        choices=METHODS,
+        choices=choices.METHODS,
         help="qpenet, the trained network of a run, the default with --workdir; "
         "starter, the default without, a small network that comes with this program, "
         "in the mean with prototype; or prototype, which needs no training: a pixel is "
@@ -83,10 +67,10 @@ def add_segmenter(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--backbone",
-        choices=BACKBONES,
+        choices=choices.BACKBONES,
         metavar="NAME",
         help="without --workdir, of method prototype: the network that the "
-        f"features are of: {', '.join(BACKBONES)} (the last is the default)",
+        f"features are of: {', '.join(choices.BACKBONES)} (the last is the default)",
     )
     group.add_argument(
         "--weights",
@@ -113,12 +97,12 @@ def load_segmenter(args: argparse.Namespace) -> "Segmenter":
 def about_segmenter(args: argparse.Namespace) -> dict[str, str | None]:
     """Returns what a summary of results tells of how they were made."""
     from qpenet_jax import __version__
-    from qpenet_jax.segmenter import DEFAULT_BACKBONE, chosen_method
+    from qpenet_jax.segmenter import chosen_method
 
     method = chosen_method(args.method, args.workdir, args.backbone or args.weights)
     about = {"version": __version__, "method": method, "run": args.workdir}
     if args.workdir is None:
-        about["backbone"] = args.backbone or DEFAULT_BACKBONE
+        about["backbone"] = args.backbone or choices.DEFAULT_BACKBONE
     return about
 
 
@@ -144,7 +128,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--protocol",
-        choices=PROTOCOLS,
+        choices=choices.PROTOCOLS,
         help="a published protocol; default: config.eval.protocol of the run",
     )
     group.add_argument(
@@ -157,20 +141,24 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
         help="seeds for drawing the episodes, such as 0,1,2,3,4",
     )
     group.add_argument(
-        "--scoring", choices=SCORINGS, help="image size at which pixels are counted"
+        "--scoring",
+        choices=get_args(choices.Scoring),
+        help="image size at which pixels are counted",
     )
     group.add_argument(
-        "--order", choices=ORDERS, help="order in which query images are drawn"
+        "--order",
+        choices=get_args(choices.Order),
+        help="order in which query images are drawn",
     )
     group.add_argument(
         "--targets",
-        choices=TARGETS,
+        choices=get_args(choices.Targets),
         help="which classes of a query image may be asked for: those with many pixels "
         "(large), or any",
     )
     group.add_argument(
         "--resize",
-        choices=RESIZES,
+        choices=get_args(choices.Resize),
         help="how an image is made square: by padding it, or by squashing it",
     )
     group.add_argument(

@@ -12,12 +12,11 @@ from qpenet_jax.cli.options import (
     names,
     path,
 )
+from qpenet_jax.core.choices import MASK_FORMATS
 from qpenet_jax.core.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     from qpenet_jax.segmenter import Segmenter
-
-FORMATS = ("png", "voc", "coco", "coco_polygons", "labelme")
 
 
 def add_parser(commands) -> None:
@@ -121,7 +120,7 @@ def _add_results(parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Segments every query image by the network or method that is chosen."""
     for name in args.format:
-        check_choice("--format ", name, FORMATS)
+        check_choice("--format ", name, MASK_FORMATS)
     segment(args, load_segmenter(args))
 
 

@@ -2,7 +2,8 @@
 
 import argparse
 
-from qpenet_jax.cli.options import STORED, add_new_folder, add_workdir
+from qpenet_jax.cli.options import add_new_folder, add_workdir
+from qpenet_jax.core.choices import STORED_DTYPES
 
 
 def add_parser(commands) -> None:
@@ -19,7 +20,7 @@ def add_parser(commands) -> None:
     add_new_folder(parser)
     parser.add_argument(
         "--dtype",
-        choices=STORED,
+        choices=STORED_DTYPES,
         default="float32",
         help="how the parameters are stored; default: %(default)s, which is exact. In "
         "16 bits they take half the room and are rounded",

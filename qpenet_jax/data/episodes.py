@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from qpenet_jax.core.choices import Order, Targets
 from qpenet_jax.core.errors import InputError
 
 MIN_PIXELS = 2 * 32 * 32
@@ -19,9 +20,6 @@ MIN_PIXELS = 2 * 32 * 32
 
 ORDER_STREAM, DRAW_STREAM, AUGMENT_STREAM = range(3)
 """Independent streams of one seed: order of the queries, episodes, augmentation."""
-
-Order = Literal["shuffled", "list", "pairs", "classes"]
-Targets = Literal["large", "any"]
 
 
 class EpisodeIds(NamedTuple):

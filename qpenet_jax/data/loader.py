@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE, Episode, SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation, augment, draw
@@ -27,7 +28,6 @@ from qpenet_jax.data.episodes import (
 from qpenet_jax.data.images import check_same_size
 from qpenet_jax.data.transforms import (
     UNSURE,
-    Resize,
     binary_mask,
     fit,
     fit_label,

@@ -4,17 +4,13 @@ Only resizing, as in the system that the paper's authors released; uint8 in and 
 normalisation happens later, on the device. Training augments as well: augmentation.py.
 """
 
-from typing import Literal
-
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
 
+from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import FEATURE_STRIDE, IGNORE
-
-Resize = Literal["pad", "squash"]
-"""How evaluation makes an image square: aspect ratio kept and padded, or not kept."""
 
 Image = UInt8[np.ndarray, "h w 3"]
 Mask = UInt8[np.ndarray, "h w"]

@@ -15,11 +15,12 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.types import Array, Episode, SegmentationDataset
 from qpenet_jax.data.episodes import EpisodeIds
 from qpenet_jax.data.loader import load_episode
-from qpenet_jax.data.transforms import Resize, binary_mask, unpad
+from qpenet_jax.data.transforms import binary_mask, unpad
 from qpenet_jax.evaluation.metrics import count_pixels
 
 RGB = UInt8[np.ndarray, "h w 3"]

@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from qpenet_jax.core.choices import Order, Resize, Scoring, Targets
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import IGNORE, SegmentationDataset
-from qpenet_jax.data.episodes import MIN_PIXELS, Order, Targets
-from qpenet_jax.data.transforms import Resize, check_side
+from qpenet_jax.data.episodes import MIN_PIXELS
+from qpenet_jax.data.transforms import check_side
 from qpenet_jax.data.versions import dataset_version
-
-Scoring = Literal["original", "input", "exact"]
 
 FIVE_SEEDS = (0, 1, 2, 3, 4)
 

@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float, PyTree, UInt8
 from tqdm import tqdm
 
 from qpenet_jax.core import cluster
+from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.types import Array, SegmentationDataset
 from qpenet_jax.data.episode_lists import FrozenEpisodes
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
 from qpenet_jax.data.loader import prefetched
 from qpenet_jax.data.transforms import (
-    Resize,
     binary_mask,
     fit,
     fit_label,

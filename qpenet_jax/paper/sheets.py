@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from qpenet_jax.data.transforms import Resize
+from qpenet_jax.core.choices import Resize
 from qpenet_jax.evaluation.pictures import (
     LEGEND,
     PREDICTION,

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 
+from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.types import FEATURE_STRIDE
-from qpenet_jax.data.transforms import Resize
 from qpenet_jax.evaluation.metrics import count_pixels
 from qpenet_jax.evaluation.pictures import (
     INK,

@@ -19,8 +19,7 @@ from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.recipes import resolved
 from qpenet_jax.runs.build import FREE, PATHS, build_weights, complete, params_like
 from qpenet_jax.runs.config_files import override, refuse_others, saved_config
-from qpenet_jax.runs.hub import run_folder
-from qpenet_jax.runs.model_file import MODEL_FILE, read_facts, read_params
+from qpenet_jax.runs.published import MODEL_FILE, read_facts, read_params, run_folder
 
 CONFIG_FILE = "config.json"
 
@@ -154,7 +153,7 @@ def open_run(
     """Returns the run of a workdir, with the parameters that it selected.
 
     The workdir may also be a published run, `qpenet publish`'s folder or a name on the
-    Hugging Face hub (`runs/hub.py`), which holds the parameters of one selection.
+    Hugging Face hub (`runs/published.py`), which holds the parameters of one selection.
     `overrides` are other paths than it was trained with, such as
     `--config.dataset.root=DIR`. `selection` takes another checkpoint than the
     result's: "last", or one that the run's `select_on` names.

@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.models.released import state_dict
-from qpenet_jax.runs import adopt as module
-from qpenet_jax.runs.adopt import adopt
+from qpenet_jax.runs import released_checkpoint as module
 from qpenet_jax.runs.folder import open_run
+from qpenet_jax.runs.released_checkpoint import import_checkpoint
 from qpenet_jax.segmenter import load
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
@@ -198,7 +198,9 @@ def test_resnet101(monkeypatch, tmp_path):
     drawn_101 = drawn(checkpoint_shapes(layer3=23))
     monkeypatch.setattr(module, "read_tensors", lambda path: drawn_101)
     (tmp_path / "x.pth").write_bytes(b"")
-    run = open_run(adopt(tmp_path / "x.pth", tmp_path / "run", fold=3, dataset="coco"))
+    run = open_run(
+        import_checkpoint(tmp_path / "x.pth", tmp_path / "run", fold=3, dataset="coco")
+    )
     config = run.config
     assert (config.backbone.name, config.epochs) == ("resnet101_deepstem", 50)
     assert config.dataset.split == "coco_fwb"
@@ -220,14 +222,14 @@ def test_what_is_no_such_checkpoint_leaves_nothing(monkeypatch, tmp_path, tensor
     ):
         monkeypatch.setattr(module, "read_tensors", lambda path, bad=bad: bad)
         with pytest.raises(InputError, match=told):
-            adopt(file, tmp_path / "run", fold=0)
+            import_checkpoint(file, tmp_path / "run", fold=0)
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"x\.pth: truncated"):
-        adopt(file, tmp_path / "run", fold=0)
+        import_checkpoint(file, tmp_path / "run", fold=0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").touch()
     with pytest.raises(InputError, match="exists and isn't empty"):
-        adopt(file, tmp_path / "full", fold=0)
+        import_checkpoint(file, tmp_path / "full", fold=0)
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "full"}
 
 

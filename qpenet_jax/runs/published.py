@@ -1,9 +1,12 @@
-"""The one file of a published run: its parameters, and what was known of them.
+"""A published run as others open it: its name on a hub, its one file of parameters.
 
-A .safetensors file holds numbers and text, nothing that could run.
+The name is org/name, or org/name@revision. A .safetensors file holds numbers and text,
+nothing that could run.
 """
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.torch_files import read_tensors
 from qpenet_jax.backbones.torch_layout import check_tensors
+from qpenet_jax.core.choices import STORED_DTYPES
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import write_whole
 from qpenet_jax.core.types import values_hash
@@ -25,13 +29,6 @@ MODEL_FILE = "model.safetensors"
 """Beside the config of a published run, in place of checkpoints."""
 
 FORMAT = "qpenet_jax run 1"
-
-STORED: dict[str, Any] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": jnp.bfloat16,
-}
-"""What the numbers may be stored in. They are float32 again when they are read."""
 
 
 class Facts(NamedTuple):
@@ -54,9 +51,9 @@ def write_model(
     """Writes parameters, with their statistics if any, whole or not at all.
 
     Raises:
-        InputError: `dtype` is none of STORED, or too small for a value.
+        InputError: `dtype` is none of STORED_DTYPES, or too small for a value.
     """
-    check_choice("--dtype ", dtype, STORED)
+    check_choice("--dtype ", dtype, STORED_DTYPES)
     stored = {
         name: np.ascontiguousarray(_rounded(np.asarray(array), dtype))
         for name, array in _flat(params).items()
@@ -68,7 +65,7 @@ def write_model(
 
 def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        rounded = array.astype(STORED[dtype])
+        rounded = array.astype(jnp.dtype(dtype))
     if not np.isfinite(rounded.astype(np.float32)).all():
         raise InputError(
             f"the parameters hold a value that {dtype} can't: choose --dtype bfloat16, "
@@ -117,3 +114,51 @@ def read_params(path: Path, like: PyTree[Any]) -> PyTree[Array]:
 def _flat(tree: PyTree[Any]) -> dict[str, Any]:
     flat: dict[str, Any] = flatten_dict(tree, sep="/")
     return flat
+
+
+NAME = re.compile(r"([\w.-]+)/[\w.-]+(@[\w./-]+)?")
+
+FILES = ("*.json", "*.safetensors", "*.md")
+"""What is fetched; a repository may hold anything beside it."""
+
+
+def is_on_hub(workdir: str | Path) -> bool:
+    """Whether a run is named as on a hub, and there is no such folder here.
+
+    A wrong name in a folder of this machine, such as runs/, is no name of a hub.
+    """
+    path = Path(workdir)
+    match = NAME.fullmatch(path.as_posix())
+    return match is not None and not path.exists() and not Path(match[1]).exists()
+
+
+def run_folder(workdir: str | Path) -> Path:
+    """Returns the folder of a run of this machine, or of a copy of one on the hub.
+
+    What was fetched before is not fetched again, and does without a connection.
+
+    Raises:
+        InputError: it can't be had from the hub.
+    """
+    if not is_on_hub(workdir):
+        return Path(workdir)
+    name, _, revision = Path(workdir).as_posix().partition("@")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise InputError(
+            f"{workdir}: no such folder; to look for it on the Hugging Face hub, run "
+            "`pip install huggingface_hub`"
+        )
+    import huggingface_hub
+
+    try:
+        fetched = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=[*FILES]
+        )
+        return Path(str(fetched))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{workdir}: no such folder, and the Hugging Face hub doesn't give it "
+            f"({reason}); check the name, the connection, and whether `hf auth login` "
+            "is needed"
+        ) from None

@@ -14,6 +14,7 @@ from qpenet_jax.backbones.convert import save_weights
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.backbones.torch_layout import check_tensors, to_flax, under_prefix
 from qpenet_jax.config import default_config, for_coco, for_released
+from qpenet_jax.core.choices import CHECKPOINT_DATASETS
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path, new_folder, write_whole
 from qpenet_jax.evaluation.report import write_json
@@ -29,8 +30,6 @@ from qpenet_jax.runs.folder import (
     weights_hash,
 )
 
-DATASETS = ("pascal", "coco")
-
 STEM = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
 """Names of the deep stem's layers by their place in the authors' layer0."""
 
@@ -38,7 +37,7 @@ SOURCE = "checkpoint"
 """Entry of INPUTS_FILE: the file's name; its hash is in OWN_BACKBONE."""
 
 
-def adopt(
+def import_checkpoint(
     checkpoint: str | Path,
     workdir: str | Path,
     *,
@@ -57,7 +56,7 @@ def adopt(
             workdir that exists.
     """
     source, folder = local_path(checkpoint), local_path(workdir)
-    check_choice("dataset ", dataset, DATASETS)
+    check_choice("dataset ", dataset, CHECKPOINT_DATASETS)
     if fold not in range(4):
         raise InputError(f"fold {fold}: choose 0, 1, 2 or 3")
     with new_folder(folder) as made:
