@@ -208,16 +208,19 @@ def test_lost_scores_never_let_another_checkpoint_be_taken(workdir, content, ref
     assert json.loads((workdir / "scores.json").read_text()) == {"8": {"base": 60.0}}
 
 
-def test_what_an_interrupted_save_left_is_removed(workdir):
+def test_what_a_killed_process_left_is_removed(workdir):
+    """A save was cut off, and the deletion of 6, which is neither best nor latest."""
     left = workdir / "checkpoints/9.orbax-checkpoint-tmp"
     shutil.copytree(workdir / "checkpoints/8", left)
     (left / "commit_success.txt").unlink(missing_ok=True)
+    shutil.rmtree(workdir / "checkpoints/6/params")
     for read_only in (True, False):
-        with open_checkpoints(workdir, read_only=read_only) as checkpoints:
-            assert checkpoints.steps() == [4, 6, 8]
+        with open_checkpoints(workdir, ["base"], read_only=read_only) as checkpoints:
             assert checkpoints.selected("base") == 4
+            assert checkpoints.restore(state(0)).step == 8
             if not read_only:
                 save(checkpoints, 9)
+                assert checkpoints.steps() == [4, 8, 9]
         assert left.exists() == read_only
 
 
