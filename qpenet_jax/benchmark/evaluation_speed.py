@@ -75,9 +75,9 @@ def made_up_config(settings: Settings, dtype: str) -> Any:
     return complete(config)
 
 
-def timed_evaluation(config: Any, shots: int, episodes: int | None = None) -> Row:
+def timed_evaluation(config: Any, shots: int, episodes: int = 0) -> Row:
     """Times an evaluation and, before and after it, predictions of single episodes."""
-    changes = {"episodes": episodes} if episodes else {}
+    changes: dict[str, Any] = {"episodes": episodes} if episodes else {}
     protocol = build_protocol(config, shots=shots, **changes)
     dataset, rng = build_dataset(config, "val"), np.random.default_rng(config.seed)
     samplers = build_eval_samplers(config, dataset, protocol)

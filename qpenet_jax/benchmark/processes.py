@@ -33,8 +33,9 @@ def run_module(words: Sequence[str], **environment: str) -> str:
         env={**os.environ, **paths, **environment},
     )
     if done.returncode:
-        reasons = done.stderr.strip().splitlines() or ["killed, out of memory?"]
-        raise InputError(f"{' '.join(words[:2])} failed: {reasons[-1]}")
+        killed = "killed; out of memory? Give a smaller --size or --batch"
+        reasons = done.stderr.strip().splitlines() or [killed]
+        raise InputError(f"a process of {words[0]} failed: {reasons[-1]}")
     return done.stdout
 
 
@@ -45,13 +46,7 @@ def run_case(case: Case, **options: str) -> dict[str, Any]:
         InputError: it failed, with its last line.
     """
     given = {"case": dataclasses.asdict(case), "started": time.time(), **options}
-    try:
-        printed = run_module([__name__, json.dumps(given)])
-    except InputError as error:
-        raise InputError(
-            f"{case} in a process of its own: {error}; give a smaller --size or --batch"
-        ) from None
-    return json.loads(printed.splitlines()[-1])
+    return json.loads(run_module([__name__, json.dumps(given)]).splitlines()[-1])
 
 
 def main() -> None:

@@ -5,6 +5,7 @@
 
 import dataclasses
 import datetime
+import functools
 import gc
 import importlib
 import importlib.metadata
@@ -183,12 +184,13 @@ def step_speed(
     row: Row = {"step": str(case), "GFLOP": count / 1e9}
     variants: list[Row] = []
     if torch_side:
-
-        def make(variant: str) -> Candidate:
-            return torch_side.module.torch_candidate(
-                case, variant, torch_side.device, episodes, weights
-            )
-
+        make = functools.partial(
+            torch_side.module.torch_candidate,
+            case,
+            device=torch_side.device,
+            episodes=episodes,
+            weights=weights,
+        )
         expected = first_numbers(candidates[0])
         candidate, variants = fastest_variant(case, make, settings, expected)
         candidates.append(candidate)

@@ -86,7 +86,9 @@ def torch_candidate(
     return Candidate(call, numbers)
 
 
-def _networks(case: Case, weights: Weights | None) -> tuple[twin.Backbone, twin.TorchQPENet]:
+def _networks(
+    case: Case, weights: Weights | None
+) -> tuple[twin.Backbone, twin.TorchQPENet]:
     """Builds backbone and network, without dropout, with the given weights."""
     torch.manual_seed(case.seed)
     net = twin.backbone(case.backbone)

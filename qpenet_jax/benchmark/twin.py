@@ -257,7 +257,9 @@ class TorchQPENet(nn.Module):
         self.activate_residual = TorchResidual(width)
         self.auxiliary_head = head(width)
         self.cross = nn.ModuleList(Cross(width, heads, ffn) for _ in range(2))
-        self.final = nn.Sequential(reduce(width, width), TorchResidual(width), head(width))
+        self.final = nn.Sequential(
+            reduce(width, width), TorchResidual(width), head(width)
+        )
 
     def forward(
         self,
