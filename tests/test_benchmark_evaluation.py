@@ -89,7 +89,5 @@ def test_waiting_times_of_predict(tmp_path):
         assert row["masks/s"] > 0
     assert photos.rows[0]["time of 1 shot"] == 1
     nowhere = Settings(("predict",), photos=1, workdir=str(tmp_path / "nowhere"))
-    with pytest.raises(
-        InputError, match=r"qpenet_jax\.cli failed: error: .*nowhere"
-    ):
+    with pytest.raises(InputError, match=r"qpenet_jax\.cli failed: error: .*nowhere"):
         list(prediction_speed.prediction_speed(nowhere, (0.05,), starts=1))

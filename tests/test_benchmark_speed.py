@@ -16,9 +16,15 @@ from qpenet_jax.benchmark.flop import flop
 from qpenet_jax.benchmark.made_up import SHARES, made_up_episodes
 from qpenet_jax.benchmark.processes import run_case
 from qpenet_jax.benchmark.settings import Case, Settings
-from qpenet_jax.benchmark.speed import differences_between, fastest_variant
+from qpenet_jax.benchmark.speed import fastest_variant
 from qpenet_jax.benchmark.speed_report import bar_chart, benchmark_report
-from qpenet_jax.benchmark.timing import Candidate, interleave, matmul_rate
+from qpenet_jax.benchmark.timing import (
+    Candidate,
+    compare,
+    differences_between,
+    interleave,
+    matmul_rate,
+)
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.markdown import table
@@ -183,6 +189,17 @@ def test_candidates_take_turns():
     slow = [lambda: clock.wait(2.0), lambda: clock.wait(4.0)]
     times = interleave(slow, seconds=60.0, clock=clock)
     assert [len(t) for t in times] == [10, 10]  # 6 s each
+
+
+def test_a_row_compares_the_first_with_the_others():
+    clock = Clock()
+    calls = {"JAX": lambda: clock.wait(0.25), "other": lambda: clock.wait(0.5)}
+    row = compare(calls, 0.0, clock, " of cores")
+    assert row == {
+        "JAX, ms of cores": [250.0] * 3,
+        "other, ms of cores": [500.0] * 3,
+        "JAX / other of cores": [0.5] * 3,
+    }
 
 
 def test_short_steps_are_repeated():
@@ -491,7 +508,7 @@ def test_run_times_of_onnx_compute_the_same_and_are_timed():
             assert 0 < low <= middle <= high
 
     def other(model):
-        return lambda inputs: {"margin": np.float32(1.0)}
+        return lambda inputs: {"margin": np.ones((1, 33, 33), np.float32)}
 
-    with pytest.raises(InputError, match="other differ from JAX's by"):
+    with pytest.raises(InputError, match="margin of JAX and other differ by"):
         runtimes.compare_runtimes(case, {"other": other}, 0.0)

@@ -21,13 +21,10 @@ from qpenet_jax.benchmark.jax_side import network_of, random_weights
 from qpenet_jax.benchmark.made_up import made_up_episodes
 from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.benchmark.speed_report import Row, Table
-from qpenet_jax.benchmark.timing import interleave, quartiles
+from qpenet_jax.benchmark.timing import compare, differences_between
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.predictor import qpenet_predictor
 from qpenet_jax.runs.export import network_parts, onnx
-
-EQUAL = 1e-3
-"""Largest difference of margins, as a share of the largest margin, that is compared."""
 
 CLOCKS = {"": time.perf_counter, " of cores": time.process_time}
 """How headers end, and the clock: of the wall, and of all cores together."""
@@ -95,47 +92,20 @@ def compare_runtimes(
     arrays |= {f"support_{n}": x for n, x in stacked.items()}
     rows = []
     for name, call in in_jax.items():
-        model, inputs = (
-            onnx(parts[name], name),
-            {n: arrays[n] for n in parts[name].inputs},
-        )
+        model = onnx(parts[name], name)
+        inputs = {n: arrays[n] for n in parts[name].inputs}
         others = {n: functools.partial(f(model), inputs) for n, f in sessions.items()}
         row: Row = {"part": name}
-        if name.startswith("decode"):
-            margin = np.asarray(call())
-            found = {n: other()["margin"] for n, other in others.items()}
-            row |= _differences(found, margin, case)
+        for other, run in others.items() if name.startswith("decode") else ():
+            margin = {"margin": np.asarray(call())}
+            theirs = {"margin": run()["margin"]}
+            found = differences_between(margin, theirs, case, other)
+            row[f"{other}: difference"] = found["margin"]
         calls = {"JAX": lambda call=call: jax.block_until_ready(call()), **others}
-        rows.append(row | _timed(calls, seconds))
+        for ending, clock in CLOCKS.items():
+            row |= compare(calls, seconds / len(CLOCKS), clock, ending)
+        rows.append(row)
     return rows
-
-
-def _differences(
-    margins: Mapping[str, np.ndarray], expected: np.ndarray, case: Case
-) -> Row:
-    row: Row = {}
-    for name, margin in margins.items():
-        largest = float(np.abs(margin - expected).max() / np.abs(expected).max())
-        if not largest <= EQUAL:
-            raise InputError(
-                f"{case}: margins of {name} differ from JAX's by {largest:.2g} of the "
-                "largest, so their speed can't be compared"
-            )
-        row[f"{name}: difference"] = largest
-    return row
-
-
-def _timed(calls: dict[str, Callable[[], Any]], seconds: float) -> Row:
-    """Returns the time of each, and JAX's as a share of each, by both CLOCKS."""
-    row: Row = {}
-    for ending, clock in CLOCKS.items():
-        times = interleave(list(calls.values()), seconds / len(CLOCKS), clock=clock)
-        by_name = dict(zip(calls, times, strict=True))
-        for name, each in by_name.items():
-            row[f"{name}, ms{ending}"] = quartiles(1e3 * each)
-            if name != "JAX":
-                row[f"JAX / {name}{ending}"] = quartiles(by_name["JAX"] / each)
-    return row
 
 
 def threads() -> int:

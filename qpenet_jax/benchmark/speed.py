@@ -31,7 +31,12 @@ from qpenet_jax.benchmark.processes import run_case
 from qpenet_jax.benchmark.runtimes import runtimes
 from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.benchmark.speed_report import Row, Table
-from qpenet_jax.benchmark.timing import Candidate, interleave, quartiles
+from qpenet_jax.benchmark.timing import (
+    Candidate,
+    compare,
+    differences_between,
+    interleave,
+)
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import keep_freed_memory, processor
 from qpenet_jax.runs.datasets import build_dataset
@@ -177,7 +182,8 @@ def step_speed(
     Returns the row of the step and those of the twin's variants.
     """
     weights, episodes = jax_side.random_weights(case), made_up_episodes(case)
-    candidates = [jax_side.jax_candidate(case, weights, episodes)]
+    in_jax = jax_side.jax_candidate(case, weights, episodes)
+    calls = {"JAX": in_jax.call}
     single = dataclasses.replace(case, dtype="float32")
     inputs = jax_side.inputs_of(single, weights, episodes)
     count = flop(jax.make_jaxpr(jax_side.step_of(single))(*inputs))
@@ -191,17 +197,12 @@ def step_speed(
             episodes=episodes,
             weights=weights,
         )
-        expected = first_numbers(candidates[0])
-        candidate, variants = fastest_variant(case, make, settings, expected)
-        candidates.append(candidate)
-    times = interleave([each.call for each in candidates], settings.seconds)
-    row["JAX, ms"] = quartiles(1e3 * times[0])
-    if torch_side:
+        expected = first_numbers(in_jax)
+        in_torch, variants = fastest_variant(case, make, settings, expected)
+        calls["PyTorch"] = in_torch.call
         best = min((each for each in variants if "ms" in each), key=lambda v: v["ms"])
         row["variant of PyTorch"] = best["variant"]
-        row["PyTorch, ms"] = quartiles(1e3 * times[1])
-        row["JAX / PyTorch"] = quartiles(times[0] / times[1])
-    return row, variants
+    return row | compare(calls, settings.seconds), variants
 
 
 def first_numbers(candidate: Candidate) -> dict[str, np.ndarray]:
@@ -260,49 +261,3 @@ def _processes(case: Case, variant: str, torch_side: TorchSide | None) -> Row:
         )
         row["JAX / PyTorch"] = in_jax / in_torch
     return row
-
-
-# --- are the results equal? -------------------------------------------------------
-
-TIE = {"float32": 1e-3, "tf32": 0.03, "bfloat16": 0.03}
-"""A pixel whose margin is below this share of the largest may be of either class."""
-
-LIMITS = {  # in float32, and in the others, whose numbers have 8 or 11 bits
-    "margin": (1e-3, 0.2),
-    "masks": (1e-3, 0.01),
-    "features": (1e-3, 0.2),
-    "loss": (1e-4, 0.02),
-    "gradient": (0.01, 0.5),
-}
-"""The largest differences at which speed is still compared."""
-
-
-def differences_between(
-    in_jax: Mapping[str, np.ndarray], in_torch: Mapping[str, np.ndarray], case: Case
-) -> dict[str, float]:
-    """Returns how far the results differ; refuses a comparison of different things.
-
-    Differences are relative: of margins, features and loss to the largest, of gradients
-    to their norm. "masks" is the share of pixels, without ties, of another class.
-
-    Raises:
-        InputError: naming what differs.
-    """
-    found = {}
-    for name, expected in in_torch.items():
-        norm = np.linalg.norm if name == "gradient" else lambda x: np.abs(x).max()
-        found[name] = float(norm(in_jax[name] - expected) / norm(expected))
-    if "margin" in in_torch:
-        margin = in_torch["margin"]
-        clear = np.abs(margin) > TIE[case.dtype] * np.abs(margin).max()
-        differs = (in_jax["margin"] > 0) != (margin > 0)
-        found["masks"] = float(differs[clear].mean())
-    for name, value in found.items():
-        limit = LIMITS[name][case.dtype != "float32"]
-        if not value <= limit:  # NaN is refused, too
-            raise InputError(
-                f"{case}: {name} of JAX and PyTorch differ by {value:.2g}, more than "
-                f"{limit:g}, so their speed can't be compared: measure without "
-                "--against"
-            )
-    return found
