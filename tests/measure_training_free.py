@@ -14,6 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qpenet_jax.evaluation.metrics import estimate_difference
+from qpenet_jax.evaluation.pictures import episode_figure, save_image
+from qpenet_jax.evaluation.report import summarize, table
+from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.runs.build import (
     build_cosine_predictor,
     build_mean_predictor,
@@ -22,17 +28,9 @@ from qpenet_jax.runs.build import (
     build_weights,
     complete,
 )
-from qpenet_jax.runs.datasets import build_dataset, build_protocol
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from qpenet_jax.runs.drawn import draw
-
-from qpenet_jax.evaluation.metrics import estimate_difference
-from qpenet_jax.evaluation.pictures import episode_figure, save_image
-from qpenet_jax.evaluation.report import summarize, table
-from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.runs.config_files import load_config
+from qpenet_jax.runs.datasets import build_dataset, build_protocol
+from qpenet_jax.runs.evaluator import scored_episodes
 from qpenet_jax.runs.folder import open_run
 
 SHOWN = 12
@@ -43,7 +41,7 @@ COMPARED = (
     ("mean", "self-support"),
     ("mean", "cosine"),
 )
-"""Whose difference to what is told, of those that are scored."""
+"""Pairs whose differences are printed, of those that are scored."""
 
 
 def main(config, sheet, workdir, overrides):
@@ -58,7 +56,8 @@ def main(config, sheet, workdir, overrides):
         learned = run.params, run.weights
         predictors["QPENet"] = build_predictor(run.config, *learned)
         predictors["mean"] = build_mean_predictor(run.config, *learned)
-    protocol, samplers, class_ids, _ = draw(config, val, build_protocol(config))
+    found = scored_episodes(config, val, build_protocol(config))
+    protocol, samplers, class_ids, _ = found
     print(protocol)
     scores = {
         name: score_episodes(predict, val, protocol, samplers, label=name)
@@ -68,12 +67,12 @@ def main(config, sheet, workdir, overrides):
         name: summarize(each, protocol, class_ids) for name, each in scores.items()
     }
     print(table(found))
-    for ours, theirs in COMPARED:
-        if ours not in scores:
+    for one, other in COMPARED:
+        if one not in scores:
             continue
-        difference = estimate_difference(scores[ours], scores[theirs], class_ids).miou
+        difference = estimate_difference(scores[one], scores[other], class_ids).miou
         value, low, high = (100 * v for v in difference)
-        print(f"{ours} - {theirs}, mIoU: {value:+.1f} [{low:+.1f}, {high:+.1f}]")
+        print(f"{one} - {other}, mIoU: {value:+.1f} [{low:+.1f}, {high:+.1f}]")
     if sheet:
         shown = [samplers[0](i) for i in range(SHOWN)]
         drawn = {name: predict.in_both_roles for name, predict in predictors.items()}

@@ -16,8 +16,8 @@ FIVE_SEEDS = (0, 1, 2, 3, 4)
 HASH_DIGITS = 12
 """How many digits stand for the hash of an episode list in a line of text."""
 
-# In what published evaluations differ from the defaults of `Protocol`. The episodes that
-# they chose at random can't be repeated outside of their code; a preset has their rules.
+# In what published evaluations differ from the defaults of `Protocol`. Their random
+# episodes can't be repeated outside of their code; a preset has their rules.
 PRESETS: dict[str, dict[str, Any]] = {
     "ours": {},
     # QPENet, IV.B: random pairs by the protocol of PFENet, so at original size; the
@@ -130,16 +130,16 @@ class Protocol:
     def __str__(self) -> str:
         """Returns the one line that is printed with every result."""
         size = "any size" if self.targets == "any" else f">= {self.min_pixels} px"
-        choice = f"{self.order} queries, targets of {size}"
+        rule = f"{self.order} queries, targets of {size}"
         if self.episode_list:
-            choice = f"episode list {_short(self.episode_list)}"
+            rule = f"episode list {_short(self.episode_list)}"
         novel = "without" if self.exclude_novel else "with"
         versions = " ".join(filter(None, (self.release, self.version)))
         version = f" ({versions})" if versions else ""
         return (
             f"{self.name}: {self.dataset}{version}, {self.split} fold {self.fold}, "
             f"{self.shots}-shot, {self.episodes} episodes x seeds "
-            f"{_short(self.seeds)}, {choice}, input {self.side} ({self.resize}), scored "
+            f"{_short(self.seeds)}, {rule}, input {self.side} ({self.resize}), scored "
             f"at {self.scoring} size, {self.ignore} ignored, trained {novel} images "
             "that show novel classes"
         )
