@@ -84,12 +84,7 @@ def test_several_classes_make_one_index_mask(network, photos, tmp_path):
         pixels = np.array(overlay).astype(int)
     assert (pixels[45, 10] - pixels[45, 10, 2])[0] > 40, "red has the first colour"
     assert pixels[45, 102, 1] - pixels[45, 102, 2] > 40, "blue has the second, green"
-
-
-def test_supports_and_queries_are_encoded_once_for_all_classes(
-    network, photos, tmp_path
-):
-    run(network, tmp_path, photos, "--recursive")
+    # Supports and queries are encoded once for all classes.
     assert network.encoded == [("support",)] * 2 + [("query",)] * 3
 
 
@@ -115,10 +110,20 @@ def test_tasks_are_of_one_segmenter():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pycocotools under NumPy 2
-def test_coco_reads_back_every_mask_bit_for_bit(network, photos, tmp_path, capsys):
-    out = run(network, tmp_path, photos, "--recursive", "--format", "png,coco")
-    capsys.readouterr()
-    coco = COCO(str(out / "coco.json"))
+def test_coco_reads_back_every_mask_bit_for_bit(network, photos, tmp_path):
+    formats = "--format=png,coco,coco_polygons"
+    out = run(network, tmp_path, photos, "--recursive", formats)
+    coco, other = (
+        COCO(str(out / f"{name}.json")) for name in ("coco", "coco_polygons")
+    )
+    assert (coco.imgs, coco.anns.keys()) == (other.imgs, other.anns.keys())
+    for number, annotation in other.anns.items():
+        assert isinstance(annotation["segmentation"], list)
+        assert (
+            iou(other.annToMask(annotation), coco.annToMask(coco.anns[number])) > 0.99
+        )
+        for field in ("area", "bbox", "score", "category_id"):
+            assert annotation[field] == coco.anns[number][field]
     files = {image["file_name"]: image["id"] for image in coco.imgs.values()}
     assert set(files) == {"a.png", "none.png", "sub/b.png"}
     assert not coco.getAnnIds(imgIds=[files["none.png"]])
@@ -156,22 +161,6 @@ def test_coco_draws_polygons_back_to_the_mask(smooth):
             np.testing.assert_array_equal(drawn, mask)
     for empty in (np.zeros((5, 7), bool), np.ones((5, 7), bool)):
         assert polygons(empty) == ([[0, 0, 0, 5, 7, 5, 7, 0]] if empty.all() else [])
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_polygons_of_coco_are_its_run_lengths(network, photos, tmp_path, capsys):
-    out = run(network, tmp_path, photos, "--recursive", "--format=coco,coco_polygons")
-    capsys.readouterr()
-    one, two = (COCO(str(out / f"{name}.json")) for name in ("coco", "coco_polygons"))
-    capsys.readouterr()
-    assert one.imgs == two.imgs
-    assert one.anns.keys() == two.anns.keys()
-    for number, annotation in two.anns.items():
-        assert isinstance(annotation["segmentation"], list)
-        mask, drawn = one.annToMask(one.anns[number]), two.annToMask(annotation)
-        assert (mask & drawn).sum() / (mask | drawn).sum() > 0.99
-        for field in ("area", "bbox", "score", "category_id"):
-            assert annotation[field] == one.anns[number][field]
 
 
 def test_labelme_reads_back_every_mask(network, photos, tmp_path):
@@ -229,12 +218,12 @@ def test_outlines_of_any_mask_give_it_back(smooth):
 
 
 def test_a_large_outline_saves_corners_and_keeps_99_percent():
-    _, index = scene(900, 1200)
-    halves = outlines(index == 1)  # of the ring
+    ring = scene(900, 1200)[1] == 1
+    halves = outlines(ring)
     assert len(halves) == 2
     assert sum(map(len, halves)) < 200
-    found = np.any([fill(polygon, index.shape) for polygon in halves], axis=0)
-    assert iou(found, index == 1) >= 0.99
+    found = np.any([fill(polygon, ring.shape) for polygon in halves], axis=0)
+    assert iou(found, ring) >= 0.99
 
 
 def test_probabilities_have_16_bits(network, photos, tmp_path):
@@ -394,18 +383,16 @@ def test_broken_videos_are_one_line(photos, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
-def test_frames_never_replace_what_is_read(photos, tmp_path):
+def test_a_folders_videos_are_left_out_and_frames_replace_nothing(
+    network, photos, tmp_path, capsys
+):
+    write_video(tmp_path / "photos/x.avi", [scene()[0]])
+    run(network, tmp_path, photos)
+    left_out = "1 x .avi, 1 folder(s): give --recursive, give videos by their own"
+    assert left_out in capsys.readouterr().err
     write_video(tmp_path / "out.avi", [scene()[0]])
-    (tmp_path / "out/out").mkdir(parents=True)
+    (tmp_path / "out/out").mkdir()
     Image.fromarray(scene()[0]).save(tmp_path / "out/out/a.png")
     more = ["--query", tmp_path / "out.avi", tmp_path / "out/out/a.png"]
     error = refusal(tmp_path, photos, *more)
     assert f"written into {tmp_path / 'out/out'}, where" in error
-
-
-def test_a_folders_videos_are_left_out_and_told(network, photos, tmp_path, capsys):
-    write_video(tmp_path / "photos/x.avi", [scene()[0]])
-    run(network, tmp_path, photos)
-    assert "1 x .avi, 1 folder(s): give --recursive, give videos by their own" in (
-        capsys.readouterr().err
-    )

@@ -1,6 +1,7 @@
 """What a user can mark a support with, and what is refused."""
 
 import base64
+import contextlib
 import io
 import json
 
@@ -56,15 +57,15 @@ SQUARE = [[10, 5], [19, 5], [19, 14], [10, 14]]
 """Pixels 10 to 19 across and 5 to 14 down, as labelme draws it."""
 
 
-def test_names_are_told_from_paths(photo, tmp_path, monkeypatch):
+def test_names_and_paths_are_distinguished(photo, tmp_path):
     assert parse_support("dog=a.jpg:a.png")[:1] == ("dog",)
     assert parse_support("a.jpg:box=1,2,3,4")[0] is None
     assert parse_support("big dog=a.jpg:polygon=1,2,3").name == "big dog"
-    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run=3"
     folder.mkdir()
     photo.rename(folder / "a.png")
-    found = parse_support("run=3/a.png:m.png")
+    with contextlib.chdir(tmp_path):
+        found = parse_support("run=3/a.png:m.png")
     assert (found.name, str(found.image)) == (None, "run=3/a.png")
     assert parse_support("/x=3/a.png:/x=3/m.png").name is None
     for text in ("a.jpg", "=a.jpg:a.png", "dog=a.jpg", "a.jpg:", ":a.png", "x\ny=a:b"):
