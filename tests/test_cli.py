@@ -151,14 +151,13 @@ def test_the_choices_are_the_names_of_the_librarys_tables():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
-    name = command.__name__.rpartition(".")[2]
     with pytest.raises(SystemExit) as exit_info:
-        main([name, "--help"])
+        main([command, "--help"])
     assert exit_info.value.code == 0
-    assert f"usage: qpenet {name}" in capsys.readouterr().out
+    assert f"usage: qpenet {command}" in capsys.readouterr().out
 
 
-def test_overrides_are_told_apart_from_options():
+def test_overrides_are_distinguished_from_options():
     words = ["train", "--config.a", "1", "--config", "x.py", "--config.b.c=2"]
     words += ["--noconfig.d", "--workdir=w", "--config.e", "-3", "--check"]
     rest, overrides = options.split_overrides(words)

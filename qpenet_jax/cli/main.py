@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import importlib
 import io
 import signal
 import sys
@@ -10,44 +11,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qpenet_jax.cli import (
-    benchmark,
-    compare,
-    convert,
-    demo,
-    describe,
-    episodes,
-    evaluate,
-    export,
-    figures,
-    predict,
-    prepare,
-    publish,
-    reproduce,
-    train,
-)
 from qpenet_jax.cli.options import split_overrides
 from qpenet_jax.core.errors import InputWarning, exit_on_input_error
 
 COMMANDS = (
-    train,
-    prepare,
-    convert,
-    describe,
-    evaluate,
-    episodes,
-    compare,
-    reproduce,
-    benchmark,
-    figures,
-    predict,
-    demo,
-    publish,
-    export,
+    "train",
+    "prepare",
+    "convert",
+    "describe",
+    "evaluate",
+    "episodes",
+    "compare",
+    "reproduce",
+    "benchmark",
+    "figures",
+    "predict",
+    "demo",
+    "publish",
+    "export",
 )
+"""Names of the modules beside this one; only that of the given command is imported."""
 
-JOINING = (train.run, evaluate.run)
-"""Commands that several processes may share."""
+SHARED_BY_PROCESSES = ("train", "evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,8 +67,8 @@ def program(argv: Sequence[str] | None = None) -> None:
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _parser()
     words, overrides = split_overrides(argv)
+    parser = _parser(words)
     args = parser.parse_args(words)
     if overrides and "overrides" not in args:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
@@ -91,14 +76,14 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser("qpenet", description="Few-shot segmentation with QPENet in JAX.")
     parser.add_argument(
         "--version", action=_Version, nargs=0, help="show the version and exit"
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name in [word for word in words[:1] if word in COMMANDS] or COMMANDS:
+        importlib.import_module(f"qpenet_jax.cli.{name}").add_parser(commands)
     return parser
 
 
@@ -133,17 +118,17 @@ def _set_up_process(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_enable_x64", False)  # all that is computed is float32
     keep_freed_memory()
-    if args.run in JOINING:
+    if args.command in SHARED_BY_PROCESSES:
         cluster.join(args.coordinator, args.processes, args.process)
     check_platform()
-    if args.run is not train.run:  # where the config says whether to keep them
+    if args.command != "train":  # where the config says whether to keep them
         keep_compilations()
     # Orbax reports every step of a save, and logs with its traceback what it raises.
     logging.set_verbosity(logging.FATAL)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells what is wrong in one line, without the usage."""
+    """Prints what is wrong in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Exits with code 2."""

@@ -30,6 +30,9 @@ PATIENCE = 300
 GRACE = 3
 """Seconds that process 0, which connects them, leaves the others for ending as well."""
 
+NO_CLUSTER = ("coordinator_address should be defined", "before any JAX calls")
+"""In what JAX raises where no cluster is detected, or Python code calls a command."""
+
 T = TypeVar("T")
 
 _index, _count = 0, 1
@@ -114,7 +117,7 @@ def _refuse_or_stay_alone(error: Exception, given: bool) -> None:
             f"{PATIENCE} s, with the same --coordinator, a host and a free port of "
             "process 0"
         ) from None
-    if "coordinator_address should be defined" not in reason:
+    if not any(text in reason for text in NO_CLUSTER):
         print(
             f"warning: this process works alone: {reason}; if it is one of several, "
             "give --coordinator, --processes and --process",
