@@ -4,6 +4,6 @@ All fields, their values and whose they are: `qpenet_jax/config.py`.
 """
 
 from qpenet_jax.config import default_config as get_config
-from qpenet_jax.config import for_coco, for_released
+from qpenet_jax.recipes import for_coco, for_released
 
 __all__ = ["for_coco", "for_released", "get_config"]

@@ -17,7 +17,9 @@ What was shown about them is in docs/training.md. Nobody has trained a full run 
 """
 
 import dataclasses
+import difflib
 import math
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from ml_collections import ConfigDict
@@ -26,7 +28,6 @@ from ml_collections.config_dict import placeholder
 from qpenet_jax.backbones.precision import AUTO, DTYPES
 from qpenet_jax.core.choices import Order, Scoring, Targets
 from qpenet_jax.core.errors import InputError, check_choice
-from qpenet_jax.core.fields import fields_like, flat
 from qpenet_jax.data.augmentation import Augmentation, check_ranges
 from qpenet_jax.data.transforms import check_side
 from qpenet_jax.evaluation.protocols import PRESETS
@@ -185,52 +186,6 @@ def _fields_of(name: str, section: type) -> ConfigDict:
     return fields
 
 
-def for_coco(config: Any) -> Any:
-    """Changes what the paper does differently on COCO-20i."""
-    config.dataset.name = "COCO-20i"
-    config.dataset.root = "data/coco20i/2014/1.0.0"
-    config.dataset.split = "coco_fwb"
-    config.augmentation.scale = (0.8, 1.25)
-    config.augment_on = "host"  # decoded, its images would take 100 GB
-    config.epochs = 50
-    return config
-
-
-RELEASED_EPOCHS = {
-    "pascal": {"resnet50": (100, 100, 100, 50), "resnet101": (150,) * 4},
-    "coco_fwb": {"resnet50": (50,) * 4, "resnet101": (50,) * 4},
-}
-"""Of the released configs, by split, backbone and fold; the paper says 200 and 50."""
-
-
-def for_released(config: Any) -> Any:
-    """Makes a config of the authors' released system, of their training and test.
-
-    The data set, the fold and the backbone are set before.
-    """
-    config.variant = released.NAME
-    config.behaviour = "auto"
-    config.recipe = "released"
-    if not config.backbone.name.endswith("_deepstem"):
-        config.backbone.name += "_deepstem"
-    config.backbone.weights = f"data/weights/{config.backbone.name}.safetensors"
-    epochs = released_epochs(config.dataset, config.backbone.name, config.dataset.fold)
-    config.epochs = epochs or config.epochs
-    config.seed = 321
-    config.dataset.order = "list"
-    config.dataset.targets = "any"
-    config.select_on = "novel"
-    config.eval.protocol = "released"
-    return config
-
-
-def released_epochs(data: Any, backbone: str, fold: int) -> int | None:
-    """Returns what the authors trained for; None for what they didn't train."""
-    resnet = backbone.removesuffix("_deepstem")
-    epochs = RELEASED_EPOCHS.get(data.split, {}).get(resnet)
-    return epochs[fold] if epochs else None
-
-
 def selections(config: Any) -> tuple[str, ...]:
     """Returns the selections of checkpoints, each once; the first is the result's."""
     return tuple(dict.fromkeys(config.select_on.split(",")))
@@ -322,3 +277,24 @@ def _check_tuples(config: Any) -> None:
             raise InputError(f"config.{name}={values}: give {what}")
         if len(set(values)) < len(values):
             raise InputError(f"config.{name}={values}: give each one once")
+
+
+def fields_like(name: str, config: Any) -> list[str]:
+    """Returns the fields of `config` that a wrong name may stand for.
+
+    Those of the same name in other parts, or else those that are spelt alike.
+    """
+    known, leaf = list(flat(config.to_dict())), name.rpartition(".")[2]
+    alike = [field for field in known if field.rpartition(".")[2] == leaf]
+    return alike or difflib.get_close_matches(name, known, n=3)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns fields by their dotted names."""
+    found = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found |= (
+            flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        )
+    return found

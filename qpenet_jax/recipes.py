@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from qpenet_jax.core.errors import check_choice
+from qpenet_jax.models.released import network as released
 
 PAPER: Mapping[str, Any] = {
     "model.normalize": False,
@@ -61,3 +62,49 @@ def resolved(config: Any) -> Any:
         if config[room][field] is None:
             config[room][field] = value
     return config.lock()
+
+
+def for_coco(config: Any) -> Any:
+    """Changes what the paper does differently on COCO-20i."""
+    config.dataset.name = "COCO-20i"
+    config.dataset.root = "data/coco20i/2014/1.0.0"
+    config.dataset.split = "coco_fwb"
+    config.augmentation.scale = (0.8, 1.25)
+    config.augment_on = "host"  # decoded, its images would take 100 GB
+    config.epochs = 50
+    return config
+
+
+RELEASED_EPOCHS = {
+    "pascal": {"resnet50": (100, 100, 100, 50), "resnet101": (150,) * 4},
+    "coco_fwb": {"resnet50": (50,) * 4, "resnet101": (50,) * 4},
+}
+"""Of the released configs, by split, backbone and fold; the paper says 200 and 50."""
+
+
+def for_released(config: Any) -> Any:
+    """Makes a config of the authors' released system, of their training and test.
+
+    The data set, the fold and the backbone are set before.
+    """
+    config.variant = released.NAME
+    config.behaviour = "auto"
+    config.recipe = "released"
+    if not config.backbone.name.endswith("_deepstem"):
+        config.backbone.name += "_deepstem"
+    config.backbone.weights = f"data/weights/{config.backbone.name}.safetensors"
+    epochs = released_epochs(config.dataset, config.backbone.name, config.dataset.fold)
+    config.epochs = epochs or config.epochs
+    config.seed = 321
+    config.dataset.order = "list"
+    config.dataset.targets = "any"
+    config.select_on = "novel"
+    config.eval.protocol = "released"
+    return config
+
+
+def released_epochs(data: Any, backbone: str, fold: int) -> int | None:
+    """Returns what the authors trained for; None for what they didn't train."""
+    resnet = backbone.removesuffix("_deepstem")
+    epochs = RELEASED_EPOCHS.get(data.split, {}).get(resnet)
+    return epochs[fold] if epochs else None

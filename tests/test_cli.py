@@ -145,7 +145,8 @@ def test_there_is_one_version(capsys):
 
 
 def test_the_choices_are_the_names_of_the_librarys_tables():
-    assert tuple(BACKBONES) == choices.BACKBONES
+    shipped = tuple(name for name in BACKBONES if name != "tiny")  # tests/tiny.py
+    assert shipped == choices.BACKBONES
     assert tuple(PRESETS) == choices.PROTOCOLS
 
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from qpenet_jax.backbones.registry import DEEP
-from qpenet_jax.config import LISTS, default_config
+from qpenet_jax.config import LISTS, default_config, flat
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.fields import flat
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.runs.build import complete

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from qpenet_jax.cli.main import _parsed
-from qpenet_jax.config import default_config
-from qpenet_jax.core.fields import flat
+from qpenet_jax.config import default_config, flat
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "data/README.md", *ROOT.glob("docs/**/*.md")]

@@ -34,9 +34,8 @@ from fuzzing import Rng, chance, damaged, one_of
 from qpenet_jax.backbones import torch_files
 from qpenet_jax.backbones.convert import convert, load_weights, to_flax
 from qpenet_jax.cli.main import main
-from qpenet_jax.config import default_config
+from qpenet_jax.config import default_config, flat
 from qpenet_jax.core.errors import InputError, InputWarning
-from qpenet_jax.core.fields import flat
 from qpenet_jax.data.episode_lists import export_episodes, read_episodes
 from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.prepare.image_folder import read_classes

@@ -57,7 +57,8 @@ def test_the_papers_values():
 def test_the_releases_values():
     """0.5 for L_cyc, which is the mean of two, as L_bg is (1 shot)."""
     released = load("recipe=released")
-    np.testing.assert_allclose(Optimizer(**released.optimizer).schedule(10)(0), 0.025 * 0.9**0.9)
+    rate = Optimizer(**released.optimizer).schedule(10)
+    np.testing.assert_allclose(rate(0), 0.025 * 0.9**0.9)
     weights = LossWeights(**released.loss)
     assert weights == LossWeights(beta=0.5, pre=0.25, rev=0.25, final=1, aux=0.6)
     assert released.model.background_scale == 0
@@ -73,7 +74,8 @@ def test_a_given_value_wins_over_the_recipe():
     ours = load("recipe=released", "loss.pre=0.75", "optimizer.lr=0.001")
     assert ours.loss.pre == 0.75
     assert ours.loss.rev == 0.25
-    np.testing.assert_allclose(Optimizer(**ours.optimizer).schedule(10)(0), 0.01 * 0.9**0.9)
+    rate = Optimizer(**ours.optimizer).schedule(10)
+    np.testing.assert_allclose(rate(0), 0.01 * 0.9**0.9)
 
 
 def test_an_unknown_recipe_is_refused():

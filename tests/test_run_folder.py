@@ -11,8 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from qpenet_jax import InputError, load
 from qpenet_jax.backbones import precision
-from qpenet_jax.config import VERSION, default_config
-from qpenet_jax.core.fields import flat
+from qpenet_jax.config import VERSION, default_config, flat
 from qpenet_jax.data.episode_lists import EpisodeList, FrozenEpisodes
 from qpenet_jax.data.episodes import EpisodeIds
 from qpenet_jax.data.sources.voc import VOCLayout

@@ -12,7 +12,7 @@ LONGEST_MESSAGE = 600
 
 
 class InputError(ValueError):
-    """Bad input (a path, an image, a weight file, an option), told in one line.
+    """Bad input (a path, an image, a weight file, an option), described in one line.
 
     Line breaks become spaces, and the middle of what is too long is left out: the start
     names the file, the end the remedy.
@@ -27,11 +27,11 @@ class InputError(ValueError):
 
 
 class InputWarning(UserWarning):
-    """Input that may mean something else than it is taken for, told in one line."""
+    """Input that may mean something else than it is taken for, described in one line."""
 
 
 def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:
-    """Refuses a value that is none of the choices; `what` names it, says "config.dtype=".
+    """Refuses a value that is none of the choices; `what` names it: "config.dtype=".
 
     Raises:
         InputError: with all choices.
@@ -48,7 +48,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAKE_ROOM = "make room, then run the same command again"
 
 BROKEN_PIPE = 128 + 13
-"""The exit code of a program that SIGPIPE has ended, as the shell tells it."""
+"""The exit code of a program that SIGPIPE has ended, as the shell shows it."""
 
 
 @contextlib.contextmanager
@@ -86,7 +86,7 @@ def _flush() -> None:
 
 
 def _finish_output() -> None:
-    """Prints what is left; give it up if it can't be: Python would try again at exit."""
+    """Prints what is left, or gives it up: Python would try again at exit."""
     try:
         _flush()
     except OSError:

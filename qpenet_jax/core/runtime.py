@@ -25,7 +25,7 @@ def processor() -> str:
 
 
 def refuse_64_bits() -> None:
-    """Refuses to compute where JAX makes numbers of 64 bits, which networks here mix up.
+    """Refuses to compute where JAX makes numbers of 64 bits: networks here need 32.
 
     Raises:
         InputError: jax_enable_x64 is set; commands switch it off.

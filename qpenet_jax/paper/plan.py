@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qpenet_jax.config import released_epochs
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.models.released.network import NAME as RELEASED
 from qpenet_jax.paper.results import TABLES, rows_of
 from qpenet_jax.paper.tables import TICKS
+from qpenet_jax.recipes import released_epochs
 from qpenet_jax.runs.build import complete
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.datasets import build_dataset, build_train_sampler, training_steps

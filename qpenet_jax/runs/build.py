@@ -18,9 +18,8 @@ from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.convolutions import fold_statistics
 from qpenet_jax.backbones.registry import DEEP, Backbone, backbone, choose_stages
 from qpenet_jax.backbones.torch_layout import no_statistics
-from qpenet_jax.config import check, check_fields
+from qpenet_jax.config import check, check_fields, flat
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.fields import flat
 from qpenet_jax.core.files import local_path
 from qpenet_jax.core.runtime import refuse_64_bits
 from qpenet_jax.core.types import BATCH_STATISTICS

@@ -108,7 +108,8 @@ class Checkpoints:
     def restore(self, like: Saved) -> Saved | None:
         """Returns the latest checkpoint that can be read, if there are any.
 
-        `like` holds arrays of the same shapes, on the same devices. Damaged ones are put into the folder DAMAGED of the workdir, with a warning.
+        `like` holds arrays of the same shapes, on the same devices. Damaged ones are
+        put into the folder DAMAGED of the workdir, with a warning.
 
         Raises:
             InputError: all are damaged.
@@ -267,8 +268,8 @@ def _read_scores(workdir: Path) -> Scores:
         }
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} can't be read ({_brief(error)}): put back a copy, or delete it and "
-            "run train.py again, which scores the checkpoints that are kept"
+            f"{path} can't be read ({_brief(error)}): put back a copy, or delete it "
+            "and run train.py again, which scores the checkpoints that are kept"
         ) from None
 
 

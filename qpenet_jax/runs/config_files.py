@@ -13,9 +13,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qpenet_jax.config import VERSION, default_config
+from qpenet_jax.config import VERSION, default_config, fields_like, flat
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.fields import fields_like, flat
 from qpenet_jax.core.files import local_path
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=\[]+)")

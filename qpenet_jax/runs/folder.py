@@ -10,9 +10,8 @@ from typing import Any
 from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.precision import resolve_dtype
-from qpenet_jax.config import selections
+from qpenet_jax.config import flat, selections
 from qpenet_jax.core.errors import InputError, check_choice
-from qpenet_jax.core.fields import flat
 from qpenet_jax.core.types import SegmentationDataset, values_hash
 from qpenet_jax.data.versions import dataset_version
 from qpenet_jax.evaluation.report import write_json

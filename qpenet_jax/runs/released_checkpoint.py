@@ -13,12 +13,13 @@ import optax
 from qpenet_jax.backbones.convert import save_weights
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.backbones.torch_layout import check_tensors, to_flax, under_prefix
-from qpenet_jax.config import default_config, for_coco, for_released
+from qpenet_jax.config import default_config
 from qpenet_jax.core.choices import CHECKPOINT_DATASETS
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path, new_folder, write_whole
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.released import state_dict
+from qpenet_jax.recipes import for_coco, for_released
 from qpenet_jax.runs.build import complete, initial_params
 from qpenet_jax.runs.checkpoints import Saved, open_checkpoints
 from qpenet_jax.runs.config_files import override
