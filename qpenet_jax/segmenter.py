@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Shaped
 
 from qpenet_jax.config import default_config
 from qpenet_jax.core.choices import DEFAULT_BACKBONE, METHODS
@@ -61,15 +61,12 @@ class Segmenter:
             InputError: a mask without object, with several values, with fractions or of
                 another size; an image that is no RGB of type uint8.
         """
-        supports = [
-            fit_support(*support, self.side) for support in _supports(images, masks)
-        ]
-        encoded = [
-            self.predict.encode(image[None], ("support",), beside[None])
-            for image, _, beside in supports
-        ]
-        fitted = np.stack([mask for _, mask, _ in supports])[None]
-        return Task(self.predict, self.side, tuple(encoded), fitted)
+        encoded, fitted = [], []
+        for support in _supports(images, masks):
+            image, mask, beside = fit_support(*support, self.side)
+            encoded.append(self.predict.encode(image[None], ("support",), beside[None]))
+            fitted.append(mask)
+        return Task(self.predict, self.side, tuple(encoded), np.stack(fitted)[None])
 
     def learn_classes(
         self,
@@ -130,25 +127,23 @@ def load(
     """
     if method is not None:
         check_choice("method ", method, METHODS)
+    chosen = chosen_method(method, workdir, backbone or weights)
+    _refuse_mixtures(chosen, workdir, backbone or weights)
+    if chosen == "starter":
+        return _starter(overrides)
     if workdir is None:
-        if chosen_method(method, None, backbone or weights) == "starter":
-            return _starter(overrides, backbone or weights)
-        return _prototypes(method, overrides, backbone, weights)
-    if method == "starter":
-        raise InputError(
-            f"method starter has a network of its own: leave the run {workdir} out, or "
-            "choose method qpenet"
-        )
-    if backbone or weights:
-        raise InputError(
-            f"the run {workdir} has a backbone of its own: give no other; its weights "
-            "may lie elsewhere, --config.backbone.weights=FILE"
-        )
-    run = open_run(local_path(workdir), overrides)
-    side = run.config.side
-    if method == "prototype":
-        return _of_prototypes(run.config, run.weights)
-    return Segmenter(build_predictor(run.config, run.params, run.weights), side)
+        config = default_config()
+        config.backbone.name = backbone or DEFAULT_BACKBONE
+        config.backbone.weights = str(weights or "")
+        config = complete(override(config, overrides))
+        frozen = build_weights(config)
+    else:
+        run = open_run(local_path(workdir), overrides)
+        config, frozen = run.config, run.weights
+        if chosen == "qpenet":
+            return Segmenter(build_predictor(config, run.params, frozen), config.side)
+    predict = build_self_support_predictor(config, frozen, COSINE_SCALE)
+    return Segmenter(predict, config.side)
 
 
 def chosen_method(method: str | None, workdir: Any, other: Any) -> str:
@@ -156,13 +151,30 @@ def chosen_method(method: str | None, workdir: Any, other: Any) -> str:
     return method or ("qpenet" if workdir else "prototype" if other else "starter")
 
 
-def _starter(overrides, other) -> Segmenter:
-    """Returns the package's own network in the mean with self-support."""
-    if other:
+def _refuse_mixtures(method: str, workdir: Any, other: Any) -> None:
+    """Refuses a method without what it needs, or beside what it has already."""
+    if method == "qpenet" and workdir is None:
         raise InputError(
-            "method starter has a backbone of its own: give no other, or choose method "
-            "prototype"
+            "method qpenet needs the folder of a trained run, --workdir; without one, "
+            "prototype needs no training"
         )
+    if method == "starter" and workdir is not None:
+        raise InputError(
+            f"method starter has a network of its own: leave the run {workdir} out, or "
+            "choose method qpenet"
+        )
+    if other and (method == "starter" or workdir is not None):
+        owner, remedy = "method starter", "choose method prototype"
+        if workdir is not None:
+            owner = f"the run {workdir}"
+            remedy = "change where its weights lie, --config.backbone.weights=FILE"
+        raise InputError(
+            f"{owner} has a backbone of its own: give no other, or {remedy}"
+        )
+
+
+def _starter(overrides: Sequence[str]) -> Segmenter:
+    """Returns the package's own network in the mean with self-support."""
     refuse_others(
         overrides,
         ITS_FIELDS,
@@ -174,25 +186,6 @@ def _starter(overrides, other) -> Segmenter:
     config.side = default_config().side
     config = complete(override(config, overrides))
     predict = build_mean_predictor(config, run.params, run.weights)
-    return Segmenter(predict, config.side)
-
-
-def _prototypes(method, overrides, backbone, weights) -> Segmenter:
-    """Returns the training-free segmenter over a backbone without a run."""
-    if method == "qpenet":
-        raise InputError(
-            "method qpenet needs the folder of a trained run, --workdir; without one, "
-            "prototype needs no training"
-        )
-    config = default_config()
-    config.backbone.name = backbone or DEFAULT_BACKBONE
-    config.backbone.weights = str(weights or "")
-    config = complete(override(config, overrides))
-    return _of_prototypes(config, build_weights(config))
-
-
-def _of_prototypes(config: Any, weights: PyTree[Array]) -> Segmenter:
-    predict = build_self_support_predictor(config, weights, COSINE_SCALE)
     return Segmenter(predict, config.side)
 
 
