@@ -19,9 +19,7 @@ from qpenet_jax.data.augmentation import Augmentation, draw
 from qpenet_jax.data.device_augmentation import (
     RawEpisode,
     augment_episodes,
-    canvas_side,
     device_draws,
-    load_raw_episode,
     scaled_side,
 )
 from qpenet_jax.data.episodes import (
@@ -30,11 +28,18 @@ from qpenet_jax.data.episodes import (
     EpisodeSampler,
     generator,
 )
-from qpenet_jax.data.loader import load_episode, training_batches
+from qpenet_jax.data.loader import (
+    canvas_side,
+    load_episode,
+    load_raw_episode,
+    training_batches,
+)
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
-from qpenet_jax.runs import config, loading
+from qpenet_jax.runs.build import complete
 from qpenet_jax.runs.config_files import load_config
+from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
+from qpenet_jax.training import batches as training
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("optimised_code")]
 
@@ -441,34 +446,31 @@ def test_devices_share_a_batch_without_talking():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_an_experiment_trains_on_the_same_batches(tmp_path, monkeypatch):
+def test_a_run_trains_on_the_same_batches(tmp_path, monkeypatch):
     """config.augment_on chooses; the steps see what the host would have made."""
-    monkeypatch.setattr(loading, "DECODED", tmp_path / "decoded")
+    monkeypatch.setattr(training, "DECODED", tmp_path / "decoded")
     words = ["--config.side=65", "--config.dataset.side=97", "--config.seed=3"]
     words += ["--config.dataset.train_images=40", "--config.dataset.on_few=drop"]
     file = Path(__file__).resolve().parents[1] / "configs" / "quickstart.py"
-    batches = {}
+    made = {}
+    split = training.shardings(4)[1]
     for where in ("host", "device", "auto"):
         settings = [*words, f"--config.augment_on={where}"]
-        made = config.complete(load_config(file, settings))
-        dataset = made.dataset("train")
-        stream = training_batches(
-            loading.training_loader(made, dataset),
-            made.train_sampler(dataset),
-            batch_size=4,
-        )
-        with contextlib.closing(stream):
-            batches[where] = loading.augmented(made, next(stream))
-        assert loading.augments_on_device(made) == (
-            where == "device"
-        )  # the tests' is a CPU
-    for host, device, auto in zip(*batches.values(), strict=True):
+        config = complete(load_config(file, settings))
+        dataset = build_dataset(config, "train")
+        sampler = build_train_sampler(config, dataset)
+        with contextlib.closing(
+            training.build_batches(config, dataset, sampler)
+        ) as stream:
+            made[where] = training.on_devices(config, next(stream), split)
+        # The tests' device is a CPU.
+        assert training.augments_on_device(config) == (where == "device")
+    for host, device, auto in zip(*made.values(), strict=True):
         assert_close(np.asarray(device), host)
         np.testing.assert_array_equal(auto, host)
     config = load_config(file, ["--config.augment_on=gpu"])
     with pytest.raises(InputError, match="augment_on='gpu': choose auto, device, host"):
-        config.complete(config)
+        complete(config)
 
 
 def assert_close(ours, expected, share=0.999):

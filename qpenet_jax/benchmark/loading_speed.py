@@ -23,14 +23,18 @@ from qpenet_jax.benchmark.speed_report import Table
 from qpenet_jax.benchmark.timing import interleave, quartiles
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation, augment, draw
-from qpenet_jax.data.device_augmentation import canvas_side, load_raw_episode
 from qpenet_jax.data.episodes import (
     AUGMENT_STREAM,
     EpisodeIds,
     EpisodeSampler,
     generator,
 )
-from qpenet_jax.data.loader import load_episode, training_batches
+from qpenet_jax.data.loader import (
+    canvas_side,
+    load_episode,
+    load_raw_episode,
+    training_batches,
+)
 from qpenet_jax.data.sources.decoded import Decoded
 from qpenet_jax.data.transforms import binary_mask
 

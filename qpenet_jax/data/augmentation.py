@@ -98,7 +98,7 @@ def draw(
     size: tuple[int, int],
     side: int,
 ) -> ImageDraws:
-    """Returns the draws of an image of height and width `size`, to be cropped to `side`.
+    """Returns the draws of an image of height and width `size` for a crop of `side`.
 
     A pure function of its arguments and of `rng`'s state. All crops are drawn at once,
     whichever of them will be taken.

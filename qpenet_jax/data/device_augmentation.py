@@ -1,7 +1,10 @@
-"""Training episodes before augmentation, which the device then does.
+"""Training augmentation on the device: what `augmentation.augment` does, by XLA.
 
-The host makes the draws and copies decoded images to one canvas; `device_augmentation`
-does the rest. Images that are larger than the canvas the host augments by itself.
+The host makes the draws and copies decoded images to one canvas, the device does the
+rest. Images that are larger than the canvas are augmented by the host.
+
+OpenCV 5's sampling is followed: of 100 pixels about 99 are the host's, the others are
+off by a grey level.
 """
 
 import functools
@@ -27,20 +30,14 @@ from qpenet_jax.data.augmentation import (
 from qpenet_jax.data.episodes import AUGMENT_STREAM, EpisodeIds, generator
 from qpenet_jax.data.transforms import UNSURE, binary_mask, nearest, padding_apart
 
-LARGEST_CANVAS = 1024
-"""Side beyond which images don't enlarge the canvas: a batch of eight takes 34 MB."""
-
-CANVAS_MULTIPLE = 32
-"""Canvases are rounded up to it, so that similar data sets share a compilation."""
-
 
 class DeviceDraws(NamedTuple):
     """The draws of an image, or of a batch, as the device needs them: arrays.
 
     Sizes and corners are (vertical, horizontal) in pixels: `size` is the image's own,
-    `scaled` and `corners` are those of `ImageDraws`. `nearest` are the rows and columns of
-    the mask that its scaled rows and columns are; `source` maps (x, y, 1) of the turned
-    image to x and y before.
+    `scaled` and `corners` are those of `ImageDraws`. `nearest` are the rows and columns
+    of the mask that its scaled rows and columns are; `source` maps (x, y, 1) of the
+    turned image to x and y before.
     """
 
     size: Int32[Array, "*b 2"]
@@ -63,55 +60,9 @@ class RawEpisode(NamedTuple):
     draws: DeviceDraws
 
 
-def canvas_side(sizes: Int[np.ndarray, "images 2"], side: int) -> int:
-    """Returns the side of the canvas that holds every image, a multiple of 32.
-
-    At most LARGEST_CANVAS, or what holds a crop of `side`.
-    """
-    longest = min(int(sizes.max()), max(LARGEST_CANVAS, side))
-    return -(-longest // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
-
-
 def scaled_side(canvas: int, augmentation: Augmentation) -> int:
     """Returns the side that an image of a whole canvas can be scaled up to."""
     return max(round(canvas * max(augmentation.scale)), 1)
-
-
-def load_raw_episode(
-    dataset: SegmentationDataset,
-    ids: EpisodeIds,
-    canvas: int,
-    side: int,
-    augmentation: Augmentation,
-    seed: int,
-) -> RawEpisode:
-    """Reads the images of an episode and makes the draws that `load_episode` makes.
-
-    `canvas` is the side of the canvas (`canvas_side`), `side` that of the crop. What is
-    larger than the canvas is augmented here, and the draws then change nothing.
-
-    Raises:
-        InputError: an image can't be used.
-    """
-    items = (ids.query, *ids.supports)
-    images = np.zeros((len(items), canvas, canvas, 3), np.uint8)
-    masks = np.zeros((len(items), canvas, canvas), np.uint8)
-    room = max(scaled_side(canvas, augmentation), side)
-    draws = []
-    for slot, item in enumerate(items):
-        image = dataset.image(item)
-        mask = padding_apart(binary_mask(dataset.label(item), ids.class_id))
-        rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
-        drawn = draw(rng, augmentation, mask.shape, side)
-        if max(mask.shape) > canvas:
-            image, mask = augment(image, mask, side, drawn)
-            drawn = no_change(side)
-        height, width = mask.shape
-        images[slot, :height, :width] = image
-        masks[slot, :height, :width] = mask
-        draws.append(device_draws(drawn, (height, width), room))
-    stacked = DeviceDraws(*map(np.stack, zip(*draws, strict=True)))
-    return RawEpisode(images, masks, stacked)
 
 
 def device_draws(draws: ImageDraws, size: tuple[int, int], room: int) -> DeviceDraws:
@@ -121,8 +72,7 @@ def device_draws(draws: ImageDraws, size: tuple[int, int], room: int) -> DeviceD
     """
     indices = np.zeros((2, room), np.int32)
     for row, length, scaled in zip(indices, size, draws.scaled, strict=True):
-        # Which of two pixels is the nearest to their edge depends on OpenCV's version:
-        # it shall tell.
+        # OpenCV's version decides which of two pixels is the nearest to their edge.
         row[:scaled] = nearest(np.arange(length, dtype=np.uint16)[None], scaled, 1)
     # Turning back about the same centre is the inverse.
     centre = (draws.scaled[1] / 2, draws.scaled[0] / 2)
@@ -177,7 +127,7 @@ def augment_image(
     *,
     side: int,
 ) -> tuple[UInt8[Array, "s s 3"], UInt8[Array, "s s"]]:
-    """Scales, turn, blur, flip and crop one image and its mask to `side` x `side`."""
+    """Scales, turns, blurs, flips and crops an image and mask to `side` x `side`."""
     room = draws.nearest.shape[-1]  # the side of the largest scaled image
     label = _warped_mask(mask, draws, room)
     top, left = _crop(label == 1, draws, side)
@@ -240,7 +190,7 @@ def _source(
 def _warped_mask(
     mask: UInt8[Array, "canvas canvas"], draws: DeviceDraws, room: int
 ) -> UInt8[Array, "room room"]:
-    """Scales, turn and flip the mask; both times the nearest pixel is taken."""
+    """Scales, turns and flips the mask; both times the nearest pixel is taken."""
     grid = jnp.arange(room)
     y, x = (jnp.floor(c + 0.5).astype(jnp.int32) for c in _source(grid, grid, draws))
     inside = _inside(y, draws.scaled[0]) & _inside(x, draws.scaled[1])
@@ -275,7 +225,7 @@ def _blurred_window(
     left: Int[Array, ""],
     side: int,
 ) -> UInt8[Array, "s s 3"]:
-    """Turns, flip and maybe blur the part of the scaled image that the crop keeps.
+    """Turns, flips and maybe blurs the part of the scaled image that the crop keeps.
 
     Flipping first changes nothing: the blur is symmetric.
     """

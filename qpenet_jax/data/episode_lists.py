@@ -67,7 +67,7 @@ def export_episodes(
     samplers: Sequence[EpisodeSampler],
     episodes: int,
 ) -> str:
-    """Writes the first `episodes` of every sampler; return the list's SHA-256."""
+    """Writes the first `episodes` of every sampler and returns the list's SHA-256."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     supports = [f"support_{k + 1}" for k in range(samplers[0].shots)]

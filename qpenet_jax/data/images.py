@@ -86,7 +86,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def warn_of_turn(file: File, mask: File | None = None, name: str | None = None) -> None:
-    """Warns where a mask's size can't tell whether it was drawn on the upright image.
+    """Warns where a mask's size doesn't show that it belongs to the upright image.
 
     A mask on the stored pixels of a photo that is turned by 180 degrees, or of a
     square one, shows no other sign. A mask with an orientation of its own is turned

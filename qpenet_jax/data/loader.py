@@ -1,4 +1,4 @@
-"""Load episodes: read, transform, stack to batches, in worker processes if wanted."""
+"""Loading of episodes: read, transformed, stacked to batches, also in processes."""
 
 import functools
 import gc
@@ -15,11 +15,18 @@ import cv2
 import jax
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 
 from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE, Episode, SegmentationDataset
-from qpenet_jax.data.augmentation import Augmentation, augment, draw
+from qpenet_jax.data.augmentation import Augmentation, augment, draw, no_change
+from qpenet_jax.data.device_augmentation import (
+    DeviceDraws,
+    RawEpisode,
+    device_draws,
+    scaled_side,
+)
 from qpenet_jax.data.episodes import (
     AUGMENT_STREAM,
     EpisodeIds,
@@ -38,12 +45,18 @@ PREFETCHED_BATCHES = 2
 """Batches that each worker keeps ready."""
 
 WORKER_DIED = re.compile(r"process was terminated unexpectedly with exit code (-?\d+)")
-"""What Grain tells of a worker that is gone; a signal's number is negative."""
+"""Grain's message about a worker that is gone; a signal's number is negative."""
 
 GUARD = (
     "a script that loads in processes is run again by each of them: put what it does "
     'under `if __name__ == "__main__":`, or take workers=0'
 )
+
+LARGEST_CANVAS = 1024
+"""Side beyond which images don't enlarge the canvas: a batch of eight takes 34 MB."""
+
+CANVAS_MULTIPLE = 32
+"""Canvases are rounded up to it, so that similar data sets share a compilation."""
 
 T = TypeVar("T")
 
@@ -56,7 +69,7 @@ def load_episode(
     seed: int = 0,
     resize: Resize = "pad",
 ) -> Episode:
-    """Reads and transform the images of an episode; every array `side` x `side`.
+    """Reads and transforms the images of an episode; every array is `side` x `side`.
 
     With an augmentation each image gets a generator of (seed, index, slot) of its
     own, the query being slot 0; without, all are fitted as evaluation does.
@@ -66,9 +79,7 @@ def load_episode(
     """
 
     def load(slot: int, item: int):
-        image, label = dataset.image(item), dataset.label(item)
-        check_same_size(label.shape, image.shape[:2], dataset.names[item])
-        mask = padding_apart(binary_mask(label, ids.class_id))
+        image, mask = _read(dataset, item, ids.class_id)
         if augmentation is None:
             return fit(image, side, resize), fit_label(mask, side, resize)
         rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
@@ -82,6 +93,58 @@ def load_episode(
     return Episode(images[0], masks[0], images[1:], masks[1:], padding[0], padding[1:])
 
 
+def _read(dataset: SegmentationDataset, item: int, class_id: int):
+    """Returns an image and its mask of a class, in which UNSURE stands for 255."""
+    image, label = dataset.image(item), dataset.label(item)
+    check_same_size(label.shape, image.shape[:2], dataset.names[item])
+    return image, padding_apart(binary_mask(label, class_id))
+
+
+def load_raw_episode(
+    dataset: SegmentationDataset,
+    ids: EpisodeIds,
+    canvas: int,
+    side: int,
+    augmentation: Augmentation,
+    seed: int,
+) -> RawEpisode:
+    """Reads the images of an episode and makes the draws that `load_episode` makes.
+
+    `canvas` is the side of the canvas (`canvas_side`), `side` that of the crop. What is
+    larger than the canvas is augmented here, and the draws then change nothing.
+
+    Raises:
+        InputError: an image can't be used.
+    """
+    items = (ids.query, *ids.supports)
+    images = np.zeros((len(items), canvas, canvas, 3), np.uint8)
+    masks = np.zeros((len(items), canvas, canvas), np.uint8)
+    room = max(scaled_side(canvas, augmentation), side)
+    draws = []
+    for slot, item in enumerate(items):
+        image, mask = _read(dataset, item, ids.class_id)
+        rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
+        drawn = draw(rng, augmentation, mask.shape, side)
+        if max(mask.shape) > canvas:
+            image, mask = augment(image, mask, side, drawn)
+            drawn = no_change(side)
+        height, width = mask.shape
+        images[slot, :height, :width] = image
+        masks[slot, :height, :width] = mask
+        draws.append(device_draws(drawn, (height, width), room))
+    stacked = DeviceDraws(*map(np.stack, zip(*draws, strict=True)))
+    return RawEpisode(images, masks, stacked)
+
+
+def canvas_side(sizes: Int[np.ndarray, "images 2"], side: int) -> int:
+    """Returns the side of the canvas that holds every image, a multiple of 32.
+
+    At most LARGEST_CANVAS, or what holds a crop of `side`.
+    """
+    longest = min(int(sizes.max()), max(LARGEST_CANVAS, side))
+    return -(-longest // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
+
+
 def training_batches(
     load: Callable[[EpisodeIds], T],
     sampler: Callable[[int], EpisodeIds],
@@ -91,7 +154,7 @@ def training_batches(
     workers: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> Generator[T, None, None]:
-    """Yields the batches from `start_step` on, without end, loaded ahead by workers.
+    """Yields the batches from `start_step` on, without end, prefetched by workers.
 
     `load` returns an episode as a tree of arrays (`load_episode`, `load_raw_episode`);
     a batch is that tree, stacked. Batch t holds episodes t B .. t B + B - 1, whatever
@@ -126,8 +189,6 @@ def prefetched(
     Raises:
         InputError: what `load` raises, or a worker is gone.
     """
-    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise InputError(GUARD)  # a worker that is still reading the script
     import grain  # Here: it takes a good part of a second.
 
     items = grain.MapDataset.range(indices.start, indices.stop).map(load)
@@ -196,9 +257,9 @@ def _mark_flags_as_parsed() -> None:
 
 
 def _quiet_worker(worker: int, workers: int) -> None:
-    """Keeps OpenCV's own threads from competing with the other workers.
+    """Sets up a worker: without OpenCV's own threads, and deaf to Ctrl-C.
 
-    Ctrl-C goes to the whole process group; what to do about it, the parent decides.
+    Ctrl-C goes to the whole process group; the parent decides what to do about it.
     """
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

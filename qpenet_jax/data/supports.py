@@ -1,4 +1,9 @@
-"""Images and masks that a program hands over, checked before they are cast to uint8."""
+"""A user's images and masks: read from files or arrays, checked, at the network's size.
+
+The network's grid has a cell every 8 pixels, and an object of a photograph may fall
+between all of them. Evaluation leaves it so, as the published codes do; whoever marks
+an object means it.
+"""
 
 import math
 from pathlib import Path
@@ -162,11 +167,11 @@ def fit_support(
 ) -> tuple[
     UInt8[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"], Bool[np.ndarray, "s s"]
 ]:
-    """Returns image, mask and padding of a support; as evaluation's where that shows it.
+    """Returns image, mask and padding of a support at the size of the network.
 
-    If no cell of the network's grid is centred on a marked pixel, the support is
-    cropped around them. Then every marked object between the cells marks those that it
-    touches. The mask must have a pixel of 1.
+    They are evaluation's, if a cell of the network's grid is centred on a marked pixel.
+    Else the support is cropped around these pixels. Then every marked object between
+    the cells marks those that it touches. The mask must have a pixel of 1.
     """
     if not (_on_grid(fit_label(mask, side)) == 1).any():
         image, mask = _window(image, mask, side)
@@ -208,7 +213,7 @@ def _nearest_cells(pixels: int) -> Int[np.ndarray, " pixels"]:
 
 
 def _window(image: Image, mask: Mask, side: int):
-    """Returns what surrounds the marked pixels of a support; shrunk without aliasing."""
+    """Returns what surrounds a support's marked pixels, shrunk without aliasing."""
     places = np.nonzero(mask == 1)
     box = max(int(np.ptp(place)) + 1 for place in places)
     wanted = max(SHARE * math.sqrt(places[0].size), MARGIN * box, side / ENLARGED)

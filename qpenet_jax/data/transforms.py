@@ -76,8 +76,8 @@ def padding(
 
 
 UNSURE = 254
-"""Stands for 255 in masks that are augmented, so that padding, 255, can be told from
-pixels that the annotators left open."""
+"""Stands for 255 in masks that are augmented: there 255 is padding, and UNSURE what the
+annotators left open."""
 
 
 def padding_apart(mask: Mask) -> Mask:
@@ -88,7 +88,7 @@ def padding_apart(mask: Mask) -> Mask:
 def unpad(
     margin: Float[np.ndarray, "s s"], height: int, width: int, resize: Resize = "pad"
 ) -> Float[np.ndarray, "h w"]:
-    """Undos `fit`: cut the image's content out of the square and resizes it to the image.
+    """Undoes `fit`: cuts the content out of the square, resizes it to the image.
 
     `margin` is any map over the square, `height` and `width` are the image's.
     """

@@ -19,13 +19,14 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import cache_folder
 from qpenet_jax.core.types import Episode, SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation
-from qpenet_jax.data.device_augmentation import (
-    augment_episodes,
-    canvas_side,
-    load_raw_episode,
-)
+from qpenet_jax.data.device_augmentation import augment_episodes
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
-from qpenet_jax.data.loader import load_episode, training_batches
+from qpenet_jax.data.loader import (
+    canvas_side,
+    load_episode,
+    load_raw_episode,
+    training_batches,
+)
 from qpenet_jax.data.sources.decoded import Decoded
 from qpenet_jax.models.ops.devices import BATCH_AXIS
 

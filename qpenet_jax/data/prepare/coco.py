@@ -86,7 +86,7 @@ def prepare_coco(
 
 
 def _release(annotations: Sequence[Path]) -> tuple[str, dict[str, Path]]:
-    """Returns the year and the file of each split, told by the files' names."""
+    """Returns the year and the file of each split, as the files' names say."""
     releases, paths = set(), {}
     for path in map(Path, annotations):
         match = re.fullmatch(r"instances_(train|val)(2014|2017)\.json", path.name)

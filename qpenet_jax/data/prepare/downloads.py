@@ -59,7 +59,7 @@ COCO_ARCHIVES = {
 
 
 def download_pascal(folder: str | Path) -> tuple[Path, Path]:
-    """Fetches the official archives, 2.0 and 1.4 GB, into `folder`; return both.
+    """Fetches the official archives, 2.0 and 1.4 GB, into `folder` and returns both.
 
     Raises:
         InputError: as `qpenet_jax.core.download.download`; another process is
@@ -77,7 +77,7 @@ def download_pascal(folder: str | Path) -> tuple[Path, Path]:
 
 
 def download_coco(folder: Path, release: str) -> tuple[list[Path], list[Path]]:
-    """Fetches what `prepare_coco` needs of "2014" or "2017"; goes on where it broke off.
+    """Fetches what `prepare_coco` needs of "2014" or "2017"; resumes a download.
 
     Returns the zips of images, which needn't be unpacked, and the annotation files.
 

@@ -127,7 +127,7 @@ def _files(folder: Path, suffixes: set[str]) -> dict[str, Path]:
 
 
 def _split(root: Path, pairs: Iterable[str], val_share: float) -> tuple[Splits, str]:
-    """Returns the names of each split, and how they were told apart."""
+    """Returns the names of each split, and the rule that divides them."""
     given: Splits = {
         split: _read_ids(root / f"{split}.txt", set(pairs))
         for split in ("train", "val")
@@ -235,7 +235,7 @@ def _refuse_other_formats(path: Path, lines: tuple[str, ...]) -> None:
 
 
 def _are_numbered(lines: tuple[str, ...]) -> bool:
-    """Tells whether all lines begin with numbers that count up."""
+    """Returns whether all lines begin with numbers that count up."""
     numbers = [int(m[1]) for m in map(NUMBERED.fullmatch, lines) if m]
     if not numbers or len(lines) < 2:
         return False

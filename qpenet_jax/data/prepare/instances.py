@@ -181,7 +181,7 @@ def size_of(path: Path, image: dict[str, Any]) -> tuple[int, int]:
 def annotation_mask(
     path: Path, annotation: dict[str, Any], name: str, size: tuple[int, int]
 ) -> Bool[np.ndarray, "h w"]:
-    """Returns the mask of an annotation of the image `name`, as `draw_segmentation` does.
+    """Returns the mask of an annotation of image `name`, by `draw_segmentation`.
 
     Raises:
         InputError: it can't be drawn.
@@ -255,7 +255,7 @@ def _decoded(text: str) -> list[int]:
     """Returns the run lengths of a compressed string.
 
     COCO writes numbers as groups of 5 bits, the lowest first, in characters from "0"
-    on; bit 5 tells that another follows. From the fourth number on they are differences
+    on; bit 5 is set if another follows. From the fourth number on they are differences
     to the number before the last.
 
     Source: pycocotools, maskApi.c, rleFrString.

@@ -1,6 +1,5 @@
 """A data set's images and labels, decoded once into a file that is mapped to memory."""
 
-import contextlib
 import functools
 import io
 import sys
@@ -30,8 +29,7 @@ COCO-20i's 100 GB."""
 REMEDY = "make room, or set config.augment_on=host"
 
 SAMPLED_IMAGES = 16
-"""Images that are decoded to foretell the size, and to tell whether a file is up to
-date."""
+"""Images that are decoded to estimate the size, and to check a file that is there."""
 
 
 class Decoded:
@@ -44,12 +42,12 @@ class Decoded:
     def __init__(
         self, dataset: SegmentationDataset, folder: str | Path, limit: int = MAX_BYTES
     ):
-        """Opens the data set's file below `folder`; make it where it is missing.
+        """Opens the data set's file below `folder`, or makes it where it is missing.
 
-        Files are told apart by what they were made of (`dataset_content`), so images
-        that were replaced are decoded. An incomplete file, or one with other pixels, is
-        made anew; where another process is about it, that one is waited for. `limit` is
-        in bytes.
+        The name of a file holds a hash of what it was made of (`dataset_content`), so
+        images that were replaced are decoded. An incomplete file, or one with other
+        pixels, is made anew; if another process is making it, this one waits. `limit`
+        is in bytes.
 
         Raises:
             InputError: it would be larger than `limit`, the disk is too full, the
@@ -103,7 +101,7 @@ class Decoded:
         return {k: v for k, v in vars(self).items() if k != "_pixels"}
 
     def _up_to_date(self, dataset: SegmentationDataset) -> bool:
-        """Tells whether the file is complete and a sample of it is the data set's."""
+        """Returns whether the file is complete and a sample of it is the data set's."""
         self._forget()
         try:
             written = (self.folder / PIXELS_FILE).stat().st_size
@@ -122,7 +120,7 @@ class Decoded:
             vars(self).pop(name, None)
 
     def _make(self, dataset: SegmentationDataset, limit: int) -> None:
-        """Writes the file, or wait for another process that does."""
+        """Writes the file, or waits for another process that does."""
         needed = _bytes_needed(dataset)
         if needed > limit:
             raise InputError(
@@ -156,18 +154,16 @@ def _bytes_needed(dataset: SegmentationDataset) -> int:
 
 def _write(dataset: SegmentationDataset, folder: Path, needed: int) -> None:
     """Writes the file whose lock this process holds."""
-    for left in folder.glob("*.part"):  # The lock was free: whoever began it is gone.
-        left.unlink()
-    check_room(folder, needed, REMEDY)
     part = folder / f"{PIXELS_FILE}.part"
+    part.unlink(missing_ok=True)  # The lock was free: whoever began it is gone.
+    check_room(folder, needed, REMEDY)
     try:
         with part.open("wb") as file:
             sizes = _write_pixels(dataset, file, needed)
         (folder / SIZES_FILE).unlink(missing_ok=True)
         part.replace(folder / PIXELS_FILE)
     finally:
-        with contextlib.suppress(OSError):  # It is renamed, or was never made.
-            part.unlink()
+        part.unlink(missing_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, np.array(sizes, np.int64))
     write_whole(folder / SIZES_FILE, buffer.getvalue())
@@ -176,7 +172,7 @@ def _write(dataset: SegmentationDataset, folder: Path, needed: int) -> None:
 def _write_pixels(
     dataset: SegmentationDataset, file: BinaryIO, needed: int
 ) -> list[tuple[int, ...]]:
-    """Writes image and label of every item; return their heights and widths."""
+    """Writes image and label of every item; returns their heights and widths."""
     sizes = []
     bar = tqdm(
         range(len(dataset)),

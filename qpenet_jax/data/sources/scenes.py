@@ -83,7 +83,7 @@ def _free_place(
 def _place(
     rng: np.random.Generator, class_id: int, centre: np.ndarray, size: float
 ) -> Thing:
-    """Tilts, stretch, mirror and moves the outline of a class; its area is size**2."""
+    """Returns the outline of a class, tilted, stretched, mirrored, of area size**2."""
     tilt = rng.uniform(-MAX_TILT, MAX_TILT)
     stretch = np.sqrt(MAX_STRETCH) ** rng.uniform(-1, 1)
     mirror = rng.choice([-1, 1])

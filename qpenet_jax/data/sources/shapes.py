@@ -53,7 +53,7 @@ class Shapes:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """Splits and number of every image."""
+        """Split and number of every image."""
         return tuple(f"{self.split}_{i:06d}" for i in range(self.size))
 
     @property

@@ -140,7 +140,7 @@ OUTLINES: dict[str, Outline] = {
 def outline(class_id: int) -> tuple[Contour, ...]:
     """Returns the contours of a class, centred, of unit area, solids and holes opposed.
 
-    Orientation tells solids from holes, so the rasteriser need only add up.
+    Solids and holes turn in opposite ways, so the rasteriser only adds up.
     """
     solids, holes = tuple(OUTLINES.values())[class_id - 1]
     contours = [c if _signed_area(c) > 0 else c[::-1] for c in solids]
