@@ -32,7 +32,6 @@ from qpenet_jax.data.loader import (
     canvas_side,
     load_episode,
     load_raw_episode,
-    training_batches,
 )
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout

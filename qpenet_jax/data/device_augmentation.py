@@ -17,18 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, UInt8
 
-from qpenet_jax.core.types import IGNORE, Array, Episode, SegmentationDataset
+from qpenet_jax.core.types import IGNORE, Array, Episode
 from qpenet_jax.data.augmentation import (
     MEAN_COLOUR,
     MIN_FOREGROUND,
     Augmentation,
     ImageDraws,
-    augment,
-    draw,
-    no_change,
 )
-from qpenet_jax.data.episodes import AUGMENT_STREAM, EpisodeIds, generator
-from qpenet_jax.data.transforms import UNSURE, binary_mask, nearest, padding_apart
+from qpenet_jax.data.transforms import UNSURE, nearest
 
 
 class DeviceDraws(NamedTuple):
