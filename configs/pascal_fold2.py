@@ -1,18 +1,7 @@
-"""PASCAL-5i fold 2, ResNet-50, 1 shot (Table I; the paper reports 64.1 mIoU).
-
-python train.py --config configs/pascal_fold2.py --check   # 200 steps, a verdict
-python train.py --config configs/pascal_fold2.py
-
-Novel: diningtable, dog, horse, motorbike, person.
-200 epochs of 2,752 images = 137,600 steps of batch 4 at 473 pixels, about
-2 TFLOP each: for a GPU. Not yet run by us on the full data set.
-The recipe is ours, not the paper's: `qpenet_jax/config.py` says whose values are whose.
-"""
+"""PASCAL-5i fold 2: python train.py --config configs/pascal_fold2.py; see common.py."""
 
 from configs import common
 
 
 def get_config():
-    config = common.get_config()
-    config.dataset.fold = 2
-    return config
+    return common.pascal_fold(2)
