@@ -259,7 +259,7 @@ def test_attention_off_the_cpu_is_the_same_in_blocks(rows, at_once, monkeypatch)
     """Five queries in blocks of `rows`, with a remainder; the plain one at once."""
 
     def with_gradients(query, key, value, mask, cotangent):
-        attend = functools.partial(ops._attention_plain, mask=mask)
+        attend = functools.partial(ops._attention_default, mask=mask)
         output, pull_back = jax.vjp(attend, query, key, value)
         return output, *pull_back(cotangent)
 

@@ -513,9 +513,9 @@ def test_every_variant_has_its_result():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"decoder": "FEM"}, "decoder 'FEM': choose 'ffa' or 'fem'"),
-        ({"prototypes": ("psd",)}, "prototype 'psd' with fgpe=True: choose among pre"),
-        ({"fgpe": False}, "prototype 'main' with fgpe=False: choose among pre"),
+        ({"decoder": "FEM"}, "decoder 'FEM': choose ffa, fem"),
+        ({"prototypes": ("psd",)}, "with fgpe=True, prototype 'psd': choose pre, main, aux"),
+        ({"fgpe": False}, "with fgpe=False, prototype 'main': choose pre"),
     ],
 )
 def test_fields_that_name_no_network_are_refused(fields, message):

@@ -131,7 +131,7 @@ def load_weights(
 
 
 def _from_original(name: str, source: Path, deep: bool | None, norms: bool):
-    """Reads the parameters; `deep` None: the deep stage's too if they are there."""
+    """Reads the parameters; with `deep` None, the deep stage's if they are there."""
     tensors = read_tensors(source)
     if deep is None:
         deep = any(f".{DEEP}." in f".{tensor}" for tensor in tensors)
@@ -176,14 +176,14 @@ def _from_converted(
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """Returns the metadata of a .safetensors file; of another file, or a bad one, {}."""
+    """Returns the metadata of a .safetensors file, {} of another or a bad file."""
     if path.suffix != ".safetensors":
         return {}
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return file.metadata() or {}
     except (OSError, safetensors.SafetensorError):
-        return {}  # `read_tensors` tells what is wrong
+        return {}  # `read_tensors` reports what is wrong
 
 
 def wheel_file() -> Path:

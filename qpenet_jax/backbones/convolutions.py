@@ -3,8 +3,8 @@
 Batch norm in eval mode is a fixed scale and shift per channel, which `torch_layout.py`
 folds into the convolution before it: every layer here is a plain one with bias.
 A converted file holds the norm's vectors beside the convolution. With them the norm can
-run in training mode (`normalise_by_batch`), as in the authors' code, and be folded again
-with the statistics that it has then (`fold_statistics`).
+run in training mode, as in the authors' code (`normalise_by_batch`), and be folded
+again with the statistics that it has then (`fold_statistics`).
 """
 
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ class Conv(nn.Module):
         return y + bias.reshape(1, 1, 1, -1)
 
     def _normalise(self, y):
-        """Normalises by the batch, and move the statistics."""
+        """Normalises by the batch and moves the statistics."""
 
         def read(collection, kind):
             return kind(*(self.get_variable(collection, f) for f in kind._fields))
@@ -101,14 +101,14 @@ class Norm(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What training mode moves."""
+    """The statistics of a batch norm, which training mode moves."""
 
     mean: Vector
     var: Vector
 
 
 EPSILON = 1e-5
-"""Of ResNets, the only networks here whose batch norm can move."""
+"""Epsilon of ResNets, the only networks here whose batch norm can move."""
 
 MOMENTUM = 0.1
 """Share of a batch in the new statistics, PyTorch's default."""
@@ -123,7 +123,7 @@ def fold(norm: Norm, epsilon: float = EPSILON) -> tuple[Vector, Vector]:
 def normalise_by_batch(
     y: Float[Array, "b h w c"], norm: Norm, statistics: Statistics
 ) -> tuple[Float[Array, "b h w c"], Statistics]:
-    """Normalises by the batch, as PyTorch in training mode; return the new statistics.
+    """Normalises by the batch, as PyTorch in training mode, and moves the statistics.
 
     `y` is the output of the convolution that `norm` was folded into, without its bias.
     The batch's variance is biased where it divides, unbiased where it is stored.

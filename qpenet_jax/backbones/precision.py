@@ -1,4 +1,4 @@
-"""In what networks compute: float32, TF32 or bfloat16; parameters stay float32."""
+"""The dtype in which networks compute; their parameters stay float32."""
 
 import contextlib
 import dataclasses
@@ -33,11 +33,11 @@ class InDtype:
 
     @property
     def sees_padding(self) -> bool:
-        """Whether the network is told which pixels are padding."""
+        """Whether the network is given which pixels are padding."""
         return getattr(self.module, "sees_padding", False)
 
     def apply(self, variables: PyTree, *inputs: Any, **options: Any) -> Any:
-        """Returns what the module's apply does."""
+        """Returns the result of the module's apply."""
         if self.dtype != "bfloat16":
             with products(self.dtype):
                 return self.module.apply(variables, *inputs, **options)
@@ -49,26 +49,26 @@ class InDtype:
 def in_dtype(model: nn.Module, net: Backbone, dtype: str) -> tuple[Any, Any]:
     """Returns a network and its backbone as they compute in `dtype`, AUTO or of DTYPES.
 
-    Features pass from one to the other in it; what the network returns is float32.
+    Features pass from the backbone to the network in it; the network returns float32.
     """
     return InDtype(model, resolve_dtype(dtype)), backbone_in_dtype(net, dtype)
 
 
 def backbone_in_dtype(net: Backbone, dtype: str) -> Backbone:
-    """Returns a backbone as it computes in `dtype`, and returns its features."""
+    """Returns a backbone that computes and returns its features in `dtype`."""
     module: Any = InDtype(net.module, resolve_dtype(dtype), returned=jnp.bfloat16)
     return net._replace(module=module)
 
 
 def resolve_dtype(dtype: str) -> str:
-    """Returns which of DTYPES AUTO means on this device, or the dtype that is given."""
+    """Returns `dtype`, or for AUTO the one of DTYPES that suits this device."""
     if dtype != AUTO:
         return dtype
     return "tf32" if from_ampere_on() else "float32"
 
 
 def products(dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """Chooses what float32 products are made of on a GPU; a CPU has no choice."""
+    """Sets the precision of float32 products on a GPU; on a CPU it changes nothing."""
     if jax.default_backend() == "cpu":
         return contextlib.nullcontext()
     name = "tensorfloat32" if dtype == "tf32" else "float32"
@@ -76,7 +76,7 @@ def products(dtype: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def cast(tree: PyTree, dtype: Any) -> Any:
-    """Turns floating-point leaves into another dtype."""
+    """Returns a tree whose floating-point leaves have another dtype."""
 
     def leaf(x):
         return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x

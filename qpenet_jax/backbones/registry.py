@@ -49,13 +49,13 @@ class Backbone(NamedTuple):
 
 # Jitted: training, evaluation and baselines of a process share one trace an image size.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _stages(net, plain, weights, images):
-    del plain  # `module` asks for it, which JAX can't know
+def _stages(net, default_only, weights, images):
+    del default_only  # the module depends on it, which JAX can't know
     return net.module.apply({"params": weights}, normalize(images, net.mean, net.std))
 
 
 DEEP = "layer4"
-"""Where the weights of a network hold those of its deep stage, if they are loaded."""
+"""The name under which the weights hold those of the deep stage, if it is loaded."""
 
 _RESNET_STAGES = ("layer3", "layer2")
 # Stride 8 and all three blocks serve best here: training-free cosine segmentation of
@@ -106,7 +106,7 @@ def choose_stages(net: Backbone, stages: tuple[str, ...]) -> Backbone:
 
 
 def weight_shapes(net: Backbone, *, deep: bool) -> dict[str, PyTree]:
-    """Returns the shapes of a backbone's weights; with `deep` its deep stage's, too.
+    """Returns the shapes of a backbone's weights; with `deep` also its deep stage's.
 
     Nothing is computed.
     """

@@ -1,4 +1,4 @@
-"""Read the weight files of PyTorch without PyTorch.
+"""Reads the weight files of PyTorch without PyTorch.
 
 A .pth file is a pickle, a program that can run any code. The reader here knows dicts,
 numbers and tensors, and refuses a file that asks for more, by name.
@@ -107,7 +107,7 @@ LEGACY_START = (0x1950A86A20F9469CFC6C, 1001)
 
 
 def _from_legacy(data: bytes) -> Tensors:
-    """Reads torch.save's format before 1.6: five pickles, then the storages in a row."""
+    """Reads torch.save's format before 1.6: five pickles, then the storages."""
     stream = io.BytesIO(data)
     magic, version, system = (_unpickle(stream)[0] for _ in range(3))
     if (magic, version) != LEGACY_START or not system["little_endian"]:
@@ -122,11 +122,11 @@ def _from_legacy(data: bytes) -> Tensors:
 
 
 class _Refused(Exception):
-    """The pickle wants something that is no part of a state_dict."""
+    """The pickle asks for something that is no part of a state_dict."""
 
 
 class _Storage(NamedTuple):
-    """A run of numbers in the file. Plain records: unpickling can't touch arrays."""
+    """Numbers in the file; a record, as unpickling must not touch arrays."""
 
     key: str
     dtype: str
@@ -161,7 +161,7 @@ ALLOWED_OPCODES = frozenset(OPCODES.split())
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows ten storage types, three tensor builders and OrderedDict, no more."""
+    """Accepts ten storage types, three tensor builders and OrderedDict only."""
 
     def __init__(self, program: bytes):
         super().__init__(io.BytesIO(program), encoding="utf-8")

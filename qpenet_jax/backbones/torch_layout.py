@@ -44,11 +44,11 @@ def _lite0_names(layer: str) -> tuple[str, str]:
 
 
 class _Original(NamedTuple):
-    """How the PyTorch edition of a network names, normalises and goes beyond ours."""
+    """How the PyTorch edition of a network differs: names, epsilon, further layers."""
 
     names: Callable[[str], tuple[str, str]]
     epsilon: float
-    not_built: str  # regular expression of what follows the last stage we build
+    not_built: str  # regular expression of the layers after the last stage used here
 
 
 ORIGINALS: dict[type[nn.Module], _Original] = {
@@ -69,8 +69,8 @@ def to_flax(
     folded into the convolution before it; with `norms` its vectors are beside that,
     named as in `Norm`. A prefix that all its names have, such as "backbone.", is found
     (`under_prefix`). Missing, extra, misshapen and impossible tensors (not finite,
-    negative variance) are one InputError that names the first of them and tells how
-    many they are; only layers which are not built (classifier head, last stage) and
+    negative variance) are one InputError that names the first of them and counts
+    them all; only layers which are not built (classifier head, last stage) and
     num_batches_tracked may be there or not.
     """
     original = ORIGINALS[type(backbone(name).module)]
@@ -114,7 +114,7 @@ def shapes_of(name: str, deep: bool, norms: bool = False) -> dict[str, tuple[int
 
 
 def no_statistics(name: str) -> PyTree[Float[np.ndarray, "..."]]:
-    """Returns zeros in place of the statistics of backbone `name`, all stages'."""
+    """Returns zeros for the statistics of backbone `name` and its deep stage."""
     shapes = shapes_of(name, True, True)
     zeros = {k: np.zeros(s, np.float32) for k, s in shapes.items() if len(s) == 1}
     return statistics_of(unflatten_dict(zeros, sep="/"))
@@ -138,7 +138,7 @@ NAMED, NAME_CHARACTERS = 3, 120
 def check_tensors(
     what: str, expected: dict[str, tuple[int, ...]], tensors: Tensors
 ) -> None:
-    """Raises one InputError with what is wrong: the first names, and how many more."""
+    """Raises one InputError that lists what is wrong: the first names and a count."""
     common = [name for name in expected if name in tensors]
     shapes = {name: tuple(tensors[name].shape) for name in common}
     problems = {

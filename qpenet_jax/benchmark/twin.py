@@ -1,4 +1,4 @@
-"""QPENet once more, in PyTorch: the oracle of the tests, the benchmark's opponent.
+"""QPENet in PyTorch: the tests and the benchmark compare the Flax network with it.
 
 Written from the paper and independent of the Flax modules; where the paper is silent,
 the authors' released system decides here too. It needs the `[parity]` extra, and only
@@ -213,7 +213,7 @@ class Cross(nn.Module):
         context: Float[Tensor, "b m c"],
         mask: Bool[Tensor, "b m"],
     ) -> Float[Tensor, "b n c"]:
-        """Attends to the positions of `context` under the mask, to all if it's empty."""
+        """Attends to the positions of `context` in the mask, to all if it is empty."""
         allowed = (mask | ~mask.any(1, keepdim=True))[:, None, None]
         q, k, v = (
             self.split(layer(t))
@@ -401,7 +401,7 @@ def train_step(
     optimizer: tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR],
     batch: Episode,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Does one step of training on a batch of numpy episodes; return the loss terms."""
+    """Does one step of training on a batch of numpy episodes; returns the losses."""
     device = model.p_global.device
     query, truth, supports, masks = (torch.as_tensor(x).to(device) for x in batch[:4])
     _, out = model(features(net, supports), masks, features(net, query))
@@ -548,7 +548,7 @@ def _flax_name(name: str, shape: tuple[int, ...]) -> str:
 
 
 def _get(shapes, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a shape that tells the network's sizes, the paper's if it is no help."""
+    """Returns the shape of a tensor, from which sizes are read, or `default`."""
     shape = shapes.get(name, default)
     return shape if len(shape) == len(default) else default
 

@@ -78,7 +78,7 @@ def _as_run(args: argparse.Namespace) -> None:
     for name in ("backbone", "out"):
         if getattr(args, name) is not None:
             raise InputError(
-                f"--{name} can't be given with --as-run: the checkpoint tells"
+                f"--{name} can't be given with --as-run: the checkpoint says it"
                 if name == "backbone"
                 else "--out can't be given with --as-run, which names the folder"
             )

@@ -16,7 +16,7 @@ def dual_prototypes(
     *,
     train: bool,
 ) -> dict[str, Array]:
-    """Segments the supports by a prototype and split their foreground by what it finds.
+    """Segments the supports by a prototype and splits their foreground by the result.
 
     The guide is P_psd, the query's needs; Table V compares P_pre, the support's own.
     Returns the logits `y_rev` [b, k, h, w, 2] and, as means over the K supports,

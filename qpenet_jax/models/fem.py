@@ -19,7 +19,7 @@ LEVELS = 4
 
 
 class FEM(nn.Module):
-    """Merge query and prototypes on four grids, each told what the finer one found."""
+    """Merges query and prototypes on four grids; the finer ones feed the coarser."""
 
     make_head: Callable[..., Head]
 
@@ -92,11 +92,10 @@ def prior_mask(
 ) -> Float[Array, "b h w"]:
     """Returns PFENet's prior: each query cell's best cosine to a support foreground.
 
-    Stretched to 0..1 per support, then the mean over the K supports; 0 without
-    foreground. PFENet takes layer4, as the released network does; QPENet with `prior`
-    takes the features that it has.
+    It is stretched to 0..1 for each support, then averaged over the K supports; without
+    foreground it is 0. PFENet and the released network give it layer4, QPENet with
+    `prior` the features that it has.
     """
-
     b, k = support_features.shape[:2]
     each = (
         support_features.reshape(b * k, -1, support_features.shape[-1]),

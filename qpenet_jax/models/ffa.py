@@ -21,7 +21,7 @@ from qpenet_jax.models.layers import (
 
 
 class FFA(nn.Module):
-    """Filter the background out of the query, activate the foreground, decode."""
+    """Filters the background out of the query, activates the foreground, decodes."""
 
     make_head: Callable[..., Head]
     make_cross: Callable[..., "CrossAttention"]

@@ -12,7 +12,7 @@ from qpenet_jax.models.prototypes import predicted
 
 
 class GBC(nn.Module):
-    """Cleanse the learned global background prototype for one query.
+    """Cleanses the learned global background prototype for one query.
 
     Without `cleanse`, P_bg is P_global itself (rows of Table III without BGPE).
     P_global starts from N(0, init_scale^2); at 0 it starts from zeros.
@@ -74,6 +74,6 @@ class GBC(nn.Module):
         )
 
     def _cleaner(self, pooled, *, train):
-        """Returns FC(FC(.)) of eq 11 as a gate in 0..1, as a cleaner only takes away."""
+        """Returns FC(FC(.)) of eq 11 as a gate in 0..1: a cleaner only takes away."""
         gate = self.fc2(nn.relu(self.fc1(pooled)))
         return nn.sigmoid(self.gate_dropped(gate, deterministic=not train))

@@ -25,10 +25,10 @@ def traced_once(init: Callable[..., Array]) -> Callable[..., Array]:
 def parameter(
     module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]
 ) -> Array:
-    """Returns a parameter of a module, or make it: `module.param` in less time.
+    """Returns a parameter of a module, or makes it: `module.param` in less time.
 
-    Flax traces the initialiser whenever a network is applied, to compare shapes: of a
-    backbone with parameters of many shapes that is a quarter of what tracing takes.
+    Flax traces the initialiser whenever a network is applied, to compare shapes, which
+    is a quarter of the time that tracing a backbone takes.
 
     Raises:
         ScopeParamShapeError: it has another shape.

@@ -29,13 +29,13 @@ class LossWeights:
     rev: Weight = 1.0
     final: Weight = 1.0
     aux: Weight = 0.6  # the released system's auxiliary head, not in the paper
-    inner: Weight = 1.0  # of the variants with FEM, as in PFENet
+    inner: Weight = 1.0  # predictions on FEM's grids, as in PFENet
 
 
 def resized_margin(
     logits: Float[Array, "*b h w 2"], size: tuple[int, int]
 ) -> Float[Array, "*b H W"]:
-    """Returns the logit of class 1 minus that of class 0, resized to the image (align_corners).
+    """Returns the foreground margin, resized with align_corners to the image's size.
 
     Two-class cross entropy depends on this difference only, and resizing is linear, so
     one channel is resized instead of two.
@@ -102,7 +102,7 @@ def total_loss(
 
 
 def _mean_cross_entropy(predictions, mask):
-    """Mean over one prediction or a tuple of them."""
+    """Returns the mean over one prediction or a tuple of them."""
     each = [cross_entropy(logits, mask) for logits in jax.tree.leaves(predictions)]
     return jnp.mean(jnp.stack(each))
 
@@ -112,6 +112,6 @@ def _mean(
     where: Bool[Array, "..."],
     axis: tuple[int, ...] | None = None,
 ) -> Float[Array, "..."]:
-    """Mean of the chosen values, 0 where none is chosen."""
+    """Returns the mean of the chosen values, 0 where none is chosen."""
     count = where.sum(axis).astype(values.dtype)
     return jnp.where(where, values, 0.0).sum(axis) / jnp.maximum(count, 1)

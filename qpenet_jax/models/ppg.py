@@ -21,7 +21,7 @@ def pseudo_prototype(
     *,
     train: bool,
 ) -> dict[str, Array]:
-    """Segments the query by the support's prototype and pool what was found.
+    """Segments the query by the support's prototype and pools what was found.
 
     Returns the logits `y_pre` [b, h, w, 2] and `P_psd` [b, c]. `convs` is shared with
     DPE.

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float, Integer
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import check_choice
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.dpe import dual_prototypes
 from qpenet_jax.models.fem import FEM, prior_mask
@@ -61,19 +61,14 @@ class QPENet(nn.Module):
 
     def __post_init__(self):
         """Refuses field values that name no network."""
-        if self.decoder not in ("ffa", "fem"):
-            raise InputError(f"decoder {self.decoder!r}: choose 'ffa' or 'fem'")
+        check_choice("decoder ", self.decoder, ("ffa", "fem"))
         known = ("pre", "main", "aux") if self.fgpe else ("pre",)
         for name in self.prototypes:
-            if name not in known:
-                known = ", ".join(known)
-                raise InputError(
-                    f"prototype {name!r} with fgpe={self.fgpe}: choose among {known}"
-                )
+            check_choice(f"with fgpe={self.fgpe}, prototype ", name, known)
         super().__post_init__()
 
     def setup(self):
-        """Makes the layers; `nn.Module` gives parameters to those that are used."""
+        """Makes the layers; only those that are used get parameters."""
         make_head = functools.partial(Head, self.head_dropout)
         make_convs = functools.partial(Convs, self.channel_dropout, self.head_dropout)
         self.reduce_support = Conv1x1(self.channels)
@@ -134,9 +129,9 @@ class QPENet(nn.Module):
     ) -> dict[str, Array]:
         """Returns all that can be known of images without the others of their episode.
 
-        Of a support F_s [n, h, w, c]; of a query F_q [n, h, w, c], y_bg_q [n, h, w, 2]
-        and P_bg [n, c], by GBC. An image that may be either, over a shared reducer, has
-        F_q for both. With `prior` also the features.
+        For a support this is F_s [n, h, w, c]; for a query F_q [n, h, w, c] and, by GBC,
+        y_bg_q [n, h, w, 2] and P_bg [n, c]. With a shared reducer an image that may be
+        either has F_q for both. `prior` adds the features.
         """
         encoded = {"features": features} if self.prior else {}
         scaled = unit_rms(features) if self.normalize else features
@@ -195,7 +190,7 @@ class QPENet(nn.Module):
         return logits, out
 
     def _foreground(self, F_q, out):
-        """Returns the decoder's activation maps by name and the vectors to broadcast."""
+        """Returns the decoder's activation maps and its vectors to broadcast."""
         mapped = [n for n in self.prototypes if self.activation_maps and n != "pre"]
         A = {f"A_{n}": activation_map(F_q, out[f"P_{n}"]) for n in mapped}  # eqs 13, 14
         vectors = [out[f"P_{n}"] for n in self.prototypes if n not in mapped]
@@ -203,6 +198,6 @@ class QPENet(nn.Module):
 
 
 def _concatenate(arrays, like):
-    """Joins along the channels; of no arrays at all, something `like` with none."""
+    """Joins arrays along the channels; none at all give `like` with 0 channels."""
     nothing = jnp.zeros((*like.shape[:-1], 0), like.dtype)
     return jnp.concatenate([nothing, *arrays], axis=-1)

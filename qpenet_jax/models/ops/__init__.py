@@ -1,8 +1,8 @@
 """The few primitives whose numerics or speed need care.
 
-Each has one meaning everywhere; where XLA's CPU backend runs the plain formulation
-slowly, `by_platform` picks an equal one for the CPU and the model files never see which
-path runs. GPU and TPU take the plain XLA ops, attention in blocks.
+Each has one meaning everywhere. Where XLA's CPU backend runs its own operation slowly,
+`by_platform` takes an equal one for the CPU, and the model files never see which path
+runs. GPU and TPU take XLA's operations, and attention in blocks.
 """
 
 import functools
@@ -39,18 +39,18 @@ def conv3x3(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c o"], dilation: int = 1
 ) -> Float[Array, "b h w o"]:
     """Convolves with a 3x3 kernel at stride 1, padded to keep the size."""
-    plain = functools.partial(_conv3x3_plain, dilation=dilation)
+    default = functools.partial(_conv3x3_default, dilation=dilation)
     if math.prod(x.shape[:3]) < WINOGRAD_FROM_CELLS or x.shape[3] < 64:
-        return plain(x, kernel)
+        return default(x, kernel)
     fast = functools.partial(winograd.conv3x3, dilation=dilation)
-    return by_platform(x, kernel, cpu=fast, default=plain)
+    return by_platform(x, kernel, cpu=fast, default=default)
 
 
 # In fewer cells of all images together the transforms cost what they save.
 WINOGRAD_FROM_CELLS = 400
 
 
-def _conv3x3_plain(x, kernel, dilation):
+def _conv3x3_default(x, kernel, dilation):
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -70,12 +70,12 @@ def depthwise_conv(
 ) -> Float[Array, "b h2 w2 c"]:
     """Convolves every channel with its own k x k kernel, padded symmetrically.
 
-    A sum of k * k shifted products: XLA's CPU backend runs grouped convolutions more
-    than ten times slower than this.
+    On a CPU it is a sum of k * k shifted products: XLA's CPU backend runs grouped
+    convolutions more than ten times slower than this.
     """
     shifted = functools.partial(_depthwise_shifted, stride=stride, dilation=dilation)
-    plain = functools.partial(_depthwise_plain, stride=stride, dilation=dilation)
-    return by_platform(x, kernel, cpu=shifted, default=plain)
+    default = functools.partial(_depthwise_default, stride=stride, dilation=dilation)
+    return by_platform(x, kernel, cpu=shifted, default=default)
 
 
 def _depthwise_shifted(x, kernel, *, stride, dilation):
@@ -96,7 +96,7 @@ def _depthwise_shifted(x, kernel, *, stride, dilation):
     return functools.reduce(jnp.add, products)
 
 
-def _depthwise_plain(x, kernel, *, stride, dilation):
+def _depthwise_default(x, kernel, *, stride, dilation):
     pad = kernel.shape[0] // 2 * dilation
     return jax.lax.conv_general_dilated(
         x,
@@ -125,7 +125,7 @@ def resize_align_corners(
 ) -> Float[Array, "b h2 w2 c"]:
     """Resizes bilinearly with align_corners, as two small matrix products.
 
-    At full precision: TF32 would round the pixels that interpolation only copies.
+    It computes at full precision: TF32 would round pixels that are only copied.
     """
     if not x.size:  # no maps; ONNX Runtime fails on products of nothing
         return jnp.zeros((x.shape[0], *size, x.shape[3]), x.dtype)
@@ -143,10 +143,10 @@ def attention(
 ) -> Float[Array, "b q n d"]:
     """Attends with n heads to the keys where `mask` is true (at least one a row).
 
-    Scores scaled by 1 / sqrt(d), softmax in float32.
+    The scores are scaled by 1 / sqrt(d); the softmax is in float32.
     """
     return by_platform(
-        query, key, value, mask, cpu=_attention_in_blocks, default=_attention_plain
+        query, key, value, mask, cpu=_attention_in_blocks, default=_attention_default
     )
 
 
@@ -154,7 +154,7 @@ def _attention_in_blocks(*inputs):
     return on_each_device(lambda _, *ours: attend_in_blocks(*ours), *inputs)
 
 
-def _attention_plain(query, key, value, mask):
+def _attention_default(query, key, value, mask):
     attend: Any = _written_out if only_defaults() else jax.nn.dot_product_attention
     if query.dtype == jnp.bfloat16 and from_ampere_on():
         # Where the true keys end is all that cuDNN needs to know; a mask it would want
@@ -183,10 +183,10 @@ def _written_out(query, key, value, mask):
 
 
 def _in_query_blocks(attend, query, scores):
-    """Attends with so many queries at once that their scores fit; each has `scores`.
+    """Attends with as many queries at once as fit; each has so many `scores`.
 
-    Queries are independent, so that the values are those of all at once. The scores of
-    a block are made again for its gradient.
+    Queries are independent, so the result is that of all queries at once. The scores of
+    a block are computed again for its gradient.
     """
     b, count, *head = query.shape
     rows = rows_at_once(count, scores)

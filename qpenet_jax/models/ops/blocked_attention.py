@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Integer
 from qpenet_jax.core.types import Array
 
 KEY_BLOCK = 450
-"""Keys whose scores are held at once: 450 of 3600 queries' are 6 MiB, cache's size."""
+"""Keys whose scores are held at once: for 3600 queries they take 6 MiB, as a cache."""
 
 MASKED = -1e9
 """Score of a position that takes no part."""
@@ -22,7 +22,7 @@ def true_keys_first(
     value: Float[Array, "b k n d"],
     mask: Bool[Array, "b k"],
 ) -> tuple[Float[Array, "b k n d"], Float[Array, "b k n d"], Integer[Array, "b"]]:
-    """Moves the keys and values where `mask` is true to the front; return their number.
+    """Returns keys and values, those where `mask` is true in front, and their number.
 
     Attention doesn't depend on the order of its keys.
     """
@@ -39,8 +39,8 @@ def attend_in_blocks(
 ) -> Float[Array, "b q n d"]:
     """Attends as `ops.attention` does, in float32.
 
-    The true keys are moved to the front, and those of one image and head are looked at
-    block by block, as many as hold true ones: exact, at the cost of the true keys.
+    The true keys are moved to the front. For each image and head, only the blocks that
+    hold true keys are computed: the result is exact, at the cost of the true keys.
     """
     b, _, heads, d = query.shape
     block = min(KEY_BLOCK, mask.shape[1])
@@ -64,7 +64,7 @@ def attend_in_blocks(
 def _attend(block, query, key, value, count):
     """Attends with `[n, q, d]` queries to the first `count[n]` of the `[n, k, d]` keys.
 
-    Softmax is gathered up over the blocks and its scores are made again for the
+    The softmax is accumulated over the blocks and its scores are computed again for the
     gradient, as in FlashAttention (Dao et al., NeurIPS 2022).
     """
     return _attend_fwd(block, query, key, value, count)[0]

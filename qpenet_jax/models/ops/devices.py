@@ -1,6 +1,6 @@
-"""What the device can; loops over batches that several devices share.
+"""What a device can compute, and loops over batches that several devices share.
 
-Each of them goes through its part, as many rows at once as fit.
+Each device goes through its part of a batch, as many rows at once as fit.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ BATCH_AXIS = "data"
 def on_each_device(f: Callable[..., Any], *batches: Any, shared: Any = ()) -> Any:
     """Returns `f(shared, *batches)`, every device taking its part of the batches.
 
-    For functions that treat the images of a batch one by one in a loop: XLA would
-    gather all of a batch that is split over devices before it takes one image out.
-    Without a mesh of several devices (`jax.set_mesh`) it is the plain call.
+    It serves functions that loop over the images of a batch: XLA would gather a batch
+    that is split over devices before it takes one image out. Without a mesh of several
+    devices (`jax.set_mesh`) it is an ordinary call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get(BATCH_AXIS, 1) == 1:
@@ -33,23 +33,23 @@ def on_each_device(f: Callable[..., Any], *batches: Any, shared: Any = ()) -> An
 
 
 def row_by_row(f: Callable[..., Any], *batches: Any, at_once: int = 1) -> Any:
-    """Returns `f(*rows)` of every row of the batches, so many of them at once.
+    """Returns `f(*rows)` for every row of the batches, `at_once` of them at once.
 
-    Every device goes through its own part, as `on_each_device` says.
+    Every device goes through its own part, as in `on_each_device`.
     """
 
-    def our_part(_, *ours):
+    def one_device(_, *parts):
         size = None if at_once == 1 else at_once
-        return jax.lax.map(lambda row: f(*row), ours, batch_size=size)
+        return jax.lax.map(lambda row: f(*row), parts, batch_size=size)
 
-    return on_each_device(our_part, *batches)
+    return on_each_device(one_device, *batches)
 
 
 _ONLY_DEFAULTS = contextvars.ContextVar("only_defaults", default=False)
 
 
 def by_platform(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]):
-    """Returns what either function does: on a CPU `cpu`, elsewhere `default`."""
+    """Returns the result of `cpu` on a CPU and of `default` on other devices."""
     if only_defaults():
         return default(*operands)
     return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
@@ -62,9 +62,9 @@ def only_defaults() -> bool:
 
 @contextlib.contextmanager
 def default_formulations() -> Iterator[None]:
-    """Traces the default of `by_platform` alone, for formats that know no platforms.
+    """Traces only the default of `by_platform`, for formats that know no platforms.
 
-    What was jitted before isn't traced again.
+    Functions that were jitted before aren't traced again.
     """
     before = _ONLY_DEFAULTS.set(True)
     try:
@@ -88,7 +88,7 @@ def rows_at_once(count: int, row_size: int) -> int:
 
 
 def from_ampere_on() -> bool:
-    """Whether the device is NVIDIA's of capability 8.0 or later.
+    """Returns whether the device is an NVIDIA GPU of capability 8.0 or later.
 
     Those have TF32, and cuDNN's flash attention for 16 bits.
     """

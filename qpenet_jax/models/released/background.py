@@ -14,11 +14,11 @@ from qpenet_jax.models.prototypes import predicted
 KERNELS = 4
 
 TEMPERATURE = 34
-"""Of the softmax over the kernels; upstream would lower it, and never does."""
+"""Temperature of the softmax over the kernels; upstream never lowers it, as planned."""
 
 
 class Background(nn.Module):
-    """Segment the background by the learned prototype, and adapt it to the query."""
+    """Segments the background by the learned prototype and adapts that to the query."""
 
     channels: int
     make_convs: Callable[..., Convs]
@@ -45,7 +45,7 @@ class Background(nn.Module):
     def __call__(
         self, F_q: Float[Array, "b h w c"], *, train: bool
     ) -> dict[str, Array]:
-        """Returns `P_bg` [b, h, w, c], `y_bg_q` [b, h, w, 2] and the mix `pi` [b, 4]."""
+        """Returns `P_bg` [b, h, w, c], `y_bg_q` [b, h, w, 2], the mix `pi` [b, 4]."""
         y_bg_q = self.segment(F_q, train=train)
         background = predicted(y_bg_q)[..., None].astype(F_q.dtype)
         pooled = jnp.mean(F_q * background, axis=(1, 2))

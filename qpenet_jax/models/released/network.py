@@ -47,7 +47,7 @@ from qpenet_jax.models.released.tokens import (
 from qpenet_jax.models.released.transformer import Transformer
 
 NAME = "released"
-"""What `config.variant` calls it."""
+"""The name of this network in `config.variant`."""
 
 CHOICES = (*BEHAVIOURS, "auto")
 """Values of `behaviour`. "auto" is "released" with one support, else "fixed"."""
@@ -57,11 +57,11 @@ LAYER3_CHANNELS = 1024
 
 
 class ReleasedQPENet(nn.Module):
-    """The released system; called as `QPENet` is, and told which pixels are padding.
+    """The released system; called as `QPENet` is, and also given what is padding.
 
-    `layer4` is the backbone's last stage, frozen: for the prior mask the supports go
-    through it with all but their foreground cut out. Without one, as for backbones that
-    have no such stage, the prior is made of the features themselves.
+    `layer4` is the backbone's frozen last stage: for the prior mask the supports go
+    through it with everything but their foreground set to 0. For backbones without such
+    a stage, the prior is made of the features themselves.
     """
 
     sees_padding: ClassVar[bool] = True  # where the square holds no photo
@@ -121,9 +121,9 @@ class ReleasedQPENet(nn.Module):
     ) -> tuple[Float[Array, "b H W 2"], dict[str, Any]]:
         """Returns the query's logits at image size and every named intermediate.
 
-        Padding is where the square image holds no photo; without it there is none.
-        `draws` replaces the transformer's random draws, one a layer. `train` needs a
-        "dropout" key.
+        Padding is true where the square image holds no photo; None means no padding.
+        `draws` replaces the transformer's random draws, one for each layer. `train`
+        needs a "dropout" key.
         """
         b, k = support_features.shape[:2]
 
@@ -151,7 +151,8 @@ class ReleasedQPENet(nn.Module):
     ) -> dict[str, Array]:
         """Returns all that can be known of images without the others of their episode.
 
-        Of a support F_s and its layer3; of a query F_q, its layer4, y_bg_q and P_bg.
+        For a support these are F_s and its layer3; for a query F_q, its layer4, y_bg_q
+        and P_bg.
         """
         n, h, w = features.shape[:3]
         encoded: dict[str, Array] = {
@@ -286,14 +287,14 @@ class ReleasedQPENet(nn.Module):
 
 
 def resolve_behaviour(choice: str, shots: int) -> Behaviour:
-    """Returns what "auto" means: upstream's code can't run with several supports."""
+    """Returns the behaviour for so many supports: upstream's code takes one."""
     if choice == "auto":
         return "released" if shots == 1 else "fixed"
     return "released" if choice == "released" else "fixed"
 
 
 MAPS = ("delta", "gamma", "main", "pre", "aux")
-"""Prototypes whose cosine maps the decoder is given."""
+"""The prototypes whose cosine maps the decoder is given."""
 
 
 def _concatenate(arrays):

@@ -11,7 +11,7 @@ from qpenet_jax.core.types import IGNORE, Array
 from qpenet_jax.models.losses import LossWeights, cross_entropy, resized_margin
 
 WEIGHTS = LossWeights(pre=0.25, rev=0.25, final=1.0, aux=0.6, beta=0.5)
-"""The release's, as those of eqs 17 to 19 with one support."""
+"""The release's weights, as those of eqs 17 to 19 with one support."""
 
 
 def released_loss(
@@ -54,8 +54,8 @@ def background_mining(
 ) -> Float[Array, ""]:
     """Returns L_bm as NERTNet's code and the release's have it; class 1 is background.
 
-    As `losses.background_mining` but that the pull to "background" is at all pixels,
-    those of 255 and of the foreground included.
+    Unlike `losses.background_mining` it pulls all pixels to "background", those of 255
+    and of the foreground included.
     """
     m = resized_margin(logits, (mask.shape[-2], mask.shape[-1]))
     foreground = (mask == 1).astype(m.dtype)

@@ -10,7 +10,7 @@ from jaxtyping import Float, PyTree
 from qpenet_jax.models.released.transformer import LAYERS
 
 CONVS = {"cyc": "convs", "bg": "gbc/convs"}
-"""Prefixes of the two networks that segment by a prototype."""
+"""Prefixes of the two networks that segment by a prototype: theirs -> ours."""
 
 
 @functools.cache

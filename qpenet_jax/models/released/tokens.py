@@ -1,7 +1,8 @@
 """Which support cells the decoder attends to, and how each is flagged.
 
-The released transformer attends to a fixed number of support cells, half foreground and
-half background if there are enough. Upstream draws them anew at every call.
+The released transformer attends to a fixed number of support cells, half of them
+foreground and half background if there are enough. Upstream draws new ones at every
+call.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -19,21 +20,21 @@ Behaviour = Literal["released", "fixed"]
 BEHAVIOURS: tuple[Behaviour, ...] = ("released", "fixed")
 
 BUDGET = 300
-"""Foreground tokens, and background tokens, a support at inference."""
+"""The number of foreground and of background tokens of a support at inference."""
 
 SCALES = {True: (0.6, 4.0), False: (0.6, 1.4)}
-"""Range of the factor on the budget in training, with one support or with several."""
+"""The range of the factor on the budget in training; True: with one support."""
 
 INFERENCE_SEED = 0
-"""Of the permutations at inference in "released", where upstream draws at random."""
+"""Seed of the permutations at inference in "released"; upstream takes random ones."""
 
 
 class Draws(NamedTuple):
-    """Of one layer's tokens the budget, and the order in which cells are taken.
+    """The budget of one layer's tokens, and the order in which cells are taken.
 
-    Of the cells of a set (foreground or background, in raster order), those with the
-    smallest priorities are taken first; only as many entries count as the set has.
-    Without priorities a set is thinned evenly, so that nothing is random.
+    The cells of a set (foreground or background, in raster order) with the smallest
+    priorities are taken first; only as many entries count as the set has cells. Without
+    priorities a set is thinned evenly, so that nothing is random.
     """
 
     budget: Int[Array, ""]
@@ -42,7 +43,7 @@ class Draws(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Indices into all support cells `[b, t]`, and what is said of each token.
+    """Indices into all support cells `[b, t]`, and the flags of each token.
 
     `used` is false for slots that hold no token.
     """
@@ -68,9 +69,9 @@ def draw(key: Array, size: tuple[int, int], shots: int, *, train: bool) -> Draws
 
 
 def inference_draws(size: tuple[int, int], shots: int, behaviour: Behaviour) -> Draws:
-    """Returns one draw for all episodes: what is predicted depends on nothing else.
+    """Returns one draw for all episodes, so that a prediction depends on nothing else.
 
-    "fixed" thins evenly; "released" permutes, by one fixed key, as upstream at random.
+    "fixed" thins evenly; "released" permutes as upstream does, but by one fixed key.
     """
     if behaviour == "fixed":
         return Draws(jnp.array(BUDGET * shots))
@@ -96,7 +97,7 @@ def flags_on_grid(
 
 
 def never_one_sided(foreground: Bool[Array, "*b h w"]) -> Bool[Array, "*b h w"]:
-    """Gives an empty support a centre of 2 x 2 cells, cut the corners off a full one."""
+    """Marks 2 x 2 central cells of an empty support, unmarks corners of a full one."""
     h, w = foreground.shape[-2:]
     centre = jnp.zeros((h, w), bool)
     centre = centre.at[h // 2 - 1 : h // 2 + 1, w // 2 - 1 : w // 2 + 1].set(True)
@@ -167,7 +168,7 @@ def choose(
 
 
 def _quotas(foreground, background, budget):
-    """Returns how many tokens each set gives: where one is short, the other fills up."""
+    """Returns how many tokens each set gives; the other fills up a short one."""
     total = 2 * budget
     few = foreground < budget
     short = ~few & (background < budget)

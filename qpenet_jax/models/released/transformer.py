@@ -31,12 +31,12 @@ from qpenet_jax.models.released.tokens import (
 )
 
 POINTS = 9
-"""Places that a query cell looks at, a head."""
+"""The number of places that each head of a query cell attends to."""
 
 LAYERS = 2
 
 MASKED = 1e4
-"""Taken from the scores of tokens that don't count, in float32."""
+"""Subtracted from the scores of tokens that don't count, in float32."""
 
 
 class Transformer(nn.Module):
@@ -61,7 +61,8 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "b h w c"], dict[str, Array]]:
         """Returns the refined query cells, and every layer's parts by name.
 
-        `tokens` are all support cells; `draws` replaces the random draws, one a layer.
+        `tokens` are all support cells; `draws` replaces the random draws, one for each
+        layer.
         """
         b, h, w, c = x.shape
         shots, size = tokens.shape[1], (b, tokens.shape[1] * h * w)
@@ -96,14 +97,8 @@ class Transformer(nn.Module):
             q = norm(q + dropped(found), f"norm{i}_deform")
             q = norm(q + ffn(q, f"ffn{i}_deform"), f"norm{i}_ffn1")
             if chosen is None or train:
-                if draws:
-                    drawn = draws[i]
-                elif train:
-                    key = self.make_rng("dropout")
-                    drawn = draw(key, size, shots, train=True)
-                else:
-                    drawn = inference_draws(size, shots, behaviour)
-                chosen = choose(foreground, padded, drawn, slots, behaviour)
+                order = self._order(draws, i, size, shots, behaviour, train)
+                chosen = choose(foreground, padded, order, slots, behaviour)
                 rows = jnp.take_along_axis(cells, chosen.index[..., None], axis=1)
                 parts |= {f"tokens{i}": rows, f"token_fg{i}": chosen.foreground}
                 parts[f"token_padded{i}"] = chosen.padded
@@ -114,6 +109,14 @@ class Transformer(nn.Module):
             q = norm(q + found, f"norm{i}_cross")
             q = norm(q + ffn(q, f"ffn{i}_cross"), f"norm{i}_ffn2")
         return q.reshape(x.shape), parts
+
+    def _order(self, draws, i, size, shots, behaviour, train):
+        """Returns the draws of layer i: given ones, random in training, else fixed."""
+        if draws:
+            return draws[i]
+        if train:
+            return draw(self.make_rng("dropout"), size, shots, train=True)
+        return inference_draws(size, shots, behaviour)
 
 
 def _linear(features: int, name: str) -> nn.Dense:
@@ -142,7 +145,7 @@ def position_code(
 
 
 class DeformableAttention(nn.Module):
-    """Each query cell looks at nine places that it chooses itself, a head."""
+    """Each head of a query cell attends to nine places that it chooses itself."""
 
     heads: int
     dropout: float
@@ -156,7 +159,7 @@ class DeformableAttention(nn.Module):
         *,
         train: bool,
     ) -> Float[Array, "b h w c"]:
-        """Returns what was found, `[b, h, w, c]`; padded cells have nothing to give."""
+        """Returns the attended features; padded cells contribute nothing."""
         b, h, w, c = x.shape
         kept = ~padded
         if train:
@@ -188,7 +191,7 @@ class DeformableAttention(nn.Module):
 
 
 def _ring(key, shape, dtype=jnp.float32):
-    """Starts with point p at distance p, every head in a direction of its own."""
+    """Returns offsets that put point p at distance p, each head in its direction."""
     del key  # nothing is drawn
     heads = shape[0] // (2 * POINTS)
     angle = np.arange(heads) * (2 * math.pi / heads)
@@ -214,7 +217,7 @@ class CycleAttention(nn.Module):
         *,
         train: bool,
     ) -> Float[Array, "b n c"]:
-        """Returns what was found; without a consistent token all of them count."""
+        """Returns the attended features; if no token is consistent, all count."""
         c = x.shape[-1]
 
         def heads(t, name):
@@ -256,7 +259,7 @@ class CycleAttention(nn.Module):
 def _attend(
     head: Mapping[str, Array], *, behaviour: Behaviour, dropout: float
 ) -> Float[Array, "n d"]:
-    """Returns what one head of one image finds among its tokens."""
+    """Returns the features that one head of one image attends to."""
     q, k, v = head["q"], head["k"], head["v"]
     out = head["used"]
     if behaviour == "fixed":
@@ -275,11 +278,11 @@ def _attend(
 
 
 INCONSISTENT = "inconsistent"
-"""Name of what a head keeps for the gradient; all else is made again."""
+"""Name of what a head keeps for the gradient; everything else is computed again."""
 
 
 def drop(key: Array, weights: Float[Array, "n t"], rate: float) -> Float[Array, "n t"]:
-    """Drops entries and scale up the others, as dropout does.
+    """Drops entries and scales up the others, as dropout does.
 
     Each entry hashes a random word of its row and one of its column (the finalizer of
     MurmurHash3): a fifth of the cost of a random word for every entry.
