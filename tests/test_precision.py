@@ -11,7 +11,6 @@ from qpenet_jax.backbones import precision
 from qpenet_jax.backbones.precision import InDtype, resolve_dtype
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.loader import load_episode
-from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.runs.build import (
     build_backbone,
     build_cosine_predictor,
@@ -21,6 +20,7 @@ from qpenet_jax.runs.build import (
     complete,
 )
 from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
+from qpenet_jax.training.setup import build_train_step, initial_state
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -74,12 +74,11 @@ def trained():
         sampler = build_train_sampler(config, dataset)
         loaded = [load_episode(dataset, sampler(i), SIDE) for i in range(2)]
         batch = jax.tree.map(lambda *x: np.stack(x), *loaded)
-        tx = Optimizer(**config.optimizer).build(10)
         weights = build_weights(config)
-        state = config.init(tx)
+        state = initial_state(config, weights, 10)
         predict = build_predictor(config, jax.tree.map(jnp.copy, state.params), weights)
         margin = predict(jax.tree.map(lambda x: x[:1], batch))
-        step = config.train_step(tx)
+        step = build_train_step(config, 10, 200)
         return *step(state, weights, batch, jax.random.key(0)), margin
 
     with jax.numpy_dtype_promotion("standard"):

@@ -514,7 +514,7 @@ def test_every_variant_has_its_result():
     ("fields", "message"),
     [
         ({"decoder": "FEM"}, "decoder 'FEM': choose ffa, fem"),
-        ({"prototypes": ("psd",)}, "with fgpe=True, prototype 'psd': choose pre, main, aux"),
+        ({"prototypes": ("psd",)}, "fgpe=True, prototype 'psd': choose pre, main"),
         ({"fgpe": False}, "with fgpe=False, prototype 'main': choose pre"),
     ],
 )

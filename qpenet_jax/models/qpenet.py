@@ -129,7 +129,7 @@ class QPENet(nn.Module):
     ) -> dict[str, Array]:
         """Returns all that can be known of images without the others of their episode.
 
-        For a support this is F_s [n, h, w, c]; for a query F_q [n, h, w, c] and, by GBC,
+        A support has F_s [n, h, w, c]; a query has F_q [n, h, w, c] and, by GBC,
         y_bg_q [n, h, w, 2] and P_bg [n, c]. With a shared reducer an image that may be
         either has F_q for both. `prior` adds the features.
         """
