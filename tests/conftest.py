@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,27 @@ def no_file_above(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def without_package(name):
+    """Within this context a package can't be imported, as if it weren't installed."""
+    before = sys.modules.get(name)
+    sys.modules[name] = None
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """A run of random parameters (tests/untrained.py), not to be changed."""
+    from untrained import untrained_run
+
+    return untrained_run(tmp_path_factory.mktemp("untrained") / "run")
 
 
 @pytest.fixture(scope="module")

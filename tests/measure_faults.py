@@ -1,21 +1,18 @@
-"""Count what faults do to a run: the table "Faults" of docs/reliability.md.
+"""Count kills, and watch memory: rows of the table "Faults" of docs/reliability.md.
 
     python tests/measure_faults.py memory --folder /tmp/faults
 
 makes a row of it, in a folder that may be deleted afterwards, and prints a JSON line.
+The other rows are tests (docs/reliability.md names them).
 The trainings are the quick start's, shrunk to 65 pixels, 16 channels and 12 steps with
 evaluations and saves; every command is a process of its own.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import multiprocessing
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -79,11 +76,6 @@ def trained(workdir, **changes):
     code, errors = finish(words(workdir, **changes))
     assert code == 0, errors
     return workdir
-
-
-def unbroken(folder):
-    """Return the run that broken ones are compared with, the same for several rows."""
-    return trained(folder.parent / "unbroken")
 
 
 # --- Many queries ---
@@ -177,8 +169,9 @@ def kills(folder, count, seed):
             continue
         saved = _hashes(workdir) if (workdir / "checkpoints").exists() else {}
         assert _forked(workdir, None) == 0
-        told = differing(workdir, whole)
-        row = {"second": round(moment, 1), "left": sorted(saved), "differs": told}
+        differs = differing(workdir, whole)
+        row = {"second": round(moment, 1), "left": sorted(saved)}
+        row["differs"] = differs
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
         shutil.rmtree(workdir)
@@ -196,7 +189,7 @@ def _forked(workdir, seconds):
     It is forked from one that has imported all, which is a third of the work.
     """
     forked = multiprocessing.get_context("forkserver")
-    forked.set_forkserver_preload(["qpenet_jax.runs.loop", "grain"])
+    forked.set_forkserver_preload(["qpenet_jax.training.train", "grain"])
     command = [str(word) for word in words(workdir, workers=0, **KILLED)[1:]]
     process = forked.Process(target=_train, args=(command,))
     process.start()
@@ -214,9 +207,6 @@ def _train(command):
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
     program(["train", *command[1:]])
-
-
-QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def differing(workdir, whole):
@@ -245,251 +235,7 @@ def _hashes(workdir):
     return found
 
 
-# --- Damaged checkpoints ---
-
-
-def damages(folder, count, seed):
-    """Damage the newest checkpoint of a run before its results; let training go on."""
-    sys.path.insert(0, str(ROOT))
-    from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
-    from qpenet_jax.runs import loop
-    from qpenet_jax.runs.config_files import load_config
-
-    keep_freed_memory()
-    keep_compilations()
-    rng = np.random.default_rng(seed)
-    whole = unbroken(folder)
-    settings = [str(word) for word in words(whole, workers=0)[6:]]
-    config = load_config(ROOT / "configs" / "quickstart.py", settings)
-    found = {"named": 0, "of no use to Orbax": 0, "the same": 0}
-    for i in range(count or 30):
-        workdir = folder / f"damaged_{i}"
-        shutil.copytree(whole, workdir)
-        (workdir / "results.json").unlink()
-        shutil.rmtree(workdir / "selected_on_last")
-        newest = workdir / "checkpoints" / str(SHRUNK["steps"])
-        how = ("missing", "cut", "zeroed")[i % 3]
-        what = _damage(newest, how, rng)
-        errors = io.StringIO()
-        with contextlib.redirect_stderr(errors):
-            loop.train(config, workdir)
-        named = f"warning: checkpoint {newest} can't be read" in errors.getvalue()
-        same = differing(workdir, whole) == []
-        found["named" if named else "of no use to Orbax"] += 1
-        found["the same"] += same
-        row = {"how": how, "what": what, "named": named, "same": same}
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        shutil.rmtree(workdir)
-    return {"of": count or 30} | found
-
-
-def _damage(checkpoint, how, rng):
-    """Damage one file, every fourth time all, of a checkpoint; return which."""
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file())
-    some = files if rng.random() < 0.25 else [files[rng.integers(len(files))]]
-    for path in some:
-        data = path.read_bytes()
-        if how == "missing":
-            path.unlink()
-        elif how == "cut":
-            path.write_bytes(data[: rng.integers(len(data) or 1)])
-        else:
-            path.write_bytes(bytes(len(data)))
-    return "all" if len(some) > 1 else str(some[0].relative_to(checkpoint))
-
-
-# --- What loads ---
-
-LONGER = {"steps": 40, "save_every": 10, "eval__every": 20, "log_every": 5}
-
-
-def workers(folder, count, seed):
-    """Kill a loading process in the middle of a training; then go on."""
-    rng = np.random.default_rng(seed)
-    changes = LONGER | {"workers": 2}
-    whole = trained(folder / "whole", **changes)
-    return _interrupted(folder, whole, count or 5, rng, changes, _kill_worker)
-
-
-def _kill_worker(process, rng):
-    """Kill one of the processes that load; there is nothing to mend."""
-    loading = []
-    for path in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):
-            text = path.read_text()
-            if f"\nPPid:\t{process.pid}\n" in text:
-                command = (path.parent / "cmdline").read_text()
-                if "spawn_main" in command:
-                    loading.append(int(path.parent.name))
-    os.kill(int(rng.choice(sorted(loading))), signal.SIGKILL)
-    return lambda: None
-
-
-def photos(folder, count, seed):
-    """Cut all photos in the middle of a training; then restore them and go on."""
-    rng = np.random.default_rng(seed)
-    root = folder / "data"
-    names = [f"{i}_{c}" for c in range(1, 21) for i in range(3)]
-    for part in ("JPEGImages", "SegmentationClassAug"):
-        (root / part).mkdir(parents=True)
-    for name in names:
-        pixels = rng.integers(0, 256, (70, 80, 3), np.uint8)
-        Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.jpg")
-        label = np.full((70, 80), int(name.split("_")[1]), np.uint8)
-        Image.fromarray(label).save(root / "SegmentationClassAug" / f"{name}.png")
-    (root / "ids.txt").write_text("\n".join(names))
-    lists = {f"dataset__{split}_ids": root / "ids.txt" for split in ("train", "val")}
-    changes = LONGER | {"dataset__kind": "voc", "dataset__root": root} | lists
-    whole = trained(folder / "whole", **changes)
-
-    def cut(process, rng):
-        images = list((root / "JPEGImages").iterdir())
-        kept = {path: path.read_bytes() for path in images}
-        for path, data in kept.items():
-            path.write_bytes(data[: len(data) // 2])
-        return lambda: [path.write_bytes(data) for path, data in kept.items()]
-
-    return _interrupted(folder, whole, count or 5, rng, changes, cut)
-
-
-def _interrupted(folder, whole, count, rng, changes, fault):
-    """Let a fault end trainings; return how long it took, and what was told."""
-    rows = []
-    for i in range(count):
-        workdir = folder / f"run_{i}"
-        process = start(words(workdir, **changes))
-        while not any(workdir.glob("checkpoints/?0")):
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 1))
-        mend = fault(process, rng)
-        begun = time.monotonic()
-        _, errors = process.communicate()
-        seconds = time.monotonic() - begun
-        mend()
-        code = process.returncode
-        trained(workdir, **changes)
-        same = differing(workdir, whole) == []
-        told = _lines(errors)
-        rows.append({"code": code, "seconds": round(seconds, 1), "same": same})
-        print(json.dumps(rows[-1] | {"told": told}), file=sys.stderr, flush=True)
-    return {
-        "of": count,
-        "refused": sum(row["code"] == 2 for row in rows),
-        "most seconds": max(row["seconds"] for row in rows),
-        "the same": sum(row["same"] for row in rows),
-        "told": told,
-    }
-
-
-def _lines(errors):
-    """Return the lines that aren't bars, nor Python's warning of shared memory."""
-    lines = errors.replace("\r", "\n").splitlines()
-    kept = [s for s in lines if s and "it/s" not in s and "?step" not in s]
-    return [s for s in kept if s.startswith("error: ") or "Traceback" in s]
-
-
-# --- A full disk ---
-
-FULL = {"save": 300, "results": 1028, "beginning": 1}
-"""KiB from which on a file can't grow, so that it is this part that fails."""
-
-
-def full(folder, count, seed):
-    """Let no file grow above some size; then lift that and go on."""
-    whole = unbroken(folder)
-    found = {}
-    for what, size in FULL.items():
-        workdir = folder / what
-        code, errors = finish(words(workdir), preexec_fn=_limit(size))
-        row = {"code": code, "told": _lines(errors)}
-        trained(workdir)
-        found[what] = row | {"the same": differing(workdir, whole) == []}
-        print(json.dumps(found[what]), file=sys.stderr, flush=True)
-    return found
-
-
-def _limit(size):
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size * 1024,) * 2)
-
-
-# --- One folder ---
-
-
-def folders(folder, count, seed):
-    """Train twice in one folder, in one that can't be written, with the clock back."""
-    whole = unbroken(folder)
-    found = {}
-    twice = folder / "twice"
-    first = start(words(twice), **QUIET)
-    while not (twice / "config.json").exists():
-        time.sleep(0.05)
-    code, errors = finish(words(twice))
-    first.wait()
-    same = differing(twice, whole) == []
-    found["two"] = {"code": code, "told": _lines(errors), "first": same}
-
-    locked = folder / "locked"
-    shutil.copytree(whole, locked)
-    # Another user's folder is refused to all but the superuser, this one to him, too.
-    subprocess.run(["mount", "--bind", locked, locked], check=True)
-    subprocess.run(["mount", "-o", "remount,ro,bind", locked], check=True)
-    try:
-        code, errors = finish(words(locked))
-        found["read-only"] = {"code": code, "told": _lines(errors)}
-        predict = _predict(folder, locked)
-        found["read-only, predict"] = {"code": finish(predict)[0]}
-        again = [*predict[:-1], locked / "out"]
-        code, errors = finish(again)
-        found["read-only, predict into it"] = {"code": code, "told": _lines(errors)}
-    finally:
-        subprocess.run(["umount", locked], check=True)
-
-    back = folder / "back"
-    process = start(words(back), **QUIET)
-    while not any(back.glob("checkpoints/?")):
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    ahead = time.time() + 1e7
-    for path in back.rglob("*"):
-        os.utime(path, (ahead, ahead))
-    (folder / "site").mkdir()
-    (folder / "site" / "sitecustomize.py").write_text(CLOCK)
-    environment = ENVIRONMENT | {"PYTHONPATH": str(folder / "site")}
-    code, errors = finish(words(back), env=environment)
-    same = differing(back, whole) == []
-    found["clock"] = {"code": code, "told": _lines(errors), "the same": same}
-    return found
-
-
-CLOCK = """
-import time
-now = time.time
-time.time = lambda: now() - 3e7
-"""
-
-
-def _predict(folder, run):
-    """Return a command that segments one image."""
-    image, mask = folder / "image.png", folder / "mask.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-    Image.fromarray(pixels).save(image)
-    Image.fromarray((pixels[..., 0] > 128).astype(np.uint8)).save(mask)
-    command = [sys.executable, "-m", "qpenet_jax.cli", "predict", "--workdir", run]
-    support = f"{image}:{mask}"
-    return [*command, "--support", support, "--query", image, "--out", folder / "out"]
-
-
-ROWS = {
-    "kills": kills,
-    "full": full,
-    "damages": damages,
-    "workers": workers,
-    "photos": photos,
-    "folders": folders,
-    "memory": memory,
-}
+ROWS = {"kills": kills, "memory": memory}
 
 
 def main():

@@ -10,6 +10,7 @@ of 200,000 steps. It appends a line of JSON for each run and prints the file's t
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -19,14 +20,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qpenet_jax.runs.trainer import Trainer
-
+from qpenet_jax.backbones.registry import BACKBONES
 from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.training import health
 from qpenet_jax.training.preflight import JUDGED, first_steps, is_finite
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pascal_fold2.py"
+
+LITE0 = "efficientnet_lite0"
 
 WEIGHTS = {"loss.beta": 0.5, "loss.pre": 0.25, "loss.rev": 0.25}
 BEFORE = {"recipe": "paper", "optimizer.lr_factor": 10.0}
@@ -46,32 +48,25 @@ ROWS = {
 "stable" is that on normalised features."""
 
 
-class Scaled(nn.Module):
-    """A backbone whose features are multiplied by a number."""
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A backbone's module whose features are multiplied by a number."""
 
     module: nn.Module
     scale: float
 
+    def init(self, *given):
+        """Returns the module's own weights."""
+        return self.module.init(*given)
+
     def apply(self, variables, images):
-        """Return the scaled stages."""
+        """Returns the scaled stages."""
         stages = self.module.apply(variables, images)
         return {name: self.scale * value for name, value in stages.items()}
 
 
-class ScaledExperiment(Experiment):
-    """An config over scaled features."""
-
-    scale = 1.0
-
-    @property
-    def backbone(self):
-        """The frozen network."""
-        net = super().backbone
-        return net._replace(module=Scaled(net.module, self.scale))
-
-
 def train(row, scale, seed, data, side, steps, native):
-    """Train once and return what is told of it."""
+    """Train once and return the measurements."""
     zoom = 1.0 if native else side / 473
     settings = {
         "seed": seed,
@@ -84,19 +79,21 @@ def train(row, scale, seed, data, side, steps, native):
         "dataset.val_ids": data / "lists" / "subset_val.txt",
         "dataset.on_few": "drop",
         "augmentation.scale": f"({0.9 * zoom}, {1.1 * zoom})",
-        "backbone.name": "efficientnet_lite0",
+        "backbone.name": LITE0,
         "backbone.weights": "",
     } | ROWS[row]
     words = [f"--config.{name}={value}" for name, value in settings.items()]
-    config = ScaledExperiment(load_config(CONFIG, words))
-    object.__setattr__(config, "scale", scale)
+    config = load_config(CONFIG, words)
+    net = BACKBONES[LITE0]
+    BACKBONES[LITE0] = net._replace(module=Scaled(net.module, scale))
     seen = []
-    stream = first_steps(Trainer(config))
+    stream = first_steps(config)
     finite = True
     with contextlib.closing(stream):
         while finite and len(seen) < steps:
             seen.append(next(stream).metrics)
             finite = is_finite(seen[-1])
+    BACKBONES[LITE0] = net
     last = seen[-JUDGED:]
     mean = {name: float(np.mean([m[name] for m in last])) for name in last[0]}
     dead = health.dead_heads(last) if finite else {}
@@ -106,7 +103,7 @@ def train(row, scale, seed, data, side, steps, native):
 
 
 def table(runs):
-    """Return the runs in Markdown, seeds side by side."""
+    """Returns the runs in Markdown, seeds side by side."""
     lines = [
         "| row | features x | NaN at | largest gradient | IoU | y_pre | y_rev | y_aux "
         "| y_final | y_bg_q | dead heads |",
@@ -126,9 +123,9 @@ def table(runs):
         gradient = ", ".join(f"{run['gradient']:.0f}" for run in group)
         names = ("loss_pre", "loss_rev", "loss_aux", "loss_final", "loss_bg_q")
         dead = "; ".join(" ".join(run["dead"]) or "none" for run in group)
-        told = [cells("iou", 2), *(cells(name, 2) for name in names)]
+        shown = [cells("iou", 2), *(cells(name, 2) for name in names)]
         lines.append(
-            f"| {' | '.join([row, f'{scale:g}', nan, gradient, *told, dead])} |"
+            f"| {' | '.join([row, f'{scale:g}', nan, gradient, *shown, dead])} |"
         )
     return "\n".join(lines)
 

@@ -9,21 +9,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from commands import qpenet
+from conftest import without_package
 from PIL import Image
+from untrained import SIDE
 
 from qpenet_jax import InputError
-from qpenet_jax.cli.main import main
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.transforms import fit, fit_label, unpad
 from qpenet_jax.models import ops
 from qpenet_jax.models.ops.devices import default_formulations
-from qpenet_jax.runs import export as module
 from qpenet_jax.runs.build import build_predictor
 from qpenet_jax.runs.export import Part, export
+from qpenet_jax.runs.export import onnx as onnx_model
 from qpenet_jax.runs.folder import open_run
 
-RUN = Path(__file__).parent / "goldens" / "run_dbf7d53"
-SIDE = 65
 GUIDE = Path(__file__).parents[1] / "docs" / "export.md"
 
 
@@ -33,23 +33,23 @@ def example(name):
 
 
 @pytest.fixture(scope="module")
-def predict():
-    run = open_run(RUN)
+def predict(untrained):
+    run = open_run(untrained)
     return build_predictor(run.config, run.params, run.weights)
 
 
 @pytest.fixture(scope="module")
-def stablehlo(tmp_path_factory):
+def stablehlo(untrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stablehlo") / "exported"
-    return export(RUN, folder, format="stablehlo", shots=(1, 5))
+    return export(untrained, folder, format="stablehlo", shots=(1, 5))
 
 
 @pytest.fixture(scope="module")
-def onnx(tmp_path_factory):
+def onnx(untrained, tmp_path_factory):
     for package in ("onnxruntime", "jax2onnx"):
         pytest.importorskip(package, reason=f"no {package}: see docs/export.md")
     folder = tmp_path_factory.mktemp("onnx") / "exported"
-    return export(RUN, folder, format="onnx", shots=(1, 5))
+    return export(untrained, folder, format="onnx", shots=(1, 5))
 
 
 def episode(photos, labels, shots):
@@ -209,23 +209,23 @@ def test_the_plain_formulations_know_no_platforms():
     assert "platform_index" in traced()
 
 
-def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_exported_is_one_line(untrained, tmp_path):
     def refused(*options):
-        with pytest.raises(SystemExit):
-            main(["export", f"--workdir={RUN}", *options, f"--out={tmp_path / 'out'}"])
+        words = (f"--workdir={untrained}", *options, f"--out={tmp_path / 'out'}")
+        result = qpenet("export", *words)
         assert not (tmp_path / "out").exists()
-        (line,) = capsys.readouterr().err.splitlines()
+        (line,) = result.stderr.splitlines()
         return line
 
     assert "--shots: give numbers from 1 on" in refused(
         "--format=stablehlo", "--shots=0"
     )
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    told = refused("--format=onnx")
-    assert "--format onnx needs onnx, which isn't installed" in told
-    assert "pip install --no-deps jax2onnx" in told
+    with without_package("onnx"):
+        message = refused("--format=onnx")
+    assert "--format onnx needs onnx, which isn't installed" in message
+    assert "pip install --no-deps jax2onnx" in message
     with pytest.raises(InputError, match="choose stablehlo, onnx"):
-        export(RUN, tmp_path / "out", format="tflite")
+        export(untrained, tmp_path / "out", format="tflite")
 
 
 @pytest.mark.parity
@@ -243,7 +243,7 @@ def test_onnx_attends_to_the_true_keys_where_others_are_far_larger():
         return {"out": ops.attention(**inputs)}
 
     shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in given.items()}
-    model = module.onnx(Part(attend, shapes), "attention")
+    model = onnx_model(Part(attend, shapes), "attention")
     (found,) = onnxruntime.InferenceSession(model).run(None, given)
     np.testing.assert_allclose(found, np.broadcast_to(value[:, 1:2], found.shape))
     np.testing.assert_allclose(found, attend(**given)["out"], rtol=1e-5)

@@ -1,7 +1,8 @@
 """Every input is either right or refused: random odd files, and what is made of them.
 
-`pytest` tries a few of each kind. `python tests/test_fuzz.py 1000 images` tries so many
-in processes of their own, which a crash can't take along; docs/reliability.md.
+`pytest` tries a few of each kind, `pytest -m slow` more of them. `python
+tests/test_fuzz.py 1000 images` tries so many in processes of their own, which a crash
+can't take along (docs/reliability.md).
 """
 
 import atexit
@@ -21,15 +22,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from unittest import mock
 
 import fuzzing
-import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 from conftest import _write_voc
 from fuzzing import Rng, chance, damaged, one_of
+from predictors import run_predict
+from untrained import STEP, untrained_run
 
 from qpenet_jax.backbones import torch_files
 from qpenet_jax.backbones.convert import convert, load_weights, to_flax
@@ -44,14 +45,11 @@ from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.masks.annotations import parse_support, read_support
 from qpenet_jax.masks.tasks import compete
-from qpenet_jax.runs import checkpoints
 from qpenet_jax.runs.build import complete
 from qpenet_jax.runs.config_files import load_config, override
 from qpenet_jax.runs.folder import open_run, read_config
-from qpenet_jax.training.step import TrainState
 
 GOLDENS = Path(__file__).parent / "goldens"
-OLD = GOLDENS / "run_dbf7d53"
 LITE0 = "efficientnet_lite0"
 
 
@@ -69,22 +67,29 @@ def images(rng: Rng, folder: Path) -> None:
     if as_query:  # and the support is as it should be
         query, photo = photo, query
         fuzzing.Image.new("L", (5, 4), 255).save(mask)
-    stand_in, out = mock.MagicMock(), folder / "out"
-    stand_in.learn_classes.return_value.find.side_effect = _red
-    words = ["predict", "--workdir", "run", "--support", f"{photo}:{mask}"]
-    with mock.patch("qpenet_jax.segmenter.load", return_value=stand_in):
-        command(*words, "--query", query, "--out", out, leaves_nothing=out)
-    ((examples,),) = (call.args for call in stand_in.learn_classes.call_args_list)
-    ((supports, masks),) = examples.values()
+    stand_in, out = RedFinder(), folder / "out"
+    words = ["--support", f"{photo}:{mask}", "--query", query, "--out", out]
+    try:
+        run_predict(stand_in, *words)
+    except InputError:
+        assert not out.is_dir() or not any(out.iterdir())
+        raise
+    ((supports, masks),) = stand_in.examples.values()
     same(supports[0], oracles.image(photo.read_bytes()))
     same(masks[0], oracles.mask(mask.read_bytes()))
     expected = 255 * (oracles.image(query.read_bytes())[..., 0] > 127)
     same(oracles.image((out / f"{query.stem}.png").read_bytes())[..., 0], expected)
 
 
-def _red(image, tiles=None, *, refine=False, probabilities=False):
-    """Find what is red, as a network would."""
-    return compete([image[..., 0] - np.float32(127.5)], probabilities=probabilities)
+class RedFinder:
+    """Finds what is red, as a network would, and notes the examples."""
+
+    def learn_classes(self, examples):
+        self.examples = examples
+        return self
+
+    def find(self, image, tiles=None, *, refine=False, probabilities=False):
+        return compete([image[..., 0] - np.float32(127.5)], probabilities=probabilities)
 
 
 def folders(rng: Rng, folder: Path) -> None:
@@ -194,11 +199,10 @@ def runs(rng: Rng, folder: Path) -> None:
     else:
         content = json.loads((run / name).read_text())
         (run / name).write_bytes(fuzzing.json_file(rng, content))
-    with mock.patch.object(Experiment, "untrained", _untrained):
-        opened = open_run(run)
-        same_tree(opened.params, _intact().params)
+    opened = open_run(run)
+    same_tree(opened.params, open_run(_base_run()).params)
     same_tree(opened.weights, load_weights(LITE0))
-    assert opened.step == 3
+    assert opened.step == STEP
     assert isinstance(opened.shared, dict)
     if name == "config.json":
         told = oracles.flat(json.loads((run / name).read_text(encoding="utf-8")))
@@ -209,35 +213,10 @@ def runs(rng: Rng, folder: Path) -> None:
 
 
 @functools.cache
-def _intact():
-    return open_run(OLD)
-
-
-@functools.cache
 def _base_run() -> Path:
-    """Save the old run anew: its checkpoint has no hashes."""
-    run = Path(tempfile.mkdtemp()) / "run"
-    atexit.register(shutil.rmtree, run.parent)
-    shutil.copytree(OLD, run)
-    shutil.rmtree(run / checkpoints.FOLDER)
-    state = TrainState(jnp.array(3, jnp.int32), _intact().params, {"a": jnp.zeros(2)})
-    with checkpoints.open_checkpoints(run) as manager:
-        checkpoints.save(manager, state)
-    return run
-
-
-_made: dict[str, object] = {}
-_make_untrained = Experiment.untrained
-
-
-def _untrained(self):
-    """Trace a network once for all configs that describe the same."""
-    config = self.config
-    parts = {k: config[k] for k in ("model", "variant", "recipe", "side", "shots")}
-    key = repr((parts, config.backbone.name, config.backbone.stages))
-    if key not in _made:
-        _made[key] = _make_untrained(self)
-    return _made[key]
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return untrained_run(folder / "run")
 
 
 def coco(rng: Rng, folder: Path) -> None:
@@ -280,7 +259,7 @@ def configs(rng: Rng, folder: Path) -> None:
         for field, given in told.items():
             if field != "version":
                 same_value(flat(config.to_dict())[field], given, field)
-    used = flat(complete(config).config.to_dict())
+    used = flat(complete(config).to_dict())
     for field, default in fields.items():
         if default is not None and not isinstance(default, tuple):
             wanted = (int, float) if type(default) is float else type(default)
@@ -396,10 +375,10 @@ def command(*words: object, leaves_nothing: Path) -> None:
         code = stop.code
     else:
         return
-    told = [x for x in errors.getvalue().splitlines() if x.startswith("error: ")]
-    assert (code, len(told)) == (2, 1), errors.getvalue()
+    lines = [x for x in errors.getvalue().splitlines() if x.startswith("error: ")]
+    assert (code, len(lines)) == (2, 1), errors.getvalue()
     assert not leaves_nothing.is_dir() or not any(leaves_nothing.iterdir())
-    raise InputError(told[0])
+    raise InputError(lines[0])
 
 
 @contextlib.contextmanager
@@ -425,9 +404,9 @@ def same_tree(ours, expected) -> None:
         same(ours[name], expected[name])
 
 
-def same_value(ours, told, field: str) -> None:
-    told = tuple(told) if isinstance(told, list) else told
-    assert ours == told, f"{field}={ours!r}, but the file says {told!r}"
+def same_value(ours, given, field: str) -> None:
+    given = tuple(given) if isinstance(given, list) else given
+    assert ours == given, f"{field}={ours!r}, but the file says {given!r}"
 
 
 class Code(Exception):
@@ -486,24 +465,36 @@ def outcome(kind: str, seed: int) -> str:
     return result
 
 
-FEW = {"images": 30, "folders": 12, "weights": 25, "runs": 8, "coco": 40}
-FEW |= {"configs": 40, "lists": 30, "marks": 60}
-"""How many of each kind `pytest` tries: some seconds in all."""
+FEW = {"images": 8, "folders": 4, "weights": 8, "coco": 10}
+FEW |= {"configs": 10, "lists": 10, "marks": 15}
+"""How many of each kind are tried in this process."""
+
+MANY = {"images": 30, "folders": 12, "weights": 25, "runs": 8, "coco": 40}
+MANY |= {"configs": 40, "lists": 30, "marks": 60}
+"""How many are tried under the mark slow, each kind in a process of its own: reads of
+Orbax that failed may end there when they like."""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def check(outcomes: list[str], kind: str) -> None:
+    assert [o for o in outcomes if o.startswith("FAULT")] == []
+    assert {o.split(":")[0] for o in outcomes} == {"right", "refused"}, kind
+
+
+@pytest.mark.parametrize("kind", FEW)
 def test_every_input_is_right_or_refused(kind):
     if kind == "weights":
-        pytest.importorskip("torch", reason="PyTorch tells what a .pth file holds")
-    if kind == "runs":  # reads of Orbax that failed end when they like, as errors here
-        words = [sys.executable, __file__, "--each", kind, "0", str(FEW[kind])]
-        child = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-        outcomes = [json.loads(line) for line in child.stdout.splitlines()]
-        assert len(outcomes) == FEW[kind]
-    else:
-        outcomes = [outcome(kind, seed) for seed in range(FEW[kind])]
-    assert [o for o in outcomes if o.startswith("FAULT")] == []
-    assert {o.split(":")[0] for o in outcomes} == {"right", "refused"}
+        pytest.importorskip("torch", reason="PyTorch reads the .pth file as well")
+    check([outcome(kind, seed) for seed in range(FEW[kind])], kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MANY)
+def test_many_inputs_are_right_or_refused(kind):
+    words = [sys.executable, __file__, "--each", kind, "0", str(MANY[kind])]
+    child = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    outcomes = [json.loads(line) for line in child.stdout.splitlines()]
+    assert len(outcomes) == MANY[kind]
+    check(outcomes, kind)
 
 
 def try_many(kind: str, first: int, count: int) -> None:

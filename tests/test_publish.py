@@ -1,5 +1,6 @@
 """Published runs: what is written, that it is opened as a run, from a hub as well."""
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -13,25 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import no_file_above, without_package
 from PIL import Image
 from safetensors import safe_open
+from untrained import STEP
 
 import qpenet_jax
 from qpenet_jax import InputError
 from qpenet_jax.cli.main import main
-from qpenet_jax.runs import published as hub
 from qpenet_jax.runs.build import identity
 from qpenet_jax.runs.folder import claim, open_run, read_inputs
 from qpenet_jax.runs.publish import publish
 from qpenet_jax.runs.published import MODEL_FILE, write_model
 
-RUN = Path(__file__).parent / "goldens" / "run_dbf7d53"
-
 
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory):
+def exact(untrained, tmp_path_factory):
     """The run, published exactly; not to be changed."""
-    return publish(RUN, tmp_path_factory.mktemp("exact") / "published")
+    return publish(untrained, tmp_path_factory.mktemp("exact") / "published")
 
 
 @pytest.fixture
@@ -44,18 +44,18 @@ def equal(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_a_published_run_is_the_run(exact):
+def test_a_published_run_is_the_run(exact, untrained):
     assert sorted(f.name for f in exact.iterdir()) == [
         "README.md",
         "config.json",
         "model.safetensors",
     ]
-    before, after = open_run(RUN), open_run(exact)
+    before, after = open_run(untrained), open_run(exact)
     equal(after.params, before.params)
     equal(after.weights, before.weights)
-    assert after.step == before.step
+    assert after.step == before.step == STEP
     assert after.shared == before.shared
-    assert read_inputs(exact) == read_inputs(RUN)
+    assert read_inputs(exact) == read_inputs(untrained)
     assert identity(after.config) == identity(before.config)
 
 
@@ -98,8 +98,8 @@ def test_the_backbone_goes_along_if_asked_and_its_own_always(tmp_path, exact):
     equal(open_run(own).weights, run.weights)
 
 
-def test_the_config_tells_no_folder_of_its_author(tmp_path):
-    run = Path(shutil.copytree(RUN, tmp_path / "run"))
+def test_the_config_names_no_folder_of_its_author(tmp_path, untrained):
+    run = Path(shutil.copytree(untrained, tmp_path / "run"))
     config = json.loads((run / "config.json").read_text())
     config["dataset"]["root"] = "/home/somebody/photos"
     config["backbone"]["weights"] = str(tmp_path / "lite.safetensors")
@@ -110,14 +110,14 @@ def test_the_config_tells_no_folder_of_its_author(tmp_path):
     assert str(tmp_path) not in text
     with pytest.raises(InputError) as refused:
         _ = open_run(folder).weights
-    told = str(refused.value)
-    assert told.startswith("lite.safetensors: no such file")
-    assert told.endswith(
+    message = str(refused.value)
+    assert message.startswith("lite.safetensors: no such file")
+    assert message.endswith(
         "(hash d269ff436f7d): give them by --config.backbone.weights=FILE"
     )
 
 
-def test_the_card_tells_what_it_is(exact, tmp_path):
+def test_the_card_says_what_the_run_is(exact, untrained, tmp_path):
     card = (exact / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: qpenet_jax\n")
     assert "license:" not in card
@@ -125,16 +125,13 @@ def test_the_card_tells_what_it_is(exact, tmp_path):
         assert fact in card
     licensed = publish(exact, tmp_path / "licensed", license="cc-by-4.0")
     assert "\nlicense: cc-by-4.0\n" in (licensed / "README.md").read_text()
-
-
-def test_the_card_repeats_results_of_the_same_checkpoint_alone(tmp_path):
-    run = Path(shutil.copytree(RUN, tmp_path / "run"))
+    # It repeats results of the same checkpoint alone.
+    run = Path(shutil.copytree(untrained, tmp_path / "run"))
     (run / "results.md").write_text("# Results\n\nProtocol: ours\n")
-    results = json.loads((run / "results.json").read_text())
-    for step, told in ((3, "Protocol: ours"), (2, "None were found")):
-        (run / "results.json").write_text(json.dumps(results | {"step": step}))
+    for step, words in ((STEP, "Protocol: ours"), (2, "None were found")):
+        (run / "results.json").write_text(json.dumps({"step": step}))
         folder = publish(run, tmp_path / f"step{step}")
-        assert told in (folder / "README.md").read_text()
+        assert words in (folder / "README.md").read_text()
 
 
 def test_commands_take_a_published_run(mine, tmp_path, capsys):
@@ -152,81 +149,63 @@ def test_commands_take_a_published_run(mine, tmp_path, capsys):
     np.testing.assert_array_equal(found, 255 * expected)
     main(["evaluate", "--workdir", str(mine), "--episodes", "1"])
     (results,) = mine.glob("evaluate/*/results.json")
-    assert json.loads(results.read_text())["step"] == 3
-    main(["figures", "--workdir", str(mine), "--count=1", "--out", str(out)])
-    assert (out / "predictions.jpg").exists()
+    assert json.loads(results.read_text())["step"] == STEP
     episodes = ["episodes", "export", "--episodes=1", "--out", str(out / "list.csv")]
     main([*episodes, "--workdir", str(mine)])
     assert "1 episodes in" in capsys.readouterr().out
 
 
-def damaged(file, change):
-    file.write_bytes(change(file.read_bytes()))
-
-
 def test_a_model_that_is_not_what_was_written_is_refused(mine):
     model = mine / MODEL_FILE
     whole = model.read_bytes()
-    for change, told in (
+    with safe_open(model, "numpy") as file:
+        metadata = file.metadata()
+    tensors = safetensors.numpy.load_file(model)
+    tensors["gbc/P_global"] = np.full_like(tensors["gbc/P_global"], np.nan)
+    for content, words in (
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "values aren't what was written"),
+        (whole[:-7], "is no model of `qpenet publish`"),
+        (b"", "is no model of `qpenet publish`"),
+        (pickle.dumps(print), "is no model of `qpenet publish`"),
+        (whole.replace(b"qpenet_jax run 1", b"qpenet_jax run 2"), "run 2, not"),
+        (whole.replace(b'\\"step\\": 3', b'\\"stop\\": 3'), "is no model of"),
+        (whole.replace(b'\\"step\\": 3', b'\\"step\\":[]'), "of other types"),
         (
-            lambda b: b[:-1] + bytes([b[-1] ^ 1]),
-            "values aren't what was written",
+            safetensors.numpy.save(tensors, metadata),
+            "not finite or not real: gbc/P_global",
         ),
-        (lambda b: b[:-7], "is no model of `qpenet publish`"),
-        (lambda b: b"", "is no model of `qpenet publish`"),
-        (lambda b: pickle.dumps(print), "is no model of `qpenet publish`"),
-        (lambda b: b.replace(b"qpenet_jax run 1", b"qpenet_jax run 2"), "run 2, not"),
-        (lambda b: b.replace(b'\\"step\\": 3', b'\\"stop\\": 3'), "is no model of"),
-        (lambda b: b.replace(b'\\"step\\": 3', b'\\"step\\":[]'), "of other types"),
     ):
-        damaged(model, lambda _, change=change: change(whole))
-        with pytest.raises(InputError, match=told) as refused:
+        model.write_bytes(content)
+        with pytest.raises(InputError, match=words) as refused:
             open_run(mine)
         assert str(model) in str(refused.value)
 
 
 def test_a_config_of_another_network_is_refused_without_making_it(mine):
     config = json.loads((mine / "config.json").read_text())
-    for channels, told in ((16, "wrong shape"), (2**20, "wrong shape")):
-        config["model"]["channels"] = channels
-        (mine / "config.json").write_text(json.dumps(config))
-        with pytest.raises(InputError, match=f"doesn't fit its config: {told}"):
-            open_run(mine)
-
-
-def test_parameters_that_are_no_numbers_are_refused(mine):
-    model = mine / MODEL_FILE
-    with safe_open(model, "numpy") as file:
-        metadata = file.metadata()
-    tensors = safetensors.numpy.load_file(model)
-    tensors["gbc/P_global"] = np.full_like(tensors["gbc/P_global"], np.nan)
-    safetensors.numpy.save_file(tensors, model, metadata=metadata)
-    with pytest.raises(InputError, match="not finite or not real: gbc/P_global"):
+    config["model"]["channels"] = 2**20
+    (mine / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="doesn't fit its config: wrong shape"):
         open_run(mine)
 
 
-def test_another_checkpoint_than_the_published_is_refused(mine):
+def test_a_published_run_has_one_checkpoint_and_is_not_trained_on(mine):
     with pytest.raises(InputError, match="no checkpoint by 'novel': choose last"):
         open_run(mine, selection="novel")
-    assert open_run(mine, selection="last").step == 3
-
-
-def test_a_published_run_is_not_trained_on(mine):
+    assert open_run(mine, selection="last").step == STEP
     with pytest.raises(InputError, match="published run, which can't be trained on"):
         claim(mine, open_run(mine).config, {})
 
 
 def test_publishing_replaces_nothing_and_leaves_nothing(
-    tmp_path, exact, monkeypatch, capsys
+    tmp_path, exact, untrained, capsys
 ):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     with pytest.raises(SystemExit):
-        main(["publish", f"--workdir={RUN}", "--out", str(tmp_path / "full")])
+        main(["publish", f"--workdir={untrained}", "--out", str(tmp_path / "full")])
     assert "exists and isn't empty: choose another folder" in capsys.readouterr().err
-    broken = "qpenet_jax.runs.publish.model_card"
-    monkeypatch.setattr(broken, lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with no_file_above(1000), pytest.raises(InputError, match="make room"):
         publish(exact, tmp_path / "new")
     assert [f.name for f in tmp_path.iterdir()] == ["full"]
 
@@ -244,7 +223,7 @@ class Hub(BaseHTTPRequestHandler):
         super().__init__(*request)
 
     def log_message(self, *_):
-        pass
+        """Keeps the output of the tests clean."""
 
     def do_HEAD(self):
         self.do_GET()
@@ -253,67 +232,47 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         path = self.path.partition("?")[0].strip("/").split("/")
         match path:
-            case ["api", "models", "ann", "shapes", "revision", name]:
-                self._tell(name)
-            case ["api", "models", "ann", "shapes"]:
-                self._tell("main")
+            case ["api", "models", "ann", "shapes", *rest] if rest[:1] != ["tree"]:
+                files = self.files(rest[-1] if rest else "main")
+                about = {"siblings": [{"rfilename": name} for name in files]}
+                about |= {
+                    "id": "ann/shapes",
+                    "sha": commit(rest[-1] if rest else "main"),
+                }
+                content = json.dumps(about).encode() if files else None
             case ["api", "models", "ann", "shapes", "tree", name]:
-                files = self._files(name)
-                self._send(
-                    json.dumps(
-                        [
-                            {
-                                "type": "file",
-                                "path": f.name,
-                                "size": f.stat().st_size,
-                                "oid": f.name,
-                            }
-                            for f in files
-                        ]
-                    ).encode()
-                )
-            case ["ann", "shapes", "resolve", name, file] if self._files(name):
-                self._send(self._at(name, file).read_bytes(), name, f'"{file}-{name}"')
+                listed = [
+                    {"type": "file", "path": n, "size": f.stat().st_size, "oid": n}
+                    for n, f in self.files(name).items()
+                ]
+                content = json.dumps(listed).encode()
+            case ["ann", "shapes", "resolve", name, file] if self.files(name):
+                content = self.files(name)[file].read_bytes()
             case _:
-                self.send_response(404)
-                if path[-3:] and "shapes" not in path:
-                    self.send_header("X-Error-Code", "RepoNotFound")
-                else:
-                    self.send_header("X-Error-Code", "RevisionNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-    def _commit(self, name):
-        return COMMITS.get(name, name)
-
-    def _at(self, name, file):
-        return self.folders[self._commit(name)] / file
-
-    def _files(self, name):
-        folder = self.folders.get(self._commit(name))
-        return sorted(folder.iterdir()) if folder else []
-
-    def _tell(self, name):
-        files = [{"rfilename": f.name} for f in self._files(name)]
-        if not files:
-            self.path = "/api/models/ann/shapes/nothing"
-            return self.do_GET()
-        told = {"id": "ann/shapes", "sha": self._commit(name), "siblings": files}
-        self._send(json.dumps(told).encode())
-
-    def _send(self, content, name="main", etag='"x"'):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", etag)
-        self.send_header("X-Repo-Commit", self._commit(name))
+                content = None
+        self.send_response(404 if content is None else 200)
+        if content is None:
+            kind = "Revision" if "shapes" in path else "Repo"
+            self.send_header("X-Error-Code", f"{kind}NotFound")
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.send_header("ETag", f'"{"-".join(path)}"')
+        self.send_header("X-Repo-Commit", commit(path[-2] if path[2:] else ""))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content)
+            self.wfile.write(content or b"")
+
+    def files(self, name):
+        folder = self.folders.get(commit(name))
+        return {f.name: f for f in sorted(folder.iterdir())} if folder else {}
+
+
+def commit(name):
+    return COMMITS.get(name, name)
 
 
 @pytest.fixture
 def asked(exact, tmp_path, monkeypatch):
-    """What the stand-in is asked for; two revisions: in 16 bits, and the exact one."""
+    """Paths asked of the stand-in; its revisions are in 16 bits, and exact."""
     constants = pytest.importorskip(
         "huggingface_hub.constants", reason="no huggingface_hub: pip install -e .[hub]"
     )
@@ -329,8 +288,8 @@ def asked(exact, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    yield asked
+    with contextlib.chdir(tmp_path):
+        yield asked
     server.shutdown()
     thread.join()
     server.server_close()
@@ -363,10 +322,12 @@ def test_a_wrong_name_of_a_folder_here_asks_no_hub(asked, tmp_path):
     assert not asked
 
 
-def test_without_the_library_the_remedy_is_told(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError) as refused:
+def test_without_the_library_the_remedy_is_said(tmp_path):
+    with (
+        contextlib.chdir(tmp_path),
+        without_package("huggingface_hub"),
+        pytest.raises(InputError) as refused,
+    ):
         open_run("ann/shapes")
     assert str(refused.value) == (
         "ann/shapes: no such folder; to look for it on the Hugging Face hub, run "

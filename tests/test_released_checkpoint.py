@@ -12,7 +12,6 @@ from flax.traverse_util import flatten_dict
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.models.released import state_dict
-from qpenet_jax.runs import released_checkpoint as module
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.released_checkpoint import import_checkpoint
 from qpenet_jax.segmenter import load
@@ -84,7 +83,7 @@ def conv(name, norm, outputs, inputs, size):
     return shapes | {f"{norm}.num_batches_tracked": ()}
 
 
-def drawn(shapes, seed=0):
+def random_tensors(shapes, seed=0):
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -105,13 +104,13 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def tensors(shapes):
-    return drawn(shapes)
+    return random_tensors(shapes)
 
 
 @pytest.fixture(scope="module")
 def run(tensors, tmp_path_factory):
     """A run made of a file of those tensors, by the command."""
-    folder = tmp_path_factory.mktemp("adopt")
+    folder = tmp_path_factory.mktemp("checkpoint")
     file = save(folder / "train_epoch_37.5_0.6712", tensors)
     words = ["convert", str(file), "--as-run", str(folder / "run"), "--fold", "2"]
     shapes = ("--config.dataset.kind=shapes", "--config.dataset.name=Shapes")
@@ -194,47 +193,45 @@ def test_it_segments_away_from_where_it_was_made(run, tmp_path):
     np.testing.assert_array_equal(load(moved)(image, image, mask), expected)
 
 
-def test_resnet101(monkeypatch, tmp_path):
-    drawn_101 = drawn(checkpoint_shapes(layer3=23))
-    monkeypatch.setattr(module, "read_tensors", lambda path: drawn_101)
-    (tmp_path / "x.pth").write_bytes(b"")
-    run = open_run(
-        import_checkpoint(tmp_path / "x.pth", tmp_path / "run", fold=3, dataset="coco")
-    )
+def test_resnet101(tmp_path):
+    tensors = random_tensors(checkpoint_shapes(layer3=23))
+    file = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(tensors, file)
+    run = open_run(import_checkpoint(file, tmp_path / "run", fold=3, dataset="coco"))
     config = run.config
     assert (config.backbone.name, config.epochs) == ("resnet101_deepstem", 50)
     assert config.dataset.split == "coco_fwb"
     assert "layer3_22" in run.weights
 
 
-def test_what_is_no_such_checkpoint_leaves_nothing(monkeypatch, tmp_path, tensors):
-    file = tmp_path / "x.pth"
-    file.write_bytes(b"")
+def test_what_is_no_such_checkpoint_leaves_nothing(tmp_path, tensors):
+    file, empty = tmp_path / "x.safetensors", tmp_path / "x.pth"
+    empty.touch()
     missing = {k: v for k, v in tensors.items() if k != "cls_meta.3.bias"}
     wrong = tensors | {"gam.gate.0.bias": np.zeros(3, np.float32)}
     other = tensors | {"fgx.weight": np.zeros(3, np.float32)}
     broken = tensors | {"layer4.0.bn1.weight": np.full(512, np.nan, np.float32)}
-    for bad, told in (
+    for bad, words in (
         (missing, "missing: cls_meta.3.bias"),
         (wrong, r"gam.gate.0.bias \(3,\) instead of \(256,\)"),
         (other, "not known: fgx.weight"),
         (broken, "not finite or not real: layer4.0.bn1.weight"),
     ):
-        monkeypatch.setattr(module, "read_tensors", lambda path, bad=bad: bad)
-        with pytest.raises(InputError, match=told):
+        safetensors.numpy.save_file(bad, file)
+        with pytest.raises(InputError, match=words):
             import_checkpoint(file, tmp_path / "run", fold=0)
-    monkeypatch.undo()
     with pytest.raises(InputError, match=r"x\.pth: truncated"):
-        import_checkpoint(file, tmp_path / "run", fold=0)
+        import_checkpoint(empty, tmp_path / "run", fold=0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").touch()
     with pytest.raises(InputError, match="exists and isn't empty"):
         import_checkpoint(file, tmp_path / "full", fold=0)
-    assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "full"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"x.safetensors", "x.pth", "full"}
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--as-run", "r"], "--as-run needs the checkpoint's file and its --fold"),
         (["x.pth", "--fold", "1"], "--fold belongs to --as-run"),
@@ -245,8 +242,8 @@ def test_what_is_no_such_checkpoint_leaves_nothing(monkeypatch, tmp_path, tensor
         ),
     ],
 )
-def test_the_command_tells_what_it_needs(words, told, capsys):
+def test_the_command_says_what_it_needs(words, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["convert", *words])
     assert stopped.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

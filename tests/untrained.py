@@ -1,0 +1,52 @@
+"""A run that nobody trained: real files over random parameters, made in a second."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qpenet_jax.config import default_config
+from qpenet_jax.runs.build import build_weights, complete, params_like
+from qpenet_jax.runs.checkpoints import Saved, open_checkpoints
+from qpenet_jax.runs.folder import WEIGHTS, claim, weights_hash
+
+STEP = 3
+SIDE = 65
+
+
+def small_config():
+    """A network of 16 channels over EfficientNet-Lite0 at 65 pixels, on shapes."""
+    config = default_config()
+    config.dataset.kind, config.dataset.name = "shapes", "Shapes"
+    config.dataset.side = config.side = SIDE
+    config.dataset.train_images, config.dataset.val_images = 60, 40
+    config.dataset.min_pixels, config.dataset.on_few = 64, "drop"
+    config.backbone.name, config.backbone.weights = "efficientnet_lite0", ""
+    config.model.channels = 16
+    config.select_on = "last"
+    config.eval.protocol, config.eval.episodes = "ours", 6
+    return complete(config)
+
+
+def random_params(config):
+    """Parameters by NumPy of the size that initialisation gives them."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        scale = np.sqrt(2 / max(np.prod(leaf.shape[:-1]), 1))
+        return jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map(draw, params_like(config))
+
+
+def untrained_run(workdir: Path) -> Path:
+    """Write such a run, as training would leave it after three steps."""
+    config = small_config()
+    claim(workdir, config, {WEIGHTS: weights_hash(build_weights(config))})
+    state = Saved(jnp.array(STEP, jnp.int32), random_params(config), optax.EmptyState())
+    with open_checkpoints(workdir) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.add_scores(STEP, {})
+    return workdir
