@@ -9,7 +9,7 @@
 finite, all heads alive, loading keeps up, memory, hours to go. `--profile 20` traces 20
 steps for TensorBoard or xprof. Run the same command again to resume. The workdir holds
 config.json, checkpoints, TensorBoard events, results.json, the scored episodes and a
-figure of some of them. The loop itself is in qpenet_jax/runs/loop.py.
+figure of some of them. The loop itself is in qpenet_jax/training/train.py.
 """
 
 import sys

@@ -148,7 +148,7 @@ def test_without_length_only_a_checksum_tells_the_end(server, tmp_path):
     server.tells_length = False
     download(server.url, tmp_path / "file", SHA256, progress=False)
     assert (tmp_path / "file").read_bytes() == CONTENT
-    with pytest.raises(InputError, match="tells no length and no hash is published"):
+    with pytest.raises(InputError, match="gives no length and no hash is published"):
         download(server.url, tmp_path / "other", None, progress=False)
     assert not (tmp_path / "other").exists()
 

@@ -95,7 +95,7 @@ def load_segmenter(args: argparse.Namespace) -> "Segmenter":
 
 
 def about_segmenter(args: argparse.Namespace) -> dict[str, str | None]:
-    """Returns what a summary of results tells of how they were made."""
+    """Returns what a summary says about how its results were made."""
     from qpenet_jax import __version__
     from qpenet_jax.segmenter import chosen_method
 

@@ -1,4 +1,4 @@
-"""Download a file, going on where an earlier try broke off, and check its hash."""
+"""Downloads that go on where an earlier try broke off, with a check of the hash."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,7 @@ def download(
     """Fetches `url` into the file `dest`, going on where an earlier try broke off.
 
     `checksum` is "sha256:..." or "md5:..." in hexadecimal, the start of it being
-    enough; None where none is published: then the length that the server tells is
+    enough; None where none is published: then the length that the server gives is
     the only check. The bytes gather in `<dest>.part` until they are whole and right;
     a file with another hash is deleted. A `dest` that is right isn't fetched again.
 
@@ -77,7 +77,7 @@ def _mismatch(path: Path, checksum: str | None) -> str | None:
 
 
 def _fetch(url: str, part: Path, checksum: str | None, progress: bool) -> bool:
-    """Appends what is missing to `part`; tell whether the end was reached."""
+    """Appends what is missing to `part`; returns whether the end was reached."""
     have = _size(part)
     headers = {"Range": f"bytes={have}-"} if have else {}
     try:
@@ -101,7 +101,7 @@ def _fetch(url: str, part: Path, checksum: str | None, progress: bool) -> bool:
         total = have + int(length) if length else None
         if total is None and checksum is None:
             raise InputError(
-                f"{url}: the server tells no length and no hash is published, so the "
+                f"{url}: the server gives no length and no hash is published, so the "
                 "file can't be checked: get it in another way and give it"
             )
         _copy(response, part, have, total, progress)
@@ -109,7 +109,7 @@ def _fetch(url: str, part: Path, checksum: str | None, progress: bool) -> bool:
 
 
 def _is_whole(part: Path, content_range: str | None) -> bool:
-    """Judges a part behind which the server has nothing; start again unless it fits."""
+    """Returns whether a part is the whole file; deletes it if it isn't."""
     total = (content_range or "").rpartition("/")[2]
     if total == str(_size(part)):
         return True

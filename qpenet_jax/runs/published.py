@@ -32,7 +32,7 @@ FORMAT = "qpenet_jax run 1"
 
 
 class Facts(NamedTuple):
-    """What the file tells of its parameters."""
+    """What the file says about its parameters."""
 
     step: int
     selection: str  # which checkpoint of the run it was
@@ -75,7 +75,7 @@ def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def read_facts(path: Path) -> Facts:
-    """Returns what the file tells of its parameters.
+    """Returns what the file says about its parameters.
 
     Raises:
         InputError: the file is broken, or no published run's.
