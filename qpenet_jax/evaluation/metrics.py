@@ -177,7 +177,7 @@ def common_episodes(first: Scores, second: Scores) -> tuple[Scores, Scores]:
         np.ascontiguousarray(s.rows[:, :KEYS], np.int64).view(key).ravel()
         for s in (first, second)
     ]
-    common, *places = np.intersect1d(*keys, return_indices=True)
+    common, *places = np.intersect1d(keys[0], keys[1], return_indices=True)
     if not len(common):
         raise InputError(
             "the two results have no episode in common (same seed, index, query and "

@@ -44,7 +44,7 @@ def summarize(
     per_class = dict(zip(protocol.classes, found.per_class, strict=True))
     by_seed = metrics.seed_iou(scores, class_ids)
     mious = [iou.mean() for iou in by_seed.values()]
-    std = _percent(np.std(mious, ddof=1)) if len(mious) > 1 else None
+    std = _percent(float(np.std(mious, ddof=1))) if len(mious) > 1 else None
     result = {
         **_mean(found.miou),
         "fb_iou": _percent(found.fb_iou.value),

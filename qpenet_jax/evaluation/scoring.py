@@ -91,9 +91,9 @@ def score_episodes(
     bar = tqdm(total=count, desc=label, unit="episode", disable=silent)
     rows = np.zeros((len(episodes), len(metrics.SCORE_COLUMNS)), np.int64)
     with contextlib.closing(stream), bar:
-        for n, margin, *masks in _margins(predictors, groups, stream):
+        for n, margin, fitted, mask in _margins(predictors, groups, stream):
             seed, ids = episodes[n]
-            counts = score(margin, *masks, protocol)
+            counts = score(margin, fitted, mask, protocol)
             rows[n] = (seed, ids.index, ids.query, ids.class_id, *counts)
             bar.update()
             if stop_asked():
@@ -109,7 +109,7 @@ def _margins(
     predictors: Sequence["CachedPredictor"],
     groups: Sequence["Group"],
     stream: Iterable["GroupInputs"],
-) -> Iterator[tuple[int, Float[np.ndarray, "s s"], Array, Array]]:
+) -> Iterator[tuple[int, Float[np.ndarray, "s s"], Any, Any]]:
     """Yields of each episode its position, the margin, and the query's two masks.
 
     All devices compute before the first is waited for.
@@ -237,7 +237,9 @@ def _load(
     photos = [dataset.image(image) for image in group.missing]
     return GroupInputs(
         images=[fit(photo, side, resize) for photo in photos],
-        padding=[padding(*photo.shape[:2], side, resize) for photo in photos],
+        padding=[
+            padding(photo.shape[0], photo.shape[1], side, resize) for photo in photos
+        ],
         support_masks=np.array(supports),
         fitted_masks=[fit_label(mask, side, resize) for mask in masks],
         masks=masks,

@@ -195,7 +195,7 @@ class Task:
         return View(encoded, height, width)
 
     @functools.cached_property
-    def cropped_supports(self) -> tuple[PyTree[Array], ...]:
+    def cropped_supports(self) -> Sequence[PyTree[Array]]:
         """The supports without what no margin depends on."""
         return self.predict.crop_supports(self.supports, self.masks)
 
