@@ -112,21 +112,23 @@ def test_a_known_shift(tmp_path):
     assert cells[4][3:] == ["+5.0 [+5.0, +5.0]", "80"]
 
 
-def test_other_protocols_are_refused_then_paired_where_told(tmp_path):
+def test_other_protocols_are_refused_then_paired_where_asked(tmp_path):
     a = write_run(tmp_path / "a")
     changes = {"episode_list": "e" * 64, "release": "pascal5i/trainaug/1.0.0"}
     other = write_run(tmp_path / "other", **changes)
     differs = compare_results(a, other, different_protocols=True)["differs"]
     assert differs == {name: ["", value] for name, value in changes.items()}
-    told = f"release (none) / {changes['release']}, episode_list (none) / {'e' * 37}..."
-    with pytest.raises(InputError, match=re.escape(told)):
+    differences = (
+        f"release (none) / {changes['release']}, episode_list (none) / {'e' * 37}..."
+    )
+    with pytest.raises(InputError, match=re.escape(differences)):
         compare_results(a, other)
     b = write_run(tmp_path / "b", gain=100, episodes=30, seeds=(1, 2), scoring="exact")
     with pytest.raises(InputError) as error:
         compare_results(a, b)
     message = str(error.value)
-    told = "episodes 40 / 30, seeds 0,1 / 1,2, scoring original / exact"
-    assert message.startswith(f"{a} and {b}: different protocols ({told}); ")
+    differences = "episodes 40 / 30, seeds 0,1 / 1,2, scoring original / exact"
+    assert message.startswith(f"{a} and {b}: different protocols ({differences}); ")
     assert "--different-protocols" in message
     assert "\n" not in message
 
@@ -143,7 +145,7 @@ def test_other_protocols_are_refused_then_paired_where_told(tmp_path):
     assert found["per_class"]["dog"]["a"] == round(dog, 2), "both on common episodes"
     assert (found["miou"]["difference"], found["miou"]["interval"]) == (5, [5, 5])
     text = comparison_table(found)
-    assert f"DIFFERENT PROTOCOLS, A / B: {told}\n" in text
+    assert f"DIFFERENT PROTOCOLS, A / B: {differences}\n" in text
     assert "Common episodes: 30, of 80 in A and 60 in B" in text
 
 

@@ -191,13 +191,14 @@ def check(predict, step, params, shots):
     protocol, samplers = setting(shots)
     drawn = [(s.seed, s(i)) for s in samplers for i in range(protocol.episodes)]
     episodes = [ids for _, ids in drawn]
-    order = [n for group in groups_of(episodes, 1, 0) for n in group.positions]
+    groups = groups_of(episodes, 1, 1)
+    order = [n for group in groups for n in group.positions]
     size = bytes_of(predict)
     for limit, encoded in (
         (100 * size, len(images_of(episodes))),
         (0, len(drawn) * (shots + 1)),
         # Room for an episode's images and for one that stays.
-        (size * (shots + 2), sum(_loads([episodes[n] for n in order]))),
+        (size * (shots + 2), sum(len(group.missing) for group in groups)),
     ):
         spy = Spy(predict)
         scores = score_episodes(spy, data(), protocol, samplers, cache_bytes=limit)
@@ -218,14 +219,6 @@ def check(predict, step, params, shots):
         mask = binary_mask(data().label(ids.query), ids.class_id)
         counts = score(by_position[n][0], loaded.query_mask, mask, protocol)
         assert rows[n].tolist() == [seed, ids.index, ids.query, ids.class_id, *counts]
-
-
-def _loads(episodes):
-    """Yield how many images each episode encodes if the one used last stays."""
-    stays = None
-    for ids in episodes:
-        yield len({ids.query, *ids.supports} - {stays})
-        stays = ids.supports[-1]
 
 
 CASES = {  # shots, fields, and how many numbers an image is encoded as

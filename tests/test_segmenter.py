@@ -104,7 +104,7 @@ def test_255_beside_another_value_is_ignored_whatever_the_type():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             lambda mask: mask + 6 * np.eye(*mask.shape, dtype=np.uint8),
@@ -126,9 +126,9 @@ def test_255_beside_another_value_is_ignored_whatever_the_type():
         (lambda mask: None, r"\[\]: give"),
     ],
 )
-def test_a_mask_that_could_mean_something_else_is_refused(change, told):
+def test_a_mask_that_could_mean_something_else_is_refused(change, message):
     image, mask = picture(40, 50)
-    with pytest.raises(InputError, match=f"mask 1.*{told}") as error:
+    with pytest.raises(InputError, match=f"mask 1.*{message}") as error:
         SEGMENT.learn(image, change(mask))
     assert "\n" not in str(error.value)
 

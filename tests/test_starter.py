@@ -76,13 +76,13 @@ def test_predict_takes_it_where_nothing_is_said(tmp_path, capsys):
     summary = json.loads((tmp_path / "out/predictions.json").read_text())
     assert (summary["method"], summary["run"]) == ("starter", None)
     capsys.readouterr()
-    for options, told in (
+    for options, part in (
         (["--backbone=efficientnet_lite0"], "has a backbone of its own"),
         (["--workdir", STARTER], "has a network of its own"),
         (["--config.model.channels=16"], "only side and dtype can be changed"),
         (["--config.sid=65"], "only side and dtype can be changed"),
     ):
-        assert told in refused(capsys, *words, "--method=starter", *options)
+        assert part in refused(capsys, *words, "--method=starter", *options)
 
 
 def test_its_size_is_473_unless_one_is_given(starter):
@@ -97,8 +97,8 @@ def test_what_is_shipped_is_whole_and_small(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(run.params))
     assert sum(file.stat().st_size for file in STARTER.iterdir()) < 12e6
     card = (STARTER / "README.md").read_text()
-    for told in ("license: apache-2.0", "## Data", "## Results", "## Known failures"):
-        assert told in card
+    for part in ("license: apache-2.0", "## Data", "## Results", "## Known failures"):
+        assert part in card
     damaged = shutil.copytree(STARTER, tmp_path / "starter")
     content = bytearray((damaged / MODEL_FILE).read_bytes())
     content[-1000] ^= 1

@@ -186,8 +186,8 @@ def test_labelme_reads_back_every_mask(network, photos, tmp_path):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("labelme"), reason="no labelme")
-def test_labelme_itself_reads_what_is_written(network, photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
+def test_labelme_itself_reads_what_is_written(network, photos, tmp_path):
+    os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
     labelme = pytest.importorskip("labelme", exc_type=ImportError)
     out = run(network, tmp_path, photos, "--format", "png,labelme")
     file = labelme.LabelFile(str(out / "a.json"))
