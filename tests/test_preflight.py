@@ -32,7 +32,7 @@ def test_a_healthy_run_passes_everywhere():
 def test_what_is_not_finite_is_named_with_its_step(name):
     good, text = verdict(steps(3) + steps(1, **{name: float("nan")}))["finite"]
     assert not good
-    assert "from step 4 on" in text
+    assert f"{name} is nan from step 4 on" in text
 
 
 def test_a_large_gradient_is_unstable():

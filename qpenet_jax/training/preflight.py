@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from qpenet_jax.training.batches import (
     shardings,
 )
 from qpenet_jax.training.events import fetched
+from qpenet_jax.training.retries import not_finite
 from qpenet_jax.training.setup import build_train_step, initial_state
 from qpenet_jax.training.step import TrainState
 
@@ -119,11 +119,9 @@ def findings(
 
 
 def _finite(metrics: Sequence[health.Values]) -> Finding:
-    bad = [i for i, values in enumerate(metrics, 1) if not is_finite(values)]
-    if bad:
-        return Finding(
-            "finite", False, f"loss or gradient isn't, from step {bad[0]} on"
-        )
+    if problem := not_finite(metrics, len(metrics), {}):
+        what, step = problem
+        return Finding("finite", False, f"{what} from step {step} on")
     losses = [values["loss"] for values in metrics]
     norms = [values["grad_norm"] for values in metrics]
     first, last = (float(np.mean(part)) for part in (losses[:10], losses[-10:]))
@@ -133,11 +131,6 @@ def _finite(metrics: Sequence[health.Values]) -> Finding:
     if max(norms) > GRADIENT:
         return Finding("finite", False, f"{text}, more than {GRADIENT:.0f}: unstable")
     return Finding("finite", True, text)
-
-
-def is_finite(values: health.Values) -> bool:
-    """Returns whether the loss and the gradient of a step are finite."""
-    return math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
 
 
 def _heads(metrics: Sequence[health.Values]) -> Finding:
@@ -216,7 +209,7 @@ def check(config: Any, steps: int = STEPS) -> bool:
                 )
             taken.append(step)
             bar.update()
-            if len(taken) == steps or not is_finite(step.metrics):
+            if len(taken) == steps or not_finite([step.metrics], 1, {}):
                 break
     found = findings(taken, taken[0].total, memory())
     print("\n".join(map(str, found)))
