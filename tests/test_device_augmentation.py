@@ -15,18 +15,15 @@ import pytest
 from qpenet_jax.benchmark.made_up import made_up_photo
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE
-from qpenet_jax.data.augmentation import Augmentation, draw
+from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.data.device_augmentation import (
     RawEpisode,
     augment_episodes,
-    device_draws,
     scaled_side,
 )
 from qpenet_jax.data.episodes import (
-    AUGMENT_STREAM,
     EpisodeIds,
     EpisodeSampler,
-    generator,
 )
 from qpenet_jax.data.loader import (
     canvas_side,
@@ -152,10 +149,6 @@ def test_made_up_photos(side, name):
     check_agreement(photos(), 0, side, augmentation, 512)
 
 
-def test_narrow_scales():
-    check_agreement(photos(), 1, 473, Augmentation(NARROW), 512)
-
-
 @pytest.fixture(scope="module")
 def real_photos(shared_voc) -> Pictures:
     """Five of VOC; every object is class 1."""
@@ -224,62 +217,6 @@ def test_crops_are_redrawn_as_on_the_host():
     assert (np.min(kept, axis=0)[[0, 4]] >= [85, 17]).all()
     assert 17 in np.transpose(kept)[4]
     assert {n >= 85 for n in np.transpose(kept)[1]} == {False, True}
-
-
-# --- The draws ---
-
-
-class Recorded(np.random.Generator):
-    """A generator that remembers what it answered."""
-
-    def __init__(self, bits):
-        super().__init__(bits)
-        self.uniforms, self.chances, self.places = [], [], []
-
-    def uniform(self, *args, **kwargs):
-        self.uniforms.append(super().uniform(*args, **kwargs))
-        return self.uniforms[-1]
-
-    def random(self, *args, **kwargs):
-        self.chances.append(super().random(*args, **kwargs))
-        return self.chances[-1]
-
-    def integers(self, *args, **kwargs):
-        self.places.append(super().integers(*args, **kwargs))
-        return self.places[-1]
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_the_draws_are_those_of_the_host(name):
-    augmentation = Augmentation(**OPERATIONS[name])
-    sizes = [(60, 75), (75, 60), (20, 90), (90, 20), (10, 10), (41, 41)] * 3
-    for slot, size in enumerate(sizes):
-        rng = Recorded(generator(11, AUGMENT_STREAM, 7, slot).bit_generator)
-        draws = draw(rng, augmentation, size, 41)
-        check_draws(device_draws(draws, size, 99), rng, augmentation, size)
-
-
-def check_draws(ours, rng: Recorded, augmentation: Augmentation, size):
-    own_size, scaled, nearest, source, blur, flip, corners = ours
-    factor, *angle = rng.uniforms
-    assert own_size.tolist() == list(size)
-    assert scaled.tolist() == [round(n * factor) for n in size]
-    for table, length, n in zip(nearest, size, scaled, strict=True):
-        assert table.shape == (99,)
-        centre = (np.arange(n) + 0.5) * length / n  # Within one of these pixels,
-        assert (table[:n] >= centre - 1 - 1e-9).all()  # or on the edge of two.
-        assert (table[:n] <= centre + 1e-9).all()
-    turn = np.deg2rad(angle[0]) if angle else 0.0
-    cos, sin, (y, x) = np.cos(turn), np.sin(turn), scaled / 2
-    expected = [[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]]
-    np.testing.assert_allclose(source, expected, atol=1e-5)
-    coins = [chance < 0.5 for chance in rng.chances]
-    assert bool(angle) == (bool(augmentation.rotate) and coins.pop(0))
-    assert blur == (augmentation.blur and coins.pop(0))
-    assert flip == (augmentation.flip and coins.pop(0))
-    assert not coins
-    assert corners.shape == (32, 2)
-    assert (corners == np.reshape(rng.places, (-1, 2))).all()
 
 
 # --- Episodes ---
@@ -368,16 +305,16 @@ def test_what_is_larger_than_the_canvas_is_the_hosts_to_the_last_bit(scale):
             assert_close(ours, theirs, share=0.99)
 
 
-def test_one_huge_photo_is_told_and_leaves_the_batch_small(
+def test_one_huge_photo_is_named_and_leaves_the_batch_small(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(loading, "DECODED", tmp_path)
+    monkeypatch.setattr(training, "DECODED", tmp_path)
     config = load_config(
         Path(__file__).resolve().parents[1] / "configs" / "quickstart.py",
         ["--config.augment_on=device", "--config.side=65"],
     )
     pictures = [photo(0, 3000, 4000), photo(1, 60, 90), photo(2, 70, 70)]
-    load = loading.training_loader(config.complete(config), Pictures(pictures))
+    load = training.training_loader(complete(config), Pictures(pictures))
     assert capsys.readouterr().err.endswith(
         "1 of 3 images are larger than 1024 pixels: the host augments them\n"
     )

@@ -144,7 +144,7 @@ def idle_devices(batch_size: int, accumulate: int = 1) -> str:
     )
 
 
-def global_batch(batch: Episode, sharding: NamedSharding) -> Any:
+def global_batch(batch: Any, sharding: NamedSharding) -> Any:
     """Places this process's part of a batch on its devices."""
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda x: place(sharding, np.asarray(x)), batch)
