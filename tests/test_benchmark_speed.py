@@ -40,6 +40,10 @@ HALF = dataclasses.replace(EVAL, dtype="bfloat16")
 
 # --- FLOP -------------------------------------------------------------------------
 
+IMAGE, KERNEL = (2, 12, 10, 6), (3, 3, 6, 8)
+ONE_CONV = 2 * (2 * 12 * 10 * 8) * (3 * 3 * 6)
+SQUARE = [(4, 4), (4, 4)]
+
 
 def conv(x, kernel, **options):
     options = {"window_strides": (1, 1), "padding": "SAME"} | options
@@ -47,13 +51,21 @@ def conv(x, kernel, **options):
     return jax.lax.conv_general_dilated(x, kernel, dimension_numbers=dims, **options)
 
 
-def count(f, *shapes):
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return flop(jax.make_jaxpr(f)(*arguments))
+def strided(x, kernel):
+    return conv(x, kernel, window_strides=(2, 2), padding=((1, 1),) * 2).sum()
 
 
-IMAGE, KERNEL = (2, 12, 10, 6), (3, 3, 6, 8)
-ONE_CONV = 2 * (2 * 12 * 10 * 8) * (3 * 3 * 6)
+def by_platform(x, k):
+    both = {"cpu": lambda x, k: x @ k @ k, "default": jnp.matmul}
+    return jax.lax.platform_dependent(x, k, **both)
+
+
+def either(x, k):
+    return jax.lax.cond(x[0, 0] > 0, lambda: x @ k, lambda: x @ k @ k)
+
+
+def gradient(*arguments):
+    return jax.grad(lambda x, kernel: (conv(x, kernel) ** 2).sum(), arguments)
 
 
 @pytest.mark.parametrize(
@@ -62,11 +74,7 @@ ONE_CONV = 2 * (2 * 12 * 10 * 8) * (3 * 3 * 6)
         (jnp.matmul, [(3, 5), (5, 7)], 2 * 3 * 5 * 7),
         (jnp.matmul, [(4, 3, 5), (4, 5, 7)], 4 * 2 * 3 * 5 * 7),
         (conv, [IMAGE, KERNEL], ONE_CONV),
-        (
-            lambda x, k: conv(x, k, window_strides=(2, 2)),
-            [IMAGE, KERNEL],
-            ONE_CONV // 4,
-        ),
+        (lambda x, k: conv(x, k, window_strides=(2, 2)), [IMAGE, KERNEL], ONE_CONV / 4),
         (lambda x, k: conv(x, k, rhs_dilation=(2, 2)), [IMAGE, KERNEL], ONE_CONV),
         (
             lambda x, k: conv(x, k, feature_group_count=6),
@@ -76,47 +84,23 @@ ONE_CONV = 2 * (2 * 12 * 10 * 8) * (3 * 3 * 6)
         (lambda x, k: jax.lax.map(lambda y: y @ k, x), [(5, 3, 4), (4, 2)], 5 * 48),
         (jax.jit(lambda x, k: (x @ k, conv)[0]), [(3, 4), (4, 2)], 48),
         (lambda x: x.sum(), [(3, 4)], 0),
+        (gradient(0, 1), [IMAGE, KERNEL], 3 * ONE_CONV),
+        (gradient(1), [IMAGE, KERNEL], 2 * ONE_CONV),
+        # What no output needs is left out, and zeros between pixels of a gradient.
+        (lambda x, k: jax.jit(lambda: (x @ k, x @ k @ k))()[0], SQUARE, 2 * 4**3),
+        (
+            jax.grad(strided),
+            [(1, 16, 16, 4), (3, 3, 4, 4)],
+            pytest.approx(2 * (8 * 8 * 4) * (9 * 4), rel=0.01),
+        ),
+        # The formulation of other platforms counts, and the dearest branch.
+        (by_platform, SQUARE, 2 * 4**3),
+        (either, SQUARE, 4 * 4**3),
     ],
 )
 def test_flop_of_known_operations(f, shapes, expected):
-    assert count(f, *shapes) == expected
-
-
-def test_flop_of_gradients():
-    def loss(x, kernel):
-        return (conv(x, kernel) ** 2).sum()
-
-    assert count(jax.grad(loss, (0, 1)), IMAGE, KERNEL) == 3 * ONE_CONV
-    assert count(jax.grad(loss, 1), IMAGE, KERNEL) == 2 * ONE_CONV
-
-
-def test_flop_of_a_strided_convolutions_input_gradient_leaves_inserted_zeros_out():
-    def loss(x, kernel):
-        return (conv(x, kernel, window_strides=(2, 2), padding=((1, 1),) * 2)).sum()
-
-    # input gradient alone: the forward result isn't needed for a sum
-    assert count(jax.grad(loss), (1, 16, 16, 4), (3, 3, 4, 4)) == pytest.approx(
-        2 * (8 * 8 * 4) * (9 * 4), rel=0.01
-    )
-
-
-def test_flop_leaves_out_what_no_output_needs_and_fast_formulations():
-    def unused(x, k):
-        inner = jax.jit(lambda x, k: (x @ k, x @ k @ k))
-        return inner(x, k)[0]
-
-    assert count(unused, (4, 4), (4, 4)) == 2 * 4**3
-
-    def by_platform(x, k):
-        both = {"cpu": lambda x, k: x @ k @ k, "default": jnp.matmul}
-        return jax.lax.platform_dependent(x, k, **both)
-
-    assert count(by_platform, (4, 4), (4, 4)) == 2 * 4**3
-
-    def either(x, k):
-        return jax.lax.cond(x[0, 0] > 0, lambda: x @ k, lambda: x @ k @ k)
-
-    assert count(either, (4, 4), (4, 4)) == 4 * 4**3
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    assert flop(jax.make_jaxpr(f)(*arguments)) == expected
 
 
 def test_flop_of_resnet50():
