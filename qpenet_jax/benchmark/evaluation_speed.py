@@ -97,7 +97,6 @@ def timed_evaluation(config: Any, shots: int, episodes: int = 0) -> Row:
     steps += _predictions(predictor, dataset, protocol, samplers[0])
     each = seconds / (protocol.episodes * len(samplers))
     return {
-        "protocol": str(protocol),
         "backbone": config.backbone.name,
         "dtype": resolve_dtype(config.dtype),
         "shots": protocol.shots,
@@ -106,6 +105,7 @@ def timed_evaluation(config: Any, shots: int, episodes: int = 0) -> Row:
         "evaluation, ms per episode": 1e3 * each,
         "one prediction, ms": 1e3 * float(np.mean(steps)),
         "ratio": each / float(np.mean(steps)),
+        "protocol": str(protocol),
     }
 
 

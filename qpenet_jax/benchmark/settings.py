@@ -33,7 +33,9 @@ class Shared:
 
     backbone: str = option("resnet50", "name of the backbone")
     size: int = option(473, "side of the images in pixels")
-    weights: str = option("", "file of converted weights of the backbone; else random")
+    weights: str = option(
+        "", "file of converted weights of the backbone, by default random"
+    )
     released: bool = option(
         False, "measure the network that the authors released, not the paper's"
     )
@@ -82,7 +84,7 @@ class Settings(Shared):
     dtype: Sequence[str] = option(
         ("float32",), "number formats: float32, tf32, bfloat16"
     )
-    against: str = option("", "torch: also measure the same network in PyTorch")
+    against: str = option("", "also measure the same network in PyTorch")
     variants: Sequence[str] = option(
         VARIANTS,
         "ways of running PyTorch, of which the fastest is compared; compile takes "
@@ -97,7 +99,7 @@ class Settings(Shared):
     workers: Sequence[int] = option(
         (0, 1, 2), "data: numbers of loading processes; 0 is a thread", least=0
     )
-    workdir: str = option("", "predict: folder of a run; else the starter")
+    workdir: str = option("", "predict: folder of a run, by default the starter")
     photos: int = option(100, "predict: number of made-up photos", least=1)
     processes: bool = True
     """Whether eval and train also run in new processes, which measure the time to the
