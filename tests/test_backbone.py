@@ -91,18 +91,28 @@ def test_stored_features_of_pytorch(name, forward):
         assert relative_error(stages[stage][..., ::16], values) < 1e-5
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("deep_stem", [False, True])
-@pytest.mark.parametrize("depth", [50, 101])
-def test_resnet_equals_torchvision(depth, deep_stem, forward):
+@pytest.mark.parametrize(
+    ("depth", "deep_stem", "size"),
+    [
+        *[(50, False, (473, 473)), (50, True, (121, 161)), (101, False, (121, 161))],
+        *[slow(50, False, (121, 161)), slow(101, True, (121, 161))],
+        *[slow(50, True, (473, 473)), slow(101, False, (473, 473))],
+        slow(101, True, (473, 473)),
+    ],
+)
+def test_resnet_equals_torchvision(depth, deep_stem, size, forward):
     net = torch_resnet(depth, deep_stem)
     name = f"resnet{depth}" + "_deepstem" * deep_stem
     params = to_flax(name, {k: v.numpy() for k, v in net.state_dict().items()})
-    for size in ((473, 473), (121, 161)):
-        images = random_images(1, *size)
-        reference, stages = torch_stages(net, images), forward(name, params, images)
-        for stage, values in reference.items():
-            assert relative_error(stages[stage], values) < 1e-5
+    images = random_images(1, *size)
+    reference, stages = torch_stages(net, images), forward(name, params, images)
+    for stage, values in reference.items():
+        assert relative_error(stages[stage], values) < 1e-5
 
 
 @pytest.mark.parity

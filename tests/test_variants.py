@@ -52,6 +52,18 @@ CASES["baseline_prior"] = CASES["baseline"] | {"prior": True}
 CASES["full_prior"] = {"prior": True}
 
 
+KINDS = ("baseline", "fgpe_bgpe", "fgpe_ffa", "main", "without_maps", "sgm")
+"""Every kind of row; the others differ in numbers of channels alone."""
+
+rows = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in KINDS else pytest.param(name, marks=pytest.mark.slow)
+        for name in VARIANTS
+    ],
+)
+
+
 def build(name, **fields):
     return QPENet(**SMALL, **CASES[name], **fields)
 
@@ -271,22 +283,28 @@ def check_all(name, episodes, logits, out):
         assert 0.1 < np.mean(np.asarray(out["y_rev"])[:2].argmax(-1)) < 0.9
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_intermediate_is_numpys(name):
+@rows
+def test_every_intermediate_is_numpys_and_every_prediction_has_a_loss(name):
     """Five shots; the last episode has no foreground."""
-    _, _, logits, out, *_ = trained(name)
+    value, terms, logits, out, *_ = trained(name)
+    expected = {"final", "bg_s", "bg_q"}
+    expected |= {"inner"} if name in FEM_ROWS else {"aux"}
+    expected |= set() if name == "baseline" else {"pre", "rev"}
+    assert terms.keys() == {f"loss_{term}" for term in expected}
+    np.testing.assert_allclose(value, sum(terms.values()), rtol=1e-5)
+    assert ("y_inner" in out) == (name in FEM_ROWS)
     assert out["y_bg_s"].shape == (3, 5, *GRID, 2)
     out = {key: value for key, value in out.items() if key != "y_bg_s"}
     check_all(name, draw_episodes(5), logits, out)
 
 
-@pytest.mark.parametrize("name", ["fgpe", "sgm", "baseline_prior", "full_prior"])
+@pytest.mark.parametrize("name", ["sgm", "baseline_prior", "full_prior"])
 def test_one_shot_evaluation_is_numpys(name):
     episodes = draw_episodes(1)
     check_all(name, episodes, *evaluator(name)(random_params(name), *episodes))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@rows
 def test_gradients_reach_what_they_should_and_nothing_else(name):
     """An episode without foreground is among them.
 
@@ -316,18 +334,7 @@ def test_gradients_reach_what_they_should_and_nothing_else(name):
     assert set(untaught) == expected
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_loss_term_for_every_prediction(name):
-    value, terms, _, out, *_ = trained(name)
-    expected = {"final", "bg_s", "bg_q"}
-    expected |= {"inner"} if name in FEM_ROWS else {"aux"}
-    expected |= set() if name == "baseline" else {"pre", "rev"}
-    assert terms.keys() == {f"loss_{term}" for term in expected}
-    np.testing.assert_allclose(value, sum(terms.values()), rtol=1e-5)
-    assert ("y_inner" in out) == (name in FEM_ROWS)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
+@rows
 def test_a_train_step_reports_what_the_variant_has(name):
     model, optimizer = build(name), Optimizer().build(10)
     images = jnp.zeros((2, 33, 33, 3), jnp.uint8)
@@ -356,7 +363,7 @@ def test_with_sgm_the_query_has_no_say_in_the_supports_regions(name, guided):
     assert not np.array_equal(one["y_final"], two["y_final"])
 
 
-@pytest.mark.parametrize("seen", ["pre", "main", "aux"])
+@pytest.mark.parametrize("seen", ["main", pytest.param("aux", marks=pytest.mark.slow)])
 def test_decoders_depend_on_the_prototypes_they_see_only(monkeypatch, seen):
     """Move P_main or P_aux behind the network's back."""
     model, original = build(seen), qpenet.dual_prototypes
