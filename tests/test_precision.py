@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from configs import quickstart
 from qpenet_jax.backbones import precision
@@ -23,8 +24,6 @@ from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
 from qpenet_jax.training.setup import build_train_step, initial_state
 
 pytestmark = pytest.mark.standard_promotion
-
-SIDE = 65
 
 
 def test_bfloat16_computes_in_bfloat16():
@@ -63,22 +62,21 @@ def test_products_on_a_gpu_are_what_the_dtype_says(dtype, named, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained():
-    """One step of the quick start's network, small, in every dtype."""
+    """One step of a small network in both dtypes."""
 
     def train(dtype):
-        config = quickstart.get_config()
-        config.side, config.batch_size, config.dtype = SIDE, 2, dtype
-        config.dataset.train_images = 200
+        config = tiny.get_config()
+        config.dtype = dtype
         config = complete(config)
         dataset = build_dataset(config, "train")
         sampler = build_train_sampler(config, dataset)
-        loaded = [load_episode(dataset, sampler(i), SIDE) for i in range(2)]
+        loaded = [load_episode(dataset, sampler(i), config.side) for i in range(2)]
         batch = jax.tree.map(lambda *x: np.stack(x), *loaded)
         weights = build_weights(config)
         state = initial_state(config, weights, 10)
         predict = build_predictor(config, jax.tree.map(jnp.copy, state.params), weights)
         margin = predict(jax.tree.map(lambda x: x[:1], batch))
-        step = build_train_step(config, 10, 200)
+        step = build_train_step(config, 10, images=60)
         return *step(state, weights, batch, jax.random.key(0)), margin
 
     with jax.numpy_dtype_promotion("standard"):
