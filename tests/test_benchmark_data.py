@@ -75,14 +75,16 @@ def test_made_up_photos(photos):
     assert (large == (np.arange(64)[:, None] % 4 == np.arange(4))).all()
 
 
-@pytest.mark.parametrize("dataset", [Shapes("train", 60, side=97), None])
-def test_loading_speed(dataset):
+@pytest.mark.parametrize(
+    ("dataset", "shots"), [(Shapes("train", 60, side=97), (1,)), (None, (1, 2))]
+)
+def test_loading_speed(dataset, shots):
     threads = cv2.getNumThreads()
-    settings = Settings(("data",), size=97, shots=(1, 2), seconds=0.01, workers=(0,))
+    settings = Settings(("data",), size=97, shots=shots, seconds=0.01, workers=(0,))
     one_core, parts, grain = loading_speed(settings, dataset)
     assert cv2.getNumThreads() == threads
     assert f"{60 if dataset else 64} images" in one_core.caption
-    assert [row["shots"] for row in one_core.rows] == [1, 2]
+    assert [row["shots"] for row in one_core.rows] == [*shots]
     for row in one_core.rows:
         low, middle, high = row["host / float32"]
         assert 0 < low <= middle <= high
@@ -96,7 +98,7 @@ def test_loading_speed(dataset):
     assert all(row["float32, ms"] > 0 for row in parts.rows)
     found = [(row["augments"], row["shots"], row["workers"]) for row in grain.rows]
     both = ("host", "device")
-    assert found == [(where, shots, 0) for where in both for shots in (1, 2)]
+    assert found == [(where, number, 0) for where in both for number in shots]
     for row in grain.rows:
         assert row["images/s"] == row["episodes/s"] * (row["shots"] + 1)
         assert row["images/s per worker"] == row["images/s"] > 1

@@ -283,24 +283,6 @@ def measured(**options):
     return speed.benchmark(settings)
 
 
-def test_without_pytorch():
-    result = measured(what=("backbone", "eval"))
-    assert json.loads(json.dumps(result)) == result
-    (steps,) = result["tables"]
-    names = ["eval, 1 shot, batch 1, float32", "backbone, 1 shot, batch 1, float32"]
-    assert [row["step"] for row in steps["rows"]] == names
-    for row in steps["rows"]:
-        low, median, high = row["JAX, ms"]
-        assert 0 < low <= median <= high
-        assert row["GFLOP/s"] == pytest.approx(1e3 * row["GFLOP"] / median)
-        assert row["% of peak"] > 0
-    assert steps["rows"][0]["GFLOP"] > steps["rows"][1]["GFLOP"]
-    page = benchmark_report(result)
-    assert "size" not in page
-    assert "jax 0." in result["facts"]["versions"]
-    assert "torch" not in result["facts"]["versions"]
-
-
 def an_invented_result():
     rows = [
         {
@@ -372,18 +354,25 @@ def test_refused_values(options, message):
 
 
 def test_the_command_writes_tables_numbers_and_chart(tmp_path, capsys):
-    words = "benchmark backbone --batch 1 --size 33 --seconds 0"
+    words = "benchmark backbone --shots 1,2 --batch 1 --size 33 --seconds 0"
     words += f" --backbone efficientnet_lite0 --out {tmp_path / 'out'}"
     main(words.split())
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert files.keys() == {"benchmark.md", "benchmark.json", "benchmark.png"}
     result = json.loads(files["benchmark.json"].read_text())
-    assert result["facts"]["backbone"] == "efficientnet_lite0"
-    assert result["facts"]["pixels"] == "33 x 33"
-    (steps,) = result["tables"]
-    assert [row["step"] for row in steps["rows"]] == [
-        "backbone, 1 shot, batch 1, float32"
-    ]
+    facts, (steps,) = result["facts"], result["tables"]
+    assert (facts["backbone"], facts["pixels"]) == ("efficientnet_lite0", "33 x 33")
+    assert "jax 0." in facts["versions"]
+    assert "torch" not in facts["versions"]
+    names = [f"backbone, {n}, batch 1, float32" for n in ("1 shot", "2 shots")]
+    assert [row["step"] for row in steps["rows"]] == names
+    for row in steps["rows"]:
+        low, median, high = row["JAX, ms"]
+        assert 0 < low <= median <= high
+        assert row["GFLOP/s"] == pytest.approx(1e3 * row["GFLOP"] / median)
+        assert row["% of peak"] > 0
+    one, two = (row["GFLOP"] for row in steps["rows"])
+    assert two == pytest.approx(1.5 * one)
     page = benchmark_report(result) + "\n"
     assert files["benchmark.md"].read_text() == page == capsys.readouterr().out
 
