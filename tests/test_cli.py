@@ -4,18 +4,18 @@ import pickle
 import subprocess
 import sys
 import tomllib
-import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from predictors import run_predict
 
 import qpenet_jax
 from qpenet_jax.backbones.registry import BACKBONES
 from qpenet_jax.cli import options
-from qpenet_jax.cli.main import COMMANDS, _one_line, main
+from qpenet_jax.cli.main import COMMANDS, format_warning, main
 from qpenet_jax.core import choices
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.protocols import PRESETS
@@ -80,8 +80,7 @@ def test_a_run_that_is_none_is_refused(capsys, tmp_path):
     assert "whole numbers" in refused(capsys, "evaluate", "--workdir=x", "--shots=abc")
 
 
-def test_predict_tells_bad_supports_and_queries(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("qpenet_jax.segmenter.load", lambda *_, **__: None)
+def test_predict_refuses_bad_supports_and_queries(tmp_path):
     image, mask, empty, small = (tmp_path / f"{n}.png" for n in "imes")
     Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(image)
     Image.fromarray(np.ones((8, 9), np.uint8)).save(mask)
@@ -90,12 +89,10 @@ def test_predict_tells_bad_supports_and_queries(capsys, tmp_path, monkeypatch):
 
     def error(support, query=image):
         out = tmp_path / "out"
-        text = refused(
-            capsys, "predict", "--workdir", "run", "--support", support,
-            "--query", query, "--out", out,
-        )  # fmt: skip
+        with pytest.raises(InputError) as refusal:
+            run_predict(None, "--support", support, "--query", query, "--out", out)
         assert not out.exists()
-        return text
+        return str(refusal.value)
 
     assert "IMAGE:MASK" in error(image)
     assert f"{empty}" in error(f"{image}:{empty}")
@@ -226,10 +223,8 @@ def test_a_message_is_one_line_of_a_length_that_can_be_read():
     assert text.endswith("xxx is unknown; mend it")
 
 
-def test_pillows_warnings_are_one_line(monkeypatch):
-    monkeypatch.setattr(warnings, "formatwarning", _one_line)
-    place = Image.__file__, 10
-    told = warnings.formatwarning("Corrupt EXIF data", UserWarning, *place)
-    assert told == "warning: an image: Corrupt EXIF data\n"
-    other = warnings.formatwarning("Odd", UserWarning, "/a/b.py", 10, "x")
+def test_pillows_warnings_are_one_line():
+    shown = format_warning("Corrupt EXIF data", UserWarning, Image.__file__, 10)
+    assert shown == "warning: an image: Corrupt EXIF data\n"
+    other = format_warning("Odd", UserWarning, "/a/b.py", 10, "x")
     assert other.startswith("/a/b.py:10: UserWarning: Odd")

@@ -1,7 +1,7 @@
 """Config files: where they may lie, and what is told of their errors."""
 
+import contextlib
 import os
-import sys
 
 import pytest
 
@@ -27,10 +27,10 @@ def written(folder, text, name="my.py"):
 
 
 def refused(file, *overrides):
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as refusal:
         load_config(file, overrides)
-    assert "\n" not in str(told.value)
-    return str(told.value)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
 
 
 def test_fields_are_changed_in_all_spellings(tmp_path):
@@ -42,9 +42,8 @@ def test_fields_are_changed_in_all_spellings(tmp_path):
     assert load_config(file).seed == 0
 
 
-def test_an_edit_within_the_same_second_is_seen(tmp_path, monkeypatch):
+def test_an_edit_within_the_same_second_is_seen(tmp_path):
     """Nor does Python's bytecode appear beside the file."""
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     file = written(tmp_path, GOOD)
     assert load_config(file).optimizer.lr == 0.1
     times = file.stat()
@@ -66,9 +65,9 @@ def test_an_edit_within_the_same_second_is_seen(tmp_path, monkeypatch):
     ],
 )
 def test_bad_overrides_are_one_line(tmp_path, override, words):
-    told = refused(written(tmp_path, GOOD), override)
+    message = refused(written(tmp_path, GOOD), override)
     for word in words:
-        assert word in told
+        assert word in message
 
 
 @pytest.mark.parametrize(
@@ -85,18 +84,18 @@ def test_bad_overrides_are_one_line(tmp_path, override, words):
 )
 def test_an_error_inside_a_config_is_told_with_its_line(tmp_path, text, place, words):
     file = written(tmp_path, text)
-    told = refused(file)
-    assert told.startswith(f"{file}, {place}: " if place else f"{file}: ")
+    message = refused(file)
+    assert message.startswith(f"{file}, {place}: " if place else f"{file}: ")
     for word in words:
-        assert word in told
-    assert "no such config field" not in told
+        assert word in message
+    assert "no such config field" not in message
 
 
 def test_an_error_in_a_module_beside_it_is_told_there(tmp_path):
     helper = written(tmp_path, "def value():\n    return 1 / 0\n", "beside.py")
     text = "import beside\n\ndef get_config():\n    return beside.value()\n"
-    told = refused(written(tmp_path, text))
-    assert told.startswith(f"{helper}, line 2: ZeroDivisionError")
+    message = refused(written(tmp_path, text))
+    assert message.startswith(f"{helper}, line 2: ZeroDivisionError")
 
 
 def test_each_checkout_has_its_own_configs(tmp_path):
@@ -110,15 +109,13 @@ def test_each_checkout_has_its_own_configs(tmp_path):
         assert load_config(written(folder, text)).seed == number
 
 
-def test_a_config_elsewhere_finds_the_configs_of_the_current_folder(
-    tmp_path, monkeypatch
-):
+def test_a_config_elsewhere_finds_the_configs_of_the_current_folder(tmp_path):
     here = tmp_path / "here"
     written(here / "configs", GOOD, "common.py")
     text = "from configs import common\n\nget_config = common.get_config\n"
     file = written(tmp_path / "elsewhere" / "deep", text)
-    monkeypatch.chdir(here)
-    assert load_config(os.path.relpath(file)).seed == 0
+    with contextlib.chdir(here):
+        assert load_config(os.path.relpath(file)).seed == 0
 
 
 @pytest.mark.parametrize(

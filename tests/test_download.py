@@ -6,9 +6,9 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import no_file_above
 
-from qpenet_jax.core import download as module
-from qpenet_jax.core.download import digest, download, sha256
+from qpenet_jax.core.download import BAR_BYTES, digest, download, sha256
 from qpenet_jax.core.errors import InputError
 
 CONTENT = np.random.default_rng(0).bytes(200_000)
@@ -23,7 +23,7 @@ class Server(http.server.ThreadingHTTPServer):
     content = CONTENT
     cut: int | None = None
     ignores_range = False
-    tells_length = True
+    gives_length = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -47,7 +47,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes */{len(self.server.content)}")
             return self.end_headers()
         self.send_response(206 if start else 200)
-        if self.server.tells_length:
+        if self.server.gives_length:
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content[: self.server.cut])
@@ -145,7 +145,7 @@ def test_a_part_longer_than_the_file_starts_again(checksum, server, tmp_path):
 
 
 def test_without_length_only_a_checksum_tells_the_end(server, tmp_path):
-    server.tells_length = False
+    server.gives_length = False
     download(server.url, tmp_path / "file", SHA256, progress=False)
     assert (tmp_path / "file").read_bytes() == CONTENT
     with pytest.raises(InputError, match="gives no length and no hash is published"):
@@ -153,31 +153,18 @@ def test_without_length_only_a_checksum_tells_the_end(server, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_errors_of_the_disk_are_not_taken_for_a_broken_connection(
-    server, tmp_path, monkeypatch
-):
-    class Full:
-        n = 0
-
-        def update(self, _):
-            raise OSError(28, "No space left on device")
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return False
-
-    monkeypatch.setattr(module, "tqdm", lambda **_: Full())
-    with pytest.raises(OSError, match="No space left"):
-        download(server.url, tmp_path / "file", SHA256)
+def test_errors_of_the_disk_are_not_taken_for_a_broken_connection(server, tmp_path):
+    with no_file_above(1000), pytest.raises(OSError, match="File too large"):
+        download(server.url, tmp_path / "file", SHA256, progress=False)
     assert len(server.ranges) == 1
 
 
-def test_digest_shows_a_bar_for_large_files(tmp_path, capsys, monkeypatch):
+def test_digest_shows_a_bar_for_large_files(tmp_path, capsys):
     (tmp_path / "file").write_bytes(CONTENT)
     assert f"sha256:{sha256(tmp_path / 'file')}" == SHA256
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(module, "BAR_BYTES", 200_000)
     assert f"md5:{digest(tmp_path / 'file', 'md5')}" == MD5
-    assert "hashing file: 100%" in capsys.readouterr().err
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(BAR_BYTES)
+    digest(tmp_path / "large", "md5")
+    assert "hashing large: 100%" in capsys.readouterr().err

@@ -21,7 +21,8 @@ from qpenet_jax.core.files import (
 
 def printed(code, **environment):
     """Return what a fresh process prints."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    unset = ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
+    kept = {k: v for k, v in os.environ.items() if k not in unset}
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -84,10 +85,9 @@ def test_a_lock_keeps_other_processes_out_until_its_process_ends(tmp_path):
         pass
 
 
-def test_a_path_may_start_at_the_home_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert local_path("~/r") == tmp_path / "r"
-    assert local_path(Path("~")) == tmp_path
+def test_a_path_may_start_at_the_home_folder():
+    assert local_path("~/r") == Path.home() / "r"
+    assert local_path(Path("~")) == Path.home()
     assert local_path("a/~/b") == Path("a/~/b")
 
 
@@ -157,7 +157,7 @@ def test_a_walk_follows_links_and_ends(tmp_path):
     assert list(walk(tmp_path / "link")) == list(found)
 
 
-def test_a_walk_leaves_nothing_out_silently(tmp_path, monkeypatch):
+def test_a_walk_leaves_nothing_out_silently(tmp_path):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"gone\.png is a link to nothing"):
         walk(tmp_path)
@@ -171,12 +171,8 @@ def test_a_walk_leaves_nothing_out_silently(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"'\\udcff\.png' in .*: rename it"):
         walk(tmp_path)
 
-    def refuse(folder):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
-    with pytest.raises(InputError, match=r"can't be read \(Permission denied\)"):
-        walk(tmp_path)
+    with pytest.raises(InputError, match=r"can't be read \(File name too long\)"):
+        walk(tmp_path / ("x" * 300))
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path):

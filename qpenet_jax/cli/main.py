@@ -91,10 +91,11 @@ def _set_up_terminal() -> None:
     """Prints what its encoding can't hold as "?", and our warnings as one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    warnings.formatwarning = _one_line
+    warnings.formatwarning = format_warning
 
 
-def _one_line(message, category, *place, **line) -> str:
+def format_warning(message, category, *place, **line) -> str:
+    """Returns a warning as it is printed: one line, if it is about the input."""
     if issubclass(category, InputWarning):
         return f"warning: {message}\n"
     if "PIL" in Path(place[0]).parts:  # of an image whose metadata are damaged
