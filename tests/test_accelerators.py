@@ -36,8 +36,8 @@ def exported(what, platform, dtype="float32"):
     weights = jax.eval_shape(lambda: jax_side.random_weights(case))
 
     def step(weights, batch):
-        made, args = jax_side.step_and_inputs(case, weights, batch)
-        return made(*args)
+        inputs = jax_side.inputs_of(case, weights, batch)
+        return jax_side.step_of(case)(*inputs)
 
     export = jax.export.export(
         jax.jit(step),
