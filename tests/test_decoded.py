@@ -35,7 +35,7 @@ def dataset(tmp_path, write_voc) -> VOCLayout:
 
 
 class Unreadable:
-    """What only tells names and counts: a data set that must not be decoded."""
+    """A data set of which few images may be decoded."""
 
     def __init__(self, dataset, readable=()):
         self.classes, self.names = dataset.classes, dataset.names
@@ -165,6 +165,7 @@ Decoded(Slow("train", 40, 40), sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_for_the_first(tmp_path, capfd):
     """It deletes nothing of it, and decodes a sample alone."""
     begun, go = tmp_path / "begun", tmp_path / "go"
@@ -191,42 +192,34 @@ def test_a_second_process_waits_for_the_first(tmp_path, capfd):
     assert not part.exists()
 
 
-def test_limits_are_told_in_one_line(dataset, tmp_path, monkeypatch):
+def test_limits_and_what_cant_be_written_are_one_line(dataset, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"would take .* limit of 0\.0 GB") as error:
         Decoded(dataset, tmp_path / "cache", limit=10_000)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache").exists()
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(InputError, match=r"0\.0 GB are free.*config.augment_on=host"):
-        Decoded(dataset, tmp_path / "cache")
-
-
-def test_a_folder_that_cant_be_written_to(dataset, tmp_path):
-    (tmp_path / "cache").write_text("a file")
-    match = r"can't be written \(.*config.augment_on=host"
-    with pytest.raises(InputError, match=match):
-        Decoded(dataset, tmp_path / "cache")
-
-
-def test_a_label_of_another_size_is_named(dataset, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(InputError, match=r"0\.0 GB are free.*augment_on=host"):
+            Decoded(dataset, tmp_path / "cache")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(
+        InputError, match=r"can't be written \(.*config.augment_on=host"
+    ):
+        Decoded(dataset, tmp_path / "file")
     dataset.label = lambda index: np.zeros((7, 9), np.uint8)
     with pytest.raises(InputError, match=r"im_000: mask of 9x7 pixels for an image"):
         Decoded(dataset, tmp_path / "cache")
     assert not list(folder_of(dataset, tmp_path).iterdir())
 
 
-def test_pickles_are_small_and_open_the_file(tmp_path):
-    dataset = Shapes("train", 20, 100)
+def test_episodes_are_the_same_in_workers_too(dataset, tmp_path):
     decoded = Decoded(dataset, tmp_path / "cache")
     decoded.image(0)
     pickled = pickle.dumps(decoded)
-    assert len(pickled) < 10_000  # One image has 30,000 bytes.
-    assert equal(pickle.loads(pickled), dataset)
-
-
-def test_episodes_are_the_same_in_workers_too(dataset, tmp_path):
-    decoded = Decoded(dataset, tmp_path / "cache")
+    assert len(pickled) < 10_000  # One image has more bytes.
+    decoded = pickle.loads(pickled)
+    assert equal(decoded, dataset)
     sampler = EpisodeSampler(dataset.counts, (1, 2, 3), shots=2, seed=3, min_pixels=9)
     options = {"side": 65, "augmentation": Augmentation(), "seed": 3}
     load = functools.partial(load_episode, decoded, **options)

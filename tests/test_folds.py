@@ -33,7 +33,10 @@ def test_coco_names_are_those_of_the_official_annotations(shared_voc):
     assert list(COCO_CLASSES) == official
 
 
-def test_pascal_folds():
+def test_folds_by_hand():
+    assert coco_fold(1).novel[:3] == (2, 6, 10)
+    assert coco_fold(3).novel[-1] == 80
+    assert coco_fold(1, "panet").novel == tuple(range(21, 41))
     novel = ["diningtable", "dog", "horse", "motorbike", "person"]
     assert named(PASCAL_CLASSES, pascal_fold(2).novel) == novel
     assert pascal_fold(0).novel == (1, 2, 3, 4, 5)
@@ -58,22 +61,11 @@ def test_folds_split_the_classes(fold_of, classes):
     assert sorted(novel) == list(range(1, classes + 1))
 
 
-def test_coco_splits():
-    assert coco_fold(1).novel[:3] == (2, 6, 10)
-    assert coco_fold(3).novel[-1] == 80
-    assert coco_fold(1, "panet").novel == tuple(range(21, 41))
-
-
 @pytest.mark.parametrize("fold", [-1, 4])
 @pytest.mark.parametrize("fold_of", [pascal_fold, coco_fold])
 def test_unknown_fold(fold_of, fold):
     with pytest.raises(InputError, match=f"fold {fold}: choose"):
         fold_of(fold)
-
-
-def test_unknown_split():
-    with pytest.raises(InputError, match="'hsnet': choose"):
-        coco_fold(0, "hsnet")
 
 
 @pytest.mark.parametrize("rule", ["blocks", "strided"])
@@ -106,7 +98,9 @@ def test_folds_that_would_be_empty(classes, folds):
         fold_of(classes, 0, folds)
 
 
-def test_unknown_rule_or_fold_of_a_rule():
+def test_unknown_split_rule_or_fold_of_a_rule():
+    with pytest.raises(InputError, match="'hsnet': choose"):
+        coco_fold(0, "hsnet")
     with pytest.raises(InputError, match=r"rule 'random': choose 'blocks'"):
         fold_of(8, 0, rule="random")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match=r"fold 2: choose 0 to 1"):
