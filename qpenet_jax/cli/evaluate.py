@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qpenet_jax.cli.options import (
+    add_checkpoint,
     add_cluster,
     add_overrides,
     add_protocol,
@@ -40,12 +41,7 @@ def add_parser(commands) -> None:
         help="score exactly the episodes of this file, written by `qpenet episodes "
         "export`, instead of drawing them",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="NAME",
-        help="last, or another selection that config.select_on names, such as novel; "
-        "default: the checkpoint that is the run's result",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--references",
         action="store_true",

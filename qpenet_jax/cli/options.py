@@ -39,6 +39,16 @@ def add_workdir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds the choice of a run's checkpoint."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME",
+        help="last, or another selection that config.select_on names, such as novel; "
+        "default: the checkpoint that is the run's result",
+    )
+
+
 def add_new_folder(parser: argparse.ArgumentParser) -> None:
     """Adds the option that names a folder which the command makes."""
     parser.add_argument(

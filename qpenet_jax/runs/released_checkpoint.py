@@ -1,4 +1,4 @@
-"""A checkpoint of the authors' released system as a run of ours."""
+"""A checkpoint of the authors' released system becomes a run."""
 
 import json
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 
 from qpenet_jax.backbones.convert import save_weights
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
@@ -16,7 +16,7 @@ from qpenet_jax.backbones.torch_layout import check_tensors, to_flax, under_pref
 from qpenet_jax.config import default_config
 from qpenet_jax.core.choices import CHECKPOINT_DATASETS
 from qpenet_jax.core.errors import InputError, check_choice
-from qpenet_jax.core.files import local_path, new_folder, write_whole
+from qpenet_jax.core.files import local_path, new_folder
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.recipes import for_coco, for_released
@@ -104,17 +104,12 @@ def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def _check_head(head: Tensors, params: Any) -> None:
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
     expected = {
-        name: state_dict.torch_shape(name, np.shape(_at(params, path)))
+        name: state_dict.torch_shape(name, shapes[path])
         for name, path in state_dict.names().items()
     }
     check_tensors("the tensors beside its backbone", expected, head)
-
-
-def _at(tree: Any, path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
 
 
 def _write(folder: Path, config: Any, params: Any, weights: Any, source: Path) -> None:
@@ -125,5 +120,4 @@ def _write(folder: Path, config: Any, params: Any, weights: Any, source: Path) -
         checkpoints.add_scores(0, {})
     inputs = {WEIGHTS: weights_hash(weights), SOURCE: source.name}
     write_json(folder / INPUTS_FILE, inputs)
-    content = json.loads(config.to_json())
-    write_whole(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    write_json(folder / CONFIG_FILE, json.loads(config.to_json()))
