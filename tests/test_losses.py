@@ -18,7 +18,7 @@ GRID, SIDE = 3, 17
 def resize(x, size):
     """Resize `[..., h, w, c]` linearly with the corners aligned, axis by axis."""
     for axis in (-3, -2):
-        source = np.arange(x.shape[axis]) * (size - 1) / (x.shape[axis] - 1)
+        source = np.linspace(0, size - 1, x.shape[axis])
         x = np.apply_along_axis(
             lambda v, source=source: np.interp(np.arange(size), source, v), axis, x
         )
@@ -76,14 +76,8 @@ def test_both_losses_are_numpys(leading, seed):
     np.testing.assert_allclose(ce, reference_ce(logits, mask), rtol=1e-5)
     bm = background_mining(logits, mask)
     np.testing.assert_allclose(bm, reference_bm(logits, mask), rtol=1e-5)
-
-
-def test_logits_of_image_size_are_not_resized():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(2, SIDE, SIDE, 2)).astype(np.float32)
-    _, mask = draw(2)
-    expected = reference_ce(logits, mask)
-    np.testing.assert_allclose(cross_entropy(logits, mask), expected, rtol=1e-5)
+    whole = resize(logits, SIDE).astype(np.float32)  # of image size: not resized
+    np.testing.assert_allclose(cross_entropy(whole, mask), ce, rtol=1e-5)
 
 
 def test_by_hand():
@@ -123,15 +117,11 @@ def test_images_weigh_by_their_pixels_in_ce_and_equally_in_mining():
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, background_mining])
-def test_without_a_valid_pixel_loss_and_gradient_are_zero(loss):
+def test_no_valid_pixel_gives_zero_and_confident_logits_finite_gradients(loss):
     logits, mask = draw(2)
     value, gradient = jax.value_and_grad(loss)(logits, np.full_like(mask, 255))
     assert value == 0
     np.testing.assert_array_equal(gradient, 0)
-
-
-@pytest.mark.parametrize("loss", [cross_entropy, background_mining])
-def test_confident_logits_keep_finite_losses_and_gradients(loss):
     logits, mask = draw(2, scale=1e4)
     value, gradient = jax.value_and_grad(loss)(logits, mask)
     assert np.isfinite(value)

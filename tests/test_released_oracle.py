@@ -15,9 +15,7 @@ from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.models.released.network import ReleasedQPENet
 from qpenet_jax.models.released.released_loss import released_loss
-from qpenet_jax.models.released.tokens import (
-    Draws,
-)
+from qpenet_jax.models.released.tokens import Draws
 from qpenet_jax.runs.released_checkpoint import STEM
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
@@ -156,7 +154,9 @@ def thinned(found, stored, name):
     return found[:, ::every, ::cells, ::cells]
 
 
-@pytest.mark.parametrize("name", ["eval97", "train97", "eval473_small"])
+@pytest.mark.parametrize(
+    "name", ["eval97", "train97", pytest.param("eval473_small", marks=pytest.mark.slow)]
+)
 def test_every_intermediate_of_the_released_model(oracle, name):
     case = stored_case(name)
     support, query = oracle.features(case)
