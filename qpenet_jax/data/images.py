@@ -81,7 +81,7 @@ def image_size(file: File, name: str | None = None) -> tuple[int, int]:
 
 def orientation(image: Image.Image) -> int:
     """Returns the orientation of an image, 1 to 8; 1 is upright, also without a tag."""
-    found = image.getexif().get(ORIENTATION)
+    found: Any = image.getexif().get(ORIENTATION)
     return found if found in range(1, 9) else 1
 
 
@@ -162,11 +162,21 @@ def check_label(
 ) -> Int[np.ndarray, " classes"]:
     """Returns the pixels of each class 1..`classes` in a label map.
 
+    A label map that holds 255 alone is refused: drawing programs save masks so, but in
+    a data set 255 means ignored, and nothing would be left of the object.
+
     Raises:
-        InputError: its size isn't the image's `size`, or a value is no class.
+        InputError: its size isn't the image's `size`, a value is no class, or 255 is
+            its only value beside 0.
     """
-    check_same_size(label.shape, size, name)
     pixels = np.bincount(label.ravel(), minlength=IGNORE + 1)
+    if pixels[IGNORE] and not pixels[1:IGNORE].any():
+        raise InputError(
+            f"{name}: 255 is its only value beside 0; in a data set 255 is ignored, so "
+            "write the number of the class (1 for the first of the list) instead, or "
+            "take the image out"
+        )
+    check_same_size(label.shape, size, name)
     strange = np.flatnonzero(pixels[classes + 1 : IGNORE])
     if strange.size:
         raise InputError(
@@ -220,20 +230,3 @@ def rgb(image: Image.Image, name: File) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns about the direct conversion.
     return image.convert("RGB")
-
-
-def check_numbered(label: UInt8[np.ndarray, "h w"], name: str) -> None:
-    """Refuses a label map that marks pixels with 255 and nothing else.
-
-    Drawing programs save masks so, and `read_mask` takes such a file for one object; in
-    a data set 255 means ignored, and nothing would be left of the object.
-
-    Raises:
-        InputError: naming the file.
-    """
-    if label.any() and label[label > 0].min() == IGNORE:
-        raise InputError(
-            f"{name}: 255 is its only value beside 0; in a data set 255 is ignored, so "
-            "write the number of the class (1 for the first of the list) instead, or "
-            "take the image out"
-        )

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from qpenet_jax.core.errors import MAKE_ROOM, InputError
 from qpenet_jax.core.files import check_room, locked
-from qpenet_jax.data.images import check_label, check_numbered, read_image, warn_of_turn
+from qpenet_jax.data.images import check_label, read_image, warn_of_turn
 from qpenet_jax.data.sources.prepared import read_metadata
 from qpenet_jax.data.versions import ContentHash
 
@@ -85,7 +85,6 @@ def check_example(example: LabelledImage, classes: int) -> Int[np.ndarray, " cla
     height, width = read_image(BytesIO(example.image), name=image_from).shape[:2]
     warn_of_turn(BytesIO(example.image), name=image_from)
     label_from = example.label_from or example.name
-    check_numbered(example.label, label_from)
     return check_label(example.label, (height, width), classes, label_from)
 
 
@@ -208,7 +207,9 @@ class _SameBytes(ExampleWriter):
         Raises:
             InputError: the disk is full, for which ArrayRecord raises a RuntimeError.
         """
-        ordered = ((key, _in_order(example)) for key, example in examples)
+        kinds: Any = tf_example_pb2  # made when it is imported, so pyright knows none
+        parsed = ((key, kinds.Example.FromString(data)) for key, data in examples)
+        ordered = ((key, x.SerializeToString(deterministic=True)) for key, x in parsed)
         try:
             return super().write(path, ordered)
         except RuntimeError as error:
@@ -216,12 +217,6 @@ class _SameBytes(ExampleWriter):
             raise InputError(
                 f"{path}: can't be written ({reason}); {MAKE_ROOM}"
             ) from error
-
-
-def _in_order(example: bytes) -> bytes:
-    kinds: Any = tf_example_pb2  # made when it is imported, so pyright knows none
-    message = kinds.Example.FromString(example)
-    return message.SerializeToString(deterministic=True)
 
 
 def encode_mask(label: UInt8[np.ndarray, "h w"]) -> bytes:

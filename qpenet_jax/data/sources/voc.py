@@ -17,7 +17,6 @@ from qpenet_jax.core.download import sha256
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import (
     check_label,
-    check_numbered,
     image_size,
     read_image,
     read_label,
@@ -134,7 +133,6 @@ class VOCLayout:
         """Returns a label map and how many pixels each class has."""
         path = self._masks[index]
         label = read_label(path)
-        check_numbered(label, path)
         size = image_size(self._images[index])
         return label, check_label(label, size, len(self.classes), path)
 
