@@ -2,6 +2,7 @@
 
 import argparse
 
+from qpenet_jax.cli.options import add_shots
 from qpenet_jax.core.choices import BACKBONES
 
 
@@ -27,13 +28,7 @@ def add_parser(commands) -> None:
         help="full, released (its authors' network), or a row of the paper's Tables "
         "III to V, such as baseline; default: %(default)s",
     )
-    parser.add_argument(
-        "--shots",
-        type=int,
-        default=1,
-        metavar="K",
-        help="number of support images; default: %(default)s",
-    )
+    add_shots(parser)
     parser.add_argument(
         "--side",
         type=int,

@@ -7,6 +7,7 @@ from qpenet_jax.cli.options import (
     WORKDIR,
     add_overrides,
     add_protocol,
+    add_shots,
     path,
     protocol_changes,
 )
@@ -31,13 +32,7 @@ def add_parser(commands) -> None:
         metavar="FILE",
         help="a config instead of a run, such as configs/pascal_fold0.py",
     )
-    parser.add_argument(
-        "--shots",
-        type=int,
-        default=1,
-        metavar="K",
-        help="number of support images; default: %(default)s",
-    )
+    add_shots(parser)
     parser.add_argument(
         "--out", required=True, type=path, metavar="FILE", help="file to write"
     )

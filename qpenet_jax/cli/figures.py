@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qpenet_jax.cli.options import WORKDIR, add_overrides, numbers, path
+from qpenet_jax.cli.options import WORKDIR, add_overrides, add_shots, numbers, path
 
 
 def add_parser(commands) -> None:
@@ -42,13 +42,7 @@ def add_parser(commands) -> None:
         default=0,
         help="seed for choosing random episodes; default: %(default)s",
     )
-    parser.add_argument(
-        "--shots",
-        type=int,
-        default=1,
-        metavar="K",
-        help="number of support images; default: %(default)s",
-    )
+    add_shots(parser)
     parser.add_argument(
         "--out",
         required=True,

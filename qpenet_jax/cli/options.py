@@ -49,6 +49,17 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_shots(parser: argparse.ArgumentParser) -> None:
+    """Adds the number of support images of one episode."""
+    parser.add_argument(
+        "--shots",
+        type=int,
+        default=1,
+        metavar="K",
+        help="number of support images; default: %(default)s",
+    )
+
+
 def add_new_folder(parser: argparse.ArgumentParser) -> None:
     """Adds the option that names a folder which the command makes."""
     parser.add_argument(
