@@ -26,7 +26,7 @@ from qpenet_jax.demo.inside import inside_pictures
 from qpenet_jax.demo.pictures import Picture, grid, shrunk
 from qpenet_jax.demo.work import Work
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT
-from qpenet_jax.paper.tiles import AUX, BACKGROUND, MAIN
+from qpenet_jax.paper.sheets import AUX, BACKGROUND, MAIN
 
 ABOUT = {"version": "1", "method": "prototype", "run": None, "backbone": "x"}
 

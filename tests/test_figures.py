@@ -7,46 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from untrained import small_config, untrained_run
 
-from configs import quickstart
 from qpenet_jax import InputError
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episodes import EpisodeIds
 from qpenet_jax.evaluation import pictures
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, TILE, TRUTH, Scene
 from qpenet_jax.models.layers import Conv1x1, Convs
-from qpenet_jax.paper import figures, sheets, tiles
+from qpenet_jax.paper import figures
 from qpenet_jax.paper.sheets import (
-    ShownEpisode,
-    background_sheet,
-    evolution_sheet,
-    predictions_sheet,
-)
-from qpenet_jax.paper.tiles import (
     AUX,
     BACKGROUND,
     DARK,
     MAIN,
+    ShownEpisode,
+    background_note,
+    background_sheet,
     background_tiles,
+    evolution_sheet,
     evolution_tiles,
+    predictions_sheet,
     support_regions,
 )
-from qpenet_jax.runs.build import build_backbone, complete, initial_params
-from qpenet_jax.runs.datasets import build_dataset
-from qpenet_jax.runs.folder import TrainedRun, claim, inputs_of
+from qpenet_jax.runs.build import build_backbone, complete
+from qpenet_jax.runs.datasets import build_dataset, build_eval_samplers, build_protocol
+from qpenet_jax.runs.folder import claim, inputs_of
 from qpenet_jax.training.step import episode_features
 
 SIDE, GRID = 65, 9
-SHRUNK = {
-    "side": SIDE,
-    "model.channels": 16,
-    "dataset.side": SIDE,
-    "dataset.train_images": 60,
-    "dataset.val_images": 60,
-    "dataset.min_pixels": 64,
-    "dataset.on_few": "drop",
-    "eval.episodes": 6,
-}
 
 
 # Hand-made: pictures as wide as a tile, whose content fills the upper half of the
@@ -182,20 +171,13 @@ def test_colours_of_the_background():
     assert pixel(by_clean, 28, 80) == TRUTH
 
 
-def test_notes_of_the_background(monkeypatch):
-    notes = []
-
-    def record(picture, note):
-        notes.append(note)
-        return pictures.tile(picture, note)
-
-    monkeypatch.setattr(tiles, "tile", record)
-    nothing, all_of_it = half("left"), half("left")
-    nothing[..., 1], all_of_it[..., 1] = -1, 1
-    background_tiles(scene(), out_of(y_bg_q=nothing, y_bg_clean=all_of_it))
+def test_notes_of_the_background():
+    truth = scene().truth
+    nothing = np.zeros(truth.shape, bool)
     # All is called background: the truth is what the object leaves of the picture.
     share = round(100 * (1 - 84 * 168 / (112 * 224)))
-    assert notes == ["IoU 0, lost 0 %", f"IoU {share}, lost 100 %"]
+    assert background_note(nothing, truth) == "IoU 0, lost 0 %"
+    assert background_note(~nothing, truth) == f"IoU {share}, lost 100 %"
 
 
 def test_the_iou_of_a_tile_leaves_ignored_pixels_out():
@@ -216,7 +198,7 @@ def test_tints_are_the_same_on_every_picture():
 
 
 def test_the_figure_of_an_evaluation():
-    data = shrunk().dataset("val")
+    data = build_dataset(shrunk(), "val")
     episodes = [EpisodeIds(3, 0, 1, (1, 2)), EpisodeIds(4, 5, 2, (7, 8))]
     page = pictures.episode_figure(
         data, episodes, {"all": lambda _: jnp.ones((1, SIDE, SIDE))}, SIDE
@@ -224,19 +206,6 @@ def test_the_figure_of_an_evaluation():
     assert page.shape[1] > 4 * (TILE + pictures.GAP)
     last = page[60 : pictures.HEADER + TILE - 60, -TILE // 2]  # all of it is tinted
     assert (np.abs(last - np.array(PREDICTION) // 2 - 64) <= 64).all()
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """What is given to `sheet`: columns, rows, legend, notes."""
-    given = []
-
-    def record(*args):
-        given.append(args)
-        return pictures.sheet(*args)
-
-    monkeypatch.setattr(sheets, "sheet", record)
-    return given
 
 
 def shown_episodes(**outs):
@@ -247,11 +216,12 @@ def shown_episodes(**outs):
     ]
 
 
-def test_one_column_a_run_after_the_baseline(drawn):
-    page = predictions_sheet(
+def test_one_column_a_run_after_the_baseline():
+    content = predictions_sheet(
         shown_episodes(baseline=out_of(), full=out_of()), ["a note"]
     )
-    ((columns, rows, legend, notes),) = drawn
+    page = pictures.sheet(*content)
+    columns, rows, legend, notes = content
     assert columns == ("support", "query", "truth", "cosine", "baseline", "full")
     assert [len(tiles) for _, tiles in rows] == [6, 6]
     assert [label for label, _ in rows] == ["dog\n#3"] * 2
@@ -267,12 +237,11 @@ def test_one_column_a_run_after_the_baseline(drawn):
     assert colours >= {SUPPORT, TRUTH, PREDICTION}  # the legend's swatches
 
 
-def test_runs_without_evolution_are_left_out_with_a_note(drawn):
+def test_runs_without_evolution_are_left_out_with_a_note():
     baseline = out_of(y_pre=None, y_rev=None, A_main=None, A_aux=None, y_bg_clean=None)
     episodes = shown_episodes(baseline=baseline, full=out_of())
-    evolution_sheet(episodes, [])
-    background_sheet(episodes, [])
-    (columns, rows, *_, notes), (titles, backgrounds, *_, more) = drawn
+    columns, rows, _, notes = evolution_sheet(episodes, [])
+    titles, backgrounds, _, more = background_sheet(episodes, [])
     assert len(columns) == 5
     assert [label for label, _ in rows] == ["dog\n#3\nfull"] * 2
     assert notes[-1] == "baseline: no evolution of the foreground"
@@ -286,13 +255,13 @@ def test_a_map_that_a_variant_lacks_is_an_empty_tile():
     assert pixel(a_aux, 100, 80) == pictures.PAPER
 
 
-def test_sheets_that_no_run_can_fill_say_why(drawn):
+def test_sheets_that_no_run_can_fill_are_drawn():
     only = shown_episodes(baseline=out_of(y_pre=None, y_rev=None, y_bg_clean=None))
-    assert evolution_sheet(only, []).shape[1] > 500
-    assert background_sheet(only, []).shape[1] > 500
-    (_, rows, *_), (titles, *_) = drawn
-    assert rows == []
-    assert titles == ("support", "truth")
+    evolution, background = evolution_sheet(only, []), background_sheet(only, [])
+    assert evolution.rows == []
+    assert background.columns == ("support", "truth")
+    for content in (evolution, background):
+        assert pictures.sheet(*content).shape[1] > 500
 
 
 def test_a_row_needs_a_tile_for_every_column():
@@ -309,66 +278,59 @@ def test_long_titles_fit_their_tile():
     assert (page[: pictures.HEADER, -2:] == 255).all()
 
 
-# On runs: real configs with random parameters in place of a checkpoint, as to
-# initialise and to restore them would compile for longer than all tests here take.
+# On runs with random parameters.
 
 
 def shrunk(**changes):
-    config = quickstart.get_config()
-    fields = SHRUNK | {name.replace("__", "."): v for name, v in changes.items()}
-    config.update_from_flattened_dict(fields)
+    config = small_config().unlock().copy_and_resolve_references()
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in changes.items()}
+    )
     return complete(config)
 
 
-def random_params(config):
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: initial_params(config))
-    return jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), shapes
-    )
-
-
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    """What `open_run` returns, by the workdir."""
-    folder = tmp_path_factory.mktemp("runs")
-    configs = [shrunk(variant=name) for name in ("full", "baseline")]
-    found = {}
-    for config in configs:
-        workdir = folder / f"run_{config.variant}"
-        workdir.mkdir()
-        found[workdir] = TrainedRun(workdir, config, random_params(config), 0)
-    return found
-
-
-@pytest.fixture
-def runs(opened, monkeypatch):
+def runs(tmp_path_factory):
     """The workdirs of a full network and of a baseline."""
-    monkeypatch.setattr(figures, "open_run", lambda folder, _: opened[folder])
-    return list(opened)
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        untrained_run(folder / f"run_{name}", shrunk(variant=name))
+        for name in ("full", "baseline")
+    ]
 
 
-def test_three_sheets_of_two_runs(runs, tmp_path, drawn):
+def test_three_sheets_of_two_runs(runs, tmp_path):
     out = tmp_path / "new" / "figures"
     paths = figures.draw_figures(runs, out, episodes=[4, 0], shots=2)
     names = ["predictions.jpg", "evolution.jpg", "background.jpg"]
     assert paths == [out / name for name in names]
     assert sorted(p.name for p in out.iterdir()) == sorted(names)
-    (columns, rows, _, notes), (_, evolution, *_), (titles, *_) = drawn
-    assert columns[3:] == ("cosine", "full", "baseline")
-    assert titles[2:] == ("full: P_global", "full: P_bg")
-    assert [label.split("\n")[1] for label, _ in rows] == ["#4", "#0"]
-    assert len(evolution) == 2
-    assert "2-shot" in notes[0]
-    assert notes[1] == "of 2 supports the first is shown"
     for path in paths:
         with Image.open(path) as image:
             assert image.format == "JPEG"
             assert image.size[1] > 2 * TILE
 
 
-def test_the_background_by_p_bg_is_the_heads_answer_to_it(runs):
-    run, _ = figures._open_runs(runs)
+def test_what_stands_on_the_sheets_of_two_runs(runs):
+    opened = figures.open_runs(runs)
+    config = opened[0].config
+    protocol = build_protocol(config, shots=2)
+    val = build_dataset(config, "val")
+    sampler = build_eval_samplers(config, val, protocol)[0]
+    shown = figures.show(opened, val, [sampler(4), sampler(0)], protocol)
+    notes = figures.protocol_notes(protocol)
+    columns, rows, *_ = predictions_sheet(shown, notes)
+    assert columns[3:] == ("cosine", "full", "baseline")
+    assert [label.split("\n")[1] for label, _ in rows] == ["#4", "#0"]
+    assert len(evolution_sheet(shown, notes).rows) == 2
+    titles = background_sheet(shown, notes).columns
+    assert titles[2:] == ("full: P_global", "full: P_bg")
+    assert "2-shot" in notes[0]
+    assert notes[1] == "of 2 supports the first is shown"
+
+
+def test_the_background_by_p_bg_is_the_heads_output_for_it(runs):
+    run, _ = figures.open_runs(runs)
     backbone, params = build_backbone(run.config), run.params
     rng = np.random.default_rng(0)
     episode = Episode(
@@ -377,12 +339,12 @@ def test_the_background_by_p_bg_is_the_heads_answer_to_it(runs):
         rng.integers(0, 256, (1, 2, SIDE, SIDE, 3), np.uint8),
         rng.integers(0, 2, (1, 2, SIDE, SIDE), np.uint8),
     )
-    margin, out = figures._look(run)(episode)
+    margin, out = figures.network_view(run)(episode)
 
     @jax.jit
     def expected():
         _, query = episode_features(backbone, run.weights, episode)
-        F_q = Conv1x1(16).apply({"params": params["reduce_support"]}, query)
+        F_q = Conv1x1(16).apply({"params": params["reduce_query"]}, query)
         head = {"params": params["gbc"]["convs"]}
         prototypes = {"y_bg_q": params["gbc"]["P_global"], "y_bg_clean": out["P_bg"]}
         return {
@@ -397,18 +359,11 @@ def test_the_background_by_p_bg_is_the_heads_answer_to_it(runs):
     np.testing.assert_allclose(margin[::8, ::8], margin, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_written_if_a_sheet_fails(runs, tmp_path, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    def quick(*_):
-        return np.zeros((8, 8, 3), np.uint8)
-
-    monkeypatch.setattr(figures, "_look_at", lambda *_: [])
-    sheets = {"predictions": quick, "evolution": quick, "background": fail}
-    monkeypatch.setattr(figures, "SHEETS", sheets)
-    with pytest.raises(RuntimeError):
-        figures.draw_figures(runs[:1], tmp_path / "out")
+def test_nothing_is_written_if_a_sheet_fails(tmp_path):
+    files = {name: tmp_path / "out" / f"{name}.jpg" for name in figures.SHEETS}
+    protocol = build_protocol(shrunk())
+    with pytest.raises(KeyError, match="y_bg_q"):
+        figures.write_sheets(shown_episodes(run=out_of(y_bg_q=None)), protocol, files)
     assert not (tmp_path / "out").exists()
 
 
@@ -432,12 +387,12 @@ def test_choices_that_cannot_be_shown(runs, tmp_path, choice, words):
 
 
 def test_drawn_episodes_follow_the_seed():
-    protocol = shrunk(eval__episodes=1000).protocol()
-    drawn = [figures._choose_episodes(protocol, None, 6, seed) for seed in (0, 0, 1)]
+    protocol = build_protocol(shrunk(eval__episodes=1000))
+    drawn = [figures.choose_episodes(protocol, None, 6, seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 6
     assert drawn[0] == sorted(drawn[0])
-    assert figures._choose_episodes(protocol, (999, 0), 6, 0) == [999, 0]
+    assert figures.choose_episodes(protocol, (999, 0), 6, 0) == [999, 0]
 
 
 def test_folders_that_cannot_be_shown(tmp_path):
@@ -453,15 +408,15 @@ def test_folders_that_cannot_be_shown(tmp_path):
 
 def test_names_of_runs(runs):
     def names(workdirs):
-        return [run.name for run in figures._open_runs(workdirs)]
+        return [run.name for run in figures.open_runs(workdirs)]
 
     assert names(runs) == ["full", "baseline"]
     assert names(dict(zip("ab", runs, strict=True))) == ["a", "b"]
     with pytest.raises(InputError, match="give every run once"):
         names([runs[0], runs[0]])
     same = [shrunk(), shrunk()]
-    assert figures._names([Path("x/one"), Path("two")], same) == ["one", "two"]
-    assert figures._names([Path("x/one"), Path("one")], same) == ["x/one", "one"]
+    assert figures.names_of([Path("x/one"), Path("two")], same) == ["one", "two"]
+    assert figures.names_of([Path("x/one"), Path("one")], same) == ["x/one", "one"]
 
 
 @pytest.mark.parametrize(
@@ -474,7 +429,7 @@ def test_names_of_runs(runs):
 def test_runs_that_do_not_compare(tmp_path, changes, words):
     pair = [shrunk(), shrunk(**changes)]
     with pytest.raises(InputError, match=words):
-        figures._check_comparable([tmp_path, tmp_path / "other"], pair)
+        figures.check_comparable([tmp_path, tmp_path / "other"], pair)
 
 
 def test_runs_on_other_images_do_not_compare(tmp_path):
@@ -485,5 +440,5 @@ def test_runs_on_other_images_do_not_compare(tmp_path):
         data = build_dataset(config, "val")
         claim(folder, config, inputs_of(data, data, {}))
     with pytest.raises(InputError, match="b has other validation images"):
-        figures._check_comparable(folders, pair)
-    figures._check_comparable(folders[:1] * 2, pair[:1] * 2)
+        figures.check_comparable(folders, pair)
+    figures.check_comparable(folders[:1] * 2, pair[:1] * 2)

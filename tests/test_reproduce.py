@@ -1,8 +1,12 @@
-"""The paper's tables on the quick start, shrunk: train, kill, resume, skip, tell."""
+"""The paper's tables: what is planned, skipped, refused and made of the episodes.
+
+Where a run's training doesn't matter a stand-in writes what it would leave behind.
+"""
 
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import shutil
@@ -20,9 +24,8 @@ import pytest
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.metrics import Scores, estimate
-from qpenet_jax.paper import cost, execute
-from qpenet_jax.paper import reproduce as module
-from qpenet_jax.paper.cost import Cost
+from qpenet_jax.evaluation.report import summarize, write_json
+from qpenet_jax.paper.cost import Cost, print_plan
 from qpenet_jax.paper.measures import (
     Found,
     mean_over_folds,
@@ -30,9 +33,14 @@ from qpenet_jax.paper.measures import (
     pooled,
     verdict,
 )
-from qpenet_jax.paper.plan import PROGRAM, Plan, PlannedRun
-from qpenet_jax.paper.reproduce import reproduce
+from qpenet_jax.paper.plan import PROGRAM, Plan
+from qpenet_jax.paper.reproduce import last_error, reproduce
 from qpenet_jax.paper.results import ABLATION_RESULTS, FOLD_COLUMNS, FOLD_RESULTS
+from qpenet_jax.runs.build import complete
+from qpenet_jax.runs.config_files import load_config
+from qpenet_jax.runs.datasets import build_dataset, build_protocol
+from qpenet_jax.runs.evaluator import folder_name, scored_episodes
+from qpenet_jax.runs.folder import claim, inputs_of, read_config
 
 # Of ml_collections, where it reads a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -113,78 +121,93 @@ def processes_of(folder):
     return found
 
 
-def run_here(command, log):
-    """Run a command of `qpenet` in this process, which has imported all of it."""
-    text = io.TextIOWrapper(log, write_through=True)
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+def plan(table, workdir, options, config=CONFIG):
+    return Plan(table, config, workdir, **options)
+
+
+def stand_in(command, log):
+    """Leave the files that a training or an evaluation would, with made-up scores."""
+    options = dict(itertools.pairwise(command))
+    folder = Path(options["--workdir"])
+    if "train" in command:
+        fields = [word for word in command if word.startswith("--config.")]
+        config = complete(load_config(options["--config"], fields))
+        val = build_dataset(config, "val")
         try:
-            main([*map(str, command[len(PROGRAM) :])])
-        except SystemExit as stop:
-            return stop.code
-        finally:
-            text.detach()
+            claim(folder, config, inputs_of(val, val, {}))
+        except InputError as error:
+            log.write(f"error: {error}\n".encode())
+            return 2
+        protocol, out = build_protocol(config), folder
+    else:
+        config = complete(read_config(folder))
+        val = build_dataset(config, "val")
+        protocol = build_protocol(config, shots=int(options["--shots"]))
+        out = Path(options["--out"]) / folder_name(protocol)
+        out.mkdir(parents=True)
+    protocol, samplers, class_ids, _ = scored_episodes(config, val, protocol)
+    episodes = [samplers[0](i) for i in range(protocol.episodes)]
+    rng = np.random.default_rng(len(config.variant) + config.seed)
+    found = rng.integers(300, 900, len(episodes))
+    queries, classes = zip(*((e.query, e.class_id) for e in episodes), strict=True)
+    columns = (0, np.arange(len(found)), queries, classes, 8000, 9000, found, 1000)
+    scores = Scores(np.stack(np.broadcast_arrays(*columns), 1).astype(np.int64))
+    scores.save(out / "episodes_qpenet.csv")
+    focus = [name for name in config.eval.focus if name in protocol.classes]
+    results = summarize(scores, protocol, class_ids, focus)
+    facts = {"class_ids": list(class_ids), "step": config.steps}
+    write_json(out / "results.json", results | facts)
     return 0
 
 
-def reproduced(table, workdir, options):
-    """Run the command to its end, all of it in this process; return what it printed."""
-    out = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        patch.setattr(execute, "_run", run_here)
-        main(words(table, workdir, options))
-    return out.getvalue()
+def nothing_starts(command, log):
+    pytest.fail(f"started: {command}")
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Table III, stopped by Ctrl-C in the first step of its second run."""
+def stopped(tmp_path_factory):
+    """Table III, stopped by Ctrl-C in its second run."""
     workdir = tmp_path_factory.mktemp("table3") / "runs"
-    process = start("table3", workdir, TABLE3)
-    wait_for_training(process, workdir / "fgpe_ffa" / "seed1")
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=100)
-    return workdir, process.returncode, out, errors
+
+    def until_ctrl_c(command, log):
+        if workdir / "fgpe_ffa" / "seed1" in map(Path, command):
+            raise KeyboardInterrupt
+        return stand_in(command, log)
+
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as stop:
+        reproduce(plan("table3", workdir, TABLE3), run_process=until_ctrl_c)
+    assert not (workdir / "table3.md").exists()
+    assert (workdir / "fgpe_ffa" / "seed1" / "cost.json").exists()
+    return workdir, stop.value.code, errors.getvalue()
 
 
 @pytest.fixture(scope="module")
-def finished(killed):
-    """The same command again, after the first run's results were lost."""
-    workdir, *_ = killed
-    first = workdir / "fgpe_ffa" / "seed0"
-    (first / "results.json").unlink()
-    episodes = (first / "episodes_qpenet.csv").read_text()
-    out = reproduced("table3", workdir, TABLE3)
-    assert (first / "episodes_qpenet.csv").read_text() == episodes
-    return workdir, out
+def finished(stopped):
+    """The same command again."""
+    workdir, *_ = stopped
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        reproduce(plan("table3", workdir, TABLE3), run_process=stand_in)
+    return workdir, out.getvalue()
 
 
-def test_ctrl_c_stops_the_run_too_and_says_one_line(killed):
-    workdir, code, out, errors = killed
+def test_ctrl_c_says_one_line(stopped):
+    _, code, errors = stopped
     assert code == 130
     assert errors.strip() == "stopped: the same command goes on"
-    assert "[1/4] fgpe_ffa seed0: mIoU" in out
-    assert not (workdir / "fgpe_ffa" / "seed1" / "results.json").exists()
-    assert not (workdir / "table3.md").exists()
-    assert processes_of(workdir / "fgpe_ffa" / "seed1") == []  # it has ended too
-    log = (workdir / "fgpe_ffa" / "seed1" / "train.log").read_text()
-    assert "step 1 is saved: the same command goes on" in log
-    took = json.loads((workdir / "fgpe_ffa" / "seed1" / "cost.json").read_text())
-    assert took["seconds"] > 1
 
 
 def test_every_run_has_its_line_and_is_finished(finished):
     workdir, out = finished
     lines = [line for line in out.splitlines() if line.startswith("[")]
-    names = [f"[{i + 1}/4] {ROWS[i // 2]} seed{i % 2}: mIoU " for i in range(4)]
+    names = [f"[{i + 1}/4] {ROWS[i // 2]} seed{i % 2}: " for i in range(4)]
     assert len(lines) == 4
     for line, name in zip(lines, names, strict=True):
         assert line.startswith(name)
-    assert lines[0].endswith("min for the 3 left")
+        assert "mIoU " in line
+    assert "done before" in lines[0]
+    assert lines[1].endswith("min for the 2 left")
     for variant in ROWS:
         for seed in (0, 1):
             config = workdir / variant / f"seed{seed}" / "config.json"
@@ -264,15 +287,14 @@ def test_the_page_has_the_papers_columns_and_the_circumstances(finished):
         assert text in page
 
 
-def test_what_is_done_is_skipped_and_shared(finished, capsys, monkeypatch):
+def test_the_command_skips_and_shares_what_is_done(finished, capsys):
     workdir, _ = finished
-    monkeypatch.setattr(execute, "run_logged", None)  # nothing may be started
     page = (workdir / "table3.md").read_text()
-    reproduce("table3", CONFIG, workdir, **TABLE3)
+    main(words("table3", workdir, TABLE3))
     printed = capsys.readouterr().out
     assert printed.count("done before, mIoU") == 4
     assert (workdir / "table3.md").read_text() == page
-    reproduce("table5", CONFIG, workdir, **TABLE3 | {"rows": ("full",)})
+    main(words("table5", workdir, TABLE3 | {"rows": ("full",)}))
     assert capsys.readouterr().out.count("done before") == 2
     assert "| full | ✓               |     |" in (workdir / "table5.md").read_text()
 
@@ -283,8 +305,7 @@ def edited(path, change):
     path.write_text(json.dumps(content))
 
 
-def test_runs_that_do_not_compare_are_refused(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(execute, "run_logged", None)
+def test_runs_that_do_not_compare_are_refused(finished, tmp_path):
     workdir = tmp_path / "runs"
     shutil.copytree(finished[0], workdir)
     run = workdir / "full" / "seed1"
@@ -292,7 +313,7 @@ def test_runs_that_do_not_compare_are_refused(finished, tmp_path, monkeypatch):
 
     def refused(*words):
         with pytest.raises(InputError) as error:
-            reproduce("table3", CONFIG, workdir, **TABLE3)
+            reproduce(plan("table3", workdir, TABLE3), run_process=nothing_starts)
         for word in words:
             assert word in str(error.value)
 
@@ -306,99 +327,69 @@ def test_runs_that_do_not_compare_are_refused(finished, tmp_path, monkeypatch):
     refused("rows of a training seed", "backbone weights")
 
 
-def test_a_run_of_another_config_is_told(finished, tmp_path, capsys):
+def test_a_run_of_another_config_fails_by_name(finished, tmp_path, capsys):
     workdir = tmp_path / "runs"
     shutil.copytree(finished[0], workdir)
     log = workdir / "full" / "seed0" / "train.log"
     options = {"rows": ("full",), "seeds": (0,), "overrides": overrides(steps=3)}
     with pytest.raises(InputError, match="1 of 1 runs failed"):
-        reproduce("table3", CONFIG, workdir, **options)
+        reproduce(plan("table3", workdir, options), run_process=stand_in)
     printed = capsys.readouterr().out
     assert "full seed0: FAILED (error: " in printed
     assert "(steps differ)" in printed
     assert f"log: {log}" in printed
 
 
-@pytest.fixture
-def endless(tmp_path):
-    """A reproduction in a session of its own, held while it trains; its options."""
-    rows = {"rows": ("full",), "seeds": (0,), "overrides": overrides(steps=100_000)}
-    process = start("table3", tmp_path, rows, new_session=True)
-    wait_for_training(process, tmp_path / "full" / "seed0")
-    (training,) = processes_of(tmp_path / "full" / "seed0")
-    os.kill(training, signal.SIGSTOP)  # else it takes the time of all other tests
-    yield process, rows
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def test_a_run_in_use_is_refused(endless, tmp_path):
-    """First by the other reproduction, then by its training, which outlives it."""
-    process, options = endless
-    log = tmp_path / "full" / "seed0" / "train.log"
-    with pytest.raises(InputError, match="in use by another process"):
-        reproduce("table3", CONFIG, tmp_path, **options)
-    (training,) = processes_of(log.parent)
-    process.kill()
-    process.wait()
-    second = start("table3", tmp_path, options)
-    out, errors = second.communicate(timeout=300)
-    assert second.returncode == 2
-    assert "full seed0: FAILED (error: " in out
-    assert "in use" in out
-    assert "1 of 1 runs failed" in errors
-    assert processes_of(log.parent) == [training]
-
-
 @pytest.mark.parametrize(
     ("printed", "error"),
     [
         ("loading\nerror: no such file\n", "error: no such file"),
-        ("Traceback\njax.errors.SomeError: out of memory\n", "jax.errors.SomeError: "),
+        (
+            "Traceback\njax.errors.SomeError: out of memory\n",
+            "jax.errors.SomeError: out of memory",
+        ),
         ("training: 3/9 [00:01]error: in use\n", "error: in use"),
         ("\rtraining: 3/9 [00:01, loss=2]  error: in use\n", "error: in use"),
-        ("a rounding error: 1e-7\n", None),
+        ("", ""),
     ],
 )
-def test_the_error_is_found_in_a_log(printed, error):
-    found = execute.ERROR_LINE.findall(printed)
-    assert len(found) == (error is not None)
-    assert error is None or found[0].startswith(error)
+def test_the_error_is_the_last_line_of_a_log(printed, error):
+    assert last_error(printed) == error
 
 
-def test_a_dry_run_tells_plan_and_cost_and_writes_nothing(finished):
+def test_a_dry_run_shows_plan_and_cost_and_writes_nothing(finished, capsys):
     workdir = finished[0]
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-    out = reproduced("table3", workdir, TABLE3 | {"rows": (), "dry_run": True})
+    runs = plan("table3", workdir, TABLE3 | {"rows": ()}).runs()
+    print_plan(runs, lambda run: Cost(0.5, {1: 0.25}))
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
-    lines = out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     cells = [[c.strip() for c in s.split("|")[1:-1]] for s in lines[2:12]]
     rows = ("baseline", "fgpe", "fgpe_bgpe", *ROWS)
     for i, row in enumerate(cells):
         state = "done" if i >= 6 else "to do"
         assert row == [f"{rows[i // 2]} seed{i % 2}", "4", "6", state]
-    assert lines[12].startswith("full seed1: ")
-    assert "s a step" in lines[12]
+    assert lines[12] == "full seed1: 0.50 s a step, 0.25 s an episode of 1 shot(s)"
     assert lines[14].startswith("10 runs, 6 to do: about 0.0 h")
 
 
-def test_the_cost_counts_references_and_selection(monkeypatch, capsys):
+def test_the_cost_counts_references_and_selection(tmp_path, capsys):
     """3 h: 2 runs x (1,000 steps x 3 s + 240 episodes x 10 s)."""
-    monkeypatch.setattr(cost, "measured_cost", lambda run: Cost(3.0, {1: 10.0}))
     changes = {"eval__references": True, "select_on": "base", "steps": 1000}
     changes |= {"eval__every": 300, "eval__base_episodes": 45, "eval__episodes": 20}
     options = {"rows": ("full",), "seeds": (0, 1), "overrides": overrides(**changes)}
-    reproduce("table4", CONFIG, "nowhere", **options, dry_run=True)
+    runs = plan("table4", tmp_path / "nowhere", options).runs()
+    print_plan(runs, lambda run: Cost(3.0, {1: 10.0}))
     printed = capsys.readouterr().out
     assert "240" in printed
     assert "2 runs, 2 to do: about 3.0 h" in printed
-    assert not Path("nowhere").exists()
+    assert not (tmp_path / "nowhere").exists()
 
 
-def test_table1_over_two_folds_and_five_shots(tmp_path):
+def test_table1_over_two_folds_and_five_shots(tmp_path, capsys):
     workdir = tmp_path / "runs"
-    out = reproduced("table1", workdir, TABLE1)
+    reproduce(plan("table1", workdir, TABLE1), run_process=stand_in)
+    out = capsys.readouterr().out
     assert "[2/2] efficientnet_lite0 fold1 seed0: mIoU" in out
     content = json.loads((workdir / "table1.json").read_text())
     for shots in ("1", "5"):
@@ -424,28 +415,86 @@ def test_table1_over_two_folds_and_five_shots(tmp_path):
     assert "5-shot, 6 episodes" in page
 
 
-def test_tables_1_and_2_plan_folds_backbones_and_weights(monkeypatch, capsys):
-    monkeypatch.setattr(PlannedRun, "steps", 210_400)
-    free = Cost(1.0, {1: 0.0, 5: 0.0})
-    monkeypatch.setattr(cost, "measured_cost", lambda run: free)
-    config = ROOT / "configs" / "coco_fold0.py"
-    reproduce("table2", config, "nowhere", dry_run=True)
+def test_tables_1_and_2_plan_folds_backbones_and_weights(tmp_path, capsys):
+    config, steps = ROOT / "configs" / "coco_fold0.py", 210_400
+    options = {"overrides": [f"--config.steps={steps}"]}
+    runs = plan("table2", tmp_path / "nowhere", options, config).runs()
+    print_plan(runs, lambda run: Cost(1.0, {1: 0.0, 5: 0.0}))
     lines = capsys.readouterr().out.splitlines()
     names = [line.split("|")[1].strip() for line in lines if "to do |" in line]
     backbones = ("resnet50", "resnet101")
     assert names == [f"{b} fold{f} seed0" for b in backbones for f in range(4)]
     # 4,000 episodes x 5 seeds x 2 numbers of shots; every 5,000 steps 1,000 to select
     assert "83,000" in lines[2]
-    hours = 8 * 210_400 / 3600
-    assert f"8 runs, 8 to do: about {hours:.1f} h" in lines[-1]
-    runs = []
-    monkeypatch.setattr(module, "print_plan", runs.extend)
-    reproduce("table2", config, "nowhere", dry_run=True)
-    files = {run.config.backbone.weights for run in runs}
-    assert files == {f"data/weights/{name}.safetensors" for name in backbones}
+    assert f"8 runs, 8 to do: about {8 * steps / 3600:.1f} h" in lines[-1]
+    files = {Path(run.config.backbone.weights) for run in runs}
+    assert {file.name for file in files} == {f"{b}.safetensors" for b in backbones}
+    assert {file.parts[-3:-1] for file in files} == {("data", "weights")}
     for run in runs:
         assert run.command[-1] == "--config.seed=0"
         assert run.config.shots == 1
+
+
+@pytest.mark.slow
+def test_a_real_table_after_a_real_ctrl_c(tmp_path, capsys):
+    """Stopped in the first step, then trained by the same command to its end."""
+    options = {"rows": ("full",), "seeds": (0,), "overrides": overrides()}
+    run = tmp_path / "full" / "seed0"
+    process = start("table3", tmp_path, options)
+    wait_for_training(process, run)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert errors.strip() == "stopped: the same command goes on"
+    assert processes_of(run) == []  # it has ended too
+    assert "is saved: the same command goes on" in (run / "train.log").read_text()
+    took = json.loads((run / "cost.json").read_text())["seconds"]
+    assert took > 1
+    main(words("table3", tmp_path, options))
+    assert "[1/1] full seed0: mIoU" in capsys.readouterr().out
+    assert json.loads((run / "cost.json").read_text())["seconds"] > took
+    row = json.loads((tmp_path / "table3.json").read_text())["rows"]["full"]
+    ids = json.loads((run / "results.json").read_text())["class_ids"]
+    np.testing.assert_allclose(row["mIoU"]["ours"], by_hand(run, ids)[0], atol=0.006)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        main(words("table3", tmp_path, options | {"dry_run": True}))
+    printed = capsys.readouterr().out
+    assert "full seed0: " in printed
+    assert "s a step" in printed
+    assert "1 runs, 0 to do: about 0.0 h" in printed
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """A reproduction in a session of its own, held while it trains; its options."""
+    rows = {"rows": ("full",), "seeds": (0,), "overrides": overrides(steps=100_000)}
+    process = start("table3", tmp_path, rows, new_session=True)
+    wait_for_training(process, tmp_path / "full" / "seed0")
+    (training,) = processes_of(tmp_path / "full" / "seed0")
+    os.kill(training, signal.SIGSTOP)  # else it takes the time of all other tests
+    yield process, rows
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_a_run_in_use_is_refused(endless, tmp_path):
+    """First by the other reproduction, then by its training, which outlives it."""
+    process, options = endless
+    log = tmp_path / "full" / "seed0" / "train.log"
+    with pytest.raises(InputError, match="in use by another process"):
+        reproduce(plan("table3", tmp_path, options))
+    (training,) = processes_of(log.parent)
+    process.kill()
+    process.wait()
+    second = start("table3", tmp_path, options)
+    out, errors = second.communicate(timeout=300)
+    assert second.returncode == 2
+    assert "full seed0: FAILED (error: " in out
+    assert "in use" in out
+    assert "1 of 1 runs failed" in errors
+    assert processes_of(log.parent) == [training]
 
 
 @pytest.mark.parametrize(
@@ -458,15 +507,15 @@ def test_tables_1_and_2_plan_folds_backbones_and_weights(monkeypatch, capsys):
 def test_released_runs_have_the_authors_epochs(changes, epochs):
     config = ROOT / "configs" / "released_pascal.py"
     names = [f"{name}_deepstem" for name in epochs]
-    plan = Plan("table1", config, Path("nowhere"), (), changes, (), names, (2, 3))
-    planned = [run.config.epochs for run in plan.runs()]
+    runs = Plan("table1", config, "nowhere", (), changes, (), names, (2, 3)).runs()
+    planned = [run.config.epochs for run in runs]
     assert planned == [n for of_folds in epochs.values() for n in of_folds]
 
 
 def test_bad_calls_are_refused_in_one_line(tmp_path):
     def refused(table, words, config=CONFIG, **options):
         with pytest.raises(InputError, match=words):
-            reproduce(table, config, tmp_path / "runs", **options)
+            reproduce(plan(table, tmp_path / "runs", options, config))
 
     refused("table6", "choose table1, table2, table3, table4, table5")
     refused("table4", "fgpe: no row of table4: choose pre, main", rows=("fgpe",))
@@ -516,7 +565,7 @@ def test_seeds_of_the_same_images_are_no_new_evidence():
 @pytest.mark.parametrize(
     ("gain", "order"), [(-0.03, "holds"), (0.03, "contrary"), (0.0, "undecided")]
 )
-def test_orders_are_told_from_paired_differences(gain, order):
+def test_orders_come_from_paired_differences(gain, order):
     """Noise that both share cancels: 3 points show under noise of 20."""
     ours = [synthetic(gain, 0.2, seed=s) for s in (1, 2)]
     noise = [synthetic(0, 0.2, seed=s) for s in (1, 2)]

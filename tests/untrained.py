@@ -41,9 +41,9 @@ def random_params(config):
     return jax.tree.map(draw, params_like(config))
 
 
-def untrained_run(workdir: Path) -> Path:
+def untrained_run(workdir: Path, config=None) -> Path:
     """Write such a run, as training would leave it after three steps."""
-    config = small_config()
+    config = config or small_config()
     claim(workdir, config, {WEIGHTS: weights_hash(build_weights(config))})
     state = Saved(jnp.array(STEP, jnp.int32), random_params(config), optax.EmptyState())
     with open_checkpoints(workdir) as checkpoints:

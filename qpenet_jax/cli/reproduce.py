@@ -65,17 +65,18 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains and score what is missing, then write the table."""
+    """Trains and scores what is missing, then writes the table."""
+    from qpenet_jax.paper.plan import Plan
     from qpenet_jax.paper.reproduce import reproduce
 
-    reproduce(
+    plan = Plan(
         args.table,
         args.config,
         args.workdir,
-        seeds=args.seeds,
+        seeds=args.seeds or (),
         overrides=args.overrides,
         rows=args.rows,
         backbones=args.backbones,
         folds=args.folds,
-        dry_run=args.dry_run,
     )
+    reproduce(plan, dry_run=args.dry_run)

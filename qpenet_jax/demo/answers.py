@@ -19,7 +19,7 @@ from qpenet_jax.masks.annotations import UNNAMED
 from qpenet_jax.masks.queries import Frame, Query
 from qpenet_jax.masks.tasks import Segmentation
 from qpenet_jax.masks.writers import MaskWriter
-from qpenet_jax.paper.tiles import DARK, heat
+from qpenet_jax.paper.sheets import DARK, heat
 from qpenet_jax.segmenter import Segmenter
 
 MOST_QUERIES = 50

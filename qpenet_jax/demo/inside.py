@@ -16,7 +16,7 @@ from qpenet_jax.demo.marks import Support
 from qpenet_jax.demo.pictures import RGB, Picture
 from qpenet_jax.evaluation.pictures import PREDICTION, overlay, tile
 from qpenet_jax.models.prototypes import foreground_margin
-from qpenet_jax.paper.tiles import AUX, BACKGROUND, MAIN, at_input_size, heat_tile
+from qpenet_jax.paper.sheets import AUX, BACKGROUND, MAIN, at_input_size, heat_tile
 
 
 def inside_pictures(

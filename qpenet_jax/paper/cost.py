@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, PyTree
@@ -16,7 +16,7 @@ from qpenet_jax.config import selections
 from qpenet_jax.core import markdown
 from qpenet_jax.evaluation.protocols import of_dataset
 from qpenet_jax.evaluation.scoring import score_episodes
-from qpenet_jax.paper.finished import has_config_of, is_done
+from qpenet_jax.paper.measures import has_config_of, is_done
 from qpenet_jax.paper.plan import PlannedRun
 from qpenet_jax.runs.build import build_predictor, build_weights
 from qpenet_jax.runs.datasets import (
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class PlannedWork:
     """How much a run computes: training steps, and scored episodes by shots."""
 
     run: PlannedRun
@@ -60,13 +60,19 @@ class Work:
         return self.steps * cost.step + scoring
 
 
-def print_plan(runs: Sequence[PlannedRun]) -> None:
-    """Prints every run with its state, and the measured time of all; write nothing."""
+def print_plan(
+    runs: Sequence[PlannedRun], measure: Callable[[PlannedRun], Cost] | None = None
+) -> None:
+    """Prints every run with its state, and the measured time of all.
+
+    `measure` returns the cost of a run, by default `measured_cost`.
+    """
+    measure = measure or measured_cost
     plan = [_work(run) for run in runs]
     print(_plan_table(plan), flush=True)
     # Measured once per backbone: on its last row, which of the ablations is `full`.
     last = {work.backbone: work.run for work in plan}
-    costs = {backbone: measured_cost(run) for backbone, run in last.items()}
+    costs = {backbone: measure(run) for backbone, run in last.items()}
     for backbone, cost in costs.items():
         scoring = [
             f"{s:.2f} s an episode of {k} shot(s)" for k, s in cost.episode.items()
@@ -81,7 +87,7 @@ def print_plan(runs: Sequence[PlannedRun]) -> None:
     )
 
 
-def _plan_table(plan: Sequence[Work]) -> str:
+def _plan_table(plan: Sequence[PlannedWork]) -> str:
     rows = [
         [w.run.name, f"{w.steps:,}", f"{sum(w.episodes.values()):,}", w.state]
         for w in plan
@@ -89,9 +95,9 @@ def _plan_table(plan: Sequence[Work]) -> str:
     return markdown.table(("run", "steps", "episodes scored", "state"), rows)
 
 
-def _work(run: PlannedRun) -> Work:
+def _work(run: PlannedRun) -> PlannedWork:
     steps = run.steps
-    return Work(run, steps, _episodes(run, steps), _state(run))
+    return PlannedWork(run, steps, _episodes(run, steps), _state(run))
 
 
 def _state(run: PlannedRun) -> str:

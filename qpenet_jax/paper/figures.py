@@ -14,15 +14,15 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path, refuse_overwriting, write_whole
 from qpenet_jax.core.types import Episode, SegmentationDataset
 from qpenet_jax.data.episodes import EpisodeIds
-from qpenet_jax.evaluation.pictures import RGB, load_batch_of_one, read_scene
+from qpenet_jax.evaluation.pictures import RGB, load_batch_of_one, read_scene, sheet
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.paper.sheets import (
+    Out,
     ShownEpisode,
     background_sheet,
     evolution_sheet,
     predictions_sheet,
 )
-from qpenet_jax.paper.tiles import Out
 from qpenet_jax.runs.build import build_cosine_predictor, build_model, build_predictor
 from qpenet_jax.runs.datasets import (
     build_dataset,
@@ -69,9 +69,9 @@ def draw_figures(
     `evolution.jpg` shows how the foreground prototypes come about (eqs 2-8, 13, 14),
     `background.jpg` what is background by P_global and by P_bg (as Fig. 6). The
     episodes are those of the first run's protocol, first seed: the indices `episodes`,
-    or `count` of them drawn by `seed`. Runs are called by the mapping's keys, or by
-    their variant where that tells them apart, or by their folder. `overrides` are other
-    paths than the runs were trained with, as `open_run` takes them.
+    or `count` random ones by `seed`. Runs are called by the mapping's keys, or by their
+    variant where variants differ, or by their folder. `overrides` are other paths than
+    the runs were trained with, as `open_run` takes them.
 
     Raises:
         InputError: a folder without a run; runs of different images, classes or sizes;
@@ -80,27 +80,27 @@ def draw_figures(
     out = local_path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is no folder: choose another for the figures")
-    runs = _open_runs(workdirs, overrides)
+    runs = open_runs(workdirs, overrides)
     config = runs[0].config
     files = {name: out / f"{name}.jpg" for name in SHEETS}
     read = [path for run in runs for path in files_read(run.config)]
     refuse_overwriting(files.values(), read)
     protocol = build_protocol(config, shots=shots)
-    indices = _choose_episodes(protocol, episodes, count, seed)
+    indices = choose_episodes(protocol, episodes, count, seed)
     _check_height(len(indices), len(runs))
     val = build_dataset(config, "val")
     sampler = build_eval_samplers(config, val, protocol)[0]
-    shown = _look_at(runs, val, [sampler(i) for i in indices], protocol)
-    return _write_sheets(shown, protocol, files)
+    shown = show(runs, val, [sampler(i) for i in indices], protocol)
+    return write_sheets(shown, protocol, files)
 
 
-def _write_sheets(
+def write_sheets(
     shown: Sequence[ShownEpisode], protocol: Protocol, files: Mapping[str, Path]
 ) -> list[Path]:
     """Writes all sheets, or none if one can't be drawn."""
-    notes = _notes(protocol)
+    notes = protocol_notes(protocol)
     content = {
-        path: _jpeg(SHEETS[name](shown, notes, protocol.resize))
+        path: _jpeg(sheet(*SHEETS[name](shown, notes, protocol.resize)))
         for name, path in files.items()
     }
     for path, page in content.items():
@@ -115,7 +115,8 @@ def _jpeg(page: RGB) -> bytes:
     return content.getvalue()
 
 
-def _notes(protocol: Protocol) -> list[str]:
+def protocol_notes(protocol: Protocol) -> list[str]:
+    """Returns the lines below each sheet that say which episodes it shows."""
     notes = [
         f"{protocol.dataset}, fold {protocol.fold}: novel classes, {protocol.shots}-"
         f"shot, seed {protocol.seeds[0]}; # is the episode's index, IoU in percent at "
@@ -129,10 +130,10 @@ def _notes(protocol: Protocol) -> list[str]:
 # Which episodes.
 
 
-def _choose_episodes(
+def choose_episodes(
     protocol: Protocol, episodes: Sequence[int] | None, count: int, seed: int
 ) -> list[int]:
-    """Returns the given indices, or `count` different ones drawn by `seed`."""
+    """Returns the given indices, or `count` different random ones by `seed`."""
     total = protocol.episodes
     if episodes is not None:
         if not len(episodes):
@@ -145,7 +146,7 @@ def _choose_episodes(
         return list(episodes)
     if not 1 <= count <= total or seed < 0:
         raise InputError(
-            f"{count} episodes drawn by seed {seed}: give 1 to {total}, as many as the "
+            f"{count} episodes by seed {seed}: give 1 to {total}, as many as the "
             "protocol has, and a seed from 0 on"
         )
     chosen = np.random.default_rng(seed).choice(total, count, replace=False)
@@ -163,25 +164,26 @@ def _check_height(episodes: int, runs: int) -> None:
 # Which runs.
 
 
-def _open_runs(
+def open_runs(
     workdirs: Mapping[str, Path] | Sequence[Path], overrides: Sequence[str] = ()
 ) -> list[ShownRun]:
-    """Opens runs that can be shown side by side, under names that tell them apart."""
+    """Opens runs that can be shown side by side, under different names."""
     if not workdirs:
         raise InputError("no run is given: give the --workdir of a training")
     named = isinstance(workdirs, Mapping)
     folders = [Path(w) for w in (workdirs.values() if named else workdirs)]
     opened = [open_run(folder, overrides) for folder in folders]
     configs = [run.config for run in opened]
-    names = list(workdirs) if named else _names(folders, configs)
-    _check_comparable([run.folder for run in opened], configs)
+    names = list(workdirs) if named else names_of(folders, configs)
+    check_comparable([run.folder for run in opened], configs)
     return [
         ShownRun(str(name), run.config, run.params, run.weights)
         for name, run in zip(names, opened, strict=True)
     ]
 
 
-def _names(folders: Sequence[Path], configs: Sequence[Any]) -> list[str]:
+def names_of(folders: Sequence[Path], configs: Sequence[Any]) -> list[str]:
+    """Returns the first of variants, folders and paths that differ for all runs."""
     variants = [config.variant for config in configs]
     for names in (variants, [f.resolve().name for f in folders], map(str, folders)):
         names = list(names)
@@ -190,7 +192,7 @@ def _names(folders: Sequence[Path], configs: Sequence[Any]) -> list[str]:
     raise InputError(f"{folders[0]} and the others: give every run once")
 
 
-def _check_comparable(folders: Sequence[Path], configs: Sequence[Any]) -> None:
+def check_comparable(folders: Sequence[Path], configs: Sequence[Any]) -> None:
     """Refuses runs to which the first run's episodes would show something else."""
     facts = [
         _facts(folder, config) for folder, config in zip(folders, configs, strict=True)
@@ -216,28 +218,31 @@ def _facts(folder: Path, config: Any) -> dict[str, Any]:
 # What they predict.
 
 
-def _look_at(
+def show(
     runs: Sequence[ShownRun],
     val: SegmentationDataset,
     chosen: Sequence[EpisodeIds],
     protocol: Protocol,
 ) -> list[ShownEpisode]:
+    """Returns the chosen episodes with what the baseline and every run predict."""
     cosine = build_cosine_predictor(runs[0].config, runs[0].weights)
-    looks = {run.name: _look(run) for run in runs}
+    views = {run.name: network_view(run) for run in runs}
     shown = []
     for ids in chosen:
         episode = load_batch_of_one(val, ids, protocol.side, protocol.resize)
-        found = {name: look(episode) for name, look in looks.items()}
+        found = {name: view(episode) for name, view in views.items()}
         scene = read_scene(val, ids)
         shown.append(ShownEpisode(scene, np.asarray(cosine(episode))[0], found))
     return shown
 
 
-def _look(run: ShownRun) -> Callable[[Episode], tuple[Float[np.ndarray, "s s"], Out]]:
-    """Returns `look(batch of one)`: the margin and the network's `Out`."""
+def network_view(
+    run: ShownRun,
+) -> Callable[[Episode], tuple[Float[np.ndarray, "s s"], Out]]:
+    """Returns a function of a batch of one: its margin and the network's `Out`."""
     _, config, params, weights = run
 
-    def look(episode):
+    def view(episode):
         margin, out = build_predictor(config, params, weights).with_intermediates(
             episode
         )
@@ -249,4 +254,4 @@ def _look(run: ShownRun) -> Callable[[Episode], tuple[Float[np.ndarray, "s s"], 
             out = out | {"y_bg_clean": query["y_bg_q"]}
         return jax.tree.map(lambda x: np.asarray(x[0]), (margin, out))
 
-    return look
+    return view

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qpenet_jax.core.errors import InputError, check_choice
+from qpenet_jax.core.files import local_path
 from qpenet_jax.models.released.network import NAME as RELEASED
 from qpenet_jax.paper.results import TABLES, rows_of
-from qpenet_jax.paper.tables import TICKS
 from qpenet_jax.recipes import released_epochs
 from qpenet_jax.runs.build import complete
 from qpenet_jax.runs.config_files import load_config
@@ -52,7 +52,7 @@ class Plan:
 
     table: str
     config_file: str | Path
-    workdir: Path
+    workdir: str | Path
     seeds: Sequence[int] = ()
     overrides: Sequence[str] = ()
     rows: Sequence[str] = ()
@@ -60,20 +60,21 @@ class Plan:
     folds: Sequence[int] = (0, 1, 2, 3)
 
     def __post_init__(self):
-        """Refuses a table that the paper doesn't have; take every seed once."""
+        """Refuses a table that the paper doesn't have; takes every seed once."""
         check_choice("table ", self.table, TABLES)
+        object.__setattr__(self, "workdir", local_path(self.workdir))
         seeds = self.seeds or ((0, 1, 2) if self.is_ablation else (0,))
         object.__setattr__(self, "seeds", tuple(dict.fromkeys(seeds)))
 
     @property
     def is_ablation(self) -> bool:
         """Whether the rows are variants of QPENet, as in Tables III to V."""
-        return self.table in TICKS
+        return self.table not in SPLITS
 
     @property
     def file(self) -> Path:
         """The page that is made; its contents are beside it as JSON."""
-        return self.workdir / f"{self.table}.md"
+        return Path(self.workdir) / f"{self.table}.md"
 
     @property
     def command(self) -> str:
@@ -147,7 +148,7 @@ class Plan:
                 )
         words = [f"--config.{field}={value}" for field, value in settings.items()]
         words = [*self.overrides, *words]
-        config, folder = self._config(words), self.workdir / name
+        config, folder = self._config(words), Path(self.workdir) / name
         files = ["--config", str(self.config_file), "--workdir", str(folder)]
         return PlannedRun(
             name.replace("/", " "),
@@ -172,7 +173,7 @@ def _epochs(config: Any, backbone: str, fold: int) -> dict[str, int]:
 
 
 def _weights_file(given: Any, backbone: str) -> str:
-    """Returns the config's weights, or beside them those that `qpenet convert` names."""
+    """Returns the config's weights, or the converted file of the backbone beside it."""
     if backbone == given.name:
         return given.weights
     if backbone == "efficientnet_lite0":
