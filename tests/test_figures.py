@@ -14,7 +14,7 @@ from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episodes import EpisodeIds
 from qpenet_jax.evaluation import pictures
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, TILE, TRUTH, Scene
-from qpenet_jax.models.layers import Conv1x1, Convs
+from qpenet_jax.models.layers import Conv1x1, Convs, unit_rms
 from qpenet_jax.paper import figures
 from qpenet_jax.paper.sheets import (
     AUX,
@@ -344,7 +344,8 @@ def test_the_background_by_p_bg_is_the_heads_output_for_it(runs):
     @jax.jit
     def expected():
         _, query = episode_features(backbone, run.weights, episode)
-        F_q = Conv1x1(16).apply({"params": params["reduce_query"]}, query)
+        reducer = {"params": params["reduce_query"]}
+        F_q = Conv1x1(16).apply(reducer, unit_rms(query))
         head = {"params": params["gbc"]["convs"]}
         prototypes = {"y_bg_q": params["gbc"]["P_global"], "y_bg_clean": out["P_bg"]}
         return {
@@ -355,8 +356,8 @@ def test_the_background_by_p_bg_is_the_heads_output_for_it(runs):
     for name, logits in expected().items():
         np.testing.assert_allclose(out[name], logits, rtol=1e-4, atol=1e-5)
     assert np.abs(out["y_bg_clean"] - out["y_bg_q"]).max() > 1e-3
-    margin = out["y_final"][..., 1] - out["y_final"][..., 0]
-    np.testing.assert_allclose(margin[::8, ::8], margin, rtol=1e-4, atol=1e-5)
+    on_grid = out["y_final"][..., 1] - out["y_final"][..., 0]
+    np.testing.assert_allclose(margin[::8, ::8], on_grid, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_written_if_a_sheet_fails(tmp_path):
