@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpenet_jax.backbones.registry import backbone
+from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.released.background import Background
 from qpenet_jax.models.released.network import ReleasedQPENet, resolve_behaviour
 from qpenet_jax.models.released.released_loss import background_mining, released_loss
@@ -28,9 +28,12 @@ from qpenet_jax.models.released.transformer import (
     inconsistent,
     position_code,
 )
+from qpenet_jax.recipes import RECIPES
 
 NO_DROPOUT = {f"{k}_dropout": 0.0 for k in ("channel", "head", "gate", "attention")}
-DEEPSTEM = backbone("resnet50_deepstem")
+WEIGHTS = LossWeights(
+    **{k[5:]: v for k, v in RECIPES["released"].items() if k.startswith("loss.")}
+)
 
 
 # --- Tokens -------------------------------------------------------------------------
@@ -314,7 +317,7 @@ def test_a_mask_of_one_value_gives_finite_gradients(small, behaviour):
         _, out = model.apply(
             variables, support, masks, query, train=True, rngs={"dropout": key}
         )
-        return released_loss(out, masks[:, 0], masks)[0]
+        return released_loss(out, masks[:, 0], masks, WEIGHTS)[0]
 
     for value in (0, 1, 255):
         total, gradient = loss(small, np.full_like(masks, value))

@@ -168,7 +168,7 @@ def reduce(inputs: int, width: int, dropout: float = 0.0) -> nn.Sequential:
 
 
 def head(width: int) -> nn.Sequential:
-    """Two logits a position."""
+    """Returns layers that give two logits for each position."""
     return nn.Sequential(
         nn.Conv2d(width, width, 3, padding=1, bias=False),
         nn.ReLU(),
@@ -204,7 +204,7 @@ class Cross(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def split(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b heads n c/heads"]:
-        """Deals the channels out to the heads."""
+        """Splits the channels into heads."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(
@@ -285,7 +285,7 @@ class TorchQPENet(nn.Module):
         return resize(out["y_final"], support_masks), out
 
     def evolve_foreground(self, f_q, f_s, m_s) -> dict[str, Tensor]:
-        """PPG and DPE: support -> query -> support. Eq 1-8."""
+        """Returns the maps of PPG and DPE: support -> query -> support (eqs 1 to 8)."""
         p_pre = masked_average_pooling(f_s, m_s).mean(1)
         y_pre = self.segment_foreground(broadcast_concat(f_q, p_pre))
         p_psd = masked_average_pooling(f_q, y_pre.argmax(1) == 1)
@@ -303,7 +303,7 @@ class TorchQPENet(nn.Module):
         }
 
     def evolve_background(self, f_q, f_s) -> dict[str, Tensor]:
-        """GBC: cleanse the global background prototype for this query. Eq 9-11."""
+        """Returns the maps of GBC, with the cleansed prototype (eqs 9 to 11)."""
         out = {}
         everywhere = self.p_global.expand(*f_s.shape[:2], -1)
         y_bg_q = self.segment_background(broadcast_concat(f_q, everywhere[:, 0]))
@@ -315,7 +315,7 @@ class TorchQPENet(nn.Module):
         return {"y_bg_q": y_bg_q, "P_bg": self.p_global * gate, **out}
 
     def decode(self, f_q, f_s, prototypes) -> dict[str, Tensor]:
-        """FFA: filter the background out, activate the foreground. Eq 12-16."""
+        """Returns the maps of FFA, which decodes (eqs 12 to 16)."""
         a_main, a_aux = (
             F.cosine_similarity(f_q, prototypes[name][..., None, None], dim=1)
             for name in ("P_main", "P_aux")
@@ -343,7 +343,7 @@ class TorchQPENet(nn.Module):
 def cross_entropy(
     logits: Float[Tensor, "*b 2 h w"], target: Int[Tensor, "*b H W"]
 ) -> Float[Tensor, ""]:
-    """Two-class cross entropy over the batch's valid pixels, 0 if there are none."""
+    """Returns the cross entropy over the valid pixels of a batch, 0 without any."""
     target = target.flatten(0, -3).long()
     logits = resize(logits.flatten(0, -4), target)
     total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
@@ -353,7 +353,7 @@ def cross_entropy(
 def background_mining(
     logits: Float[Tensor, "*b 2 h w"], target: Int[Tensor, "*b H W"]
 ) -> Float[Tensor, ""]:
-    """Foreground isn't background; half as strongly, everything is. L_bm of eq 18."""
+    """Returns L_bm of eq 18; class 1 is background."""
     target = target.flatten(0, -3)
     logits = resize(logits.flatten(0, -4), target)
     not_background, background = F.log_softmax(logits, 1).neg().unbind(1)

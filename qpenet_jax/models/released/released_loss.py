@@ -10,15 +10,12 @@ from jaxtyping import Float, Integer
 from qpenet_jax.core.types import IGNORE, Array
 from qpenet_jax.models.losses import LossWeights, cross_entropy, resized_margin
 
-WEIGHTS = LossWeights(pre=0.25, rev=0.25, final=1.0, aux=0.6, beta=0.5)
-"""The release's weights, as those of eqs 17 to 19 with one support."""
-
 
 def released_loss(
     out: Mapping[str, Any],
     query_mask: Integer[Array, "b H W"],
     support_masks: Integer[Array, "b k H W"],
-    weights: LossWeights = WEIGHTS,
+    weights: LossWeights,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the released loss and its unweighted terms, named as `total_loss` does.
 
