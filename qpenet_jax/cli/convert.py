@@ -75,13 +75,10 @@ def run(args: argparse.Namespace) -> None:
 def _as_run(args: argparse.Namespace) -> None:
     if args.weights is None or args.fold is None:
         raise InputError("--as-run needs the checkpoint's file and its --fold")
-    for name in ("backbone", "out"):
-        if getattr(args, name) is not None:
-            raise InputError(
-                f"--{name} can't be given with --as-run: the checkpoint says it"
-                if name == "backbone"
-                else "--out can't be given with --as-run, which names the folder"
-            )
+    if args.backbone is not None:
+        raise InputError("--backbone can't be given with --as-run: the file shows it")
+    if args.out is not None:
+        raise InputError("--out can't be given with --as-run, which names the folder")
     from qpenet_jax.runs.released_checkpoint import import_checkpoint
 
     folder = import_checkpoint(

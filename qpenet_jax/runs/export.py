@@ -135,6 +135,7 @@ def network_parts(
     if not shots or min(shots) < 1:
         raise InputError("--shots: give numbers from 1 on, such as 1,5")
     model, net = in_dtype(*networks, "float32")
+    roles: tuple[Role, Role] = ("support", "query")
 
     def encode(role: Role, names: Sequence[str] | None, **inputs: Array) -> Arrays:
         maps = features(net, weights, inputs["image"])
@@ -146,31 +147,22 @@ def network_parts(
 
     def decode(**inputs: Array) -> Arrays:
         variables = with_deep(params, deep_part(weights))
-        support, query = (
-            _with_prefix("support_", inputs),
-            _with_prefix("query_", inputs),
-        )
-        logits, _ = model.apply(
-            variables, support, inputs["masks"], query, method="decode"
-        )
+        support, query = (_of_role(role, inputs) for role in roles)
+        given = support, inputs["masks"], query
+        logits, _ = model.apply(variables, *given, method="decode")
         margin = foreground_margin(logits)
         return {"margin": margin, "probability": jax.nn.sigmoid(margin)}
 
     photo: Shapes = {"image": jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)}
     if model.sees_padding:
         photo["padding"] = jax.ShapeDtypeStruct((1, side, side), np.bool_)
-    roles: tuple[Role, Role] = ("support", "query")
     support, query = (
         Part(functools.partial(encode, role, None), photo).outputs for role in roles
     )
 
     def decoder(k: int) -> Part:
-        stacked = {
-            name: jax.ShapeDtypeStruct((1, k, *x.shape[1:]), x.dtype)
-            for name, x in support.items()
-        }
         masks = {"masks": jax.ShapeDtypeStruct((1, k, side, side), np.uint8)}
-        return Part(decode, {**stacked, **masks, **query})
+        return Part(decode, {**_stacked(support, k), **masks, **query})
 
     needed = _inputs_used(decoder(shots[0]))
     parts = {
@@ -182,11 +174,20 @@ def network_parts(
     return parts
 
 
-def _with_prefix(prefix: str, arrays: Arrays) -> Arrays:
+def _of_role(role: Role, arrays: Arrays) -> Arrays:
+    """Returns the arrays of a role, by their names without it."""
+    prefix = f"{role}_"
     return {
         name.removeprefix(prefix): array
         for name, array in arrays.items()
         if name.startswith(prefix)
+    }
+
+
+def _stacked(shapes: Shapes, k: int) -> Shapes:
+    return {
+        name: jax.ShapeDtypeStruct((1, k, *x.shape[1:]), x.dtype)
+        for name, x in shapes.items()
     }
 
 
