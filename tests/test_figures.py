@@ -250,12 +250,9 @@ def test_runs_without_evolution_are_left_out_with_a_note():
     assert more[-1] == "baseline: no cleaner, P_bg is P_global"
 
 
-def test_a_map_that_a_variant_lacks_is_an_empty_tile():
-    *_, a_aux, _ = evolution_tiles(scene(), MARGIN, out_of(A_aux=None))
-    assert pixel(a_aux, 100, 80) == pictures.PAPER
-
-
 def test_sheets_that_no_run_can_fill_are_drawn():
+    *_, a_aux, _ = evolution_tiles(scene(), MARGIN, out_of(A_aux=None))
+    assert pixel(a_aux, 100, 80) == pictures.PAPER  # a map that the variant lacks
     only = shown_episodes(baseline=out_of(y_pre=None, y_rev=None, y_bg_clean=None))
     evolution, background = evolution_sheet(only, []), background_sheet(only, [])
     assert evolution.rows == []

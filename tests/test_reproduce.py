@@ -453,6 +453,11 @@ def test_a_real_table_after_a_real_ctrl_c(tmp_path, capsys):
     main(words("table3", tmp_path, options))
     assert "[1/1] full seed0: mIoU" in capsys.readouterr().out
     assert json.loads((run / "cost.json").read_text())["seconds"] > took
+    episodes = (run / "episodes_qpenet.csv").read_text()
+    (run / "results.json").unlink()  # it is scored again, not trained
+    main(words("table3", tmp_path, options))
+    assert (run / "episodes_qpenet.csv").read_text() == episodes
+    capsys.readouterr()
     row = json.loads((tmp_path / "table3.json").read_text())["rows"]["full"]
     ids = json.loads((run / "results.json").read_text())["class_ids"]
     np.testing.assert_allclose(row["mIoU"]["ours"], by_hand(run, ids)[0], atol=0.006)

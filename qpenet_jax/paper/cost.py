@@ -37,90 +37,10 @@ class Cost(NamedTuple):
     step: float
     episode: Mapping[int, float]
 
-
-@dataclasses.dataclass(frozen=True)
-class PlannedWork:
-    """How much a run computes: training steps, and scored episodes by shots."""
-
-    run: PlannedRun
-    steps: int
-    episodes: Mapping[int, int]
-    state: str
-
-    @property
-    def backbone(self) -> str:
-        """Runs of one backbone cost about the same."""
-        return self.run.config.backbone.name
-
-    def seconds(self, cost: Cost) -> float:
-        """Returns what is left to compute, 0 for a finished run."""
-        if self.state == "done":
-            return 0.0
-        scoring = sum(cost.episode[k] * count for k, count in self.episodes.items())
-        return self.steps * cost.step + scoring
-
-
-def print_plan(
-    runs: Sequence[PlannedRun], measure: Callable[[PlannedRun], Cost] | None = None
-) -> None:
-    """Prints every run with its state, and the measured time of all.
-
-    `measure` returns the cost of a run, by default `measured_cost`.
-    """
-    measure = measure or measured_cost
-    plan = [_work(run) for run in runs]
-    print(_plan_table(plan), flush=True)
-    # Measured once per backbone: on its last row, which of the ablations is `full`.
-    last = {work.backbone: work.run for work in plan}
-    costs = {backbone: measure(run) for backbone, run in last.items()}
-    for backbone, cost in costs.items():
-        scoring = [
-            f"{s:.2f} s an episode of {k} shot(s)" for k, s in cost.episode.items()
-        ]
-        print(f"{last[backbone].name}: {cost.step:.2f} s a step, {', '.join(scoring)}")
-    hours = sum(work.seconds(costs[work.backbone]) for work in plan) / 3600
-    left = sum(work.state != "done" for work in plan)
-    print(
-        f"(measured on {MEASURED_STEPS} steps and {MEASURED_EPISODES} episodes)\n"
-        f"{len(runs)} runs, {left} to do: about {hours:.1f} h, without start-up and "
-        "compilation; nothing was written"
-    )
-
-
-def _plan_table(plan: Sequence[PlannedWork]) -> str:
-    rows = [
-        [w.run.name, f"{w.steps:,}", f"{sum(w.episodes.values()):,}", w.state]
-        for w in plan
-    ]
-    return markdown.table(("run", "steps", "episodes scored", "state"), rows)
-
-
-def _work(run: PlannedRun) -> PlannedWork:
-    steps = run.steps
-    return PlannedWork(run, steps, _episodes(run, steps), _state(run))
-
-
-def _state(run: PlannedRun) -> str:
-    if is_done(run):
-        return "done"
-    if not (run.folder / CONFIG_FILE).exists():
-        return "to do"
-    return "begun" if has_config_of(run) else "folder holds another config"
-
-
-def _episodes(run: PlannedRun, steps: int) -> dict[int, int]:
-    """Returns how many episodes a run scores by shots, selection included."""
-    config = run.config
-    names, protocol = selections(config), build_protocol(config)
-    counts = dict.fromkeys(run.shots, protocol.episodes * len(protocol.seeds))
-    if config.eval.references:
-        counts[run.shots[0]] *= 3  # untrained and cosine as well
-    times = math.ceil(steps / config.eval.every)
-    for of in selection_protocols(config, names).values():
-        counts[run.shots[0]] += times * of.episodes * len(of.seeds)
-    others = len(names) - 1
-    counts[run.shots[0]] += others * protocol.episodes * len(protocol.seeds)
-    return counts
+    def seconds(self, steps: int, episodes: Mapping[int, int]) -> float:
+        """Returns what a run takes, its episodes counted by shots."""
+        scoring = (self.episode[k] * count for k, count in episodes.items())
+        return steps * self.step + sum(scoring)
 
 
 def measured_cost(run: PlannedRun) -> Cost:
@@ -150,3 +70,58 @@ def _seconds_per_episode(config: Any, predict: Any, shots: int) -> float:
         label = f"measuring {shots} shot(s)"
         score_episodes(predict, val, few, samplers, label=label)
     return (time.perf_counter() - start) / MEASURED_EPISODES
+
+
+def print_plan(
+    runs: Sequence[PlannedRun],
+    measure: Callable[[PlannedRun], Cost] = measured_cost,
+) -> None:
+    """Prints every run with its state, and the time of all by the `measure` of one."""
+    steps = [run.steps for run in runs]
+    episodes = [_episodes(*pair) for pair in zip(runs, steps, strict=True)]
+    states = [_state(run) for run in runs]
+    plan = list(zip(runs, steps, episodes, states, strict=True))
+    rows = [[r.name, f"{n:,}", f"{sum(e.values()):,}", s] for r, n, e, s in plan]
+    header = ("run", "steps", "episodes scored", "state")
+    print(markdown.table(header, rows), flush=True)
+    # Measured once per backbone: on its last row, which of the ablations is `full`.
+    last = {run.config.backbone.name: run for run in runs}
+    costs = {backbone: measure(run) for backbone, run in last.items()}
+    for backbone, cost in costs.items():
+        scoring = [
+            f"{s:.2f} s an episode of {k} shot(s)" for k, s in cost.episode.items()
+        ]
+        print(f"{last[backbone].name}: {cost.step:.2f} s a step, {', '.join(scoring)}")
+    seconds = [
+        costs[run.config.backbone.name].seconds(steps, episodes)
+        for run, steps, episodes, state in plan
+        if state != "done"
+    ]
+    print(
+        f"(measured on {MEASURED_STEPS} steps and {MEASURED_EPISODES} episodes)\n"
+        f"{len(runs)} runs, {len(seconds)} to do: about {sum(seconds) / 3600:.1f} h, "
+        "without start-up and compilation; nothing was written"
+    )
+
+
+def _state(run: PlannedRun) -> str:
+    if is_done(run):
+        return "done"
+    if not (run.folder / CONFIG_FILE).exists():
+        return "to do"
+    return "begun" if has_config_of(run) else "folder holds another config"
+
+
+def _episodes(run: PlannedRun, steps: int) -> dict[int, int]:
+    """Returns how many episodes a run scores by shots, selection included."""
+    config = run.config
+    names, protocol = selections(config), build_protocol(config)
+    counts = dict.fromkeys(run.shots, protocol.episodes * len(protocol.seeds))
+    if config.eval.references:
+        counts[run.shots[0]] *= 3  # untrained and cosine as well
+    times = math.ceil(steps / config.eval.every)
+    for of in selection_protocols(config, names).values():
+        counts[run.shots[0]] += times * of.episodes * len(of.seeds)
+    others = len(names) - 1
+    counts[run.shots[0]] += others * protocol.episodes * len(protocol.seeds)
+    return counts
