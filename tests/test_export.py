@@ -128,9 +128,9 @@ def test_export_json_tells_all_that_a_program_needs(stablehlo):
     )
     for part in about["parts"].values():
         read = jax.export.deserialize((stablehlo / part["file"]).read_bytes())
-        told = {x["name"]: (tuple(x["shape"]), x["dtype"]) for x in part["inputs"]}
-        avals = dict(zip(sorted(told), read.in_avals, strict=True))
-        assert told == {n: (a.shape, str(a.dtype)) for n, a in avals.items()}
+        listed = {x["name"]: (tuple(x["shape"]), x["dtype"]) for x in part["inputs"]}
+        avals = dict(zip(sorted(listed), read.in_avals, strict=True))
+        assert listed == {n: (a.shape, str(a.dtype)) for n, a in avals.items()}
         assert read.platforms == ("cpu", "cuda", "tpu")
 
 
@@ -177,12 +177,12 @@ def test_onnx_files_are_named_as_the_guide_says_and_need_no_jax(onnx, tmp_path):
     about = json.loads((onnx / "export.json").read_text())
     for part in about["parts"].values():
         session = onnxruntime.InferenceSession(onnx / part["file"])
-        for kind, told in (
+        for kind, listed in (
             (session.get_inputs(), part["inputs"]),
             (session.get_outputs(), part["outputs"]),
         ):
             found = {x.name: list(x.shape) for x in kind}
-            assert found == {x["name"]: x["shape"] for x in told}
+            assert found == {x["name"]: x["shape"] for x in listed}
     image = np.full((64, 64, 3), 90, np.uint8)
     image[:32] = 200, 10, 10
     Image.fromarray(image).save(tmp_path / "a.jpg")

@@ -119,10 +119,10 @@ def weights(rng: Rng, folder: Path) -> None:
     data, ending = _weight_file(rng, str(witness))
     path, out = folder / f"w{ending}", folder / "out"
     path.write_bytes(data)
-    with noted_refusal() as told:
+    with noted_refusal() as refused:
         convert(LITE0, path, out_dir=out)
-    assert not told or not out.exists() or not any(out.iterdir())
-    with noted_refusal() as told_loading:
+    assert not refused or not out.exists() or not any(out.iterdir())
+    with noted_refusal() as refused_loading:
         loaded = load_weights(LITE0, path)
     assert not witness.exists(), "code of the file was executed"
     tensors = torch_files.read_tensors(path)
@@ -130,9 +130,9 @@ def weights(rng: Rng, folder: Path) -> None:
     assert tensors.keys() == expected.keys()
     for name, array in tensors.items():
         same(array, expected[name])
-    if not told:
+    if not refused:
         same_tree(load_weights(LITE0, out / f"{LITE0}.safetensors"), loaded)
-    if not told_loading and not ending.startswith("_converted"):
+    if not refused_loading and not ending.startswith("_converted"):
         same_tree(loaded, to_flax(LITE0, expected))
 
 

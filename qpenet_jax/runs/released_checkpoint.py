@@ -104,9 +104,9 @@ def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def _check_head(head: Tensors, params: Any) -> None:
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
     expected = {
-        name: state_dict.torch_shape(name, shapes[path])
+        name: state_dict.torch_shape(name, leaves[path].shape)
         for name, path in state_dict.names().items()
     }
     check_tensors("the tensors beside its backbone", expected, head)
