@@ -75,7 +75,7 @@ class Sheet(NamedTuple):
 
     columns: Sequence[str]
     rows: Sequence[Row]
-    legend: Mapping[str, Colour]
+    legend: dict[str, Colour]
     notes: Sequence[str]
 
 
