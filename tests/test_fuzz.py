@@ -70,7 +70,8 @@ def images(rng: Rng, folder: Path) -> None:
     stand_in, out = RedFinder(), folder / "out"
     words = ["--support", f"{photo}:{mask}", "--query", query, "--out", out]
     try:
-        run_predict(stand_in, *words)
+        with contextlib.redirect_stdout(None):
+            run_predict(stand_in, *words)
     except InputError:
         assert not out.is_dir() or not any(out.iterdir())
         raise
