@@ -492,7 +492,7 @@ def test_a_share_that_cant_be(root, tmp_path, share, message):
         prepare_folder(root, tmp_path / "out", val_share=share)
 
 
-def test_a_full_disk_is_told_and_nothing_is_left(root, tmp_path):
+def test_a_full_disk_is_one_line_and_nothing_is_left(root, tmp_path):
     """ArrayRecord raises no OSError."""
     out = tmp_path / "out"
     with (
