@@ -3,8 +3,8 @@
     python tests/measure_faults.py kills /tmp/faults 20
     python tests/measure_faults.py memory /tmp/faults 10000
 
-trains and predicts in a folder that may be deleted afterwards and prints a line for each
-kill, or the memory during the queries. Every command is a process of its own.
+trains and predicts in a folder that may be deleted afterwards, and prints a line for
+each kill, or the memory during the queries. Every command is a process of its own.
 """
 
 import json
@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from commands import ROOT, words
+from commands import ROOT, overrides, words
 from PIL import Image
 
-FIELDS = {"steps": 40, "save_every": 2, "eval__every": 10, "eval__base_episodes": 6}
+FIELDS = overrides(steps=40, save_every=2, eval__every=10, eval__base_episodes=6)
 RESULTS = ("results.json", "references.json", "episodes_qpenet.csv", "inputs.json")
 
 
@@ -33,7 +33,7 @@ def start(*arguments):
 
 def train(workdir, seconds=None):
     """Trains, killed after some seconds; returns whether it ended before."""
-    process = start("train", *words(workdir, **FIELDS, select_on="base,last"))
+    process = start("train", *words(workdir, select_on="base,last"), *FIELDS)
     try:
         assert process.wait(seconds) == 0
         return True

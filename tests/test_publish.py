@@ -6,7 +6,7 @@ import pickle
 import shutil
 import threading
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import jax
@@ -215,59 +215,40 @@ def test_publishing_replaces_nothing_and_leaves_nothing(
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
 
-class Hub(BaseHTTPRequestHandler):
-    """A stand-in for the hub: one repository, ann/shapes, with two revisions."""
-
-    def __init__(self, folders, asked, *request):
-        self.folders, self.asked = folders, asked
-        super().__init__(*request)
+class Hub(SimpleHTTPRequestHandler):
+    """A stand-in for the hub: serves a folder that is laid out as its addresses."""
 
     def log_message(self, *_):
         """Keeps the output of the tests clean."""
 
-    def do_HEAD(self):
-        self.do_GET()
+    def parse_request(self):
+        parsed = super().parse_request()
+        self.server.asked.append(self.path)
+        return parsed
 
-    def do_GET(self):
-        self.asked.append(self.path)
-        path = self.path.partition("?")[0].strip("/").split("/")
-        match path:
-            case ["api", "models", "ann", "shapes", *rest] if rest[:1] != ["tree"]:
-                files = self.files(rest[-1] if rest else "main")
-                about = {"siblings": [{"rfilename": name} for name in files]}
-                about |= {
-                    "id": "ann/shapes",
-                    "sha": commit(rest[-1] if rest else "main"),
-                }
-                content = json.dumps(about).encode() if files else None
-            case ["api", "models", "ann", "shapes", "tree", name]:
-                listed = [
-                    {"type": "file", "path": n, "size": f.stat().st_size, "oid": n}
-                    for n, f in self.files(name).items()
-                ]
-                content = json.dumps(listed).encode()
-            case ["ann", "shapes", "resolve", name, file] if self.files(name):
-                content = self.files(name)[file].read_bytes()
-            case _:
-                content = None
-        self.send_response(404 if content is None else 200)
-        if content is None:
-            kind = "Revision" if "shapes" in path else "Repo"
-            self.send_header("X-Error-Code", f"{kind}NotFound")
-        self.send_header("Content-Length", str(len(content or b"")))
-        self.send_header("ETag", f'"{"-".join(path)}"')
-        self.send_header("X-Repo-Commit", commit(path[-2] if path[2:] else ""))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content or b"")
-
-    def files(self, name):
-        folder = self.folders.get(commit(name))
-        return {f.name: f for f in sorted(folder.iterdir())} if folder else {}
+    def end_headers(self):
+        self.send_header("ETag", f'"{self.path.replace("/", "-")}"')
+        self.send_header("X-Repo-Commit", self.path.split("/")[-2])
+        super().end_headers()
 
 
-def commit(name):
-    return COMMITS.get(name, name)
+def put_on_hub(root, revision, folder):
+    """Lays out a folder as a revision of the repository ann/shapes."""
+    api, commit = root / "api" / "models" / "ann" / "shapes", COMMITS[revision]
+    shutil.copytree(folder, root / "ann" / "shapes" / "resolve" / commit)
+    files = {f.name: f.stat().st_size for f in folder.iterdir()}
+    about = {"id": "ann/shapes", "sha": commit}
+    about["siblings"] = [{"rfilename": name} for name in files]
+    listed = [
+        {"type": "file", "path": name, "size": size, "oid": name}
+        for name, size in files.items()
+    ]
+    for path, content in (
+        (api / "revision" / revision, about),
+        (api / "tree" / commit, listed),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -278,21 +259,21 @@ def asked(exact, tmp_path, monkeypatch):
     )
     half = publish(exact, tmp_path / "half", dtype="float16")
     (half / "evil.pkl").write_bytes(pickle.dumps(print))
-    folders = {COMMITS["main"]: half, COMMITS["v1"]: exact}
-    asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folders, asked))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with contextlib.chdir(tmp_path):
-        yield asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    for revision, folder in (("main", half), ("v1", exact)):
+        put_on_hub(tmp_path / "hub", revision, folder)
+    handler = partial(Hub, directory=tmp_path / "hub")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+        template = template.replace(constants.ENDPOINT, url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        with contextlib.chdir(tmp_path):
+            yield server.asked
+        server.shutdown()
 
 
 def test_a_run_is_loaded_from_the_hub(asked, tmp_path, exact):
@@ -313,10 +294,8 @@ def test_what_the_hub_does_not_have_is_one_line(asked, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--workdir", "ann/shapes"])
     assert "give --out, a folder for the results" in capsys.readouterr().err
-
-
-def test_a_wrong_name_of_a_folder_here_asks_no_hub(asked, tmp_path):
-    (tmp_path / "runs").mkdir()
+    asked.clear()
+    Path("runs").mkdir()  # a wrong name in a folder of this machine asks no hub
     with pytest.raises(InputError, match="runs/nothing is no run"):
         open_run("runs/nothing")
     assert not asked

@@ -28,8 +28,8 @@ LOSSES = {head: f"loss_{head}" for head in HEADS} | {"bg": "loss_bg_q"}
 CHANCE = dict.fromkeys(HEADS, math.log(2)) | {
     "bg": -math.log(2 / 3) - math.log(1 / 3) / 2
 }
-"""Loss of a head that distinguishes nothing: cross entropy of a coin, and the least that
-background mining (eq 18) can have with the same answer everywhere."""
+"""Loss of a head that distinguishes nothing: cross entropy of a coin, and the least
+that background mining (eq 18) can have with the same answer everywhere."""
 
 PATIENCE = 200
 """Steps after which a head without any result is called dead."""
