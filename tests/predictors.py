@@ -72,6 +72,6 @@ def scene(height=90, width=120):
 def run_predict(segmenter, *words):
     """Run `qpenet predict` with a segmenter in place of the one that words choose."""
     parser = argparse.ArgumentParser()
-    predict.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["predict", *map(str, words)])
+    predict.add_options(parser)
+    args = parser.parse_args([*map(str, words)])
     predict.segment(args, segmenter)

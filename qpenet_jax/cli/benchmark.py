@@ -1,4 +1,4 @@
-"""`qpenet benchmark`."""
+"""Measure speed and memory on this machine, on request beside PyTorch."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qpenet_jax.benchmark.settings import WHAT, Settings
-from qpenet_jax.cli.options import add_overrides, names, numbers, path
+from qpenet_jax.cli.options import add_overrides, add_path, names, numbers, path
 from qpenet_jax.core.choices import BACKBONES
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
@@ -16,15 +16,8 @@ FILES = ("benchmark.md", "benchmark.json", "benchmark.png")
 OPTIONS = [field for field in dataclasses.fields(Settings) if "help" in field.metadata]
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options, which are the fields of `Settings`."""
-    parser = commands.add_parser(
-        "benchmark",
-        help="measure speed and memory on this machine",
-        description="Measure speed and memory on this machine, on request beside "
-        "PyTorch.",
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument(
         "kinds",
         nargs="?",
@@ -35,19 +28,13 @@ def add_parser(commands) -> None:
     )
     for field in OPTIONS:
         parser.add_argument(f"--{field.name}", **_argument(field))
-    parser.add_argument(
+    add_path(
+        parser,
         "--config",
-        type=path,
-        metavar="FILE",
-        help="protocol and data: a config whose images are used; default: made-up "
-        "images",
+        "FILE",
+        "protocol and data: a config whose images are used; default: made-up images",
     )
-    parser.add_argument(
-        "--out",
-        type=path,
-        metavar="FOLDER",
-        help=f"folder for {', '.join(FILES)}",
-    )
+    add_path(parser, "--out", "FOLDER", f"folder for {', '.join(FILES)}")
     add_overrides(parser)
 
 

@@ -1,39 +1,28 @@
-"""`qpenet compare`."""
+"""Compare two results on the episodes that both scored: paired differences with their
+confidence intervals."""
 
 import argparse
 from pathlib import Path
 
-from qpenet_jax.cli.options import path
+from qpenet_jax.cli.options import add_path
 from qpenet_jax.core.files import refuse_overwriting
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "compare",
-        help="compare two results on the episodes that both scored",
-        description="Compare two results on the episodes that both scored: paired "
-        "differences with their confidence intervals.",
-    )
-    parser.set_defaults(run=run)
-    parser.add_argument(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    add_path(
+        parser,
         "results",
+        "results.json",
+        "file that training or `qpenet evaluate` has written",
         nargs=2,
-        type=path,
-        metavar="results.json",
-        help="file that training or `qpenet evaluate` has written",
     )
     parser.add_argument(
         "--different-protocols",
         action="store_true",
         help="allow results of different protocols",
     )
-    parser.add_argument(
-        "--out",
-        type=path,
-        metavar="FILE",
-        help="also write the comparison to this JSON file",
-    )
+    add_path(parser, "--out", "FILE", "also write the comparison to this JSON file")
 
 
 def run(args: argparse.Namespace) -> None:

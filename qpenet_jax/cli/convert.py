@@ -1,23 +1,19 @@
-"""`qpenet convert`."""
+"""Convert pretrained backbone weights, or a checkpoint of QPENet's authors, from
+PyTorch to JAX.
+
+With --as-run the file is a checkpoint of the released QPENet, which becomes a run that
+`qpenet evaluate`, `predict` and the other commands take.
+"""
 
 import argparse
 
-from qpenet_jax.cli.options import add_overrides, path
+from qpenet_jax.cli.options import add_overrides, add_path, path
 from qpenet_jax.core.choices import BACKBONES, CHECKPOINT_DATASETS
 from qpenet_jax.core.errors import InputError
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    text = "convert pretrained backbone weights, or a checkpoint of QPENet's authors"
-    parser = commands.add_parser(
-        "convert",
-        help=text,
-        description=f"{text.capitalize()}, from PyTorch to JAX. With --as-run the file "
-        "is a checkpoint of the released QPENet, which becomes a run that `qpenet "
-        "evaluate`, `predict` and the other commands take.",
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument(
         "weights",
         nargs="?",
@@ -26,17 +22,17 @@ def add_parser(commands) -> None:
         "backbone is downloaded",
     )
     parser.add_argument("--backbone", choices=BACKBONES)
-    parser.add_argument(
+    add_path(
+        parser,
         "--out",
-        type=path,
-        metavar="FOLDER",
-        help="folder for the converted file; default: data/weights",
+        "FOLDER",
+        "folder for the converted file; default: data/weights",
     )
-    parser.add_argument(
+    add_path(
+        parser,
         "--as-run",
-        type=path,
-        metavar="FOLDER",
-        help="folder of the run to be made of an authors' checkpoint",
+        "FOLDER",
+        "folder of the run to be made of an authors' checkpoint",
     )
     parser.add_argument(
         "--fold",

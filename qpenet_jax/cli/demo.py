@@ -1,4 +1,8 @@
-"""`qpenet demo`."""
+"""Show a page on this machine (127.0.0.1) on which photos are marked with a brush or a
+click, and others are segmented.
+
+Needs `pip install 'qpenet-jax[demo]'`.
+"""
 
 import argparse
 
@@ -10,16 +14,8 @@ from qpenet_jax.cli.options import (
 )
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "demo",
-        help="a page to mark and segment photos in the browser",
-        description="Show a page on this machine (127.0.0.1) on which photos are "
-        "marked with a brush or a click, and others are segmented. Needs `pip install "
-        "'qpenet-jax[demo]'`.",
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     add_segmenter(parser)
     group = parser.add_argument_group("page")
     group.add_argument(

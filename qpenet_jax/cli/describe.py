@@ -1,4 +1,4 @@
-"""`qpenet describe`."""
+"""Print the layers of the network with their shapes and parameters."""
 
 import argparse
 
@@ -6,15 +6,8 @@ from qpenet_jax.cli.options import add_shots
 from qpenet_jax.core.choices import BACKBONES
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    text = "print the layers of the network"
-    parser = commands.add_parser(
-        "describe",
-        help=text,
-        description=f"{text.capitalize()} with their shapes and parameters.",
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument(
         "--backbone",
         default="resnet50",

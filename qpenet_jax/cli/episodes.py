@@ -1,4 +1,5 @@
-"""`qpenet episodes export`."""
+"""Write the episodes of a protocol into a CSV file, so that other programs can score
+the same ones."""
 
 import argparse
 from pathlib import Path
@@ -6,36 +7,27 @@ from pathlib import Path
 from qpenet_jax.cli.options import (
     WORKDIR,
     add_overrides,
+    add_path,
     add_protocol,
     add_shots,
-    path,
     protocol_changes,
 )
 from qpenet_jax.core.files import refuse_overwriting
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "episodes",
-        help="write the episodes of a protocol into a file",
-        description="Write the episodes of a protocol into a CSV file, so that other "
-        "programs can score the same ones.",
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("action", choices=["export"])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--workdir", type=path, metavar="FOLDER", help=WORKDIR)
-    source.add_argument(
+    add_path(source, "--workdir", "FOLDER", WORKDIR)
+    add_path(
+        source,
         "--config",
-        type=path,
-        metavar="FILE",
-        help="a config instead of a run, such as configs/pascal_fold0.py",
+        "FILE",
+        "a config instead of a run, such as configs/pascal_fold0.py",
     )
     add_shots(parser)
-    parser.add_argument(
-        "--out", required=True, type=path, metavar="FILE", help="file to write"
-    )
+    add_path(parser, "--out", "FILE", "file to write", required=True)
     add_protocol(parser)
     add_overrides(parser)
 

@@ -1,4 +1,4 @@
-"""`qpenet evaluate`."""
+"""Score a trained run on its novel classes by any protocol."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,24 +9,18 @@ from qpenet_jax.cli.options import (
     add_checkpoint,
     add_cluster,
     add_overrides,
+    add_path,
     add_protocol,
     add_workdir,
     numbers,
-    path,
     protocol_changes,
 )
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="score a trained run on its novel classes",
-        description="Score a trained run on its novel classes by any protocol.",
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     add_workdir(parser)
     parser.add_argument(
         "--shots",
@@ -34,11 +28,11 @@ def add_parser(commands) -> None:
         metavar="K,...",
         help="numbers of support images, such as 1,5; default: 1",
     )
-    parser.add_argument(
+    add_path(
+        parser,
         "--episode-list",
-        type=path,
-        metavar="FILE",
-        help="score exactly the episodes of this file, written by `qpenet episodes "
+        "FILE",
+        "score exactly the episodes of this file, written by `qpenet episodes "
         "export`, instead of drawing them",
     )
     add_checkpoint(parser)
@@ -47,11 +41,11 @@ def add_parser(commands) -> None:
         action="store_true",
         help="also score the untrained network and the training-free cosine baseline",
     )
-    parser.add_argument(
+    add_path(
+        parser,
         "--out",
-        type=path,
-        metavar="FOLDER",
-        help="folder for the results; default: the folder evaluate/ of the run",
+        "FOLDER",
+        "folder for the results; default: the folder evaluate/ of the run",
     )
     add_protocol(parser)
     add_cluster(parser)

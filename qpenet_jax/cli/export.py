@@ -1,4 +1,7 @@
-"""`qpenet export`."""
+"""Write a run's network, with its weights, for other run times.
+
+docs/export.md shows how the files are used.
+"""
 
 import argparse
 
@@ -11,15 +14,8 @@ from qpenet_jax.cli.options import (
 from qpenet_jax.core.choices import EXPORT_FORMATS
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "export",
-        help="write a run's network for other run times",
-        description="Write a run's network, with its weights, for other run times. "
-        "docs/export.md shows how the files are used.",
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     add_workdir(parser)
     parser.add_argument(
         "--format",

@@ -1,27 +1,27 @@
-"""`qpenet figures`."""
+"""Draw what trained runs do with some episodes: predictions, prototypes and activation
+maps, as in the paper's Figs 4 to 6."""
 
 import argparse
 from pathlib import Path
 
-from qpenet_jax.cli.options import WORKDIR, add_overrides, add_shots, numbers, path
+from qpenet_jax.cli.options import (
+    WORKDIR,
+    add_overrides,
+    add_path,
+    add_shots,
+    numbers,
+)
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "figures",
-        help="draw what trained runs do with some episodes",
-        description="Draw what trained runs do with some episodes: predictions, "
-        "prototypes and activation maps, as in the paper's Figs 4 to 6.",
-    )
-    parser.set_defaults(run=run)
-    parser.add_argument(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    add_path(
+        parser,
         "--workdir",
+        "FOLDER",
+        f"{WORKDIR}; several runs are drawn side by side",
         required=True,
         nargs="+",
-        type=path,
-        metavar="FOLDER",
-        help=f"{WORKDIR}; several runs are drawn side by side",
     )
     parser.add_argument(
         "--episodes",
@@ -43,13 +43,7 @@ def add_parser(commands) -> None:
         help="seed for choosing random episodes; default: %(default)s",
     )
     add_shots(parser)
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=path,
-        metavar="FOLDER",
-        help="folder for the figures",
-    )
+    add_path(parser, "--out", "FOLDER", "folder for the figures", required=True)
     add_overrides(parser)
 
 

@@ -14,23 +14,27 @@ from typing import Any, NoReturn
 from qpenet_jax.cli.options import split_overrides
 from qpenet_jax.core.errors import InputWarning, exit_on_input_error
 
-COMMANDS = (
-    "train",
-    "prepare",
-    "convert",
-    "describe",
-    "evaluate",
-    "episodes",
-    "compare",
-    "reproduce",
-    "benchmark",
-    "figures",
-    "predict",
-    "demo",
-    "publish",
-    "export",
-)
-"""Names of the modules beside this one; only that of the given command is imported."""
+COMMANDS = {
+    "train": "train a network and score it",
+    "prepare": "make a data set from the official archives or from your own images",
+    "convert": "convert pretrained backbone weights, or a checkpoint of QPENet's "
+    "authors",
+    "describe": "print the layers of the network",
+    "evaluate": "score a trained run on its novel classes",
+    "episodes": "write the episodes of a protocol into a file",
+    "compare": "compare two results on the episodes that both scored",
+    "reproduce": "train and score a table of the paper",
+    "benchmark": "measure speed and memory on this machine",
+    "figures": "draw what trained runs do with some episodes",
+    "predict": "segment images, given annotated examples",
+    "demo": "a page to mark and segment photos in the browser",
+    "publish": "write a run as a folder that can be shared",
+    "export": "write a run's network for other run times",
+}
+"""The modules beside this one and their help; only that of the command is imported.
+
+Each has `add_options(parser)` and `run(args)`; its docstring is its description.
+"""
 
 SHARED_BY_PROCESSES = ("train", "evaluate")
 
@@ -83,7 +87,12 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name in [word for word in words[:1] if word in COMMANDS] or COMMANDS:
-        importlib.import_module(f"qpenet_jax.cli.{name}").add_parser(commands)
+        module = importlib.import_module(f"qpenet_jax.cli.{name}")
+        command = commands.add_parser(
+            name, help=COMMANDS[name], description=module.__doc__
+        )
+        command.set_defaults(run=module.run)
+        module.add_options(command)
     return parser
 
 

@@ -32,11 +32,20 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_path(
+    parser: argparse._ActionsContainer,
+    name: str,
+    metavar: str,
+    text: str,
+    **options: Any,
+) -> None:
+    """Adds an option, or an argument, whose value is a file or folder."""
+    parser.add_argument(name, type=path, metavar=metavar, help=text, **options)
+
+
 def add_workdir(parser: argparse.ArgumentParser) -> None:
     """Adds the option that names the run a command works on."""
-    parser.add_argument(
-        "--workdir", required=True, type=path, metavar="FOLDER", help=WORKDIR
-    )
+    add_path(parser, "--workdir", "FOLDER", WORKDIR, required=True)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -62,21 +71,19 @@ def add_shots(parser: argparse.ArgumentParser) -> None:
 
 def add_new_folder(parser: argparse.ArgumentParser) -> None:
     """Adds the option that names a folder which the command makes."""
-    parser.add_argument(
+    add_path(
+        parser,
         "--out",
+        "FOLDER",
+        "folder to write; it must be empty or new",
         required=True,
-        type=path,
-        metavar="FOLDER",
-        help="folder to write; it must be empty or new",
     )
 
 
 def add_segmenter(parser: argparse.ArgumentParser) -> None:
     """Adds the choice of what segments: a run's network, the starter, prototypes."""
     group = parser.add_argument_group("what segments")
-    group.add_argument(
-        "--workdir", type=path, metavar="FOLDER", help=f"{WORKDIR}; default: none"
-    )
+    add_path(group, "--workdir", "FOLDER", f"{WORKDIR}; default: none")
     group.add_argument(
         "--method",
         choices=choices.METHODS,
@@ -93,11 +100,11 @@ def add_segmenter(parser: argparse.ArgumentParser) -> None:
         help="without --workdir, of method prototype: the network that the "
         f"features are of: {', '.join(choices.BACKBONES)} (the last is the default)",
     )
-    group.add_argument(
+    add_path(
+        group,
         "--weights",
-        type=path,
-        metavar="FILE",
-        help="the weights of --backbone, as `qpenet convert` writes them; "
+        "FILE",
+        "the weights of --backbone, as `qpenet convert` writes them; "
         "efficientnet_lite0 has its own",
     )
 

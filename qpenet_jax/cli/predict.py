@@ -1,4 +1,8 @@
-"""`qpenet predict`."""
+"""Segment in images what is marked in annotated examples.
+
+Writes a mask and an overlay for each image, and predictions.json, a summary with a
+score for each mask.
+"""
 
 import argparse
 from pathlib import Path
@@ -7,10 +11,10 @@ from typing import TYPE_CHECKING
 from qpenet_jax.cli.options import (
     about_segmenter,
     add_overrides,
+    add_path,
     add_segmenter,
     load_segmenter,
     names,
-    path,
 )
 from qpenet_jax.core.choices import MASK_FORMATS
 from qpenet_jax.core.errors import InputError, check_choice
@@ -19,16 +23,8 @@ if TYPE_CHECKING:
     from qpenet_jax.segmenter import Segmenter
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "predict",
-        help="segment images, given annotated examples",
-        description="Segment in images what is marked in annotated examples. Writes "
-        "a mask and an overlay for each image, and predictions.json, a summary with "
-        "a score for each mask.",
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     add_segmenter(parser)
     _add_examples(parser)
     _add_images(parser)
@@ -54,14 +50,14 @@ def _add_examples(parser) -> None:
 
 def _add_images(parser) -> None:
     group = parser.add_argument_group("images to segment")
-    group.add_argument(
+    add_path(
+        group,
         "--query",
+        "PATH",
+        "images to segment, folders of images, or videos (mp4, avi, mov, mkv), "
+        "whose frames are segmented one by one",
         required=True,
         nargs="+",
-        type=path,
-        metavar="PATH",
-        help="images to segment, folders of images, or videos (mp4, avi, mov, mkv), "
-        "whose frames are segmented one by one",
     )
     group.add_argument(
         "--recursive",
@@ -86,13 +82,7 @@ def _add_images(parser) -> None:
 
 def _add_results(parser) -> None:
     group = parser.add_argument_group("results")
-    group.add_argument(
-        "--out",
-        required=True,
-        type=path,
-        metavar="FOLDER",
-        help="folder for masks and overlays",
-    )
+    add_path(group, "--out", "FOLDER", "folder for masks and overlays", required=True)
     group.add_argument(
         "--format",
         type=names,

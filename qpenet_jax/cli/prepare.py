@@ -1,46 +1,36 @@
-"""`qpenet prepare pascal | coco | folder`."""
+"""Make a data set from the official archives or from your own images.
+
+`data/README.md` describes the result.
+"""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qpenet_jax.cli.options import path
+from qpenet_jax.cli.options import add_path, path
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
 from qpenet_jax.core.markdown import table
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    text = "make a data set from the official archives or from your own images"
-    parser = commands.add_parser(
-        "prepare",
-        help=text,
-        description=f"{text.capitalize()}. `data/README.md` describes the result.",
-    )
-    kinds = parser.add_subparsers(required=True, metavar="KIND")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    kinds = parser.add_subparsers(required=True, metavar="KIND", dest="kind")
     _add_pascal(kinds)
     _add_coco(kinds)
     _add_folder(kinds)
 
 
 def _add_pascal(kinds) -> None:
-    parser = _add_kind(kinds, "pascal", _pascal, "PASCAL-5i from VOC 2012 and SBD")
-    parser.add_argument(
-        "--voc",
-        type=path,
-        metavar="PATH",
-        help="VOCtrainval_11-May-2012.tar, or its folder",
-    )
-    parser.add_argument(
-        "--sbd", type=path, metavar="PATH", help="benchmark.tgz, or its folder"
-    )
-    parser.add_argument(
+    parser = _add_kind(kinds, "pascal", "PASCAL-5i from VOC 2012 and SBD")
+    add_path(parser, "--voc", "PATH", "VOCtrainval_11-May-2012.tar, or its folder")
+    add_path(parser, "--sbd", "PATH", "benchmark.tgz, or its folder")
+    add_path(
+        parser,
         "--masks",
-        type=path,
-        metavar="PATH",
-        help="SegmentationClassAug as a folder or an archive, instead of SBD's masks",
+        "PATH",
+        "SegmentationClassAug as a folder or an archive, instead of SBD's masks",
     )
     parser.add_argument(
         "--pool",
@@ -53,22 +43,22 @@ def _add_pascal(kinds) -> None:
 
 
 def _add_coco(kinds) -> None:
-    parser = _add_kind(kinds, "coco", _coco, "COCO-20i from COCO's images")
-    parser.add_argument(
+    parser = _add_kind(kinds, "coco", "COCO-20i from COCO's images")
+    add_path(
+        parser,
         "--images",
+        "PATH",
+        "folders or zip archives with the images",
         nargs="+",
-        type=path,
         default=[],
-        metavar="PATH",
-        help="folders or zip archives with the images",
     )
-    parser.add_argument(
+    add_path(
+        parser,
         "--annotations",
+        "FILE",
+        "the files instances_train*.json and instances_val*.json",
         nargs="+",
-        type=path,
         default=[],
-        metavar="FILE",
-        help="the files instances_train*.json and instances_val*.json",
     )
     parser.add_argument(
         "--release",
@@ -81,7 +71,7 @@ def _add_coco(kinds) -> None:
 
 def _add_folder(kinds) -> None:
     text = "your own images, masks and class names"
-    parser = _add_kind(kinds, "folder", _folder, text)
+    parser = _add_kind(kinds, "folder", text)
     parser.add_argument(
         "folder", type=path, help="it holds images/, masks/ and classes.txt"
     )
@@ -96,18 +86,15 @@ def _add_folder(kinds) -> None:
     )
 
 
-def _add_kind(
-    kinds, name: str, run: Callable[[argparse.Namespace], None], text: str
-) -> argparse.ArgumentParser:
+def _add_kind(kinds, name: str, text: str) -> argparse.ArgumentParser:
     description = f"Make {text} into a data set."
     parser = kinds.add_parser(name, help=text, description=description)
-    parser.set_defaults(run=run)
-    parser.add_argument(
+    add_path(
+        parser,
         "--out",
-        type=path,
+        "FOLDER",
+        "folder below which the data set is written; default: %(default)s",
         default="data",
-        metavar="FOLDER",
-        help="folder below which the data set is written; default: %(default)s",
     )
     return parser
 
@@ -118,6 +105,11 @@ def _add_download(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="first download the official archives into FOLDER/archives",
     )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes the data set and prints what is in it."""
+    {"pascal": _pascal, "coco": _coco, "folder": _folder}[args.kind](args)
 
 
 def _pascal(args: argparse.Namespace) -> None:

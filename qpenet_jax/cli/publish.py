@@ -1,4 +1,8 @@
-"""`qpenet publish`."""
+"""Write a run as a folder that can be shared: parameters, config and model card, in the
+layout of the Hugging Face hub.
+
+Every command takes the folder as its --workdir.
+"""
 
 import argparse
 
@@ -6,16 +10,8 @@ from qpenet_jax.cli.options import add_checkpoint, add_new_folder, add_workdir
 from qpenet_jax.core.choices import STORED_DTYPES
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "publish",
-        help="write a run as a folder that can be shared",
-        description="Write a run as a folder that can be shared: parameters, config "
-        "and model card, in the layout of the Hugging Face hub. Every command takes "
-        "the folder as its --workdir.",
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     add_workdir(parser)
     add_new_folder(parser)
     parser.add_argument(

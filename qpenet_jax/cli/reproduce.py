@@ -1,34 +1,18 @@
-"""`qpenet reproduce`."""
+"""Train and score every row of a table of the paper.
+
+The same command goes on after a stop and trains only what is missing.
+"""
 
 import argparse
 
-from qpenet_jax.cli.options import add_overrides, names, numbers, path
+from qpenet_jax.cli.options import add_overrides, add_path, names, numbers
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "reproduce",
-        help="train and score a table of the paper",
-        description="Train and score every row of a table of the paper. The same "
-        "command goes on after a stop and trains only what is missing.",
-    )
-    parser.set_defaults(run=run)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
     parser.add_argument("table", choices=[f"table{i}" for i in range(1, 6)])
-    parser.add_argument(
-        "--config",
-        required=True,
-        type=path,
-        metavar="FILE",
-        help="config that all rows share",
-    )
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        type=path,
-        metavar="FOLDER",
-        help="folder for all its runs",
-    )
+    add_path(parser, "--config", "FILE", "config that all rows share", required=True)
+    add_path(parser, "--workdir", "FOLDER", "folder for all its runs", required=True)
     parser.add_argument(
         "--seeds",
         type=numbers,

@@ -1,34 +1,30 @@
-"""`qpenet train`, which is also `python train.py`."""
+"""Train a network and score it on its novel classes.
+
+The same command goes on with a run that was stopped.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from qpenet_jax.cli.options import add_cluster, add_overrides, path
+from qpenet_jax.cli.options import add_cluster, add_overrides, add_path
 from qpenet_jax.core.errors import InputError
 
 
-def add_parser(commands) -> None:
-    """Adds the command and its options."""
-    parser = commands.add_parser(
-        "train",
-        help="train a network and score it",
-        description="Train a network and score it on its novel classes. The same "
-        "command goes on with a run that was stopped.",
-    )
-    parser.set_defaults(run=run)
-    parser.add_argument(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    add_path(
+        parser,
         "--config",
+        "FILE",
+        "Python file that describes the run, such as configs/quickstart.py",
         required=True,
-        type=path,
-        metavar="FILE",
-        help="Python file that describes the run, such as configs/quickstart.py",
     )
-    parser.add_argument(
+    add_path(
+        parser,
         "--workdir",
-        type=path,
-        metavar="FOLDER",
-        help="folder for checkpoints and results; default: runs/NAME-OF-THE-CONFIG",
+        "FOLDER",
+        "folder for checkpoints and results; default: runs/NAME-OF-THE-CONFIG",
     )
     parser.add_argument(
         "--check",
