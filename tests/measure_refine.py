@@ -27,7 +27,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import qpenet_jax
-from qpenet_jax.data.images import read_image, read_label
+from qpenet_jax.data.folds import PASCAL_CLASSES
+from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.data.transforms import binary_mask, fit_label, unpad
 from qpenet_jax.masks.refine import Edges
 from qpenet_jax.masks.tasks import probability
@@ -82,35 +83,28 @@ def main():
         method = "qpenet" if args.workdir else "prototype"
         segmenter = qpenet_jax.load(args.workdir, over, method=method)
         side = segmenter.side
-    voc = args.data / "VOCdevkit" / "VOC2012"
-    lines = (args.data / "lists" / "subset_val.txt").read_text().split("\n")
-    names = [Path(line.split()[0]).stem for line in lines if line.strip()]
-    folder = voc / "SegmentationClassAug"
-    labels = {name: read_label(folder / f"{name}.png") for name in names}
-    counts = {n: np.bincount(x.ravel(), minlength=256) for n, x in labels.items()}
-    shown = {c: [n for n in names if counts[n][c] >= MIN_PIXELS] for c in range(1, 21)}
+    root, ids = args.data / "VOCdevkit" / "VOC2012", args.data / "lists"
+    voc = VOCLayout(root, ids / "subset_val.txt", PASCAL_CLASSES)
+    shown = {
+        c: np.flatnonzero(voc.counts[:, c - 1] >= MIN_PIXELS) for c in range(1, 21)
+    }
     classes = [c for c in shown if len(shown[c]) >= MIN_IMAGES]
     rng, rows = np.random.default_rng(0), []
     for _ in range(args.episodes):
         c = int(rng.choice(classes))
         support, query = rng.choice(shown[c], 2, replace=False)
-        photo = read_image(voc / "JPEGImages" / f"{query}.jpg")
-        marked = binary_mask(labels[query], c)
+        photo, marked = voc.image(query), binary_mask(voc.label(query), c)
         truth, counted = marked == 1, marked != 255
         if args.truth:
             plain = at_the_grid(marked, side)
         else:
-            image = read_image(voc / "JPEGImages" / f"{support}.jpg")
-            task = segmenter.learn(image, binary_mask(labels[support], c))
+            mask = binary_mask(voc.label(support), c)
+            task = segmenter.learn(voc.image(support), mask)
             plain = probability(task.margin(task.view(photo)))
         refined = Edges(photo, 8 * max(truth.shape) / side)(plain)
         masks = plain > 0.5, refined > 0.5
-        rows.append(
-            [
-                *(iou(mask, truth, counted) for mask in masks),
-                *(boundary_f(mask, truth) for mask in masks),
-            ]
-        )
+        ious = [iou(mask, truth, counted) for mask in masks]
+        rows.append([*ious, *(boundary_f(mask, truth) for mask in masks)])
     table = 100 * np.array(rows)
     for i, what in enumerate(("IoU", "boundary F")):
         plain, refined = table[:, 2 * i : 2 * i + 2].T

@@ -1,8 +1,7 @@
 """Every input is either right or refused: random odd files, and what is made of them.
 
 `pytest` tries a few of each kind, `pytest -m slow` more of them. `python
-tests/test_fuzz.py 1000 images` tries so many in processes of their own, which a crash
-can't take along (docs/reliability.md).
+tests/test_fuzz.py 1000 images` tries so many and counts (docs/reliability.md).
 """
 
 import atexit
@@ -12,14 +11,13 @@ import csv
 import functools
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +25,7 @@ import fuzzing
 import numpy as np
 import oracles
 import pytest
+from commands import assert_refused, qpenet
 from conftest import _write_voc
 from fuzzing import Rng, chance, damaged, one_of
 from predictors import run_predict
@@ -34,7 +33,6 @@ from untrained import STEP, untrained_run
 
 from qpenet_jax.backbones import torch_files
 from qpenet_jax.backbones.convert import convert, load_weights, to_flax
-from qpenet_jax.cli.main import main
 from qpenet_jax.config import default_config, flat
 from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.data.episode_lists import export_episodes, read_episodes
@@ -107,7 +105,11 @@ def folders(rng: Rng, folder: Path) -> None:
     (root / "classes.txt").write_text("ant\nbee\n")
     (root / "train.txt").write_text("a\n")
     made = folder / "out/folder/mine/1.0.0"
-    command("prepare", "folder", root, "--out", folder / "out", leaves_nothing=made)
+    done = qpenet("prepare", "folder", root, "--out", folder / "out")
+    if done.returncode:
+        assert_refused(done)
+        assert not made.is_dir() or not any(made.iterdir())
+        raise InputError(done.stderr.splitlines()[-1])
     train = Prepared(made, "train")
     same(train.image(0), oracles.image(data))
     same(train.label(0), oracles.label(label))
@@ -120,10 +122,11 @@ def weights(rng: Rng, folder: Path) -> None:
     data, ending = _weight_file(rng, str(witness))
     path, out = folder / f"w{ending}", folder / "out"
     path.write_bytes(data)
-    with noted_refusal() as refused:
-        convert(LITE0, path, out_dir=out)
-    assert not refused or not out.exists() or not any(out.iterdir())
-    with noted_refusal() as refused_loading:
+    converted = loaded = None
+    with contextlib.suppress(InputError):
+        converted = convert(LITE0, path, out_dir=out)
+    assert converted or not out.exists() or not any(out.iterdir())
+    with contextlib.suppress(InputError):
         loaded = load_weights(LITE0, path)
     assert not witness.exists(), "code of the file was executed"
     tensors = torch_files.read_tensors(path)
@@ -131,9 +134,9 @@ def weights(rng: Rng, folder: Path) -> None:
     assert tensors.keys() == expected.keys()
     for name, array in tensors.items():
         same(array, expected[name])
-    if not refused:
-        same_tree(load_weights(LITE0, out / f"{LITE0}.safetensors"), loaded)
-    if not refused_loading and not ending.startswith("_converted"):
+    if converted:
+        same_tree(load_weights(LITE0, converted), loaded)
+    if loaded and not ending.startswith("_converted"):
         same_tree(loaded, to_flax(LITE0, expected))
 
 
@@ -206,11 +209,7 @@ def runs(rng: Rng, folder: Path) -> None:
     assert opened.step == STEP
     assert isinstance(opened.shared, dict)
     if name == "config.json":
-        told = oracles.flat(json.loads((run / name).read_text(encoding="utf-8")))
-        ours = flat(opened.config.to_dict())
-        for field, value in told.items():
-            if field != "version":
-                same_value(ours[field], value, field)
+        same_fields(opened.config, run / name)
 
 
 @functools.cache
@@ -256,10 +255,7 @@ def configs(rng: Rng, folder: Path) -> None:
         before = json.loads(default_config().to_json())
         (folder / "config.json").write_bytes(fuzzing.json_file(rng, before))
         config = read_config(folder)
-        told = oracles.flat(json.loads((folder / "config.json").read_text("utf-8")))
-        for field, given in told.items():
-            if field != "version":
-                same_value(flat(config.to_dict())[field], given, field)
+        same_fields(config, folder / "config.json")
     used = flat(complete(config).to_dict())
     for field, default in fields.items():
         if default is not None and not isinstance(default, tuple):
@@ -290,45 +286,31 @@ def lists(rng: Rng, folder: Path) -> None:
         (sampler,) = read_episodes(path, data).samplers
         text = path.read_bytes().decode("utf-8-sig").removeprefix(f"{head.decode()}\n")
         rows = list(csv.DictReader(io.StringIO(text)))
-        for row, told in zip(sampler.rows, rows, strict=True):
+        for row, given in zip(sampler.rows, rows, strict=True):
             assert [row.index, row.class_id] == [
-                int(told[name]) for name in ("index", "class_id")
+                int(given[name]) for name in ("index", "class_id")
             ]
             shown = [data.names[i] for i in (row.query, *row.supports)]
-            assert shown == [told["query"], told["support_1"]]
+            assert shown == [given["query"], given["support_1"]]
 
 
 SQUARE = [[3, 2], [11, 2], [11, 9], [3, 9]]
-LABELME = {
-    "version": "5.5.0",
-    "shapes": [
-        {"label": "dog", "points": SQUARE, "shape_type": "polygon", "group_id": None},
-        {"label": "dog", "points": [[20, 4], [30, 15]], "shape_type": "rectangle"},
-        {"label": "dog", "points": [[9, 20], [9, 25]], "shape_type": "circle"},
-        {"label": "cat", "points": [[1, 1]], "shape_type": "point", "mask": None},
-    ],
-    "imagePath": "a.png",
-    "imageData": None,
-    "imageHeight": 40,
-    "imageWidth": 50,
-}
+LABELME = {"version": "5.5.0", "imagePath": "a.png", "imageData": None}
+LABELME |= {"imageHeight": 40, "imageWidth": 50}
+LABELME["shapes"] = [
+    {"label": "dog", "points": SQUARE, "shape_type": "polygon", "group_id": None},
+    {"label": "dog", "points": [[20, 4], [30, 15]], "shape_type": "rectangle"},
+    {"label": "dog", "points": [[9, 20], [9, 25]], "shape_type": "circle"},
+    {"label": "cat", "points": [[1, 1]], "shape_type": "point", "mask": None},
+]
+DOG = {"image_id": 1, "category_id": 7}
+RUNS = {"size": [40, 50], "counts": [100, 50, 1850]}
 COCO = {
     "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 50}],
     "categories": [{"id": 7, "name": "dog"}, {"id": 9, "name": "cat"}],
     "annotations": [
-        {
-            "id": 1,
-            "image_id": 1,
-            "category_id": 7,
-            "segmentation": [[3, 2, 12, 2, 12, 10, 3, 10]],
-            "iscrowd": 0,
-        },
-        {
-            "id": 2,
-            "image_id": 1,
-            "category_id": 7,
-            "segmentation": {"size": [40, 50], "counts": [100, 50, 1850]},
-        },
+        {"id": 1, **DOG, "segmentation": [[3, 2, 12, 2, 12, 10, 3, 10]], "iscrowd": 0},
+        {"id": 2, **DOG, "segmentation": RUNS},
     ],
 }
 
@@ -366,32 +348,6 @@ KINDS: dict[str, Callable[[Rng, Path], None]] = {
 # --- how an input is tried ------------------------------------------------------------
 
 
-def command(*words: object, leaves_nothing: Path) -> None:
-    """Run a command; a refusal is one line, exit code 2 and no output."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(None):
-            main([str(word) for word in words])
-    except SystemExit as stop:
-        code = stop.code
-    else:
-        return
-    lines = [x for x in errors.getvalue().splitlines() if x.startswith("error: ")]
-    assert (code, len(lines)) == (2, 1), errors.getvalue()
-    assert not leaves_nothing.is_dir() or not any(leaves_nothing.iterdir())
-    raise InputError(lines[0])
-
-
-@contextlib.contextmanager
-def noted_refusal() -> Iterator[list[str]]:
-    """Note in the list that is given what an `InputError` says."""
-    told: list[str] = []
-    try:
-        yield told
-    except InputError as error:
-        told.append(str(error))
-
-
 def same(ours, expected) -> None:
     ours, expected = np.asarray(ours), np.asarray(expected)
     assert ours.shape == expected.shape
@@ -405,9 +361,12 @@ def same_tree(ours, expected) -> None:
         same(ours[name], expected[name])
 
 
-def same_value(ours, given, field: str) -> None:
-    given = tuple(given) if isinstance(given, list) else given
-    assert ours == given, f"{field}={ours!r}, but the file says {given!r}"
+def same_fields(config, path: Path) -> None:
+    """Checks that a config holds what its file says."""
+    ours = flat(config.to_dict())
+    for field, given in oracles.flat(json.loads(path.read_text("utf-8"))).items():
+        given = tuple(given) if isinstance(given, list) else given
+        assert field == "version" or ours[field] == given, field
 
 
 class Code(Exception):
@@ -428,7 +387,7 @@ sys.addaudithook(_watch)
 
 
 LONGEST = 700
-"""Characters of a message, beyond which it hides what it tells."""
+"""Characters of a message, beyond which it hides what it says."""
 
 
 def outcome(kind: str, seed: int) -> str:
@@ -476,54 +435,32 @@ MANY |= {"configs": 40, "lists": 30, "marks": 60}
 Orbax that failed may end there when they like."""
 
 
-def check(outcomes: list[str], kind: str) -> None:
-    assert [o for o in outcomes if o.startswith("FAULT")] == []
-    assert {o.split(":")[0] for o in outcomes} == {"right", "refused"}, kind
-
-
 @pytest.mark.parametrize("kind", FEW)
 def test_every_input_is_right_or_refused(kind):
     if kind == "weights":
         pytest.importorskip("torch", reason="PyTorch reads the .pth file as well")
-    check([outcome(kind, seed) for seed in range(FEW[kind])], kind)
+    outcomes = [outcome(kind, seed) for seed in range(FEW[kind])]
+    assert [o for o in outcomes if o.startswith("FAULT")] == []
+    assert {o.split(":")[0] for o in outcomes} == {"right", "refused"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MANY)
 def test_many_inputs_are_right_or_refused(kind):
-    words = [sys.executable, __file__, "--each", kind, "0", str(MANY[kind])]
+    words = [sys.executable, __file__, str(MANY[kind]), kind]
     child = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    outcomes = [json.loads(line) for line in child.stdout.splitlines()]
-    assert len(outcomes) == MANY[kind]
-    check(outcomes, kind)
-
-
-def try_many(kind: str, first: int, count: int) -> None:
-    """Try inputs in processes that may crash; print counts, and every fault."""
-    found, seed = collections.Counter(), first
-    while seed < first + count:
-        words = [sys.executable, __file__, "--each", kind, seed, first + count]
-        words = list(map(str, words))
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout
-            for line in child.stdout:
-                told = json.loads(line)
-                found[told.split(":")[0]] += 1
-                if told.startswith("FAULT") or "FUZZ_VERBOSE" in os.environ:
-                    print(f"--- {kind} {seed}\n{told!a}", flush=True)
-                seed += 1
-        if child.returncode:
-            found["crash"] += 1
-            print(f"--- {kind} {seed}\nCRASH: {child.returncode}", flush=True)
-            seed += 1
-    print(kind, dict(found), flush=True)
+    found = json.loads(child.stdout.rpartition(kind)[2])
+    assert "FAULT" not in found, child.stdout
+    assert found.keys() == {"right", "refused"}
+    assert sum(found.values()) == MANY[kind]
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--each":
-        report = sys.stdout
-        for number in range(int(sys.argv[3]), int(sys.argv[4])):
-            print(json.dumps(outcome(sys.argv[2], number)), file=report, flush=True)
-    else:
-        for chosen in sys.argv[2:] or KINDS:
-            try_many(chosen, 0, int(sys.argv[1]))
+    for chosen in sys.argv[2:] or KINDS:
+        found = collections.Counter()
+        for number in range(int(sys.argv[1])):
+            result = outcome(chosen, number)
+            found[result.split(":")[0]] += 1
+            if result.startswith("FAULT"):
+                print(f"--- {chosen} {number}\n{result!a}", flush=True)
+        print(chosen, json.dumps(found), flush=True)
