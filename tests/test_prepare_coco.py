@@ -1,12 +1,10 @@
 import copy
 import functools
 import hashlib
-import http.server
 import json
 import math
+import re
 import shutil
-import threading
-import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,15 +12,14 @@ import numpy as np
 import pytest
 from conftest import SHARED_DATA
 from PIL import Image
+from preparing import facts, pack, pixels_of_classes, refusal
 from pycocotools import mask as rle
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import locked
 from qpenet_jax.data.episodes import EpisodeSampler, eligible_pairs
 from qpenet_jax.data.folds import COCO_CLASSES, coco_fold
-from qpenet_jax.data.prepare import coco, downloads
-from qpenet_jax.data.prepare.coco import Instances, prepare_coco
-from qpenet_jax.data.prepare.downloads import download_coco
+from qpenet_jax.data.prepare.coco import RELEASE_IMAGES, Instances, prepare_coco
+from qpenet_jax.data.prepare.downloads import unpack_annotations
 from qpenet_jax.data.sources.prepared import Prepared
 
 # pycocotools' arrays under NumPy 2, where a test calls it; the package is silent.
@@ -53,8 +50,6 @@ def annotation(number, image, category, segmentation, crowd=0) -> dict:
         "category_id": category,
         "segmentation": segmentation,
         "iscrowd": crowd,
-        "area": 1.0,
-        "bbox": [0, 0, 1, 1],
     }
 
 
@@ -115,12 +110,13 @@ def save(root: Path, content, name: str = "instances_val2014.json") -> Path:
     return path
 
 
-def prepare(root: Path, out: Path) -> Path:
-    return prepare_coco([root / "val2014"], [root / "instances_val2014.json"], out)
+def prepare(root: Path, out: Path, **options) -> Path:
+    annotations = [root / "instances_val2014.json"]
+    return prepare_coco([root / "val2014"], annotations, out, **options)
 
 
-def facts(folder: Path) -> dict:
-    return json.loads((folder / "metadata.json").read_text())["facts"]
+def refused(root: Path, tmp_path: Path) -> str:
+    return refusal(functools.partial(prepare, root), out=tmp_path / "out")
 
 
 def test_labels_order_and_names(root, tmp_path, capfd):
@@ -133,62 +129,47 @@ def test_labels_order_and_names(root, tmp_path, capfd):
     assert data.names == tuple(expected)
     for index, (name, label) in enumerate(expected.items()):
         np.testing.assert_array_equal(data.label(index), label)
-        counts = np.bincount(label.ravel(), minlength=81)[1:]
-        np.testing.assert_array_equal(data.counts[index], counts)
+        np.testing.assert_array_equal(data.counts[index], pixels_of_classes(label, 80))
         stored = hashlib.sha256((root / "val2014" / f"{name}.jpg").read_bytes())
         assert data.photos[index] == stored.hexdigest()[:16]
 
 
 def test_facts(root, tmp_path):
     folder = prepare(root, tmp_path / "out")
-    content = (root / "instances_val2014.json").read_bytes()
+    sha = hashlib.sha256((root / "instances_val2014.json").read_bytes()).hexdigest()
     found = facts(folder)
-    assert found["annotations"] == [
-        {
-            "name": "instances_val2014.json",
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
-    ]
+    assert found["annotations"] == [{"name": "instances_val2014.json", "sha256": sha}]
     assert found["images"] == {"val": 3}
     assert found["note"] == "val has 3 images, the whole release 40,137"
     assert "crowds skipped" in found["rules"]
     assert prepare(root, tmp_path / "out") == folder
+    # A whole release has no note; both releases divide the same images.
+    whole = {"2014": {"train": 5, "val": 3}}
+    assert "note" not in facts(prepare(root, tmp_path / "b", whole_releases=whole))
+    totals = {sum(counts.values()) for counts in RELEASE_IMAGES.values()}
+    assert totals == {122_218}
     save(root, {**CONTENT, "annotations": CONTENT["annotations"][:-1]})
     with pytest.raises(InputError, match=r"made in another way \(annotations differ\)"):
         prepare(root, tmp_path / "out")
 
 
-def test_no_note_on_a_whole_release(root, tmp_path, monkeypatch):
-    monkeypatch.setitem(coco.RELEASE_IMAGES, "2014", {"train": 5, "val": 3})
-    assert "note" not in facts(prepare(root, tmp_path / "out"))
-    monkeypatch.undo()
-    totals = {sum(counts.values()) for counts in coco.RELEASE_IMAGES.values()}
-    assert totals == {122_218}  # both releases divide the same images
-
-
-def test_polygons_that_enclose_nothing_are_left_out(root):
-    """Published annotation files hold some; pycocotools took four numbers for a box."""
+@calls_pycocotools
+def test_compressed_runs_and_polygons_that_enclose_nothing(root):
+    """Published files hold some; pycocotools takes four numbers for a box."""
     content = copy.deepcopy(CONTENT)
     polygons = content["annotations"][0]["segmentation"]
     polygons.insert(0, [5.0, 5.0, 30.0, 30.0])
     polygons.append([7.0, 7.0])
-    label = Instances(save(root, content)).label("COCO_val2014_000000000042")
-    expected = expected_labels()["COCO_val2014_000000000042"]
-    np.testing.assert_array_equal(label, expected)
-
-
-@calls_pycocotools
-def test_compressed_runs(root):
-    content = copy.deepcopy(CONTENT)
     mask = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
     mask[5:9, 3:50] = 1
     encoded = rle.encode(mask)
     encoded["counts"] = encoded["counts"].decode()
     content["annotations"].append(annotation(9, 7, STOP_SIGN, encoded))
-    label = Instances(save(root, content)).label("COCO_val2014_000000000007")
-    expected = expected_labels()["COCO_val2014_000000000007"]
-    expected[5:9, 3:50] = 12
-    np.testing.assert_array_equal(label, expected)
+    instances = Instances(save(root, content))
+    expected = expected_labels()
+    expected["COCO_val2014_000000000007"][5:9, 3:50] = 12
+    for name, label in expected.items():
+        np.testing.assert_array_equal(instances.label(name), label)
 
 
 @pytest.mark.parametrize("packed", ["folder", "zip"])
@@ -201,10 +182,9 @@ def test_two_splits_from_nested_folders_or_zips(root, tmp_path, packed):
     save(root, json.loads(text), "instances_train2014.json")
     images = root
     if packed == "zip":
-        images = tmp_path / "all.zip"
-        with zipfile.ZipFile(images, "w") as archive:
-            for path in (root / "val2014").iterdir():
-                archive.write(path, f"some/where/{path.name}")
+        paths = (root / "val2014").iterdir()
+        content = {f"some/where/{path.name}": path.read_bytes() for path in paths}
+        images = pack(tmp_path / "all.zip", content)
     annotations = [root / f"instances_{split}2014.json" for split in ("val", "train")]
     folder = prepare_coco([images], annotations, tmp_path / "out")
     for split in ("train", "val"):
@@ -251,16 +231,8 @@ def changed(content: dict, path: str, value) -> dict:
         ("annotations.0.image_id", None, r"no 'image_id' in it"),
         ("annotations.0.category_id", None, r"no 'category_id' in it"),
         ("annotations.0.iscrowd", None, r"no 'iscrowd' in it"),
-        (
-            "annotations.0.segmentation",
-            None,
-            r"annotation 1 of .*42.*\(no 'segmentation'",
-        ),
-        (
-            "annotations.0.segmentation",
-            [],
-            r"annotation 1 of COCO_val.* can't be drawn",
-        ),
+        ("annotations.0.segmentation", None, r"annotation 1 of .*42.*\(no 'segment"),
+        ("annotations.0.segmentation", [], r"annotation 1 of COCO_val.* can't be dr"),
         ("annotations.0.segmentation", [["a"] * 6], r"annotation 1 .* can't be drawn"),
         ("annotations.0.segmentation.0.3", 1e9, r"\(1000000000.0 is no coordinate in"),
         ("annotations.0.segmentation.0.3", -61, r"\(-61 is no coordinate in"),
@@ -280,16 +252,8 @@ def changed(content: dict, path: str, value) -> dict:
         ("annotations.5.segmentation.counts", "oooooooooooooo", r"broken run lengths"),
         ("annotations.5.segmentation.counts", "o", r"run lengths are cut off"),
         ("annotations.5.segmentation.counts", None, r"\(no 'counts' in it\)"),
-        (
-            "annotations.5.segmentation.size",
-            [60, 40],
-            r"annotation 6 .* can't be drawn",
-        ),
-        (
-            "annotations.2.image_id",
-            666,
-            r"annotation 3 is of image 666, which isn't in",
-        ),
+        ("annotations.5.segmentation.size", [60, 40], r"annotation 6 .* can't be dr"),
+        ("annotations.2.image_id", 666, r"annotation 3 is of image 666, which isn't"),
         ("annotations.0.category_id", 12, r"no category has the id 12"),
         ("categories.0.name", "tooth brush", r"categories aren't COCO's 80"),
         ("categories.0", None, r"categories aren't COCO's 80"),
@@ -300,12 +264,8 @@ def changed(content: dict, path: str, value) -> dict:
 )
 def test_what_can_be_wrong_in_the_file(root, tmp_path, path, value, message):
     save(root, changed(CONTENT, path, value))
-    with pytest.raises(
-        InputError, match=rf"instances_val2014\.json.*{message}"
-    ) as error:
-        prepare(root, tmp_path / "out")
-    assert "\n" not in str(error.value)
-    assert not list((tmp_path / "out").glob("coco20i/2014/1.0.0"))
+    found = refused(root, tmp_path)
+    assert re.search(rf"instances_val2014\.json.*{message}", found), found
 
 
 BROKEN = (
@@ -321,8 +281,7 @@ BROKEN = (
 @pytest.mark.parametrize("text", BROKEN)
 def test_broken_json(root, tmp_path, text):
     (root / "instances_val2014.json").write_text(text)
-    with pytest.raises(InputError, match=r"val2014\.json isn't an instances file of"):
-        prepare(root, tmp_path / "out")
+    assert "val2014.json isn't an instances file of" in refused(root, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -340,139 +299,61 @@ def test_names_of_annotation_files(tmp_path, names, message):
         prepare_coco([tmp_path], [tmp_path / name for name in names], tmp_path / "out")
 
 
-def test_missing_images(root, tmp_path):
-    (root / "val2014" / "COCO_val2014_000000000009.jpg").unlink()  # only a crowd
-    prepare(root, tmp_path / "out")
-    (root / "val2014" / "COCO_val2014_000000000007.jpg").unlink()
-    message = r"no image COCO_val2014_0+7\.jpg in .*val2014 \(1 of 3 are missing\)"
-    with pytest.raises(InputError, match=message):
-        prepare(root, tmp_path / "out")
+JPEG3, JPEG7, JPEG9 = (f"COCO_val2014_{n:012d}.jpg" for n in (3, 7, 9))
 
 
-def test_no_folder_of_images_and_no_annotation_file(root, tmp_path):
-    with pytest.raises(InputError, match=r"nowhere: no such"):
-        prepare_coco(
-            [root / "nowhere"], [root / "instances_val2014.json"], tmp_path / "out"
-        )
-    with pytest.raises(InputError, match=r"in no folder \(3 of 3 are missing\)"):
-        prepare_coco([], [root / "instances_val2014.json"], tmp_path / "out")
-    (root / "instances_val2014.json").unlink()
-    with pytest.raises(InputError, match=r"val2014\.json: no such file"):
-        prepare(root, tmp_path / "out")
+def test_missing_images_and_files(root, tmp_path):
+    annotations = [root / "instances_val2014.json"]
+    out = tmp_path / "out"
+    (root / "val2014" / JPEG9).unlink()  # only a crowd
+    prepare(root, tmp_path / "whole")
+    for images, message in (
+        ([root / "nowhere"], "nowhere: no such"),
+        ([], "in no folder (3 of 3 are missing)"),
+    ):
+        assert message in refusal(prepare_coco, images, annotations, out=out)
+    (root / "val2014" / JPEG7).unlink()
+    found = refused(root, tmp_path)
+    assert f"no image {JPEG7} in {root / 'val2014'} (1 of 3 are missing)" in found
+    annotations[0].unlink()
+    assert "val2014.json: no such file" in refused(root, tmp_path)
 
 
-def test_the_same_images_in_both_splits_are_refused(root, tmp_path):
+def test_images_in_both_splits_and_of_one_name_are_refused(root, tmp_path):
     save(root, CONTENT, "instances_train2014.json")
     annotations = [root / f"instances_{split}2014.json" for split in ("train", "val")]
-    message = (
-        r"image COCO_val2014_0+42 is in train and in val: what is trained on can't"
-    )
-    with pytest.raises(InputError, match=message):
-        prepare_coco([root / "val2014"], annotations, tmp_path / "out")
+    given = [root / "val2014"], annotations
+    found = refusal(prepare_coco, *given, out=tmp_path / "out")
+    assert re.search(r"image COCO_val2014_0+42 is listed for train and for val", found)
     assert not (tmp_path / "out").exists()
-
-
-def test_two_images_of_one_name(root, tmp_path):
     shutil.copytree(root / "val2014", root / "small")
-    with pytest.raises(InputError, match=r"(COCO_val2014_0+\d+\.jpg).*\1 share a name"):
-        prepare_coco([root], [root / "instances_val2014.json"], tmp_path / "out")
+    found = refusal(prepare_coco, [root], annotations[1:], out=tmp_path / "out")
+    assert re.search(r"(COCO_val2014_0+\d+\.jpg).*\1 share a name", found)
 
 
 def test_an_image_of_another_size_and_a_broken_one(root, tmp_path):
-    path = root / "val2014" / "COCO_val2014_000000000003.jpg"
+    path = root / "val2014" / JPEG3
     whole = path.read_bytes()
     Image.new("RGB", (30, 49)).save(path)
-    message = r"instances_val2014\.json: COCO_val2014_0+3\.jpg: .* 30x50 .* of 30x49"
-    with pytest.raises(InputError, match=message):
-        prepare(root, tmp_path / "out")
+    message = rf"instances_val2014\.json: {JPEG3}: .* 30x50 .* of 30x49"
+    assert re.search(message, refused(root, tmp_path))
     path.write_bytes(whole[:300])
-    with pytest.raises(InputError, match=r"_0+3\.jpg: (broken|not an) image"):
-        prepare(root, tmp_path / "out")
+    assert re.search(rf"{JPEG3}: (broken|not an) image", refused(root, tmp_path))
 
 
-# --- Downloading, from a server on this machine ---
-
-
-@pytest.fixture
-def server(root, tmp_path, monkeypatch):
-    """The official names with tiny content; returns the folder that is served."""
-    served = tmp_path / "served"
-    contents = {
-        "zips/train2014.zip": [],
-        "zips/val2014.zip": sorted((root / "val2014").iterdir()),
-        "annotations/annotations_trainval2014.zip": [
-            save(root, CONTENT, f"instances_{split}2014.json")
-            for split in ("train", "val")
-        ],
-    }
-    table = {}
-    for name, files in contents.items():
-        path = served / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(path, "w") as archive:
-            for file in files:
-                folder = "annotations" if file.suffix == ".json" else "val2014"
-                archive.write(file, f"{folder}/{file.name}")
-        data = path.read_bytes()
-        table[name] = len(data), hashlib.sha256(data).hexdigest()
-    handler = functools.partial(QuietHandler, directory=str(served))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
-        thread = threading.Thread(target=http_server.serve_forever)
-        thread.start()
-        monkeypatch.setattr(
-            downloads, "COCO_SERVER", f"http://127.0.0.1:{http_server.server_port}"
-        )
-        monkeypatch.setitem(downloads.COCO_ARCHIVES, "2014", table)
-        yield served
-        http_server.shutdown()
-        thread.join()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format, *args):
-        pass
-
-
-def test_download_then_prepare(server, tmp_path):
-    images, annotations = download_coco(tmp_path / "data", "2014")
-    assert [path.name for path in images] == ["train2014.zip", "val2014.zip"]
-    names = ["instances_train2014.json", "instances_val2014.json"]
-    assert [path.name for path in annotations] == names
-    assert not list((tmp_path / "data").glob("*.part"))
-    folder = prepare_coco(images, annotations[1:], tmp_path / "out")
+def test_annotations_are_unpacked_and_zips_of_images_are_not(root, tmp_path):
+    """What `--download` fetches; how: test_prepare_pascal."""
+    content = json.dumps(CONTENT).encode()
+    members = [f"annotations/instances_{split}2014.json" for split in ("train", "val")]
+    other = {"annotations/captions_val2014.json": b"{}"}
+    path = pack(tmp_path / "x.zip", dict.fromkeys(members, content) | other)
+    unpacked = unpack_annotations(path)
+    assert unpacked == [tmp_path / Path(member).name for member in members]
+    photos = {f"val2014/{p.name}": p.read_bytes() for p in (root / "val2014").iterdir()}
+    images = pack(tmp_path / "val2014.zip", photos)
+    folder = prepare_coco([images], unpacked[1:], tmp_path / "out")
     label = next(iter(expected_labels().values()))
     np.testing.assert_array_equal(Prepared(folder, "val").label(0), label)
-    shutil.rmtree(server)  # what is there isn't fetched again
-    assert download_coco(tmp_path / "data", "2014") == (images, annotations)
-
-
-def test_download_of_another_file_and_release(server, tmp_path):
-    with (server / "zips/val2014.zip").open("ab") as file:
-        file.write(b"more")
-    with pytest.raises(InputError, match=r"val2014\.zip: sha256 is"):
-        download_coco(tmp_path / "data", "2014")
-    with pytest.raises(InputError, match=r"release '2015': choose 2014 or 2017"):
-        download_coco(tmp_path, "2015")
-
-
-def test_download_without_room(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=20_000_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match=r"20\.0 GB are free, 20\.4 GB are needed"):
-        download_coco(tmp_path / "data", "2014")
-
-
-def test_one_process_at_a_time_downloads(tmp_path):
-    begun = tmp_path / "val2014.zip.part"
-    begun.write_bytes(b"the other's")
-    with locked(tmp_path / ".lock", "held"):
-        for fetch in (
-            lambda: download_coco(tmp_path, "2014"),
-            lambda: downloads.download_pascal(tmp_path),
-        ):
-            with pytest.raises(InputError, match="another process is downloading"):
-                fetch()
-    assert begun.read_bytes() == b"the other's"
 
 
 # --- Real COCO images and annotations ---
@@ -511,13 +392,9 @@ def test_real_masks_agree_with_pycocotools(real):
             shown[rank] |= mask
             last = np.where(mask, rank, last)
         label, classes = data.label(index), np.sum(list(shown.values()), axis=0)
-        np.testing.assert_array_equal(label[classes == 0], 0)
-        for rank, mask in shown.items():
-            np.testing.assert_array_equal(label[mask & (classes == 1)], rank)
         np.testing.assert_array_equal(label, last)
         overlaps += np.count_nonzero(classes > 1)
-        counts = np.bincount(label.ravel(), minlength=81)[1:]
-        np.testing.assert_array_equal(data.counts[index], counts)
+        np.testing.assert_array_equal(data.counts[index], pixels_of_classes(label, 80))
     assert overlaps > 10_000  # else nothing was said about them
 
 

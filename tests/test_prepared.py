@@ -23,7 +23,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.data.episodes import EpisodeSampler
-from qpenet_jax.data.images import read_image
+from qpenet_jax.data.images import encode_mask, read_image
 from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.prepare import builder
 from qpenet_jax.data.prepare.builder import (
@@ -31,7 +31,7 @@ from qpenet_jax.data.prepare.builder import (
     SegmentationBuilder,
     Source,
     check_example,
-    encode_mask,
+    check_user,
     prepare,
 )
 from qpenet_jax.data.sources.prepared import Prepared
@@ -86,7 +86,8 @@ def val_names(images: dict[str, bytes]) -> list[str]:
 
 def source(images: dict[str, bytes], **changes) -> Source:
     def example(split, name):
-        return LabelledImage(name, images[name.removeprefix("val ")], label_of(name))
+        image = images[name.removeprefix("val ")]
+        return LabelledImage(name, image, label_of(name), name, name)
 
     given = {
         "classes": ("cat", "dog"),
@@ -122,9 +123,7 @@ def test_read_as_written(tiny):
     assert len(data) == len(pictures())
     assert data.classes == ("cat", "dog")
     assert data.version == "tiny/main/1.0.0"
-
-
-def test_stored_bytes_are_those_that_came(tiny):
+    # The stored bytes are those that came.
     stored = tfds.builder_from_directory(str(tiny)).as_data_source(
         "train", decoders={"image": tfds.decode.SkipDecoding()}
     )
@@ -238,9 +237,12 @@ def test_finished_one_is_kept_unless_made_in_another_way(tiny, capfd):
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": ["a", "b", "a"]}, "split 'train' lists image a 2 times; keep one"),
+        ({"train": ["a", "b", "a"]}, "image a is listed for train and for train"),
         ({"train": ["a"], "val": []}, "split 'val' has no image"),
-        ({"train": ["b", "a"], "val": ["a"]}, "image a is in train and in val"),
+        (
+            {"train": ["b", "a"], "val": ["a"]},
+            "image a is listed for train and for val",
+        ),
         ({"train": ["a\udce9"]}, r"image 'a\\udce9': rename it"),
     ],
 )
@@ -248,13 +250,6 @@ def test_bad_splits(splits, message, tmp_path):
     with pytest.raises(InputError, match=message):
         prepare(Tiny, source(pictures(), splits=splits), tmp_path, "main")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_an_error_before_writing(tmp_path):
-    needy = source(pictures(), image_bytes=10**18)
-    with pytest.raises(InputError, match=r"GB are free, 1100000000\.0 GB are needed"):
-        prepare(Tiny, needy, tmp_path, "main")
-    assert list(tmp_path.glob("**/*.*")) == []
 
 
 def test_estimate_of_the_disk(tmp_path):
@@ -266,11 +261,16 @@ def test_estimate_of_the_disk(tmp_path):
     made = source(
         images,
         splits={"train": list(images)},
-        example=lambda _, name: LabelledImage(name, data, big),
+        example=lambda _, name: LabelledImage(name, data, big, name, name),
     )
     folder = prepare(Tiny, made, tmp_path, "main")
     used = sum(path.stat().st_size for path in folder.iterdir())
     assert made.image_bytes < used < builder.DISK_SPARE * made.image_bytes
+    # More than any disk has: nothing is written.
+    needy = source(pictures(), image_bytes=10**18)
+    with pytest.raises(InputError, match=r"GB are free, 1100000000\.0 GB are needed"):
+        prepare(Tiny, needy, tmp_path / "large", "main")
+    assert list((tmp_path / "large").glob("**/*.*")) == []
 
 
 def test_tfds_is_silent(tmp_path, caplog, capfd):
@@ -290,18 +290,26 @@ def test_tfds_is_silent(tmp_path, caplog, capfd):
 
 
 def test_check_example_names_image_and_label():
-    data, label = pictures()["png"], label_of("png")
-    counts = check_example(LabelledImage("a", data, label), classes=2)
+    label = label_of("png")
+    png = LabelledImage("a", pictures()["png"], label, "a.zip: 1.png", "b.zip: 2.png")
+    counts = check_example(png, classes=2)
     assert counts.tolist() == [(label == 1).sum(), (label == 2).sum()]
-    sources = {"image_from": "a.zip: 1.png", "label_from": "b.zip: 2.png"}
-    with pytest.raises(InputError, match=r"^a: label value 2 is no class"):
-        check_example(LabelledImage("a", data, label), classes=1)
-    with pytest.raises(InputError, match=r"^b\.zip: 2\.png: label value 2 is no"):
-        check_example(LabelledImage("a", data, label, **sources), classes=1)
-    with pytest.raises(InputError, match=r"^b\.zip: 2\.png: mask of 39x30 pixels"):
-        check_example(LabelledImage("a", data, label[:, :39], **sources), classes=2)
-    with pytest.raises(InputError, match=r"^a\.zip: 1\.png: broken image"):
-        check_example(LabelledImage("a", data[:-200], label, **sources), classes=2)
+    for change, classes, message in (
+        ({}, 1, r"^b\.zip: 2\.png: label value 2 is no class"),
+        ({"label": label[:, :39]}, 2, r"^b\.zip: 2\.png: mask of 39x30 pixels"),
+        ({"image": png.image[:-200]}, 2, r"^a\.zip: 1\.png: broken image"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_example(png._replace(**change), classes)
+
+
+def test_a_user_without_a_name_is_one_line(tmp_path):
+    check_user(os.geteuid(), os.getegid())
+    for ids in ((987_654_321, os.getegid()), (os.geteuid(), 987_654_321)):
+        with pytest.raises(
+            InputError, match=r"id 987654321\).* has no name, which TFDS"
+        ):
+            check_user(*ids)
 
 
 def test_encode_mask_is_a_grey_png():

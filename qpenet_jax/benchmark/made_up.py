@@ -82,7 +82,7 @@ def made_up_photos(folder: Path, count: int = PHOTOS) -> Prepared:
         image, label = made_up_photo(int(name))
         bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         _, encoded = cv2.imencode(".jpg", bgr, QUALITY)
-        return LabelledImage(name, encoded.tobytes(), label)
+        return LabelledImage(name, encoded.tobytes(), label, name, name)
 
     names = [str(i) for i in range(count)]
     classes = tuple(f"class {c}" for c in range(1, CLASSES + 1))

@@ -113,12 +113,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _pascal(args: argparse.Namespace) -> None:
-    from qpenet_jax.data.prepare.downloads import download_pascal
+    from qpenet_jax.data.prepare.downloads import PASCAL_ARCHIVES, download_archives
     from qpenet_jax.data.prepare.pascal import prepare_pascal
 
     voc, sbd = args.voc, args.sbd
     if args.download:
-        voc, sbd = download_pascal(Path(args.out) / "archives")
+        voc, sbd = download_archives(Path(args.out) / "archives", PASCAL_ARCHIVES)
     if not voc or not (sbd or args.masks):
         raise InputError("give --voc and --sbd (or --masks), or --download")
     _refuse_inputs(args.out, [voc, sbd, args.masks, args.pool])
@@ -128,12 +128,17 @@ def _pascal(args: argparse.Namespace) -> None:
 
 def _coco(args: argparse.Namespace) -> None:
     from qpenet_jax.data.prepare.coco import prepare_coco
-    from qpenet_jax.data.prepare.downloads import download_coco
+    from qpenet_jax.data.prepare.downloads import (
+        COCO_ARCHIVES,
+        download_archives,
+        unpack_annotations,
+    )
 
-    images, annotations = map(Path, args.images), map(Path, args.annotations)
+    images, annotations = [*map(Path, args.images)], [*map(Path, args.annotations)]
     if args.download:
-        images, annotations = download_coco(Path(args.out) / "archives", args.release)
-    images, annotations = list(images), list(annotations)
+        folder, archives = Path(args.out) / "archives", COCO_ARCHIVES[args.release]
+        *images, packed = download_archives(folder, archives)
+        annotations = unpack_annotations(packed)
     if not images or not annotations:
         raise InputError("give --images and --annotations, or --download")
     _refuse_inputs(args.out, [*images, *annotations])

@@ -8,20 +8,21 @@ it; what an interrupted one left is removed by the next, which starts again.
 
 import contextlib
 import functools
+import grp
 import itertools
 import json
 import math
+import os
+import pwd
 import shutil
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from qpenet_jax.core.errors import MAKE_ROOM, InputError
 from qpenet_jax.core.files import check_room, locked
-from qpenet_jax.data.images import check_label, read_image, warn_of_turn
+from qpenet_jax.data.images import check_label, encode_mask, read_image, warn_of_turn
 from qpenet_jax.data.sources.prepared import read_metadata
 from qpenet_jax.data.versions import ContentHash
 
@@ -48,14 +49,14 @@ class LabelledImage(NamedTuple):
     """One image as it came, and its label map: 0 background, 1..C, 255 ignore.
 
     Messages name the image by `image_from` and the label by `label_from`, say
-    "archive: member", or by `name`.
+    "archive: member".
     """
 
     name: str
     image: bytes
     label: UInt8[np.ndarray, "h w"]
-    image_from: str = ""
-    label_from: str = ""
+    image_from: str
+    label_from: str
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,10 @@ def check_example(example: LabelledImage, classes: int) -> Int[np.ndarray, " cla
         InputError: the image is broken, has another size than the label, or the label
             holds a value that is no class, or 255 alone.
     """
-    image_from = example.image_from or example.name
-    height, width = read_image(BytesIO(example.image), name=image_from).shape[:2]
-    warn_of_turn(BytesIO(example.image), name=image_from)
-    label_from = example.label_from or example.name
-    return check_label(example.label, (height, width), classes, label_from)
+    name = example.image_from
+    height, width = read_image(BytesIO(example.image), name=name).shape[:2]
+    warn_of_turn(BytesIO(example.image), name=name)
+    return check_label(example.label, (height, width), classes, example.label_from)
 
 
 def check_names(source: Source) -> None:
@@ -99,20 +99,31 @@ def check_names(source: Source) -> None:
     for split, names in source.splits.items():
         if not names:
             raise InputError(f"split {split!r} has no image; check the lists of images")
-        name, times = Counter(names).most_common(1)[0]
-        if times > 1:
-            raise InputError(
-                f"split {split!r} lists image {name} {times} times; keep one"
-            )
         for name in names:
             if name in split_of:
                 raise InputError(
-                    f"image {name} is in {split_of[name]} and in {split}: what is "
-                    "trained on can't be scored; take it out of one of them"
+                    f"image {name} is listed for {split_of[name]} and for {split}: "
+                    "what is trained on can't be scored; keep one"
                 )
             if name != name.encode(errors="ignore").decode():
                 raise InputError(f"image {name!r}: rename it, its name isn't Unicode")
-        split_of |= dict.fromkeys(names, split)
+            split_of[name] = split
+
+
+def check_user(user: int, group: int) -> None:
+    """Refuses ids without a name: TFDS asks for the name of every file's owner.
+
+    Raises:
+        InputError: the system knows no such user or group.
+    """
+    try:
+        pwd.getpwuid(user), grp.getgrgid(group)
+    except KeyError:
+        raise InputError(
+            f"this process' user (id {user}) or group (id {group}) has no name, which "
+            "TFDS needs: add a line to /etc/passwd and /etc/group, or run as a named "
+            "user"
+        ) from None
 
 
 class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
@@ -140,16 +151,15 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
                 ),
             }
         )
-        metadata = {
-            "classes": list(self.source.classes),
-            "facts": self.source.facts,
-            "index": self.index,
-        }
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
             features=features,
-            metadata=tfds.core.MetadataDict(metadata),
+            metadata=tfds.core.MetadataDict(
+                classes=list(self.source.classes),
+                facts=self.source.facts,
+                index=self.index,
+            ),
             disable_shuffling=True,
         )
 
@@ -219,13 +229,19 @@ class _SameBytes(ExampleWriter):
             ) from error
 
 
-def encode_mask(label: UInt8[np.ndarray, "h w"]) -> bytes:
-    """Returns a grey PNG: no palette for a reader to stumble over."""
-    # The default is tuned for photos: this halves the time to decode a label map.
-    strategy = (cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT)
-    return cv2.imencode(".png", label, strategy)[1].tobytes()
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keeps TFDS from printing, and from warning that a configuration isn't its own."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(None):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
+@_quiet_tfds()
 def prepare(
     builder: type[SegmentationBuilder], source: Source, out: Path, config: str
 ) -> Path:
@@ -236,17 +252,13 @@ def prepare(
 
     Raises:
         InputError: a finished one was made in another way or of other files; another
-            process is writing it; a split without images; a name twice, in one split or
-            in two; no class in a split; too little free disk; an example that can't be
-            used.
+            process is writing it; no class in a split; too little free disk; or as
+            `check_user`, `check_names` and `check_example`.
     """
+    check_user(os.geteuid(), os.getegid())
     check_names(source)
-    with _quiet_tfds():
-        made = builder(
-            source=source,
-            data_dir=str(out),
-            config=tfds.core.BuilderConfig(name=config, version=builder.VERSION),
-        )
+    settings = tfds.core.BuilderConfig(name=config, version=builder.VERSION)
+    made = builder(source=source, data_dir=str(out), config=settings)
     folder = Path(made.data_dir)
     if not folder.is_dir():
         needed = int(DISK_SPARE * source.image_bytes)
@@ -265,21 +277,9 @@ def prepare(
         for left in folder.parent.glob(f"incomplete.*_{folder.name}"):
             shutil.rmtree(left)
         # TFDS makes a folder for downloads in any case.
-        with tempfile.TemporaryDirectory() as unused, _quiet_tfds():
+        with tempfile.TemporaryDirectory() as unused:
             made.download_and_prepare(download_dir=unused)
     return folder
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Keeps TFDS from printing, and from warning that a configuration isn't its own."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(None):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _check_same(folder: Path, source: Source) -> None:
@@ -306,15 +306,13 @@ def _check_same(folder: Path, source: Source) -> None:
         if content.hexdigest() != old["sha256"]:
             raise InputError(
                 f"{folder} was made of other files "
-                f"({_difference(split, names, content.photos, old)} differs): remove "
-                "it, or choose another --out"
+                f"({_difference(names, content.photos, old)} of {split} differs): "
+                "remove it, or choose another --out"
             )
 
 
-def _difference(
-    split: str, names: Sequence[str], photos: Sequence[str], old: dict[str, Any]
-) -> str:
+def _difference(names: Sequence[str], photos: list[str], old: dict[str, Any]) -> str:
     if list(names) != old["names"]:
-        return f"the list of {split}"
+        return "the list"
     pairs = zip(names, photos, old["photos"], strict=True)
     return next((f"image {n}" for n, new, made in pairs if new != made), "a mask")

@@ -45,14 +45,17 @@ class Coco20i(SegmentationBuilder, skip_registration=True):
 
 
 def prepare_coco(
-    images: Sequence[Path], annotations: Sequence[Path], out: Path
+    images: Sequence[Path],
+    annotations: Sequence[Path],
+    out: Path,
+    whole_releases: Mapping[str, Mapping[str, int]] = RELEASE_IMAGES,
 ) -> Path:
     """Writes COCO-20i below `out` and returns where it is.
 
     `images` are folders, zips or tars that hold the images at any depth, `annotations`
     are `instances_train2014.json` and `instances_val2014.json`, or those of 2017; one
     of the two alone makes a data set of one split. How the labels are drawn, and where
-    the numbers of images aren't those of the whole release, stands in the facts
+    the numbers of images aren't those of `whole_releases`, stands in the facts
     `rules` and `note` of its metadata; a whole release has no note.
 
     Raises:
@@ -80,7 +83,7 @@ def prepare_coco(
             splits={split: list(file.files) for split, file in files.items()},
             example=example,
             image_bytes=_estimate(list(found.values())),
-            facts=_facts(release, files, images),
+            facts=_facts(whole_releases[release], files, images),
         )
         return prepare(Coco20i, source, Path(out), config=release)
 
@@ -144,10 +147,9 @@ def _estimate(images: Sequence[tuple[Archive, str]]) -> int:
 
 
 def _facts(
-    release: str, files: Mapping[str, Instances], images: Sequence[Path]
+    whole: Mapping[str, int], files: Mapping[str, Instances], images: Sequence[Path]
 ) -> dict[str, Any]:
     counts = {split: len(instances.files) for split, instances in files.items()}
-    whole = RELEASE_IMAGES[release]
     differ = [
         f"{split} has {count:,} images, the whole release {whole[split]:,}"
         for split, count in counts.items()

@@ -83,6 +83,7 @@ def prepare_pascal(
     *,
     masks: str | Path | None = None,
     pool: str | Path = "main",
+    expected: Mapping[str, int] = EXPECTED_IMAGES,
 ) -> Path:
     """Writes PASCAL-5i, splits "train" and "val", below `out` and returns its folder.
 
@@ -93,6 +94,7 @@ def prepare_pascal(
 
     `pool` names a rule of `POOLS` or a file of ids, which are taken as they are. The
     rules list SBD's images in ascending order, then those that are VOC's alone.
+    `expected` are the numbers of images that the rules and val must give.
 
     Raises:
         InputError: an archive that is missing, damaged or incomplete; a rule that
@@ -103,7 +105,7 @@ def prepare_pascal(
     with ExitStack() as stack:
         files = VocFiles(stack.enter_context(open_archive(voc)))
         extra = _open_masks(sbd, masks, stack)
-        splits = _splits(files, extra, pool)
+        splits = _splits(files, extra, pool, expected)
         facts = _facts({"voc": voc, "sbd": sbd, "masks": masks}, pool, splits["train"])
         source = Source(
             classes=PASCAL_CLASSES,
@@ -147,13 +149,15 @@ def _checked_pool(pool: str | Path) -> str | Path:
     return Path(pool)
 
 
-def _splits(files: VocFiles, extra: Masks, pool: str | Path) -> Splits:
+def _splits(
+    files: VocFiles, extra: Masks, pool: str | Path, expected: Mapping[str, int]
+) -> Splits:
     """Returns the lists of both splits, sure that every image and mask is there."""
     val = files.ids("Segmentation/val")
     train = _train_ids(files, extra, val, pool)
     if isinstance(pool, str):
-        _check_count(pool, train)
-        _check_count("val", val)
+        _check_count(pool, train, expected[pool])
+        _check_count("val", val, expected["val"])
     _check_complete(files, extra, (*train, *val))
     return {"train": train, "val": val}
 
@@ -174,8 +178,7 @@ def _train_ids(files: VocFiles, extra: Masks, val: Ids, pool: str | Path) -> Ids
     return (*sorted(added), *sorted(alone))
 
 
-def _check_count(what: str, ids: Ids) -> None:
-    expected = EXPECTED_IMAGES[what]
+def _check_count(what: str, ids: Ids, expected: int) -> None:
     if len(ids) != expected:
         raise InputError(
             f"{what}: {expected} images expected, {len(ids)} found: these aren't "
