@@ -14,6 +14,7 @@ from pathlib import Path
 
 # Before anything imports jax; JAX_PLATFORMS=cuda on the command line overrules it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["no_proxy"] = "127.0.0.1"  # where tests start servers
 # To compile takes far longer than to run what most tests run, in processes of theirs as
 # well. JAX_DISABLE_MOST_OPTIMIZATIONS=0 lets all tests run the code that users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

@@ -18,7 +18,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from qpenet_jax.backbones.convert import wheel_file
 from qpenet_jax.backbones.registry import BACKBONES
+from qpenet_jax.backbones.torch_layout import ORIGINALS
 from qpenet_jax.core import markdown
 from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
 from qpenet_jax.runs.config_files import load_config
@@ -54,10 +56,17 @@ class Scaled(NamedTuple):
     module: nn.Module
     scale: float
 
+    def init(self, *given):
+        """Returns the module's own weights."""
+        return self.module.init(*given)
+
     def apply(self, variables, images):
         """Returns the scaled stages."""
         stages = self.module.apply(variables, images)
         return {name: self.scale * value for name, value in stages.items()}
+
+
+ORIGINALS[Scaled] = ORIGINALS[type(NET.module)]  # the same files
 
 
 def train(row, scale, seed, args):
@@ -75,7 +84,7 @@ def train(row, scale, seed, args):
         "dataset.on_few": "drop",
         "augmentation.scale": f"({0.9 * zoom}, {1.1 * zoom})",
         "backbone.name": LITE0,
-        "backbone.weights": "",
+        "backbone.weights": wheel_file(),
     } | ROWS[row]
     words = [f"--config.{name}={value}" for name, value in settings.items()]
     BACKBONES[LITE0] = NET._replace(module=Scaled(NET.module, scale))

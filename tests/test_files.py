@@ -1,9 +1,11 @@
-"""Where caches lie, whose compilation cache counts, and what a lock keeps out."""
+"""Where caches lie, what a lock keeps out, which paths are taken, what a walk finds."""
 
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import no_file_above
@@ -18,22 +20,7 @@ from qpenet_jax.core.files import (
     write_whole,
 )
 
-
-def printed(code, **environment):
-    """Return what a fresh process prints."""
-    unset = ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
-    kept = {k: v for k, v in os.environ.items() if k not in unset}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**kept, **environment},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-CACHE = """
+PLACE = """
 import jax
 from qpenet_jax.core.runtime import keep_compilations
 keep_compilations()
@@ -41,27 +28,26 @@ print(jax.config.values["jax_compilation_cache_dir"])
 """
 
 
-def test_compilations_are_kept_among_the_users_caches(tmp_path):
-    found = printed(CACHE, XDG_CACHE_HOME=str(tmp_path))
-    assert found == str(tmp_path / "qpenet_jax" / "xla")
+@pytest.mark.parametrize(
+    ("variable", "place"),
+    [
+        ("XDG_CACHE_HOME", "{}/qpenet_jax/xla"),
+        ("JAX_COMPILATION_CACHE_DIR", "{}"),  # what the user chose is kept
+    ],
+)
+def test_compilations_are_kept_among_the_users_caches(variable, place, tmp_path):
+    kept = {k: os.environ[k] for k in ("PATH", "PYTHONPATH") if k in os.environ}
+    chosen = {"JAX_PLATFORMS": "cpu", variable: str(tmp_path)}
+    code = [sys.executable, "-c", PLACE]
+    found = subprocess.check_output(code, text=True, env=kept | chosen)
+    assert found.strip() == place.format(tmp_path)
 
 
-def test_a_compilation_cache_that_the_user_chose_is_kept(tmp_path):
-    chosen = str(tmp_path / "mine")
-    assert printed(CACHE, JAX_COMPILATION_CACHE_DIR=chosen) == chosen
-
-
-def test_no_home_is_needed(monkeypatch, tmp_path):
+def test_no_home_is_needed(monkeypatch):
     """Neither HOME nor, as for a user of a container, an entry of the user."""
-    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: _unknown())
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    assert cache_folder("xla") == tmp_path / "qpenet_jax" / "xla"
-    code = "from qpenet_jax.core.files import cache_folder; print(cache_folder('xla'))"
-    assert os.path.isabs(printed(code))
-
-
-def _unknown():
-    raise RuntimeError("Could not determine home directory.")
+    homeless = Mock(side_effect=RuntimeError("Could not determine home directory."))
+    monkeypatch.setattr("platformdirs.user_cache_path", homeless)
+    assert cache_folder("xla") == Path(tempfile.gettempdir()) / "qpenet_jax" / "xla"
 
 
 def test_a_lock_keeps_other_processes_out_until_its_process_ends(tmp_path):
@@ -85,26 +71,20 @@ def test_a_lock_keeps_other_processes_out_until_its_process_ends(tmp_path):
         pass
 
 
-def test_a_path_may_start_at_the_home_folder():
+def test_a_path_may_start_at_the_home_folder_and_is_no_address():
     assert local_path("~/r") == Path.home() / "r"
     assert local_path(Path("~")) == Path.home()
     assert local_path("a/~/b") == Path("a/~/b")
-
-
-@pytest.mark.parametrize(
-    "text", ["gs://bucket/run", "s3://b", "https://x.org/a.png", "file:///tmp/x"]
-)
-def test_an_address_is_no_path(text):
-    for given in (text, Path(text)):
-        with pytest.raises(InputError, match="only files of this machine"):
-            local_path(given)
-
-
-def test_a_path_that_is_none_is_refused():
-    with pytest.raises(InputError, match="path is empty"):
-        local_path("")
-    with pytest.raises(InputError, match="~nobody_here/r: no such home folder"):
-        local_path("~nobody_here/r")
+    for text, words in (
+        ("gs://bucket/run", "only files of this machine"),
+        ("s3://b", "only files of this machine"),
+        (Path("https://x.org/a.png"), "only files of this machine"),
+        ("file:///tmp/x", "only files of this machine"),
+        ("", "path is empty"),
+        ("~nobody_here/r", "~nobody_here/r: no such home folder"),
+    ):
+        with pytest.raises(InputError, match=words):
+            local_path(text)
 
 
 def test_no_output_is_an_input_whatever_it_is_called(tmp_path):
@@ -121,12 +101,7 @@ def test_no_output_is_an_input_whatever_it_is_called(tmp_path):
             refuse_overwriting([tmp_path / "new.png", output], [photo])
     free = [folder / "b.png", tmp_path / "a.png", tmp_path / "photos2" / "a.png"]
     refuse_overwriting(free, [photo, tmp_path / "missing.png"])
-    for output in (
-        folder,
-        folder / "b.png",
-        folder / "new" / "b",
-        tmp_path / "linked/c",
-    ):
+    for output in (folder, folder / "b.png", folder / "new/b", tmp_path / "linked/c"):
         with pytest.raises(InputError, match="photos"):
             refuse_overwriting([output], [folder])
 

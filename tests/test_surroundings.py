@@ -15,6 +15,8 @@ from qpenet_jax.runs.build import complete
 
 ROOT = Path(__file__).resolve().parents[1]
 
+CLI = ("-m", "qpenet_jax.cli")
+
 ELSEWHERE = ("gs://bucket/x", "s3://bucket/x", "https://example.org/x")
 
 PATHS = (
@@ -73,23 +75,18 @@ def test_paths_of_the_config_may_start_at_home(tmp_path, capsys, field):
     assert not Path("~").exists()
 
 
-def qpenet(*arguments, **environment):
-    """Run a command in a process of its own, without this one's surroundings."""
+def started(*arguments, text=True, **environment):
+    """Starts Python in a process of its own, without this one's surroundings."""
     kept = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
     environment = kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
-    return subprocess.run(
-        [sys.executable, "-m", "qpenet_jax.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    words = [sys.executable, *arguments]
+    return subprocess.run(words, capture_output=True, text=text, env=environment)
 
 
 @pytest.mark.parametrize("platform", ["nonsense", "nonsense,cpu"])
 @pytest.mark.parametrize("command", [["describe", "--side=33"], ["compare", "a", "b"]])
-def test_a_device_that_isnt_there_is_told_in_one_line(platform, command):
-    done = qpenet(*command, JAX_PLATFORMS=platform)
+def test_a_device_that_isnt_there_is_one_line(platform, command):
+    done = started(*CLI, *command, JAX_PLATFORMS=platform)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"error: JAX_PLATFORMS={platform} can't be used: ")
@@ -97,8 +94,8 @@ def test_a_device_that_isnt_there_is_told_in_one_line(platform, command):
 
 
 def test_neither_home_nor_64_bits_matter():
-    plain = qpenet("describe", "--side=33")
-    other = qpenet("describe", "--side=33", JAX_ENABLE_X64="1")
+    plain = started(*CLI, "describe", "--side=33")
+    other = started(*CLI, "describe", "--side=33", JAX_ENABLE_X64="1")
     assert other.returncode == 0, other.stderr
     assert "float32" in other.stdout
     assert other.stdout == plain.stdout
@@ -111,11 +108,7 @@ def test_nobody_reading_the_output_is_no_error(arguments, code):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "qpenet_jax.cli", *arguments],
-        stdout=write,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        check=False,
+        [sys.executable, *CLI, *arguments], stdout=write, stderr=subprocess.PIPE
     )
     os.close(write)
     assert done.stderr == b""
@@ -131,15 +124,13 @@ main.main(["train", "--config=x"])
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_names_that_the_terminal_cant_show_are_replaced(encoding):
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "JAX_PLATFORMS": "cpu"}
-    run = [sys.executable, "-c", SAYS]
-    done = subprocess.run(run, capture_output=True, env=environment, check=False)
+    done = started("-c", SAYS, text=False, PYTHONIOENCODING=encoding)
     assert done.returncode == 0, done.stderr
     shown = "\u017e".encode(encoding, "replace")
     assert done.stdout.strip() == b"gaver" + shown + b" ? cat"
 
 
-def test_a_program_that_set_64_bits_is_told_in_one_line():
+def test_a_program_that_set_64_bits_is_one_line():
     """Commands switch it off; a program may need it elsewhere."""
     before = jax.config.values["jax_enable_x64"]
     jax.config.update("jax_enable_x64", True)

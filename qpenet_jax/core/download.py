@@ -20,9 +20,7 @@ BAR_BYTES = 50_000_000
 """Hashing a file from this size on, a quarter of a second, shows a progress bar."""
 
 
-def download(
-    url: str, dest: str | Path, checksum: str | None, progress: bool = True
-) -> Path:
+def download(url: str, dest: str | Path, checksum: str | None) -> Path:
     """Fetches `url` into the file `dest`, going on where an earlier try broke off.
 
     `checksum` is "sha256:..." or "md5:..." in hexadecimal, the start of it being
@@ -39,7 +37,7 @@ def download(
         return dest
     part = dest.with_name(dest.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    if not any(_fetch(url, part, checksum, progress) for _ in range(ATTEMPTS)):
+    if not any(_fetch(url, part, checksum) for _ in range(ATTEMPTS)):
         raise InputError(
             f"{url} broke off {ATTEMPTS} times, at {_size(part)} bytes now: "
             "run the same command again to go on from there"
@@ -76,7 +74,7 @@ def _mismatch(path: Path, checksum: str | None) -> str | None:
     return f"{algorithm} is {found}, not {expected}"
 
 
-def _fetch(url: str, part: Path, checksum: str | None, progress: bool) -> bool:
+def _fetch(url: str, part: Path, checksum: str | None) -> bool:
     """Appends what is missing to `part`; returns whether the end was reached."""
     have = _size(part)
     headers = {"Range": f"bytes={have}-"} if have else {}
@@ -87,7 +85,8 @@ def _fetch(url: str, part: Path, checksum: str | None, progress: bool) -> bool:
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
-            return _is_whole(part, error.headers.get("Content-Range"))
+            part.unlink()  # it isn't the start of this file: begin again
+            return False
         raise InputError(f"{url}: HTTP {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", error)
@@ -104,29 +103,13 @@ def _fetch(url: str, part: Path, checksum: str | None, progress: bool) -> bool:
                 f"{url}: the server gives no length and no hash is published, so the "
                 "file can't be checked: get it in another way and give it"
             )
-        _copy(response, part, have, total, progress)
+        _copy(response, part, have, total)
     return total is None or _size(part) == total
 
 
-def _is_whole(part: Path, content_range: str | None) -> bool:
-    """Returns whether a part is the whole file; deletes it if it isn't."""
-    total = (content_range or "").rpartition("/")[2]
-    if total == str(_size(part)):
-        return True
-    part.unlink()
-    return False
-
-
-def _copy(response, part: Path, have: int, total: int | None, progress: bool) -> None:
+def _copy(response, part: Path, have: int, total: int | None) -> None:
     """Writes the response behind the first `have` bytes, until it ends or breaks."""
-    bar = tqdm(
-        desc=part.stem,
-        initial=have,
-        total=total,
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-    )
+    bar = tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True)
     with bar, part.open("ab" if have else "wb") as file:
         for chunk in _chunks(response):
             file.write(chunk)
@@ -152,17 +135,12 @@ def sha256(path: Path) -> str:
 
 def digest(path: Path, algorithm: str) -> str:
     """Returns the hash of a file in hexadecimal, with a progress bar if it is large."""
-    hasher = hashlib.new(algorithm, usedforsecurity=False)
-    size = path.stat().st_size
-    bar = tqdm(
-        desc=f"hashing {path.name}",
-        total=size,
-        unit="B",
-        unit_scale=True,
-        disable=size < BAR_BYTES,
-    )
-    with bar, path.open("rb") as file:
-        while chunk := file.read(16 * CHUNK):
+    hasher, size = hashlib.new(algorithm, usedforsecurity=False), path.stat().st_size
+    title, small = f"hashing {path.name}", size < BAR_BYTES
+    with (
+        path.open("rb") as file,
+        tqdm.wrapattr(file, "read", total=size, desc=title, disable=small) as shown,
+    ):
+        while chunk := shown.read(16 * CHUNK):
             hasher.update(chunk)
-            bar.update(len(chunk))
     return hasher.hexdigest()
