@@ -2,36 +2,16 @@ import cv2
 import numpy as np
 import pytest
 
-from qpenet_jax.data.augmentation import Augmentation, augment, draw
+from qpenet_jax.data.augmentation import Augmentation, ImageDraws, augment, draw
 from qpenet_jax.data.transforms import binary_mask, content_size, fit, fit_label, unpad
 
 MEAN = np.array([124, 116, 104])
-STILL = Augmentation(scale=(1.0, 1.0), rotate=0.0, blur=False, flip=False)
 
 
-class Scripted(np.random.Generator):
-    """A generator that answers what the test says; crops start at 0."""
-
-    def __init__(self, scale: float = 1.0, chances=(), angle: float = 0.0):
-        super().__init__(np.random.Philox(0))
-        self._uniform = iter([scale, angle])
-        self._chances = iter([0.0 if chance else 1.0 for chance in chances])
-
-    def uniform(self, low=0.0, high=1.0, size=None):
-        value = next(self._uniform)
-        assert low <= value <= high
-        return value
-
-    def random(self, *args, **kwargs):
-        return next(self._chances)
-
-    def integers(self, low, high, size):
-        return np.zeros(size, np.int64)
-
-
-def augmented(image, mask, side: int, augmentation: Augmentation, rng):
-    """Draw and apply."""
-    draws = draw(rng, augmentation, mask.shape, side)
+def augmented(image, mask, side: int, corners=((0, 0),), **changes):
+    """Augment by draws that change nothing but what is given."""
+    draws = ImageDraws(mask.shape, 0.0, blur=False, flip=False, corners=None)
+    draws = draws._replace(corners=np.array(corners), **changes)
     return augment(image, mask, side, draws)
 
 
@@ -117,39 +97,27 @@ def test_the_long_side_is_exact_whatever_its_length():
     assert all(content_size(n, n, 480) == (480, 480) for n in range(1, 3000))
 
 
+@pytest.mark.parametrize("resize", ["pad", "squash"])
 @pytest.mark.parametrize(
     "shape", [(375, 500), (500, 281), (50, 60), (900, 1300), (1, 1)]
 )
-def test_fit(shape):
+def test_fit_and_fit_label(shape, resize):
+    height, width = content_size(*shape, 473, resize)
+    assert (height, width) == (473, 473) or resize == "pad"
     image = smooth_image(*shape)
-    height, width = content_size(*shape, 473)
-    fitted = fit(image, 473)
+    fitted = fit(image, 473, resize)
     assert fitted.shape == (473, 473, 3)
     # OpenCV weighs with 11 bits, then rounds.
     close(fitted[:height, :width], resized(image, height, width), within=1)
     fitted[:height, :width] = 0
     assert not fitted.any()
-
-
-@pytest.mark.parametrize("shape", [(375, 500), (500, 281), (50, 60), (900, 1300)])
-def test_fit_label(shape):
     label = np.random.default_rng(0).integers(0, 21, shape, np.uint8)
-    height, width = content_size(*shape, 473)
-    fitted = fit_label(label, 473)
+    fitted = fit_label(label, 473, resize)
     expected = nearest(label, height, width)
     # Where a centre falls on the edge of two pixels OpenCV's fixed point may differ.
     assert (fitted[:height, :width] == expected).mean() > 0.995
     assert (fitted[height:] == 255).all()
     assert (fitted[:, width:] == 255).all()
-
-
-@pytest.mark.parametrize("shape", [(375, 500), (500, 281), (50, 60)])
-def test_squashing_fills_the_square(shape):
-    image, label = smooth_image(*shape), blocks(*shape)
-    assert content_size(*shape, 321, "squash") == (321, 321)
-    close(fit(image, 321, "squash"), resized(image, 321, 321), within=1)
-    expected = nearest(label, 321, 321)
-    assert (fit_label(label, 321, "squash") == expected).mean() > 0.995
 
 
 @pytest.mark.parametrize("resize", ["pad", "squash"])
@@ -187,7 +155,7 @@ def placed(array: np.ndarray, side: int, fill) -> np.ndarray:
 
 def test_padding_is_centred_with_the_mean_colour_and_ignore():
     image, mask = smooth_image(50, 61), blocks(50, 61)
-    padded, padded_mask = augmented(image, mask, 81, STILL, np.random.default_rng(0))
+    padded, padded_mask = augmented(image, mask, 81)
     close(padded, placed(image, 81, MEAN), within=0)
     close(padded_mask, placed(mask, 81, 255), within=0)
     assert padded[14, 40].tolist() == MEAN.tolist()  # Rows 0..14 are padding,
@@ -200,8 +168,7 @@ def test_padding_is_centred_with_the_mean_colour_and_ignore():
 def test_scale(factor):
     image, mask = smooth_image(60, 75), blocks(60, 75)
     height, width = round(60 * factor), round(75 * factor)
-    augmentation = Augmentation((0.8, 1.25), rotate=0.0, blur=False, flip=False)
-    scaled, scaled_mask = augmented(image, mask, 97, augmentation, Scripted(factor))
+    scaled, scaled_mask = augmented(image, mask, 97, scaled=(height, width))
     expected = resized(image, height, width)
     close(scaled, placed(expected, 97, MEAN), within=1)
     expected = placed(nearest(mask, height, width), 97, 255)
@@ -219,9 +186,7 @@ def turned_coordinates(height, width, angle):
 @pytest.mark.parametrize("angle", [-10.0, 4.3, 10.0])
 def test_rotation(angle):
     image, mask = smooth_image(81, 81), blocks(81, 81)
-    augmentation = Augmentation((1.0, 1.0), rotate=10.0, blur=False, flip=False)
-    rng = Scripted(chances=[True], angle=angle)
-    turned, turned_mask = augmented(image, mask, 81, augmentation, rng)
+    turned, turned_mask = augmented(image, mask, 81, angle=angle)
     y, x = turned_coordinates(81, 81, angle)
     inside = (y >= 0) & (y <= 80) & (x >= 0) & (x <= 80)
     outside = (y < -1) | (y > 81) | (x < -1) | (x > 81)
@@ -238,10 +203,8 @@ def test_rotation(angle):
 def test_rotation_of_noise_is_opencvs_of_every_channel(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     mask, side = np.ones(shape, np.uint8), max(shape)
-    augmentation = Augmentation((1.0, 1.0), rotate=10.0, blur=False, flip=False)
     for angle in (-10.0, -0.3, 6.1):
-        rng = Scripted(chances=[True], angle=angle)
-        turned, turned_mask = augmented(image, mask, side, augmentation, rng)
+        turned, turned_mask = augmented(image, mask, side, angle=angle)
         centre = (shape[1] / 2, shape[0] / 2)
         turn = (cv2.getRotationMatrix2D(centre, angle, 1.0), shape[::-1])
         planes = [
@@ -253,47 +216,38 @@ def test_rotation_of_noise_is_opencvs_of_every_channel(shape):
         close(turned_mask, placed(expected, side, 255), within=0)
 
 
-def test_blur():
+def blurred(image: np.ndarray) -> np.ndarray:
+    """Weights 1, 4, 6, 4, 1 of 16 each way, mirrored at the borders."""
+    kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+    height, width = image.shape[:2]
+    border = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect").astype(float)
+    places = [(i, j) for i in range(5) for j in range(5)]
+    return sum(kernel[i, j] * border[i : i + height, j : j + width] for i, j in places)
+
+
+def test_blur_and_flip():
     image, mask = smooth_image(40, 40), blocks(40, 40)
     image[::7, ::5] = 255
-    augmentation = Augmentation((1.0, 1.0), rotate=0.0, flip=False)
-    rng = Scripted(chances=[True])
-    blurred, same_mask = augmented(image, mask, 40, augmentation, rng)
-    kernel = np.array([1, 4, 6, 4, 1]) / 16
-    border = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect").astype(float)
-    rows = sum(w * border[i : i + 40] for i, w in enumerate(kernel))
-    expected = sum(w * rows[:, i : i + 40] for i, w in enumerate(kernel))
-    close(blurred, expected, within=0.51)
-    close(same_mask, mask, within=0)
-
-
-def test_flip():
-    image, mask = smooth_image(40, 40), blocks(40, 40)
-    augmentation = Augmentation((1.0, 1.0), rotate=0.0, blur=False)
-    rng = Scripted(chances=[True])
-    flipped, flipped_mask = augmented(image, mask, 40, augmentation, rng)
-    close(flipped, image[:, ::-1], within=0)
-    close(flipped_mask, mask[:, ::-1], within=0)
+    out, out_mask = augmented(image, mask, 40, blur=True)
+    close(out, blurred(image), within=0.51)
+    close(out_mask, mask, within=0)
+    out, out_mask = augmented(image, mask, 40, flip=True)
+    close(out, image[:, ::-1], within=0)
+    close(out_mask, mask[:, ::-1], within=0)
 
 
 def test_order_of_the_steps():
     """Scale, rotate, blur, flip, pad: another order gives other pixels."""
     image = smooth_image(80, 80)
     image[20:40, 30:50] = 255
-    rng = Scripted(1.1, chances=[True, True, True], angle=8.0)
-    out, _ = augmented(image, blocks(80, 80), 97, Augmentation(), rng)
+    changes = {"scaled": (88, 88), "angle": 8.0, "blur": True, "flip": True}
+    out, _ = augmented(image, blocks(80, 80), 97, **changes)
     y, x = turned_coordinates(88, 88, 8)
     bigger = np.pad(
         resized(image, 88, 88) - MEAN, ((1, 1), (1, 1), (0, 0))
     )  # Bilinear blending into the border colour.
     step = bilinear(bigger, y + 1, x + 1) + MEAN
-    border = np.pad(step, ((2, 2), (2, 2), (0, 0)), mode="reflect")
-    kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
-    step = sum(
-        kernel[i, j] * border[i : i + 88, j : j + 88]
-        for i in range(5)
-        for j in range(5)
-    )
+    step = blurred(step)
     # Three roundings to uint8 and OpenCV's 1/32 pixel at the edges of the square.
     close(out, placed(step[:, ::-1], 97, MEAN), within=5)
 
@@ -304,19 +258,20 @@ def test_any_size_becomes_the_square(shape):
     for _ in range(16):
         image = rng.integers(0, 256, (*shape, 3), np.uint8)
         mask = rng.integers(0, 2, shape, np.uint8)
-        out, out_mask = augmented(image, mask, 33, Augmentation((0.3, 1.25)), rng)
+        draws = draw(rng, Augmentation((0.3, 1.25)), shape, 33)
+        out, out_mask = augment(image, mask, 33, draws)
         assert (out.shape, out.dtype) == ((33, 33, 3), np.uint8)
         assert (out_mask.shape, out_mask.dtype) == ((33, 33), np.uint8)
         assert set(np.unique(out_mask)) <= {0, 1, 255}
 
 
-def test_inputs_stay_and_the_generator_alone_decides():
+def test_inputs_stay_and_the_draws_alone_decide():
     image, mask = smooth_image(60, 60), blocks(60, 60)
     before = image.copy(), mask.copy()
-    outs = [
-        augmented(image, mask, 41, Augmentation(), np.random.default_rng(seed))
-        for seed in (1, 1, 2)
-    ]
+    outs = []
+    for seed in (1, 1, 2):
+        draws = draw(np.random.default_rng(seed), Augmentation(), (60, 60), 41)
+        outs.append(augment(image, mask, 41, draws))
     assert (image == before[0]).all()
     assert (mask == before[1]).all()
     assert (outs[0][0] == outs[1][0]).all()
@@ -324,121 +279,30 @@ def test_inputs_stay_and_the_generator_alone_decides():
     assert (outs[0][0] != outs[2][0]).any()
 
 
-def test_the_draws_cover_their_ranges():
-    """Half of the images are flipped, blurred, turned; factors and angles uniform."""
-    rng, count = np.random.default_rng(0), 4000
-    draws = [draw(rng, Augmentation(), (200, 200), 241) for _ in range(count)]
-    angles = np.array([d.angle for d in draws])
-    turned = angles[angles != 0]
-    for times in (sum(d.flip for d in draws), sum(d.blur for d in draws), len(turned)):
-        assert abs(times - count / 2) < 4 * np.sqrt(count / 4)
-    assert 9.9 < np.abs(turned).max() <= 10
-    assert abs(turned.mean()) < 4 * (10 / np.sqrt(3)) / np.sqrt(len(turned))
-    assert abs(turned.std() - 10 / np.sqrt(3)) < 0.5
-    sides = np.array([d.scaled for d in draws])
-    assert (sides[:, 0] == sides[:, 1]).all()
-    assert (sides.min(), sides.max()) == (180, 220)
-    assert abs(sides.mean() - 200) < 4 * (20 / np.sqrt(3)) / np.sqrt(count)
+LINE = np.full((40, 60), 255, np.uint8)  # Ignored pixels don't count.
+LINE[5, :20] = 1
+SQUARE, CORNERS = np.zeros((2, 50, 60), np.uint8)
+SQUARE[20:30, 30:40] = CORNERS[::49, ::59] = 1
 
 
-def kept_share(mask: np.ndarray, side: int, draws: int) -> np.ndarray:
-    image = np.zeros((*mask.shape, 3), np.uint8)
-    rng = np.random.default_rng(0)
-    crops = (augmented(image, mask, side, STILL, rng)[1] for _ in range(draws))
-    return np.array([(crop == 1).sum() for crop in crops]) / (mask == 1).sum()
-
-
-def test_crops_keep_most_of_the_foreground():
-    mask = np.zeros((60, 60), np.uint8)
-    mask[20:32, 25:37] = 1
-    assert kept_share(mask, 30, 300).min() >= 0.85
-
-
-def test_crops_are_redrawn_31_times():
-    """A corner that few crops hold: how often one is found tells the number."""
-    mask = np.zeros((60, 60), np.uint8)
-    mask[:10, :10] = 1
-    # Of 41 x 41 crops only those that start at (0,0), (0,1), (1,0) hold 85 %.
-    found = 1 - (1 - 3 / 41**2) ** 32
-    draws = 3000
-    hits = (kept_share(mask, 20, draws) >= 0.85).sum()
-    sigma = np.sqrt(draws * found * (1 - found))
-    assert abs(hits - draws * found) < 4 * sigma
-    assert 4 * sigma < draws * found  # A single draw would hit 5 times.
-
-
-class Positions(Scripted):
-    """Crops start where the test says, then at 0; `draws` counts those there are."""
-
-    def __init__(self, corners):
-        super().__init__()
-        self._corners = corners
-        self.draws = 0
-
-    def integers(self, low, high, size):
-        corners = super().integers(low, high, size)
-        corners[: len(self._corners)] = self._corners[: len(corners)]
-        self.draws += len(corners)
-        return corners
-
-
-def crop_start(mask: np.ndarray, side: int, rng: np.random.Generator):
-    """Crop an image that holds its own coordinates."""
+@pytest.mark.parametrize(
+    ("mask", "side", "tries", "taken"),
+    [
+        (SQUARE, 20, [(0, 0), (30, 40), (15, 25), (20, 30)], 2),
+        (SQUARE, 20, [(0, 0), (30, 40), (20, 30), (15, 25)], 2),
+        (LINE, 30, [(0, 4), (0, 3), (0, 2)], 1),  # They keep 16, 17 and 18 of 20.
+        (CORNERS, 20, [(0, 0)] + [(i % 30, 3 * i % 40) for i in range(1, 32)], 31),
+        (np.zeros((60, 60), np.uint8), 33, [(7, 4), (0, 0)], 0),
+    ],
+)
+def test_the_first_crop_that_keeps_85_percent_is_taken_or_the_last(
+    mask, side, tries, taken
+):
     y, x = np.mgrid[: mask.shape[0], : mask.shape[1]].astype(np.uint8)
-    image = np.stack([y, x, y], axis=-1)
-    crop, crop_mask = augmented(image, mask, side, STILL, rng)
+    image = np.stack([y, x, y], axis=-1)  # It holds its own coordinates.
+    crop, crop_mask = augmented(image, mask, side, tries)
     top, left = (int(n) for n in crop[0, 0, :2])
     window = np.s_[top : top + side, left : left + side]
     assert (crop == image[window]).all()
     assert (crop_mask == mask[window]).all()
-    return top, left
-
-
-def test_the_first_crop_that_keeps_enough_is_taken():
-    mask = np.zeros((50, 60), np.uint8)
-    mask[20:30, 30:40] = 1
-    rng = Positions([(0, 0), (30, 40), (15, 25), (20, 30)])
-    assert crop_start(mask, 20, rng) == (15, 25)  # The third of 32.
-    rng = Positions([(0, 0), (30, 40), (20, 30), (15, 25)])
-    assert crop_start(mask, 20, rng) == (20, 30)
-
-
-def test_the_last_of_32_crops_is_kept_if_none_keeps_enough():
-    mask = np.zeros((50, 60), np.uint8)
-    mask[::49, ::59] = 1  # The four corners.
-    corners = [(0, 0)] + [(i % 30, 3 * i % 40) for i in range(1, 40)]
-    rng = Positions(corners)  # The first crop would be the best one.
-    assert crop_start(mask, 20, rng) == corners[31]
-    assert rng.draws == 32
-
-
-def test_85_percent_are_enough_and_ignored_pixels_do_not_count():
-    mask = np.full((40, 60), 255, np.uint8)
-    mask[5, :20] = 1
-    rng = Positions([(0, 4), (0, 3), (0, 2)])  # Keep 16, 17, 18 of 20.
-    assert crop_start(mask, 30, rng) == (0, 3)
-
-
-def test_crops_of_a_mask_without_foreground():
-    mask = np.zeros((60, 60), np.uint8)
-    image = smooth_image(60, 60)
-    out, _ = augmented(image, mask, 33, STILL, np.random.default_rng(0))
-    starts = {
-        (top, left)
-        for top in range(28)
-        for left in range(28)
-        if (image[top : top + 33, left : left + 33] == out).all()
-    }
-    assert len(starts) == 1
-
-
-def test_crop_positions_are_uniform():
-    mask = np.zeros((40, 40), np.uint8)
-    position = np.arange(1600, dtype=np.uint16).reshape(40, 40)
-    image = np.stack([position % 256, position // 256, position], -1).astype(np.uint8)
-    rng = np.random.default_rng(0)
-    crops = [augmented(image, mask, 37, STILL, rng)[0][0, 0] for _ in range(1600)]
-    corners = [int(c[0]) + 256 * int(c[1]) for c in crops]
-    counts = np.bincount([4 * (c // 40) + c % 40 for c in corners], minlength=16)
-    # 16 corners, expected 100 each; chi square with 15 degrees of freedom.
-    assert ((counts - 100) ** 2 / 100).sum() < 37.7  # p = 0.001
+    assert (top, left) == tries[taken]
