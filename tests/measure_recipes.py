@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.linen as nn
 import numpy as np
@@ -50,20 +49,19 @@ ROWS = {
 "stable" is that on normalised features."""
 
 
-class Scaled(NamedTuple):
+class Scaled(nn.Module):
     """A backbone's module whose features are multiplied by a number."""
 
     module: nn.Module
     scale: float
 
-    def init(self, *given):
-        """Returns the module's own weights."""
-        return self.module.init(*given)
+    def setup(self):
+        """Gives the parameters the names that the module alone gives them."""
+        nn.share_scope(self, self.module)
 
-    def apply(self, variables, images):
+    def __call__(self, images):
         """Returns the scaled stages."""
-        stages = self.module.apply(variables, images)
-        return {name: self.scale * value for name, value in stages.items()}
+        return {name: self.scale * x for name, x in self.module(images).items()}
 
 
 ORIGINALS[Scaled] = ORIGINALS[type(NET.module)]  # the same files

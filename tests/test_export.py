@@ -16,6 +16,8 @@ from untrained import SIDE
 
 from qpenet_jax import InputError
 from qpenet_jax.core.types import Episode
+from qpenet_jax.data.folds import PASCAL_CLASSES
+from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.data.transforms import fit, fit_label, unpad
 from qpenet_jax.models import ops
 from qpenet_jax.models.ops.devices import default_formulations
@@ -90,16 +92,13 @@ def made_up():
 
 
 def real(voc):
-    """Return six photos of VOC in which a cat covers much."""
-    folder, photos, masks = voc / "VOCdevkit" / "VOC2012", [], []
-    for name in (voc / "lists" / "subset_val.txt").read_text().split():
-        label = np.array(Image.open(folder / "SegmentationClassAug" / f"{name}.png"))
-        if (label == 8).sum() > 4000:
-            photos.append(np.array(Image.open(folder / "JPEGImages" / f"{name}.jpg")))
-            masks.append((label == 8).astype(np.uint8))
-        if len(photos) == 6:
-            return photos, masks
-    raise AssertionError(f"{voc} has no six cats")
+    """Returns six photos of VOC in which a cat covers much."""
+    lists, cat = voc / "lists" / "subset_val.txt", PASCAL_CLASSES.index("cat") + 1
+    data = VOCLayout(voc / "VOCdevkit" / "VOC2012", lists, PASCAL_CLASSES)
+    chosen = np.flatnonzero(data.counts[:, cat - 1] > 4000)[:6].tolist()
+    assert len(chosen) == 6
+    masks = [(data.label(i) == cat).astype(np.uint8) for i in chosen]
+    return [data.image(i) for i in chosen], masks
 
 
 def check(call, predict, photos, masks, tolerance):
@@ -118,7 +117,7 @@ def test_stablehlo_computes_what_we_do(stablehlo, predict, made_up):
     check(loaded(stablehlo, example("stablehlo")), predict, *made_up, tolerance=1e-5)
 
 
-def test_export_json_tells_all_that_a_program_needs(stablehlo):
+def test_export_json_names_all_that_a_program_needs(stablehlo):
     about = json.loads((stablehlo / "export.json").read_text())
     assert about["side"] == SIDE
     assert about["shots"] == [1, 5]
@@ -134,10 +133,15 @@ def test_export_json_tells_all_that_a_program_needs(stablehlo):
         assert read.platforms == ("cpu", "cuda", "tpu")
 
 
-WITHOUT_US = """
-import sys
-sys.modules |= dict.fromkeys(("qpenet_jax", "flax", "orbax", "cv2", "safetensors"))
-"""
+def guide_used(folder, exported, format, *missing):
+    """Runs the guide's example on a.bmp, a.png and b.bmp; returns the mask of b."""
+    (folder / "exported").symlink_to(exported)
+    missing = ("qpenet_jax", "flax", "orbax", "cv2", "safetensors", *missing)
+    code = f"import sys\nsys.modules |= dict.fromkeys({missing})\n"
+    code += example(format) + example("use").replace(".jpg", ".bmp")
+    (folder / "use.py").write_text(code)
+    subprocess.run([sys.executable, "use.py"], cwd=folder, check=True)
+    return np.array(Image.open(folder / "mask.png")) == 255
 
 
 def test_the_guides_example_runs_with_jax_alone(stablehlo, predict, tmp_path, made_up):
@@ -147,10 +151,7 @@ def test_the_guides_example_runs_with_jax_alone(stablehlo, predict, tmp_path, ma
     mask = np.zeros((64, 64), np.uint8)
     mask[5:40, 10:50] = 200
     Image.fromarray(mask).save(tmp_path / "a.png")
-    (tmp_path / "exported").symlink_to(stablehlo)
-    code = WITHOUT_US + example("stablehlo") + example("use").replace(".jpg", ".bmp")
-    (tmp_path / "use.py").write_text(code)
-    subprocess.run([sys.executable, "use.py"], cwd=tmp_path, check=True)
+    found = guide_used(tmp_path, stablehlo, "stablehlo")
     a, b = (np.array(Image.open(tmp_path / f"{name}.bmp")) for name in "ab")
     given = Episode(
         fit(b, SIDE)[None],
@@ -159,8 +160,6 @@ def test_the_guides_example_runs_with_jax_alone(stablehlo, predict, tmp_path, ma
         fit_label((mask > 0).astype(np.uint8), SIDE)[None, None],
     )
     expected = unpad(np.asarray(predict(given))[0], 64, 64) > 0
-    found = np.array(Image.open(tmp_path / "mask.png")) == 255
-    assert found.shape == (64, 64)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -185,15 +184,10 @@ def test_onnx_files_are_named_as_the_guide_says_and_need_no_jax(onnx, tmp_path):
             assert found == {x["name"]: x["shape"] for x in listed}
     image = np.full((64, 64, 3), 90, np.uint8)
     image[:32] = 200, 10, 10
-    Image.fromarray(image).save(tmp_path / "a.jpg")
-    Image.fromarray(image[::-1]).save(tmp_path / "b.jpg")
+    Image.fromarray(image).save(tmp_path / "a.bmp")
+    Image.fromarray(image[::-1]).save(tmp_path / "b.bmp")
     Image.fromarray((image[..., 0] > 100).astype(np.uint8)).save(tmp_path / "a.png")
-    (tmp_path / "exported").symlink_to(onnx)
-    code = WITHOUT_US.replace('"flax"', '"jax", "flax"')
-    (tmp_path / "use.py").write_text(code + example("onnx") + example("use"))
-    subprocess.run([sys.executable, "use.py"], cwd=tmp_path, check=True)
-    with Image.open(tmp_path / "mask.png") as found:
-        assert found.size == (64, 64)
+    assert guide_used(tmp_path, onnx, "onnx", "jax").shape == (64, 64)
 
 
 def test_the_plain_formulations_know_no_platforms():

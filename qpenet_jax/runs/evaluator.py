@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +42,7 @@ from qpenet_jax.runs.datasets import (
     build_protocol,
     class_names,
 )
+from qpenet_jax.runs.folder import read_json
 
 REFERENCES = "references.json"
 FIGURE = "episodes.png"
@@ -307,7 +307,7 @@ class Evaluator:
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
 
 def one_copy(tree: Any) -> Any:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -137,13 +136,12 @@ def network_parts(
     model, net = in_dtype(*networks, "float32")
     roles: tuple[Role, Role] = ("support", "query")
 
-    def encode(role: Role, names: Sequence[str] | None, **inputs: Array) -> Arrays:
+    def encode(role: Role, **inputs: Array) -> Arrays:
         maps = features(net, weights, inputs["image"])
         padding = [inputs["padding"]] if "padding" in inputs else []
         variables = with_deep(params, weights)
         found = model.apply(variables, maps, *padding, roles=(role,), method="encode")
-        found = {f"{role}_{name}": array for name, array in found.items()}
-        return found if names is None else {n: found[n] for n in found if n in names}
+        return {f"{role}_{name}": array for name, array in found.items()}
 
     def decode(**inputs: Array) -> Arrays:
         variables = with_deep(params, deep_part(weights))
@@ -156,21 +154,16 @@ def network_parts(
     photo: Shapes = {"image": jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)}
     if model.sees_padding:
         photo["padding"] = jax.ShapeDtypeStruct((1, side, side), np.bool_)
-    support, query = (
-        Part(functools.partial(encode, role, None), photo).outputs for role in roles
-    )
-
-    def decoder(k: int) -> Part:
-        masks = {"masks": jax.ShapeDtypeStruct((1, k, side, side), np.uint8)}
-        return Part(decode, {**_stacked(support, k), **masks, **query})
-
-    needed = _inputs_used(decoder(shots[0]))
-    parts = {
-        f"encode_{role}": Part(functools.partial(encode, role, needed), photo)
-        for role in roles
-    }
+    encoders = [Part(functools.partial(encode, role), photo) for role in roles]
+    support, query = (part.outputs for part in encoders)
+    parts = dict(zip(("encode_support", "encode_query"), encoders, strict=True))
     for k in dict.fromkeys(shots):
-        parts[f"decode_{k}shot"] = _without_others(decoder(k), needed)
+        masks = {"masks": jax.ShapeDtypeStruct((1, k, side, side), np.uint8)}
+        stacked = {
+            name: jax.ShapeDtypeStruct((1, k, *x.shape[1:]), x.dtype)
+            for name, x in support.items()
+        }
+        parts[f"decode_{k}shot"] = Part(decode, {**stacked, **masks, **query})
     return parts
 
 
@@ -182,31 +175,6 @@ def _of_role(role: Role, arrays: Arrays) -> Arrays:
         for name, array in arrays.items()
         if name.startswith(prefix)
     }
-
-
-def _stacked(shapes: Shapes, k: int) -> Shapes:
-    return {
-        name: jax.ShapeDtypeStruct((1, k, *x.shape[1:]), x.dtype)
-        for name, x in shapes.items()
-    }
-
-
-def _inputs_used(part: Part) -> list[str]:
-    """Returns the names of the inputs that a part's outputs depend on."""
-    exported = jax.export.export(jax.jit(part.function))(**part.inputs)
-    names = sorted(part.inputs)  # as a dict is flattened
-    return [names[i] for i in exported.module_kept_var_idx]
-
-
-def _without_others(part: Part, names: Sequence[str]) -> Part:
-    """Returns a part of the inputs `names`; the others may have any values."""
-    others = {name: x for name, x in part.inputs.items() if name not in names}
-
-    def function(**inputs: Array) -> Arrays:
-        zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in others.items()}
-        return part.function(**inputs, **zeros)
-
-    return Part(function, {n: x for n, x in part.inputs.items() if n in names})
 
 
 def stablehlo(part: Part, name: str) -> bytes:

@@ -43,7 +43,7 @@ NO_TRAINING = ("workers", "behaviour", *PATHS)
 
 
 def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
-    """Writes the config into a new workdir, or check that it's that of an old one.
+    """Writes the config into a new workdir, or checks that it's that of an old one.
 
     `inputs` are hashes of what the config names by path. Beside them stands what its
     dtype means on this device, where a run may go on only if it means the same. Raises
@@ -234,5 +234,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} is not a config: {remedy}")
+        raise InputError(f"{path} holds no JSON object: {remedy}")
     return content

@@ -58,8 +58,7 @@ def import_checkpoint(
     """
     source, folder = local_path(checkpoint), local_path(workdir)
     check_choice("dataset ", dataset, CHECKPOINT_DATASETS)
-    if fold not in range(4):
-        raise InputError(f"fold {fold}: choose 0, 1, 2 or 3")
+    check_choice("fold ", fold, range(4))
     with new_folder(folder) as made:
         tensors = read_tensors(source)
         backbone, head = _split(under_prefix(tensors, state_dict.names().keys()))
