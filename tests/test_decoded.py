@@ -1,10 +1,7 @@
 """Decoded images: what is mapped is what is decoded, whole or made anew."""
 
-import contextlib
-import functools
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import time
@@ -12,12 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from preparing import change_a_byte
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data.augmentation import Augmentation
-from qpenet_jax.data.episodes import EpisodeSampler
-from qpenet_jax.data.loader import load_episode, training_batches
 from qpenet_jax.data.sources.decoded import PIXELS_FILE, SIZES_FILE, Decoded
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
@@ -92,38 +87,33 @@ def test_a_second_opening_decodes_a_sample_alone(dataset, tmp_path):
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
 
 
-@pytest.mark.parametrize("damage", ["no sizes", "broken sizes", "cut", "longer"])
-def test_an_incomplete_file_is_made_anew(dataset, tmp_path, damage):
-    folder = folder_of(dataset, tmp_path)
-    Decoded(dataset, tmp_path / "cache")
-    if damage == "no sizes":
-        (folder / SIZES_FILE).unlink()
-    elif damage == "broken sizes":
-        (folder / SIZES_FILE).write_bytes((folder / SIZES_FILE).read_bytes()[:50])
-    else:
-        with (folder / PIXELS_FILE).open("r+b") as file:
-            file.truncate(100 if damage == "cut" else 10_000_000)
-    assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
-    assert sorted(file.name for file in folder.iterdir()) == [PIXELS_FILE, SIZES_FILE]
-
-
-def test_other_pixels_of_the_same_names_and_counts_are_noticed(tmp_path):
-    dataset = Shapes("train", 20, 40)
-    Decoded(dataset, tmp_path / "cache")
-    folder = folder_of(dataset, tmp_path)
+def other_pixels(folder):
     pixels = np.fromfile(folder / PIXELS_FILE, np.uint8)
     (255 - pixels).tofile(folder / PIXELS_FILE)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / SIZES_FILE).unlink(),
+        lambda folder: os.truncate(folder / SIZES_FILE, 50),
+        lambda folder: os.truncate(folder / PIXELS_FILE, 100),
+        lambda folder: os.truncate(folder / PIXELS_FILE, 10_000_000),
+        other_pixels,
+    ],
+)
+def test_an_incomplete_file_or_other_pixels_are_made_anew(dataset, tmp_path, damage):
+    folder = folder_of(dataset, tmp_path)
+    Decoded(dataset, tmp_path / "cache")
+    damage(folder)
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
+    assert sorted(file.name for file in folder.iterdir()) == [PIXELS_FILE, SIZES_FILE]
 
 
 def test_replaced_images_are_decoded(dataset, tmp_path, capfd):
     """Also one that no sample holds, under the same name, of the same size and time."""
     first = Decoded(dataset, tmp_path / "cache")
-    path = tmp_path / "voc/JPEGImages/im_003.jpg"
-    before, content = path.stat(), bytearray(path.read_bytes())
-    content[-40] ^= 8
-    path.write_bytes(content)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    change_a_byte(tmp_path / "voc/JPEGImages/im_003.jpg")
     replaced = VOCLayout(tmp_path / "voc", tmp_path / "voc/ids.txt", CLASSES)
     decoded = Decoded(replaced, tmp_path / "cache")
     assert equal(decoded, replaced)
@@ -192,20 +182,22 @@ def test_a_second_process_waits_for_the_first(tmp_path, capfd):
     assert not part.exists()
 
 
-def test_limits_and_what_cant_be_written_are_one_line(dataset, tmp_path, monkeypatch):
+class Large(Unreadable):
+    """Labels of terabytes, all of one byte."""
+
+    def label(self, index):
+        return np.broadcast_to(np.uint8(0), (10**6, 10**6))
+
+
+def test_limits_and_what_cant_be_written_are_one_line(dataset, tmp_path):
     with pytest.raises(InputError, match=r"would take .* limit of 0\.0 GB") as error:
         Decoded(dataset, tmp_path / "cache", limit=10_000)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache").exists()
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda folder: usage)
-        with pytest.raises(InputError, match=r"0\.0 GB are free.*augment_on=host"):
-            Decoded(dataset, tmp_path / "cache")
+    with pytest.raises(InputError, match=r"GB are free.*augment_on=host"):
+        Decoded(Large(dataset), tmp_path / "cache", limit=10**15)
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(
-        InputError, match=r"can't be written \(.*config.augment_on=host"
-    ):
+    with pytest.raises(InputError, match=r"can't be written \(.*augment_on=host"):
         Decoded(dataset, tmp_path / "file")
     dataset.label = lambda index: np.zeros((7, 9), np.uint8)
     with pytest.raises(InputError, match=r"im_000: mask of 9x7 pixels for an image"):
@@ -213,20 +205,10 @@ def test_limits_and_what_cant_be_written_are_one_line(dataset, tmp_path, monkeyp
     assert not list(folder_of(dataset, tmp_path).iterdir())
 
 
-def test_episodes_are_the_same_in_workers_too(dataset, tmp_path):
+def test_a_pickled_copy_is_small_and_maps_the_file(dataset, tmp_path):
+    """As workers get it; that they load the same: test_episodes."""
     decoded = Decoded(dataset, tmp_path / "cache")
     decoded.image(0)
     pickled = pickle.dumps(decoded)
     assert len(pickled) < 10_000  # One image has more bytes.
-    decoded = pickle.loads(pickled)
-    assert equal(decoded, dataset)
-    sampler = EpisodeSampler(dataset.counts, (1, 2, 3), shots=2, seed=3, min_pixels=9)
-    options = {"side": 65, "augmentation": Augmentation(), "seed": 3}
-    load = functools.partial(load_episode, decoded, **options)
-    stream = training_batches(load, sampler, batch_size=1, workers=1)
-    with contextlib.closing(stream) as batches:
-        for index in range(3):
-            batch = next(batches)
-            expected = load_episode(dataset, sampler(index), **options)
-            for ours, theirs in zip(batch, expected, strict=True):
-                assert np.array_equal(ours[0], theirs)
+    assert equal(pickle.loads(pickled), dataset)
