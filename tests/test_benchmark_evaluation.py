@@ -7,7 +7,8 @@ import tiny
 from qpenet_jax import load
 from qpenet_jax.benchmark import prediction_speed
 from qpenet_jax.benchmark.evaluation_speed import evaluation_speed, made_up_config
-from qpenet_jax.benchmark.prediction_speed import make_photo, segment_photo, tasks_of
+from qpenet_jax.benchmark.made_up import write_photo
+from qpenet_jax.benchmark.prediction_speed import PARTS, each_photo, tasks_of
 from qpenet_jax.benchmark.settings import Settings
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import read_image
@@ -44,10 +45,9 @@ def test_an_evaluation_of_made_up_images_in_every_dtype():
         backbone="tiny",
         network=NETWORK,
         episodes=2,
-        seed=3,
     )
     config = made_up_config(settings, "bfloat16")
-    assert (config.side, config.dataset.side, config.seed) == (65, 65, 3)
+    assert (config.side, config.dataset.side) == (65, 65)
     assert config.model.channels == 8
     rows = evaluation_speed(settings).rows
     assert [row["dtype"] for row in rows] == [*dtypes]
@@ -55,24 +55,22 @@ def test_an_evaluation_of_made_up_images_in_every_dtype():
 
 
 def test_photos_are_segmented_as_predict_does(tmp_path):
-    settings = Settings(("predict",), size=65)
-    support = make_photo(tmp_path / "supports", 0, 0.1)
-    query, _ = make_photo(tmp_path / "queries", 1, 0.2)
+    support = write_photo(tmp_path / "supports", 0, 0.1)
+    query, _ = write_photo(tmp_path, 1, 0.2)
     height, width = read_image(query).shape[:2]
     assert height * width == pytest.approx(2e5, rel=0.01)
-    segmenter = load(
-        method="prototype", overrides=prediction_speed.side_option(settings)
-    )
+    segmenter = load(method="prototype", overrides=["--config.side=65"])
     tasks = tasks_of(segmenter, [support])
+    times = each_photo({1: tasks}, [query], tmp_path / "out")
+    assert times[1].shape == (1, len(PARTS))
+    assert times[1].min() > 0
     queries = find_queries([query], recursive=False)
-    writers = [MaskWriter(tmp_path / n, ("object",), ("png",)) for n in "ab"]
-    seconds = segment_photo(tasks, queries[0], writers[0])
-    assert len(seconds) == len(prediction_speed.PARTS)
-    assert min(seconds) > 0
-    segment_files(tasks.find, queries, writers[1])
-    one, two = ((tmp_path / n / f"{query.stem}.png").read_bytes() for n in "ab")
-    assert one == two
-    assert np.unique(read_image(tmp_path / "a" / f"{query.stem}.png")).size == 2
+    segment_files(
+        tasks.find, queries, MaskWriter(tmp_path / "b", ("object",), ("png",))
+    )
+    one, two = (tmp_path / n / f"{query.stem}.png" for n in ("out/1", "b"))
+    assert one.read_bytes() == two.read_bytes()
+    assert np.unique(read_image(one)).size == 2
 
 
 @pytest.mark.slow
@@ -85,7 +83,7 @@ def test_waiting_times_of_predict(tmp_path):
     assert "3 photos of 0.05 to 0.1 megapixels" in photos.caption
     assert [row["shots"] for row in photos.rows] == [1, 2]
     for row in photos.rows:
-        assert min(row[f"{part}, ms"] for part in prediction_speed.PARTS) > 0
+        assert min(row[f"{part}, ms"] for part in PARTS) > 0
         assert row["masks/s"] > 0
     assert photos.rows[0]["time of 1 shot"] == 1
     nowhere = Settings(("predict",), photos=1, workdir=str(tmp_path / "nowhere"))

@@ -13,18 +13,12 @@ from PIL import Image
 from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.benchmark import jax_side, runtimes, speed
 from qpenet_jax.benchmark.flop import flop
+from qpenet_jax.benchmark.jax_side import Candidate
 from qpenet_jax.benchmark.made_up import SHARES, made_up_episodes
 from qpenet_jax.benchmark.processes import run_case
 from qpenet_jax.benchmark.settings import Case, Settings
-from qpenet_jax.benchmark.speed import fastest_variant
 from qpenet_jax.benchmark.speed_report import bar_chart, benchmark_report
-from qpenet_jax.benchmark.timing import (
-    Candidate,
-    compare,
-    differences_between,
-    interleave,
-    matmul_rate,
-)
+from qpenet_jax.benchmark.timing import ROUNDS, differences_between, measure
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.markdown import table
@@ -131,7 +125,7 @@ def test_flop_of_resnet50():
 
 
 def test_made_up_episodes():
-    case = Case("eval", shots=2, batch=3, size=65, seed=5)
+    case = Case("eval", shots=2, batch=3, size=65)
     episode = made_up_episodes(case)
     assert episode.query_image.shape == (3, 65, 65, 3)
     assert episode.support_images.shape == (3, 2, 65, 65, 3)
@@ -166,39 +160,24 @@ def test_candidates_take_turns():
     def candidate(name, seconds):
         return lambda: (calls.append(name), clock.wait(seconds))
 
-    both = [candidate("A", 0.25), candidate("B", 0.5)]
-    times = interleave(both, rounds=4, clock=clock)
-    assert "".join(calls) == "AB" * 5  # one round warms up
-    np.testing.assert_array_equal(times, [[0.25] * 4, [0.5] * 4])
-    slow = [lambda: clock.wait(2.0), lambda: clock.wait(4.0)]
-    times = interleave(slow, seconds=60.0, clock=clock)
-    assert [len(t) for t in times] == [10, 10]  # 6 s each
-
-
-def test_a_row_compares_the_first_with_the_others():
-    clock = Clock()
-    calls = {"JAX": lambda: clock.wait(0.25), "other": lambda: clock.wait(0.5)}
-    row = compare(calls, 0.0, clock, " of cores")
-    assert row == {
-        "JAX, ms of cores": [250.0] * 3,
-        "other, ms of cores": [500.0] * 3,
-        "JAX / other of cores": [0.5] * 3,
-    }
+    both = {"JAX": candidate("A", 0.25), "other": candidate("B", 0.5)}
+    rows = measure(both, clock=clock)
+    assert "".join(calls) == "AB" * (1 + ROUNDS)  # one round warms up
+    assert rows == [
+        {"variant": "JAX", "ms": [250.0] * 3, "ratio": [1.0] * 3},
+        {"variant": "other", "ms": [500.0] * 3, "ratio": [0.5] * 3},
+    ]
+    calls.clear()
+    measure({"A": candidate("A", 2.0), "B": candidate("B", 4.0)}, 60.0, clock)
+    assert "".join(calls) == "AB" * (1 + 10)  # 6 s each
 
 
 def test_short_steps_are_repeated():
     calls = []
-    (times,) = interleave(
-        [lambda: calls.append(0)], seconds=0.035, rounds=2, clock=Clock(tick=0.01)
-    )
-    assert len(calls) == 1 + 2 * (1 + 4), "the first of a turn isn't timed"
-    np.testing.assert_allclose(times, 0.01 / 4)
-
-
-def test_rate_of_a_matrix_product():
-    clock, seconds = Clock(), iter([9.0, 0.5, 0.25, 0.5, 0.5, 0.5])
-    rate = matmul_rate(lambda: clock.wait(next(seconds)), 100, clock)
-    assert rate == 2 * 100**3 / 0.25  # the first product warms up
+    call = {"": lambda: calls.append(0)}
+    (row,) = measure(call, seconds=0.035, clock=Clock(tick=0.01))
+    assert len(calls) == 1 + ROUNDS * (1 + 4), "the first of a turn isn't timed"
+    np.testing.assert_allclose(row["ms"], 10 / 4)
 
 
 def margins(*values):
@@ -206,12 +185,12 @@ def margins(*values):
 
 
 def test_differences():
-    found = differences_between(
-        margins(2.0, -1.0, 1e-4), margins(2.0002, -1.0, -1e-4), EVAL
-    )
+    given = margins(2.0, -1.0, 1e-4), margins(2.0002, -1.0, -1e-4)
+    found = differences_between(*given, EVAL, "eager")
     assert found["margin"] == pytest.approx(1e-4, rel=1e-2)
     assert found["masks"] == 0  # the third pixel is a tie
-    assert differences_between(margins(2, -1), margins(2.1, -1), HALF)["masks"] == 0
+    given = margins(2, -1), margins(2.1, -1)
+    assert differences_between(*given, HALF, "eager")["masks"] == 0
 
 
 @pytest.mark.parametrize(
@@ -225,98 +204,85 @@ def test_differences():
     ],
 )
 def test_differences_that_are_refused(case, found, expected, named):
-    with pytest.raises(InputError, match=f"{named} of JAX and PyTorch differ"):
-        differences_between(found, expected, case)
+    with pytest.raises(InputError, match=f"{named} of JAX and eager differ"):
+        differences_between(found, expected, case, "eager")
 
 
-def at_once(numbers):
-    return Candidate(lambda: None, lambda result: numbers)
+def test_variants_are_compared_and_a_failing_compiler_is_named():
+    def failing():
+        raise RuntimeError("no C++ compiler\nand much more")
 
-
-def test_the_fastest_variant_is_chosen():
     slow = Candidate(lambda: time.sleep(0.05), lambda result: margins(1.0))
-    made = {"eager": slow, "channels_last": at_once(margins(1.0))}
-    settings = Settings(seconds=0.0, variants=("eager", "channels_last"))
-    best, rows = fastest_variant(EVAL, made.get, settings, margins(1.0))
-    assert best is made["channels_last"]
-    assert [row["variant"] for row in rows] == [*made]
-    assert rows[0]["ms"] >= 50 > rows[1]["ms"]
-    made["eager"] = at_once(margins(1.1))
-    with pytest.raises(InputError, match="margin of JAX and PyTorch differ by"):
-        fastest_variant(EVAL, made.get, settings, margins(1.0))
-
-
-def test_a_failing_compiler_is_named():
-    def make(variant):
-        if variant == "compile":
-            raise RuntimeError("no C++ compiler\nand much more")
-        return at_once(margins(1.0))
-
-    settings = Settings(seconds=0.0, variants=("eager", "compile"))
-    best, rows = fastest_variant(EVAL, make, settings, margins(1.0))
-    assert best.call() is None
-    assert rows[1]["failed"] == "no C++ compiler"
-    assert "ms" not in rows[1]
-    alone = Settings(seconds=0.0, variants=("compile",))
-    with pytest.raises(InputError, match=r"PyTorch fails: no C\+\+ compiler"):
-        fastest_variant(EVAL, make, alone, margins(1.0))
+    at_once = Candidate(lambda: None, lambda result: margins(1.0))
+    makers = {"eager": lambda: slow, "compile": failing}
+    in_jax, eager, compiled = speed.compared_steps(EVAL, at_once, makers, 0.0)
+    assert (in_jax["variant"], in_jax["ratio"][1]) == ("JAX", 1)
+    assert (eager["variant"], eager["margin"], eager["masks"]) == ("eager", 0, 0)
+    assert eager["ms"][1] >= 50 > in_jax["ms"][1]
+    assert compiled["failed"] == "no C++ compiler"
+    assert compiled.keys() == {"step", "variant", "failed"}
+    with pytest.raises(RuntimeError, match="no C"):
+        speed.compared_steps(EVAL, at_once, {"eager": failing}, 0.0)
+    other = Candidate(lambda: None, lambda result: margins(1.1))
+    with pytest.raises(InputError, match="margin of JAX and compile differ by"):
+        speed.compared_steps(EVAL, at_once, {"compile": lambda: other}, 0.0)
 
 
 @pytest.mark.slow
 def test_a_case_in_a_process_of_its_own(tmp_path):
     before = time.time()
-    found = run_case(BACKBONE, cache=str(tmp_path))
-    assert found.keys() == {"start_s", "peak_bytes", "import_bytes"}
-    assert 0 < found["start_s"] < time.time() - before
-    assert 2e7 < found["import_bytes"] < found["peak_bytes"] < 4e9
-    unknown = dataclasses.replace(BACKBONE, weights="nowhere.safetensors")
+    found = run_case(BACKBONE, "JAX", "", str(tmp_path))
+    assert found.keys() == {"start, s", "MiB", "imports, MiB"}
+    assert 0 < found["start, s"] < time.time() - before
+    assert 20 < found["imports, MiB"] < found["MiB"] < 4000
+    unknown = dataclasses.replace(BACKBONE, backbone="nowhere")
     with pytest.raises(InputError, match=r"benchmark\.processes failed: .*nowhere"):
-        run_case(unknown, cache=str(tmp_path))
+        run_case(unknown, "JAX", "", str(tmp_path))
 
 
 # --- the whole --------------------------------------------------------------------
 
 
 def measured(**options):
-    fixed = {"size": 33, "network": NETWORK, "seconds": 0.0, "processes": False}
-    settings = Settings(**{"shots": (1,), "batch": (1,), **fixed, **options})
-    return speed.benchmark(settings)
+    given = {"shots": (1,), "batch": (1,), "size": 33, "seconds": 0.0}
+    return speed.benchmark(Settings(**given | options))
 
 
-def an_invented_result():
-    rows = [
+RESULT = {
+    "facts": {"cpu": "A CPU", "cores": 2},
+    "tables": [
         {
-            "step": "eval, 1 shot",
-            "GFLOP": 200.0,
-            "JAX, ms": [700.0, 800.0, 900.0],
-            "variant of PyTorch": "compile",
-            "PyTorch, ms": [900.0, 1000.0, 1100.0],
-            "JAX / PyTorch": [0.78, 0.8, 0.85],
+            "caption": "Time of one step.",
+            "rows": [
+                {
+                    "step": "eval",
+                    "variant": "JAX",
+                    "ms": [700.0, 800.0, 900.0],
+                    "GFLOP": 200.0,
+                },
+                {"step": "eval", "variant": "eager", "ms": [900.0, 1000.0, 1100.0]},
+                {"step": "eval", "variant": "compile", "failed": "no compiler"},
+            ],
         },
-        {"step": "train, 1 shot", "GFLOP": 0.1234, "JAX, ms": [10.0, 20.0, 30.0]},
-    ]
-    tables = [
-        {"caption": "Time of one step.", "rows": rows},
-        {"caption": "Others.", "rows": [{"shots": 5, "ratio": 0.25, "what": None}]},
-    ]
-    return {"facts": {"cpu": "A CPU", "seed": 0}, "tables": tables}
+        {"caption": "Others.", "rows": [{"shots": 5, "ratio": 0.1234, "what": None}]},
+    ],
+}
 
 
 def test_markdown_of_known_numbers():
-    header = [*an_invented_result()["tables"][0]["rows"][0]]
     cells = [
-        ["eval, 1 shot", "200", "800 (700-900)", "compile", "1,000 (900-1,100)"],
-        ["train, 1 shot", "0.123", "20 (10-30)", "-", "-"],
+        ["eval", "JAX", "800 (700-900)", "200", "-"],
+        ["eval", "eager", "1,000 (900-1,100)", "-", "-"],
+        ["eval", "compile", "-", "-", "no compiler"],
     ]
-    cells[0].append("0.8 (0.78-0.85)")
-    cells[1].append("-")
-    parts = ["cpu: A CPU; seed: 0.", "Time of one step.", table(header, cells, True)]
-    parts += ["Others.", table(["shots", "ratio", "what"], [["5", "0.25", "-"]], True)]
-    assert benchmark_report(an_invented_result()) == "\n\n".join(parts)
+    header = ["step", "variant", "ms", "GFLOP", "failed"]
+    parts = ["cpu: A CPU; cores: 2.", "Time of one step.", table(header, cells, True)]
+    others = table(["shots", "ratio", "what"], [["5", "0.123", "-"]], True)
+    assert benchmark_report(RESULT) == "\n\n".join([*parts, "Others.", others])
 
 
 def test_chart_of_known_numbers(tmp_path):
-    bar_chart(an_invented_result(), tmp_path / "chart.png")
+    assert bar_chart(RESULT, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     lengths = [
@@ -324,8 +290,8 @@ def test_chart_of_known_numbers(tmp_path):
         for colour in ((213, 94, 0), (0, 114, 178))
     ]
     assert lengths[0] / lengths[1] == pytest.approx(0.8, abs=0.02)
-    with pytest.raises(ValueError, match="nothing to draw"):
-        bar_chart({"facts": {}, "tables": []}, tmp_path / "none.png")
+    assert not bar_chart({"facts": {}, "tables": []}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -367,7 +333,8 @@ def test_the_command_writes_tables_numbers_and_chart(tmp_path, capsys):
     names = [f"backbone, {n}, batch 1, float32" for n in ("1 shot", "2 shots")]
     assert [row["step"] for row in steps["rows"]] == names
     for row in steps["rows"]:
-        low, median, high = row["JAX, ms"]
+        assert row["variant"] == "JAX"
+        low, median, high = row["ms"]
         assert 0 < low <= median <= high
         assert row["GFLOP/s"] == pytest.approx(1e3 * row["GFLOP"] / median)
         assert row["% of peak"] > 0
@@ -423,23 +390,26 @@ def test_backbone_weights_go_both_ways(torch_side, name):
 @pytest.mark.parity
 def test_against_the_twin(torch_side):
     variants = ("eager", "channels_last")
-    result = measured(what=("eval", "train"), against="torch", variants=variants)
-    assert json.loads(json.dumps(result)) == result
-    steps, tried = (each["rows"] for each in result["tables"])
+    settings = Settings(
+        shots=(1,),
+        batch=(1,),
+        size=33,
+        network=NETWORK,
+        seconds=0.0,
+        against="torch",
+        variants=variants,
+    )
+    (one,) = speed.step_tables(settings, new_processes=False)
+    assert json.loads(json.dumps(one.rows)) == one.rows
+    assert [row["variant"] for row in one.rows] == 2 * ["JAX", *variants]
     numbers = {"eval": {"margin", "masks"}, "train": {"loss", "gradient"}}
-    for row in tried:
+    for row in one.rows:
         compared = numbers[row["step"].split(",")[0]]
-        assert row.keys() == {"step", "variant", "ms"} | compared
-        assert max(row[name] for name in compared) < 1e-4
-    assert [row["variant"] for row in tried] == 2 * [*variants]
-    for row in steps:
-        own = [each for each in tried if each["step"] == row["step"]]
-        fastest = min(own, key=lambda each: each["ms"])
-        assert row["variant of PyTorch"] == fastest["variant"]
-        low, middle, high = row["JAX / PyTorch"]
+        low, middle, high = row["ratio"]
         assert 0 < low <= middle <= high
-        assert row["PyTorch, ms"][0] > 0
-    assert "torch 2" in result["facts"]["versions"]
+        assert row["ms"][0] > 0
+        if row["variant"] != "JAX":
+            assert max(row[name] for name in compared) < 1e-4
 
 
 @pytest.mark.parity
@@ -461,8 +431,8 @@ def test_a_changed_weight_of_the_twin_is_refused(torch_side, part):
         **{part: jax.tree.map(lambda x: 1.2 * x, getattr(weights, part))}
     )
     twins = torch_side.torch_candidate(EVAL, "eager", "cpu", episodes, changed)
-    with pytest.raises(InputError, match="margin of JAX and PyTorch differ by"):
-        differences_between(expected, twins.numbers(twins.call()), EVAL)
+    with pytest.raises(InputError, match="margin of JAX and eager differ by"):
+        differences_between(expected, twins.numbers(twins.call()), EVAL, "eager")
 
 
 @pytest.mark.parity
@@ -472,11 +442,14 @@ def test_run_times_of_onnx_compute_the_same_and_are_timed():
     # OpenVINO sends statistics to its makers.
     sessions = {"onnxruntime": runtimes.RUNTIMES["onnxruntime"]}
     case = Case("eval", backbone="efficientnet_lite0", size=33, network=NETWORK)
-    encode, decode = runtimes.compare_runtimes(case, sessions, 0.0)
-    assert [encode["part"], decode["part"]] == ["encode_query", "decode_1shot"]
-    assert decode["onnxruntime: difference"] < 1e-4
-    for row in (encode, decode):
-        for header in ("JAX / onnxruntime", "JAX / onnxruntime of cores"):
+    rows = runtimes.compare_runtimes(case, sessions, 0.0)
+    found = [(row["part"], row["variant"]) for row in rows]
+    both = ("JAX", "onnxruntime")
+    parts = ("encode_query", "decode_1shot")
+    assert found == [(part, name) for part in parts for name in both]
+    assert rows[3]["difference"] < 1e-4
+    for row in rows:
+        for header in ("ratio", "ratio of cores"):
             low, middle, high = row[header]
             assert 0 < low <= middle <= high
 

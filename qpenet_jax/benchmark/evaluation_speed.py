@@ -6,6 +6,7 @@ The prediction beside it encodes all images of its episode.
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -19,10 +20,7 @@ from qpenet_jax.benchmark.jax_side import random_params
 from qpenet_jax.benchmark.settings import Settings
 from qpenet_jax.benchmark.speed_report import Row, Table
 from qpenet_jax.config import default_config
-from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.loader import load_episode
-from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import score_episodes
 from qpenet_jax.runs.build import (
@@ -64,7 +62,7 @@ def evaluation_speed(settings: Settings, config: Any | None = None) -> Table:
 def made_up_config(settings: Settings, dtype: str) -> Any:
     """Returns a config of the settings' backbone on 64 made-up images."""
     config = default_config()
-    config.update(side=settings.size, dtype=dtype, seed=settings.seed, workers=0)
+    config.update(side=settings.size, dtype=dtype, workers=0)
     config.backbone.name = settings.backbone
     config.model.update(settings.network)
     config.dataset.update(
@@ -79,23 +77,28 @@ def timed_evaluation(config: Any, shots: int, episodes: int = 0) -> Row:
     """Times an evaluation and, before and after it, predictions of single episodes."""
     changes: dict[str, Any] = {"episodes": episodes} if episodes else {}
     protocol = build_protocol(config, shots=shots, **changes)
-    dataset, rng = build_dataset(config, "val"), np.random.default_rng(config.seed)
+    dataset, rng = build_dataset(config, "val"), np.random.default_rng(0)
     samplers = build_eval_samplers(config, dataset, protocol)
     shapes = weight_shapes(build_backbone(config), deep=is_released(config))
     predictor = build_predictor(
         config, random_params(params_like(config), rng), random_params(shapes, rng)
     )
 
-    def evaluate(protocol: Protocol) -> float:
-        start = perf_counter()
+    def evaluate(protocol: Protocol) -> None:
         score_episodes(predictor, dataset, protocol, samplers, workers=config.workers)
-        return perf_counter() - start
+
+    def predict() -> list[float]:
+        batches = (
+            load_episode(dataset, samplers[0](i), protocol.side, resize=protocol.resize)
+            for i in (0, *range(min(STEPS, protocol.episodes)))  # the first compiles
+        )
+        arrays = (jax.tree.map(lambda x: jnp.asarray(x)[None], b) for b in batches)
+        return [seconds_of(predictor, batch) for batch in arrays][1:]
 
     evaluate(dataclasses.replace(protocol, episodes=1))  # compiles
-    steps = _predictions(predictor, dataset, protocol, samplers[0])
-    seconds = evaluate(protocol)
-    steps += _predictions(predictor, dataset, protocol, samplers[0])
-    each = seconds / (protocol.episodes * len(samplers))
+    before = predict()
+    each = seconds_of(evaluate, protocol) / (protocol.episodes * len(samplers))
+    step = float(np.mean(before + predict()))
     return {
         "backbone": config.backbone.name,
         "dtype": resolve_dtype(config.dtype),
@@ -103,26 +106,14 @@ def timed_evaluation(config: Any, shots: int, episodes: int = 0) -> Row:
         "episodes": protocol.episodes,
         "seeds": len(samplers),
         "evaluation, ms per episode": 1e3 * each,
-        "one prediction, ms": 1e3 * float(np.mean(steps)),
-        "ratio": each / float(np.mean(steps)),
+        "one prediction, ms": 1e3 * step,
+        "ratio": each / step,
         "protocol": str(protocol),
     }
 
 
-def _predictions(
-    predictor: Predictor,
-    dataset: SegmentationDataset,
-    protocol: Protocol,
-    sampler: EpisodeSampler,
-) -> list[float]:
-    """Returns the seconds of single episodes, after a prediction that compiles."""
-    seconds = []
-    for index in (0, *range(min(STEPS, protocol.episodes))):
-        loaded = load_episode(
-            dataset, sampler(index), protocol.side, resize=protocol.resize
-        )
-        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], loaded)
-        start = perf_counter()
-        jax.block_until_ready(predictor(batch))
-        seconds.append(perf_counter() - start)
-    return seconds[1:]
+def seconds_of(function: Callable[[Any], Any], argument: Any) -> float:
+    """Returns how long a function takes, until its result is computed."""
+    start = perf_counter()
+    jax.block_until_ready(function(argument))
+    return perf_counter() - start

@@ -12,11 +12,9 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
-from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.precision import cast, in_dtype
 from qpenet_jax.backbones.registry import backbone, features, weight_shapes
 from qpenet_jax.benchmark.settings import Case
-from qpenet_jax.benchmark.timing import Candidate, matmul_rate
 from qpenet_jax.core.runtime import peak_memory
 from qpenet_jax.core.types import Episode
 from qpenet_jax.evaluation.predictor import qpenet_predictor
@@ -38,6 +36,17 @@ LINEAR = ("conv3", "downsample", "project")
 """Convolutions of backbones that no ReLU follows; the others' weights are He's."""
 
 
+class Candidate(NamedTuple):
+    """A step of JAX or PyTorch that is timed.
+
+    `call` does a step and returns its result when it is finished; `numbers` takes the
+    first result and returns the numbers that must be equal for both.
+    """
+
+    call: Callable[[], Any]
+    numbers: Callable[[Any], dict[str, np.ndarray]]
+
+
 class Weights(NamedTuple):
     """The parameters of both sides: the frozen backbone's and QPENet's."""
 
@@ -46,15 +55,9 @@ class Weights(NamedTuple):
 
 
 def random_weights(case: Case) -> Weights:
-    """Returns random parameters by the case's seed, of the backbone those of its file.
-
-    Raises InputError as `load_weights` and `backbone` do.
-    """
-    net, rng = backbone(case.backbone), np.random.default_rng(case.seed)
-    if case.weights:
-        frozen = load_weights(case.backbone, case.weights, deep=case.released)
-    else:
-        frozen = random_params(weight_shapes(net, deep=case.released), rng)
+    """Returns random parameters, always the same ones."""
+    net, rng = backbone(case.backbone), np.random.default_rng(0)
+    frozen = random_params(weight_shapes(net, deep=case.released), rng)
     shapes = jax.eval_shape(lambda: initial_params(case))
     return Weights(frozen, random_params(shapes, rng))
 
@@ -83,9 +86,9 @@ def random_params(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:
 
 def initial_params(case: Case) -> PyTree[Array]:
     """Returns QPENet's parameters as training initialises them."""
-    model, channels = network_of(case), backbone(case.backbone).channels
-    key = jax.random.key(case.seed)
-    return init_state(model, optax.identity(), channels=channels, key=key).params
+    channels, key = backbone(case.backbone).channels, jax.random.key(0)
+    none = optax.identity()
+    return init_state(network_of(case), none, channels=channels, key=key).params
 
 
 def network_of(case: Case) -> QPENet | ReleasedQPENet:
@@ -126,7 +129,7 @@ def inputs_of(case: Case, weights: Weights, episodes: Episode) -> tuple[Any, ...
         return params, frozen, batch
     params = jax.tree.map(jnp.copy, params)  # the step takes the state's memory
     state = TrainState(jnp.zeros((), jnp.int32), params, _optimizer().init(params))
-    return state, frozen, batch, jax.random.key(case.seed)
+    return state, frozen, batch, jax.random.key(0)
 
 
 def _optimizer() -> optax.GradientTransformation:
@@ -159,14 +162,6 @@ def jax_candidate(case: Case, weights: Weights, episodes: Episode) -> Candidate:
 def as_vector(tree: PyTree) -> np.ndarray:
     """Returns all numbers of a tree as a vector, by sorted names."""
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def peak_rate(dtype: str, rows: int) -> float:
-    """Returns the FLOP/s of a product of two square matrices."""
-    kind = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
-    matrix = jnp.ones((rows, rows), kind)
-    product = jax.jit(jnp.matmul)
-    return matmul_rate(lambda: product(matrix, matrix).block_until_ready(), rows)
 
 
 def device_memory() -> int:

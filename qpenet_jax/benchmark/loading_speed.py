@@ -19,8 +19,8 @@ from jaxtyping import Float32, UInt8
 
 from qpenet_jax.benchmark.made_up import made_up_photos
 from qpenet_jax.benchmark.settings import Settings
-from qpenet_jax.benchmark.speed_report import Table
-from qpenet_jax.benchmark.timing import interleave, quartiles
+from qpenet_jax.benchmark.speed_report import Row, Table
+from qpenet_jax.benchmark.timing import measure
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation, augment, draw
 from qpenet_jax.data.episodes import (
@@ -64,72 +64,57 @@ def loading_speed(
     Raises:
         InputError: no episode can be sampled from the data set.
     """
-    with _one_thread(), tempfile.TemporaryDirectory() as folder:
-        data: Any = dataset or made_up_photos(Path(folder, "photos"))
+    with contextlib.ExitStack() as stack:
+        # What is measured is one core: no threads of OpenCV's own.
+        stack.callback(cv2.setNumThreads, cv2.getNumThreads())
+        cv2.setNumThreads(0)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        data: Any = dataset or made_up_photos(folder / "photos")
         classes = tuple(range(1, len(data.classes) + 1))
         samplers = [
-            EpisodeSampler(data.counts, classes, k, settings.seed, on_few="drop")
+            EpisodeSampler(data.counts, classes, k, 0, on_few="drop")
             for k in settings.shots
         ]
-        loads = _loads(data, settings, Path(folder, "decoded"))
+        options = {"side": settings.size, "augmentation": Augmentation(), "seed": 0}
+        decoded = Decoded(data, folder / "decoded")
+        canvas = canvas_side(decoded.sizes, settings.size)
+        in_parts = functools.partial(load_in_parts, data, **options)
+        loads: dict[str, Load] = {
+            "float32": functools.partial(in_parts, float32=True, seconds={}),
+            "host": functools.partial(load_episode, data, **options),
+            "device": functools.partial(
+                load_raw_episode, decoded, canvas=canvas, **options
+            ),
+        }
         yield Table(
             f"Training episodes at {settings.size} pixels from "
             f"{getattr(data, 'version', type(data).__name__)}, {len(data)} images. On "
-            "one core, in this process (cv2.setNumThreads(0), freed memory is kept). "
-            "The same pipeline in float32, which also normalises, makes the same "
-            "episodes in turns; medians of all rounds, and the quartiles of the ratio "
-            "in brackets. The last columns are the work of the host where the device "
-            "augments, from images that are already decoded.",
-            [_compare(sampler, loads, settings.seconds) for sampler in samplers],
+            "one core, in this process (cv2.setNumThreads(0), freed memory is kept), "
+            "the same episodes in turns: in float32, normalised as well; as the host "
+            "augments; and the host's work where the device augments, from decoded "
+            "images. The ratio is the time in float32 divided by the row's.",
+            [
+                row
+                for sampler in samplers
+                for row in compare_loads(sampler, loads, settings.seconds)
+            ],
         )
         # Before Grain, whose threads go on for a while.
         yield Table(
             "Milliseconds for each image on one core, in episodes of "
             f"{samplers[0].shots} shot(s).",
-            _parts(data, samplers[0], settings),
+            _parts(in_parts, samplers[0]),
         )
+        streams = itertools.product(("host", "device"), samplers, settings.workers)
         yield Table(
             f"Batches of {BATCH} episodes from Grain (cv2.setNumThreads(0)); 0 workers "
             "are a thread.",
             [
                 {"augments": where}
                 | throughput(loads[where], sampler, workers, settings.seconds)
-                for where in ("host", "device")
-                for sampler in samplers
-                for workers in settings.workers
+                for where, sampler, workers in streams
             ],
         )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps OpenCV from using threads of its own: what is measured is one core."""
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(0)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(threads)
-
-
-def _loads(dataset: Any, settings: Settings, folder: Path) -> dict[str, Load]:
-    """Returns functions that load an episode: by the host, in float32, raw."""
-    options: dict[str, Any] = {
-        "side": settings.size,
-        "augmentation": Augmentation(),
-        "seed": settings.seed,
-    }
-    decoded = Decoded(dataset, folder)
-    canvas = canvas_side(decoded.sizes, settings.size)
-    return {
-        "host": functools.partial(load_episode, dataset, **options),
-        "float32": functools.partial(
-            load_in_parts, dataset, **options, float32=True, seconds={}
-        ),
-        "device": functools.partial(
-            load_raw_episode, decoded, canvas=canvas, **options
-        ),
-    }
 
 
 def load_in_parts(
@@ -173,34 +158,31 @@ def normalised(image: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 
     return (image - MEAN) / STD
 
 
-def _compare(
+def compare_loads(
     sampler: EpisodeSampler, loads: Mapping[str, Load], seconds: float
-) -> dict[str, Any]:
+) -> list[Row]:
     """Makes the same episodes in all ways in turns; rates are of the median round."""
-    episodes = [map(sampler, itertools.count()) for _ in loads]
-    calls = [
-        lambda load=load, ids=ids: load(next(ids))
-        for load, ids in zip(loads.values(), episodes, strict=True)
-    ]
-    times = dict(zip(loads, interleave(calls, seconds), strict=True))
-    row: dict[str, Any] = {"shots": sampler.shots}
-    for name, each in times.items():
-        rate = 1 / quartiles(each)[1]
-        row[f"{name}: episodes/s"] = rate
-        row[f"{name}: images/s"] = rate * (sampler.shots + 1)
-    return row | {"host / float32": quartiles(times["float32"] / times["host"])}
+    calls = {
+        name: map(load, map(sampler, itertools.count())).__next__
+        for name, load in loads.items()
+    }
+    rows = measure(calls, seconds)
+    for row in rows:
+        row |= _rates(1e3 / row["ms"][1], sampler)
+    return [{"shots": sampler.shots} | row for row in rows]
 
 
-def _parts(
-    dataset: Any, sampler: EpisodeSampler, settings: Settings
-) -> list[dict[str, Any]]:
+def _rates(episodes: float, sampler: EpisodeSampler) -> Row:
+    return {"episodes/s": episodes, "images/s": episodes * (sampler.shots + 1)}
+
+
+def _parts(load: Callable[..., Any], sampler: EpisodeSampler) -> list[Row]:
     """Returns milliseconds per image of each part of both pipelines."""
     found: dict[str, dict[str, float]] = {"host": {}, "float32": {}}
     for name, ids in itertools.product(found, map(sampler, range(EPISODES))):
-        options = settings.size, Augmentation(), settings.seed
-        load_in_parts(dataset, ids, *options, name == "float32", found[name])
+        load(ids=ids, float32=name == "float32", seconds=found[name])
     images = EPISODES * (sampler.shots + 1)
-    rows: list[dict[str, Any]] = [{"part": part} for part in found["float32"]]
+    rows: list[Row] = [{"part": part} for part in found["float32"]]
     for row, (name, seconds) in itertools.product(rows, found.items()):
         each = seconds.get(row["part"], 0.0)
         row[f"{name}, ms"] = 1e3 * each / images
@@ -214,7 +196,7 @@ def throughput(
     workers: int,
     seconds: float,
     clock: Callable[[], float] = perf_counter,
-) -> dict[str, Any]:
+) -> Row:
     """Counts the episodes of a stream from when its workers and buffers run."""
     stream = training_batches(load, sampler, batch_size=BATCH, workers=workers)
     with contextlib.closing(stream) as batches:
@@ -224,12 +206,7 @@ def throughput(
         while not episodes or clock() - start < seconds:
             next(batches)
             episodes += BATCH
-        rate = episodes / (clock() - start)
-    images = rate * (sampler.shots + 1)
-    return {
-        "shots": sampler.shots,
-        "workers": workers,
-        "episodes/s": rate,
-        "images/s": images,
-        "images/s per worker": images / max(workers, 1),
-    }
+        rates = _rates(episodes / (clock() - start), sampler)
+    each = rates["images/s"] / max(workers, 1)
+    shape = {"shots": sampler.shots, "workers": workers}
+    return shape | rates | {"images/s per worker": each}

@@ -22,6 +22,10 @@ SHARES = (0.02, 0.4)
 objects of 2,048 pixels or more cover 2 to 41 %. The cost of attention depends on it."""
 
 
+Files = tuple[Path, Path]
+"""The files of a photo and of its label."""
+
+
 def made_up_photo(
     index: int, megapixels: float = 0.1875
 ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
@@ -53,7 +57,7 @@ def made_up_photo(
 def made_up_episodes(case: Case) -> Episode:
     """Returns the case's batch of episodes; every photo has an object of its own."""
     fitted = []
-    for index in range(case.seed * case.images, (case.seed + 1) * case.images):
+    for index in range(case.batch * (case.shots + 1)):
         image, label = made_up_photo(index)
         mask = binary_mask(label, index % CLASSES + 1)
         fitted.append((fit(image, case.size), fit_label(mask, case.size)))
@@ -63,28 +67,25 @@ def made_up_episodes(case: Case) -> Episode:
     return Episode(images[:, 0], masks[:, 0], images[:, 1:], masks[:, 1:])
 
 
+def write_photo(folder: Path, index: int, megapixels: float = 0.1875) -> Files:
+    """Writes a photo as JPEG into images/, its label as PNG into masks/."""
+    image, label = made_up_photo(index, megapixels)
+    photo = folder / "images" / f"{index:05d}.jpg"
+    mask = folder / "masks" / f"{index:05d}.png"
+    for file in (photo, mask):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(photo), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), QUALITY)
+    cv2.imwrite(str(mask), label)
+    return photo, mask
+
+
 def made_up_photos(folder: Path, count: int = PHOTOS) -> Prepared:
-    """Writes photos as JPEGs with labels, as `qpenet prepare` does."""
+    """Writes photos as JPEGs with labels, and prepares them as users prepare theirs."""
     # TFDS is imported where it is needed: it takes most of a second.
-    from qpenet_jax.data.prepare.builder import (
-        LabelledImage,
-        SegmentationBuilder,
-        Source,
-        prepare,
-    )
+    from qpenet_jax.data.prepare.image_folder import prepare_folder
 
-    class Photos(SegmentationBuilder, skip_registration=True):
-        """Smooth noise with an ellipse, the size of photos."""
-
-        name = "made_up_photos"
-
-    def example(split: str, name: str) -> LabelledImage:
-        image, label = made_up_photo(int(name))
-        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-        _, encoded = cv2.imencode(".jpg", bgr, QUALITY)
-        return LabelledImage(name, encoded.tobytes(), label, name, name)
-
-    names = [str(i) for i in range(count)]
-    classes = tuple(f"class {c}" for c in range(1, CLASSES + 1))
-    source = Source(classes, {"train": names}, example, count * 100_000)
-    return Prepared(prepare(Photos, source, folder, "main"), "train")
+    names = [write_photo(folder, i)[0].stem for i in range(count)]
+    classes = [f"class {c}" for c in range(1, CLASSES + 1)]
+    (folder / "classes.txt").write_text("\n".join(classes))
+    (folder / "train.txt").write_text("\n".join(names))
+    return Prepared(prepare_folder(folder, folder / "prepared"), "train")

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax import export
 from tqdm import tqdm
 
 from qpenet_jax.benchmark import jax_side
+from qpenet_jax.benchmark.made_up import made_up_episodes
 from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.benchmark.speed_report import Row, Table
-from qpenet_jax.core.types import Episode
+from qpenet_jax.core.types import IGNORE
 from qpenet_jax.evaluation.scoring import CACHE_BYTES
 from qpenet_jax.models.qpenet import QPENet
 
@@ -43,8 +43,7 @@ def memory_plans(settings: Settings) -> Table:
     here = export.default_export_platform()
     platforms = (here, "cuda") if here == "cpu" else (here,)
     rows = []
-    cases = list(settings.cases(("eval", "train")))
-    for case in tqdm(cases, desc="planning", unit="step"):
+    for case in tqdm([*settings.cases(("eval", "train"))], "planning", unit="step"):
         row: Row = {"step": str(case)}
         for platform in platforms:
             found, name = plan(case, platform), PLATFORMS.get(platform, platform)
@@ -59,21 +58,13 @@ def plan(case: Case, platform: str) -> dict[str, int]:
     dropout = {name: getattr(QPENet, name) for name in jax_side.NO_DROPOUT}
     case = dataclasses.replace(case, network={**dropout, **case.network})
 
-    def images(*axes: int, dtype: Any = np.uint8) -> Any:
-        return jax.ShapeDtypeStruct((case.batch, *axes), dtype)
-
-    query, supports = [case.size] * 2, [case.shots, case.size, case.size]
-    episodes = Episode(
-        images(*query, 3),
-        images(*query),
-        images(*supports, 3),
-        images(*supports),
-        images(*query, dtype=bool),
-        images(*supports, dtype=bool),
+    episodes = made_up_episodes(case)
+    episodes = episodes._replace(
+        query_padding=episodes.query_mask == IGNORE,
+        support_padding=episodes.support_masks == IGNORE,
     )
     inputs = jax.eval_shape(
-        lambda batch: jax_side.inputs_of(case, jax_side.random_weights(case), batch),
-        episodes,
+        lambda: jax_side.inputs_of(case, jax_side.random_weights(case), episodes)
     )
     return planned(jax_side.step_of(case), inputs, platform)
 

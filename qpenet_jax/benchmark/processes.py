@@ -9,12 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
-
-import jax
 
 from qpenet_jax.benchmark.made_up import made_up_episodes
 from qpenet_jax.benchmark.settings import Case
+from qpenet_jax.benchmark.speed_report import Row
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import keep_freed_memory
 
@@ -39,48 +37,49 @@ def run_module(words: Sequence[str], **environment: str) -> str:
     return done.stdout
 
 
-def run_case(case: Case, **options: str) -> dict[str, Any]:
+def run_case(case: Case, variant: str, device: str, cache: str) -> Row:
     """Returns the measurements of `main` from a new process.
 
-    Raises:
-        InputError: it failed, with its last line.
+    It takes its compilations from the folder `cache` and leaves them there. Raises
+    InputError as `run_module` does.
     """
-    given = {"case": dataclasses.asdict(case), "started": time.time(), **options}
-    return json.loads(run_module([__name__, json.dumps(given)]).splitlines()[-1])
+    given = [dataclasses.asdict(case), variant, device, time.time()]
+    words = [__name__, json.dumps(given)]
+    printed = run_module(words, JAX_COMPILATION_CACHE_DIR=cache)
+    return json.loads(printed.splitlines()[-1])
 
 
 def main() -> None:
-    """Does three steps of the case in the JSON argument and prints JSON.
+    """Does three steps of the case in the JSON argument and prints a row as JSON.
 
-    "start_s" is from the start of the process to the end of the first step, and
-    "peak_bytes" the peak memory, of which the libraries took "import_bytes". With
-    `variant` it is PyTorch on `device`, otherwise JAX with its compilation `cache`.
+    "start, s" is from the start of the process to the end of the first step, and "MiB"
+    the peak memory, of which importing the libraries took "imports, MiB". The variant
+    is "JAX", or one of PyTorch on a device.
     """
-    given = json.loads(sys.argv[1])
-    case = Case(**given["case"])
+    fields, variant, device, started = json.loads(sys.argv[1])
+    case = Case(**fields)
     keep_freed_memory()
-    if "variant" in given:
-        torch_side = importlib.import_module("qpenet_jax.benchmark.torch_side")
-        memory = functools.partial(torch_side.device_memory, given["device"])
-        at_import = memory()
-        options = given["variant"], given["device"], made_up_episodes(case)
-        step = torch_side.torch_candidate(case, *options).call
-    else:
+    if variant == "JAX":
         from qpenet_jax.benchmark import jax_side
 
-        jax.config.update("jax_compilation_cache_dir", given["cache"])
         memory = jax_side.device_memory
-        at_import = memory()
+        imports = memory()
         # Training starts with a compiled initialisation, so that counts, too.
         params = jax_side.initial_params(case)
         weights = jax_side.random_weights(case)._replace(params=params)
         step = jax_side.jax_candidate(case, weights, made_up_episodes(case)).call
+    else:
+        torch_side = importlib.import_module("qpenet_jax.benchmark.torch_side")
+        memory = functools.partial(torch_side.device_memory, device)
+        imports = memory()
+        episodes = made_up_episodes(case)
+        step = torch_side.torch_candidate(case, variant, device, episodes).call
     step()
-    start = time.time() - given["started"]
+    start = time.time() - started
     step()
     step()
-    found = {"start_s": start, "peak_bytes": memory(), "import_bytes": at_import}
-    print(json.dumps(found))
+    row = {"MiB": memory() / 2**20, "imports, MiB": imports / 2**20}
+    print(json.dumps({"start, s": start} | row))
 
 
 if __name__ == "__main__":

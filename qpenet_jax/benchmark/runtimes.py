@@ -21,13 +21,10 @@ from qpenet_jax.benchmark.jax_side import network_of, random_weights
 from qpenet_jax.benchmark.made_up import made_up_episodes
 from qpenet_jax.benchmark.settings import Case, Settings
 from qpenet_jax.benchmark.speed_report import Row, Table
-from qpenet_jax.benchmark.timing import compare, differences_between
+from qpenet_jax.benchmark.timing import differences_between, measure
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.predictor import qpenet_predictor
 from qpenet_jax.runs.export import network_parts, onnx
-
-CLOCKS = {"": time.perf_counter, " of cores": time.process_time}
-"""How headers end, and the clock: of the wall, and of all cores together."""
 
 Session = Callable[[dict[str, np.ndarray]], dict[str, Any]]
 """A loaded model: named inputs to named outputs."""
@@ -55,8 +52,10 @@ def runtimes(settings: Settings) -> Table:
         rows += compare_runtimes(case, sessions, settings.seconds)
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in sessions)
     return Table(
-        f"One photo at a time, in turns; medians and quartiles. {versions}; "
-        f"{threads()} thread(s). Differences of margins are shares of the largest.",
+        "One photo at a time, in turns; medians and quartiles of the clock's time and "
+        "of the time of all cores together. The ratio is JAX's time divided by the "
+        f"row's. {versions}; {threads()} thread(s). Differences of margins are shares "
+        "of the largest.",
         rows,
     )
 
@@ -64,7 +63,7 @@ def runtimes(settings: Settings) -> Table:
 def compare_runtimes(
     case: Case, sessions: Mapping[str, Callable[[bytes], Session]], seconds: float
 ) -> list[Row]:
-    """Returns a row a part: times, and how far the run times' margins differ.
+    """Returns a row for each part and run time, with the margins' difference from JAX.
 
     Raises:
         InputError: the margins of a run time differ from JAX's.
@@ -72,17 +71,15 @@ def compare_runtimes(
     weights, episode = random_weights(case), made_up_episodes(case)
     networks = network_of(case), backbone(case.backbone)
     predict = qpenet_predictor(*networks, weights.params, weights.backbone)
-    supports = tuple(
-        predict.encode(episode.support_images[:, k], ("support",))
-        for k in range(case.shots)
-    )
-    query = predict.encode(episode.query_image, ("query",))
-    in_jax: dict[str, Callable[[], Any]] = {
-        "encode_query": lambda: predict.encode(episode.query_image, ("query",)),
-        f"decode_{case.shots}shot": lambda: predict.decode(
-            supports, episode.support_masks, query
+    encode = functools.partial(predict.encode, episode.query_image, ("query",))
+    query, supports = (
+        encode(),
+        tuple(
+            predict.encode(episode.support_images[:, k], ("support",))
+            for k in range(case.shots)
         ),
-    }
+    )
+    decode = functools.partial(predict.decode, supports, episode.support_masks, query)
     parts = network_parts(
         networks, weights.params, weights.backbone, case.size, (case.shots,)
     )
@@ -91,20 +88,22 @@ def compare_runtimes(
     arrays |= {f"query_{n}": np.asarray(x) for n, x in query.items()}
     arrays |= {f"support_{n}": x for n, x in stacked.items()}
     rows = []
-    for name, call in in_jax.items():
+    for name, call in (("encode_query", encode), (f"decode_{case.shots}shot", decode)):
         model = onnx(parts[name], name)
         inputs = {n: arrays[n] for n in parts[name].inputs}
         others = {n: functools.partial(f(model), inputs) for n, f in sessions.items()}
-        row: Row = {"part": name}
-        for other, run in others.items() if name.startswith("decode") else ():
-            margin = {"margin": np.asarray(call())}
-            theirs = {"margin": run()["margin"]}
-            found = differences_between(margin, theirs, case, other)
-            row[f"{other}: difference"] = found["margin"]
+        found = {}
+        if call is decode:
+            margin = {"margin": np.asarray(decode())}
+            for other, run in others.items():
+                its = {"margin": run()["margin"]}
+                found[other] = differences_between(margin, its, case, other)["margin"]
         calls = {"JAX": lambda call=call: jax.block_until_ready(call()), **others}
-        for ending, clock in CLOCKS.items():
-            row |= compare(calls, seconds / len(CLOCKS), clock, ending)
-        rows.append(row)
+        by_clock = measure(calls, seconds / 2)
+        of_cores = measure(calls, seconds / 2, time.process_time)
+        for row, cores in zip(by_clock, of_cores, strict=True):
+            row |= {f"{key} of cores": cores[key] for key in ("ms", "ratio")}
+            rows.append({"part": name, **row, "difference": found.get(row["variant"])})
     return rows
 
 

@@ -33,15 +33,9 @@ class Shared:
 
     backbone: str = option("resnet50", "name of the backbone")
     size: int = option(473, "side of the images in pixels")
-    weights: str = option(
-        "", "file of converted weights of the backbone, by default random"
-    )
     released: bool = option(
         False, "measure the network that the authors released, not the paper's"
     )
-    seed: int = 0
-    """Seed of random weights, images and episodes."""
-
     network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of QPENet that differ from the paper's."""
 
@@ -57,11 +51,6 @@ class Case(Shared):
     shots: int = 1
     batch: int = 1
     dtype: str = "float32"
-
-    @property
-    def images(self) -> int:
-        """Number of images that pass the backbone in a step."""
-        return self.batch * (self.shots + 1)
 
     def __str__(self) -> str:
         """Returns a name for tables and messages."""
@@ -86,9 +75,7 @@ class Settings(Shared):
     )
     against: str = option("", "also measure the same network in PyTorch")
     variants: Sequence[str] = option(
-        VARIANTS,
-        "ways of running PyTorch, of which the fastest is compared; compile takes "
-        "minutes",
+        VARIANTS, "ways of running PyTorch; compile takes minutes"
     )
     seconds: float = option(20.0, "shortest time for comparing one case", least=0)
     episodes: int = option(
@@ -101,9 +88,6 @@ class Settings(Shared):
     )
     workdir: str = option("", "predict: folder of a run, by default the starter")
     photos: int = option(100, "predict: number of made-up photos", least=1)
-    processes: bool = True
-    """Whether eval and train also run in new processes, which measure the time to the
-    first step and the peak memory."""
 
     def __post_init__(self):
         """Refuses values with which a measurement would fail later."""
@@ -131,13 +115,10 @@ class Settings(Shared):
                 "--against and protocol"
             )
 
-    def cases(self, steps: Sequence[str] | None = None) -> Iterator[Case]:
-        """Yields the single steps, by default those of `what`."""
-        chosen = self.what if steps is None else steps
-        sizes = itertools.product(STEPS, self.dtype, self.shots, self.batch)
-        for what, dtype, shots, batch in sizes:
-            if what in chosen:
-                yield self.case(what, shots, batch, dtype)
+    def cases(self, steps: Sequence[str]) -> Iterator[Case]:
+        """Yields these single steps at all sizes and in every dtype."""
+        for values in itertools.product(steps, self.shots, self.batch, self.dtype):
+            yield self.case(*values)
 
     def case(self, what: str, shots: int, batch: int, dtype: str) -> Case:
         """Returns one step of these settings."""

@@ -41,40 +41,28 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
-# --- the chart --------------------------------------------------------------------
-
-COLOURS = {"JAX, ms": "#d55e00", "PyTorch, ms": "#0072b2"}
-"""Of Okabe and Ito, which colour-blind readers distinguish, too."""
-
-
-def bar_chart(result: dict[str, Any], path: str | Path) -> None:
+def bar_chart(result: dict[str, Any], path: str | Path) -> bool:
     """Draws the time of every step as a bar and saves the chart as an image.
 
-    Raises ValueError if no step was measured.
+    Returns whether there was anything to draw.
     """
-    # Matplotlib takes long to import, which the tables shouldn't.
-    from matplotlib.figure import Figure
-
-    rows = steps_of(result)
-    if not rows:
-        raise ValueError("no step was measured: nothing to draw")
-    figure = Figure((9.0, 1.2 + 0.8 * len(rows)), dpi=100, layout="constrained")
-    figure.suptitle("Time of a step, less is better")
-    axes = figure.subplots()
-    for place, (header, colour) in zip((-0.2, 0.2), COLOURS.items(), strict=True):
-        medians = [row[header][1] if header in row else 0.0 for row in rows]
-        positions = [number + place for number in range(len(rows))]
-        bars = axes.barh(positions, medians, 0.4, color=colour, label=header)
-        axes.bar_label(bars, [as_text(each or None) for each in medians], padding=6)
-    axes.set_yticks(range(len(rows)), [row["step"] for row in rows])
-    axes.invert_yaxis()
-    axes.margins(x=0.2)  # room for the numbers
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
-
-
-def steps_of(result: dict[str, Any]) -> list[Row]:
-    """Returns the rows of steps that were timed."""
     rows = [row for each in result["tables"] for row in each["rows"]]
-    return [row for row in rows if "JAX, ms" in row and "step" in row]
+    rows = [row for row in rows if "step" in row and "ms" in row]
+    if rows:
+        # Matplotlib takes long to import, which the tables shouldn't.
+        from matplotlib.figure import Figure
+
+        figure = Figure((9.0, 1.2 + 0.4 * len(rows)), dpi=100, layout="constrained")
+        axes = figure.subplots()
+        names = [f"{row['step']}: {row['variant']}" for row in rows]
+        # Of Okabe and Ito, which colour-blind readers distinguish, too.
+        colours = ["#d55e00" if r["variant"] == "JAX" else "#0072b2" for r in rows]
+        medians = [row["ms"][1] for row in rows]
+        bars = axes.barh(names, medians, color=colours)
+        axes.bar_label(bars, [as_text(each) for each in medians], padding=6)
+        axes.set_title("Time of a step in ms, less is better")
+        axes.invert_yaxis()
+        axes.margins(x=0.2)  # room for the numbers
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path)
+    return bool(rows)

@@ -1,10 +1,10 @@
-"""How steps are compared: in turns, in one process, once their results are equal."""
+"""How things are compared: in turns, in one process, once their results are equal."""
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from qpenet_jax.benchmark.speed_report import Row
 from qpenet_jax.core.errors import InputError
 
 TURN = 1.0
-"""Seconds that a turn lasts at least: short steps are repeated. The first step of a
+"""Seconds that a turn lasts at least: short calls are repeated. The first call of a
 turn isn't timed, as the caches hold another's data and its own threads sleep."""
 
 PAUSE = 0.05
@@ -25,35 +25,28 @@ ROUNDS = 5
 Clock = Callable[[], float]
 
 
-class Candidate(NamedTuple):
-    """A step of JAX or PyTorch that is timed.
-
-    `call` does a step and returns its result when it is finished; `numbers` takes the
-    first result and returns the numbers that must be equal for both.
-    """
-
-    call: Callable[[], Any]
-    numbers: Callable[[Any], dict[str, np.ndarray]]
-
-
-def interleave(
-    calls: Sequence[Callable[[], Any]],
+def measure(
+    calls: Mapping[str, Callable[[], Any]],
     seconds: float = 0.0,
-    rounds: int = ROUNDS,
     clock: Clock = perf_counter,
-) -> list[Float[np.ndarray, "n"]]:
-    """Calls all in turns, A B A B, and returns the seconds of a call in each round.
+) -> list[Row]:
+    """Calls all in turns, A B A B, and returns a row with quartiles for each.
 
-    It goes on for `seconds`, and for `rounds` at least, after a round of warm-up. With
-    `time.process_time` as `clock` the seconds are those of all cores together, which
-    other work on the machine changes less. A turn lasts no longer than `seconds`.
+    "ms" is the time of a call, "ratio" the first's time divided by its own in the same
+    round. It goes on for `seconds`, and for ROUNDS at least, after a round of warm-up;
+    a turn lasts no longer than `seconds`. With `time.process_time` as `clock` times are
+    those of all cores together, which other work on the machine changes less.
     """
-    longest = max(_seconds(call, 1, clock) for call in calls)
+    longest = max(_seconds(call, 1, clock) for call in calls.values())
     repeats = max(1, math.ceil(min(TURN, seconds) / longest))
-    start, times = clock(), []
-    while len(times) < rounds or clock() - start < seconds:
-        times.append([_seconds(call, repeats, clock) for call in calls])
-    return list(np.array(times).T)
+    start, rounds = clock(), []
+    while len(rounds) < ROUNDS or clock() - start < seconds:
+        rounds.append([_seconds(call, repeats, clock) for call in calls.values()])
+    times = np.array(rounds).T
+    return [
+        {"variant": n, "ms": quartiles(1e3 * t), "ratio": quartiles(times[0] / t)}
+        for n, t in zip(calls, times, strict=True)
+    ]
 
 
 def _seconds(call: Callable[[], Any], repeats: int, clock: Clock) -> float:
@@ -70,33 +63,6 @@ def _seconds(call: Callable[[], Any], repeats: int, clock: Clock) -> float:
 def quartiles(values: Float[np.ndarray, "n"]) -> list[float]:
     """Returns the first, second and third quartile."""
     return np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-
-
-def compare(
-    calls: Mapping[str, Callable[[], Any]],
-    seconds: float,
-    clock: Clock = perf_counter,
-    ending: str = "",
-) -> Row:
-    """Returns the quartiles of all calls in ms, and the first's as a share of each.
-
-    `ending` ends the headers of the row.
-    """
-    times = interleave(list(calls.values()), seconds, clock=clock)
-    row: Row = {}
-    for name, each in zip(calls, times, strict=True):
-        row[f"{name}, ms{ending}"] = quartiles(1e3 * each)
-        if each is not times[0]:
-            row[f"{next(iter(calls))} / {name}{ending}"] = quartiles(times[0] / each)
-    return row
-
-
-def matmul_rate(
-    product: Callable[[], Any], rows: int, clock: Clock = perf_counter
-) -> float:
-    """Returns the best FLOP/s of five products of two square matrices."""
-    product()
-    return 2 * rows**3 / min(_seconds(product, 1, clock) for _ in range(5))
 
 
 # --- are the results equal? -------------------------------------------------------
@@ -118,7 +84,7 @@ def differences_between(
     in_jax: Mapping[str, np.ndarray],
     in_other: Mapping[str, np.ndarray],
     case: Case,
-    other: str = "PyTorch",
+    other: str,
 ) -> dict[str, float]:
     """Returns how far the results differ; refuses a comparison of different things.
 
@@ -142,7 +108,6 @@ def differences_between(
         if not value <= limit:  # NaN is refused, too
             raise InputError(
                 f"{case}: {name} of JAX and {other} differ by {value:.2g}, more than "
-                f"{limit:g}, so their speed can't be compared: "
-                "measure JAX alone"
+                f"{limit:g}, so their speed can't be compared: measure JAX alone"
             )
     return found

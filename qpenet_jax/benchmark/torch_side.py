@@ -19,12 +19,12 @@ from qpenet_jax.benchmark import twin
 from qpenet_jax.benchmark.jax_side import (
     RATE,
     STEPS,
+    Candidate,
     Weights,
     as_vector,
     network_of,
 )
 from qpenet_jax.benchmark.settings import Case
-from qpenet_jax.benchmark.timing import Candidate, matmul_rate
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import peak_memory
 from qpenet_jax.core.types import Episode
@@ -90,7 +90,7 @@ def _networks(
     case: Case, weights: Weights | None
 ) -> tuple[twin.Backbone, twin.TorchQPENet]:
     """Builds backbone and network, without dropout, with the given weights."""
-    torch.manual_seed(case.seed)
+    torch.manual_seed(0)
     net = twin.backbone(case.backbone)
     network: Any = network_of(case)
     model = twin.TorchQPENet(
@@ -191,17 +191,3 @@ def _step(
 
 def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.float().cpu().numpy()
-
-
-def peak_rate(dtype: str, device: str, rows: int) -> float:
-    """Returns the FLOP/s of a product of two square matrices."""
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    matrix = torch.ones(rows, rows, dtype=kind, device=device)
-
-    def product():
-        torch.matmul(matrix, matrix)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    with precision("float32" if dtype == "bfloat16" else dtype, device):
-        return matmul_rate(product, rows)

@@ -60,7 +60,7 @@ def _argument(field: dataclasses.Field) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     """Measures, prints the tables, and writes them if asked to."""
     from qpenet_jax.benchmark.speed import benchmark
-    from qpenet_jax.benchmark.speed_report import bar_chart, benchmark_report, steps_of
+    from qpenet_jax.benchmark.speed_report import bar_chart, benchmark_report
     from qpenet_jax.core.files import write_whole
     from qpenet_jax.evaluation.report import write_json
     from qpenet_jax.runs.datasets import files_read
@@ -70,16 +70,15 @@ def run(args: argparse.Namespace) -> None:
     config = _config(args)
     if args.out:
         results = [Path(args.out) / name for name in FILES]
-        read = [args.config, settings.weights, *(files_read(config) if config else ())]
-        refuse_overwriting(results, [Path(file) for file in read if file])
+        read = [Path(args.config), *files_read(config)] if config else []
+        refuse_overwriting(results, read)
     result = benchmark(settings, config)
     text = benchmark_report(result)
     if args.out:
         report, table, chart = results
         write_whole(report, text + "\n")
         write_json(table, result)
-        if steps_of(result):
-            bar_chart(result, chart)
+        bar_chart(result, chart)
     print(text)
 
 
