@@ -1,4 +1,4 @@
-"""Odd and broken inputs, drawn by a random generator: the same seed, the same file."""
+"""Odd and broken inputs, made by a random generator: the same seed, the same file."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ def one_of(rng: Rng, choices: Any) -> Any:
 
 
 def damaged(rng: Rng, data: bytes) -> bytes:
-    """Cut, overwrite, shift and repeat parts of a file, mostly near its start."""
+    """Cuts, overwrites, shifts and repeats parts of a file, mostly near its start."""
     out = bytearray(data)
     for _ in range(one_of(rng, (1, 1, 1, 3))):
         at = int(rng.integers(len(out) + 1)) % one_of(rng, (64, 4096, 2**40))
@@ -62,7 +62,7 @@ ODD += ("x" * 5000, [], {}, [[]], [0], {"a": 1}, [None], ["a", "a"], DEEP)
 
 
 def changed(rng: Rng, tree: Any) -> Any:
-    """Return a JSON tree in which some values are replaced, moved, doubled or gone."""
+    """Returns a JSON tree in which some values are replaced, moved, doubled or gone."""
     tree = copy.deepcopy(tree)
     for _ in range(one_of(rng, (1, 1, 1, 3))):
         places = list(_places(tree))
@@ -83,7 +83,7 @@ def changed(rng: Rng, tree: Any) -> Any:
 
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield all dicts and lists with each of their keys; few of a long list."""
+    """Yields all dicts and lists with each of their keys; few of a long list."""
     keys = list(tree) if isinstance(tree, dict) else range(len(tree))
     for key in keys:
         yield tree, key
@@ -92,7 +92,7 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def json_file(rng: Rng, tree: Any) -> bytes:
-    """Write a tree that is changed, or the bytes of which are damaged."""
+    """Writes a tree that is changed, or the bytes of which are damaged."""
     if chance(rng, 0.25):
         return damaged(rng, json.dumps(tree).encode())
     return json.dumps(changed(rng, tree)).encode()
@@ -109,20 +109,19 @@ SUFFIXES = (*FORMATS.values(), ".jpeg", ".tiff", ".PNG", ".JPG")
 EDGES = (1, 2, 3, 7, 30_000)
 
 
-def drawn_size(rng: Rng) -> tuple[int, int]:
-    """Return width and height, 1 to 30,000; never both large."""
-    width, height = (int(side) for side in rng.integers(1, 90, 2))
-    if chance(rng, 0.2):
-        width = one_of(rng, EDGES)
-    if chance(rng, 0.2):
-        height = one_of(rng, EDGES)
+def random_size(rng: Rng) -> tuple[int, int]:
+    """Returns width and height, 1 to 30,000; never both large."""
+    width, height = (
+        one_of(rng, EDGES) if chance(rng, 0.2) else int(rng.integers(1, 90))
+        for _ in range(2)
+    )
     return (width, height) if width * height < 10**7 else (width, 1)
 
 
 def image_file(rng: Rng) -> tuple[bytes, str]:
-    """Return the bytes of an image of any mode and format, and an ending for it."""
+    """Returns the bytes of an image of any mode and format, and an ending for it."""
     while True:
-        image = _noise(rng, one_of(rng, MODES), drawn_size(rng))
+        image = _noise(rng, one_of(rng, MODES), random_size(rng))
         formats = FORMATS if chance(rng, 0.9) else OTHER_FORMATS
         kind = one_of(rng, formats)
         try:
@@ -143,12 +142,17 @@ def _noise(rng: Rng, mode: str, size: tuple[int, int]) -> Image.Image:
     return image
 
 
+def turned(rng: Rng) -> Image.Exif:
+    """Returns metadata with any orientation, also with none that there is."""
+    exif = Image.Exif()
+    exif[0x0112] = int(rng.integers(0, 10))
+    return exif
+
+
 def _written(rng: Rng, image: Image.Image, kind: str) -> bytes:
     options: dict[str, Any] = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
     if chance(rng, 0.4):
-        exif = Image.Exif()
-        exif[0x0112] = int(rng.integers(0, 10))
-        options["exif"] = exif
+        options["exif"] = turned(rng)
     if chance(rng, 0.1) and kind in ("JPEG", "PNG", "WEBP"):
         turn = f'<x:xmpmeta tiff:Orientation="{rng.integers(0, 10)}"/>'
         options["xmp"] = turn.encode()
@@ -174,7 +178,7 @@ LABELS += ((0, 255), (0,), (1,), (0, 7), (0, 200))
 
 
 def mask_file(rng: Rng, size: tuple[int, int]) -> bytes:
-    """Return a PNG with a few labels, mostly as it should be."""
+    """Returns a PNG with a few labels, mostly as it should be."""
     if chance(rng, 0.05):
         return image_file(rng)[0]
     if chance(rng, 0.07):
@@ -189,9 +193,7 @@ def mask_file(rng: Rng, size: tuple[int, int]) -> bytes:
             image.putpalette(rng.bytes(768))
             options["bits"] = 8 if values.max() > 3 else one_of(rng, (2, 4, 8))
         case 4:
-            exif = Image.Exif()
-            exif[0x0112] = int(rng.integers(0, 10))
-            options["exif"] = exif
+            options["exif"] = turned(rng)
     out = io.BytesIO()
     image.save(out, "PNG", **options)
     return damaged(rng, out.getvalue()) if chance(rng, 0.15) else out.getvalue()
@@ -203,37 +205,29 @@ def mask_file(rng: Rng, size: tuple[int, int]) -> bytes:
 class Calls:
     """Pickles as a call of a function, which a careless reader would make."""
 
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
 
     def __reduce__(self):
         return self.call
 
 
 def attack(rng: Rng, program: bytes, witness: str) -> bytes:
-    """Put a call that writes a file into a pickle, alone or at a random operation."""
-    function, argument = one_of(
-        rng,
-        (
-            (os.system, f"touch {witness}"),
-            (eval, f"open({witness!r}, 'w')"),
-            (exec, f"open({witness!r}, 'w')"),
-            (open, (witness, "w")),
-            (os.mkdir, witness),
-        ),
-    )
-    arguments = argument if isinstance(argument, tuple) else (argument,)
+    """Puts a call that writes a file into a pickle, alone or at a random operation."""
+    write = f"open({witness!r}, 'w')"
+    ways = {os.system: f"touch {witness}", eval: write, exec: write, os.mkdir: witness}
+    function = one_of(rng, ways)
     protocol = int(rng.integers(0, 6))
-    call = pickle.dumps(Calls(function, *arguments), protocol)
+    call = pickle.dumps(Calls(function, ways[function]), protocol)
     if chance(rng, 0.3):
-        return pickle.dumps({"a": Calls(function, *arguments)}, protocol)
+        return pickle.dumps({"a": Calls(function, ways[function])}, protocol)
     places = [at for _, _, at in pickletools.genops(program) if at]
     at = one_of(rng, places[:200])
     return program[:at] + call[2:-1] + b"0" + program[at:]
 
 
 def zipped(rng: Rng, members: dict[str, bytes], damage: bool) -> bytes:
-    """Write a zip whose members, sums and all, are right but for what is damaged."""
+    """Writes a zip whose members, sums and all, are right but for what is damaged."""
     out = io.BytesIO()
     victim = one_of(rng, members) if damage else None
     if damage and chance(rng, 0.6):

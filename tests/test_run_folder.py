@@ -209,3 +209,6 @@ def test_results_say_last_that_all_is_done(run, config, tmp_path):
     for name in ("miou", "protocol", "dtype", "device"):
         assert results[name] == before[name]
     assert "Computed in float32 on cpu" in (folder / "results.md").read_text()
+    (folder / "results.json").write_text("{")
+    with pytest.raises(InputError, match=r"results\.json is not valid JSON"):
+        evaluator.step()
