@@ -4,6 +4,7 @@ The same command goes on after a stop and trains only what is missing.
 """
 
 import argparse
+import signal
 
 from qpenet_jax.cli.options import add_overrides, add_path, names, numbers
 
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.paper.plan import Plan
     from qpenet_jax.paper.reproduce import reproduce
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     plan = Plan(
         args.table,
         args.config,

@@ -16,7 +16,7 @@ from qpenet_jax.evaluation.metrics import (
     load_scores,
     mean_iou,
 )
-from qpenet_jax.evaluation.report import RESULTS
+from qpenet_jax.evaluation.report import RESULTS, with_interval
 
 EPISODES = "episodes_qpenet.csv"
 """The scores beside a results.json that doesn't name its "episodes_file"."""
@@ -106,7 +106,7 @@ def _table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
             name,
             f"{row['a']:.1f}",
             f"{row['b']:.1f}",
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(row["difference"], *row["interval"]),
+            with_interval(row["difference"], row["interval"], "+"),
             str(row.get("episodes", comparison["episodes"]["common"])),
         ]
         for name, row in named.items()

@@ -75,11 +75,17 @@ def table(results: dict[str, Results]) -> str:
         title = cells[0][0]
         is_class = title in next(iter(results.values()))["per_class"]
         values = [
-            f"{iou:.1f}" if is_class else f"{iou:.1f} [{low:.1f}, {high:.1f}]"
+            f"{iou:.1f}" if is_class else with_interval(iou, (low, high))
             for _, iou, low, high in cells
         ]
         rows.append([title, *values])
     return markdown.table(["IoU %", *results], rows)
+
+
+def with_interval(value: float, ends: Sequence[float], sign: str = "") -> str:
+    """Returns a value and the ends of its interval; with `sign` "+" all have signs."""
+    low, high = (f"{end:{sign}.1f}" for end in ends)
+    return f"{value:{sign}.1f} [{low}, {high}]"
 
 
 def _rows(result: Results) -> list[tuple[str, float, float, float]]:
@@ -143,8 +149,8 @@ def _page(results: Results) -> str:
 
 def _gain(results: Results) -> list[str]:
     return [
-        f"Gain over cosine, {what}: {value:+.1f} [{low:+.1f}, {high:+.1f}]"
-        for what, (value, low, high) in results.get("gain_over_cosine", {}).items()
+        f"Gain over cosine, {what}: {with_interval(value, ends, '+')}"
+        for what, (value, *ends) in results.get("gain_over_cosine", {}).items()
     ]
 
 

@@ -1,18 +1,18 @@
 """`qpenet figures`: what QPENet's parts do on chosen episodes (paper, Figs 4-6)."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float
 from PIL import Image
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path, refuse_overwriting, write_whole
-from qpenet_jax.core.types import Episode, SegmentationDataset
+from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episodes import EpisodeIds
 from qpenet_jax.evaluation.pictures import RGB, load_batch_of_one, read_scene, sheet
 from qpenet_jax.evaluation.protocols import Protocol
@@ -30,7 +30,7 @@ from qpenet_jax.runs.datasets import (
     build_protocol,
     files_read,
 )
-from qpenet_jax.runs.folder import open_run, read_inputs
+from qpenet_jax.runs.folder import TrainedRun, open_run, read_inputs
 
 MAX_ROWS = 200
 """A JPEG is at most 65,535 pixels high, a row of a sheet takes 232."""
@@ -44,17 +44,8 @@ SHEETS = {
 }
 
 
-class ShownRun(NamedTuple):
-    """A trained network under the name that the sheets give it."""
-
-    name: str
-    config: Any
-    params: PyTree[Array]
-    weights: PyTree[Array]
-
-
 def draw_figures(
-    workdirs: Mapping[str, Path] | Sequence[Path],
+    workdirs: Sequence[Path],
     out: Path,
     *,
     episodes: Sequence[int] | None = None,
@@ -69,9 +60,9 @@ def draw_figures(
     `evolution.jpg` shows how the foreground prototypes come about (eqs 2-8, 13, 14),
     `background.jpg` what is background by P_global and by P_bg (as Fig. 6). The
     episodes are those of the first run's protocol, first seed: the indices `episodes`,
-    or `count` random ones by `seed`. Runs are called by the mapping's keys, or by their
-    variant where variants differ, or by their folder. `overrides` are other paths than
-    the runs were trained with, as `open_run` takes them.
+    or `count` random ones by `seed`. Runs are called by their variant where variants
+    differ, or by their folder. `overrides` are other paths than the runs were trained
+    with, as `open_run` takes them.
 
     Raises:
         InputError: a folder without a run; runs of different images, classes or sizes;
@@ -80,32 +71,33 @@ def draw_figures(
     out = local_path(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is no folder: choose another for the figures")
-    runs = open_runs(workdirs, overrides)
-    config = runs[0].config
+    opened = [open_run(folder, overrides) for folder in workdirs]
+    config = opened[0].config
     files = {name: out / f"{name}.jpg" for name in SHEETS}
-    read = [path for run in runs for path in files_read(run.config)]
+    read = [path for run in opened for path in files_read(run.config)]
     refuse_overwriting(files.values(), read)
     protocol = build_protocol(config, shots=shots)
-    indices = choose_episodes(protocol, episodes, count, seed)
-    _check_height(len(indices), len(runs))
+    indices = list(episodes or random_episodes(protocol, count, seed))
+    check_choices(opened, protocol, indices)
     val = build_dataset(config, "val")
     sampler = build_eval_samplers(config, val, protocol)[0]
-    shown = show(runs, val, [sampler(i) for i in indices], protocol)
+    runs = dict(zip(names_of(opened), opened, strict=True))
+    shown = [show(runs, val, sampler(i), protocol) for i in indices]
     return write_sheets(shown, protocol, files)
 
 
 def write_sheets(
-    shown: Sequence[ShownEpisode], protocol: Protocol, files: Mapping[str, Path]
+    shown: Sequence[ShownEpisode], protocol: Protocol, files: dict[str, Path]
 ) -> list[Path]:
     """Writes all sheets, or none if one can't be drawn."""
-    notes = protocol_notes(protocol)
-    content = {
-        path: _jpeg(sheet(*SHEETS[name](shown, notes, protocol.resize)))
-        for name, path in files.items()
-    }
-    for path, page in content.items():
+    pages = {}
+    for name, path in files.items():
+        content = SHEETS[name](shown, protocol.resize)
+        notes = [*protocol_notes(protocol), *content.notes]
+        pages[path] = _jpeg(sheet(*content._replace(notes=notes)))
+    for path, page in pages.items():
         write_whole(path, page)
-    return list(content)
+    return list(pages)
 
 
 def _jpeg(page: RGB) -> bytes:
@@ -127,23 +119,9 @@ def protocol_notes(protocol: Protocol) -> list[str]:
     return notes
 
 
-# Which episodes.
-
-
-def choose_episodes(
-    protocol: Protocol, episodes: Sequence[int] | None, count: int, seed: int
-) -> list[int]:
-    """Returns the given indices, or `count` different random ones by `seed`."""
+def random_episodes(protocol: Protocol, count: int, seed: int) -> list[int]:
+    """Returns the indices of `count` different episodes, chosen by `seed`."""
     total = protocol.episodes
-    if episodes is not None:
-        if not len(episodes):
-            raise InputError("no episode is chosen: give their indices, or a count")
-        for i in episodes:
-            if not 0 <= i < total:
-                raise InputError(
-                    f"episode {i}: the protocol has episodes 0 to {total - 1}"
-                )
-        return list(episodes)
     if not 1 <= count <= total or seed < 0:
         raise InputError(
             f"{count} episodes by seed {seed}: give 1 to {total}, as many as the "
@@ -153,105 +131,72 @@ def choose_episodes(
     return sorted(chosen.tolist())
 
 
-def _check_height(episodes: int, runs: int) -> None:
-    if episodes * runs > MAX_ROWS:
+def check_choices(
+    runs: Sequence[TrainedRun], protocol: Protocol, indices: Sequence[int]
+) -> None:
+    """Refuses episodes and runs that don't fit together on one sheet.
+
+    To all runs the first run's episodes must show the same.
+    """
+    for i in indices:
+        if not 0 <= i < protocol.episodes:
+            raise InputError(
+                f"episode {i}: the protocol has episodes 0 to {protocol.episodes - 1}"
+            )
+    if len(indices) * len(runs) > MAX_ROWS:
         raise InputError(
-            f"{episodes} episodes of {runs} run(s) make a sheet of more than "
+            f"{len(indices)} episodes of {len(runs)} run(s) make a sheet of more than "
             f"{MAX_ROWS} rows: choose fewer"
         )
-
-
-# Which runs.
-
-
-def open_runs(
-    workdirs: Mapping[str, Path] | Sequence[Path], overrides: Sequence[str] = ()
-) -> list[ShownRun]:
-    """Opens runs that can be shown side by side, under different names."""
-    if not workdirs:
-        raise InputError("no run is given: give the --workdir of a training")
-    named = isinstance(workdirs, Mapping)
-    folders = [Path(w) for w in (workdirs.values() if named else workdirs)]
-    opened = [open_run(folder, overrides) for folder in folders]
-    configs = [run.config for run in opened]
-    names = list(workdirs) if named else names_of(folders, configs)
-    check_comparable([run.folder for run in opened], configs)
-    return [
-        ShownRun(str(name), run.config, run.params, run.weights)
-        for name, run in zip(names, opened, strict=True)
-    ]
-
-
-def names_of(folders: Sequence[Path], configs: Sequence[Any]) -> list[str]:
-    """Returns the first of variants, folders and paths that differ for all runs."""
-    variants = [config.variant for config in configs]
-    for names in (variants, [f.resolve().name for f in folders], map(str, folders)):
-        names = list(names)
-        if len(set(names)) == len(names):
-            return names
-    raise InputError(f"{folders[0]} and the others: give every run once")
-
-
-def check_comparable(folders: Sequence[Path], configs: Sequence[Any]) -> None:
-    """Refuses runs to which the first run's episodes would show something else."""
-    facts = [
-        _facts(folder, config) for folder, config in zip(folders, configs, strict=True)
-    ]
-    for folder, other in zip(folders, facts, strict=True):
-        for name, value in facts[0].items():
-            if other[name] != value:
+    first, *others = ((run.folder, _facts(run)) for run in runs)
+    for folder, facts in others:
+        for name, value in facts.items():
+            if value != first[1][name]:
                 raise InputError(
-                    f"{folder} has other {name} than {folders[0]}: figures compare "
+                    f"{folder} has other {name} than {first[0]}: figures compare "
                     "runs of one data set, fold and input size"
                 )
 
 
-def _facts(folder: Path, config: Any) -> dict[str, Any]:
-    protocol = build_protocol(config)
+def _facts(run: TrainedRun) -> dict[str, Any]:
+    protocol = build_protocol(run.config)
     return {
         "novel classes": protocol.classes,
         "input size": (protocol.side, protocol.resize),
-        "validation images": read_inputs(folder).get("validation images"),
+        "validation images": read_inputs(run.folder).get("validation images"),
     }
 
 
-# What they predict.
+def names_of(runs: Sequence[TrainedRun]) -> list[str]:
+    """Returns the runs' variants if they differ, or else their folders."""
+    for names in ([r.config.variant for r in runs], [str(r.folder) for r in runs]):
+        if len(set(names)) == len(runs):
+            return names
+    raise InputError(f"{runs[0].folder} and the others: give every run once")
 
 
 def show(
-    runs: Sequence[ShownRun],
-    val: SegmentationDataset,
-    chosen: Sequence[EpisodeIds],
-    protocol: Protocol,
-) -> list[ShownEpisode]:
-    """Returns the chosen episodes with what the baseline and every run predict."""
-    cosine = build_cosine_predictor(runs[0].config, runs[0].weights)
-    views = {run.name: network_view(run) for run in runs}
-    shown = []
-    for ids in chosen:
-        episode = load_batch_of_one(val, ids, protocol.side, protocol.resize)
-        found = {name: view(episode) for name, view in views.items()}
-        scene = read_scene(val, ids)
-        shown.append(ShownEpisode(scene, np.asarray(cosine(episode))[0], found))
-    return shown
+    runs: dict[str, TrainedRun], val: Any, ids: EpisodeIds, protocol: Protocol
+) -> ShownEpisode:
+    """Returns an episode with what the baseline and every run predict for it."""
+    episode = load_batch_of_one(val, ids, protocol.side, protocol.resize)
+    first = next(iter(runs.values()))
+    cosine = build_cosine_predictor(first.config, first.weights)(episode)
+    found = {name: network_view(run, episode) for name, run in runs.items()}
+    return ShownEpisode(read_scene(val, ids), np.asarray(cosine)[0], found)
 
 
 def network_view(
-    run: ShownRun,
-) -> Callable[[Episode], tuple[Float[np.ndarray, "s s"], Out]]:
-    """Returns a function of a batch of one: its margin and the network's `Out`."""
-    _, config, params, weights = run
-
-    def view(episode):
-        margin, out = build_predictor(config, params, weights).with_intermediates(
-            episode
-        )
-        if build_model(config).bgpe:
-            # The head of eq 10 segments by whatever stands at P_global's place.
-            gbc = params["gbc"] | {"P_global": out["P_bg"][0]}
-            clean = build_predictor(config, params | {"gbc": gbc}, weights)
-            query = clean.encode(episode.query_image, ("query",))
-            out = out | {"y_bg_clean": query["y_bg_q"]}
-        return jax.tree.map(lambda x: np.asarray(x[0]), (margin, out))
-
-    return view
+    run: TrainedRun, episode: Episode
+) -> tuple[Float[np.ndarray, "s s"], Out]:
+    """Returns the margin of a batch of one, and the network's `Out`."""
+    config, params, weights = run.config, run.params, run.weights
+    predict = build_predictor(config, params, weights)
+    margin, out = predict.with_intermediates(episode)
+    if build_model(config).bgpe:
+        # The head of eq 10 segments by whatever stands at P_global's place.
+        gbc = params["gbc"] | {"P_global": out["P_bg"][0]}
+        clean = build_predictor(config, params | {"gbc": gbc}, weights)
+        query = clean.encode(episode.query_image, ("query",))
+        out = out | {"y_bg_clean": query["y_bg_q"]}
+    return jax.tree.map(lambda x: np.asarray(x[0]), (margin, out))

@@ -1,4 +1,4 @@
-"""Which runs a table of the paper is made of, and the command that trains each."""
+"""Which runs a table of the paper is made of, and what is there of each."""
 
 import dataclasses
 import shlex
@@ -9,12 +9,14 @@ from typing import Any
 
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path
+from qpenet_jax.evaluation.report import RESULTS
 from qpenet_jax.models.released.network import NAME as RELEASED
 from qpenet_jax.paper.results import TABLES, rows_of
 from qpenet_jax.recipes import released_epochs
-from qpenet_jax.runs.build import complete
+from qpenet_jax.runs.build import complete, identity
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.datasets import build_dataset, build_train_sampler, training_steps
+from qpenet_jax.runs.folder import read_config
 
 SPLITS = {"table1": "pascal", "table2": "coco"}
 
@@ -23,9 +25,13 @@ PROGRAM = (sys.executable, "-m", "qpenet_jax.cli")
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """One training and its evaluations; the training itself scores `shots[0]`."""
+    """One training and its evaluations; the training itself scores `shots[0]`.
+
+    `row` is the table's row that it is of: a variant or a backbone.
+    """
 
     name: str
+    row: str
     folder: Path
     config: Any
     command: list[str]
@@ -39,6 +45,25 @@ class PlannedRun:
             return config.steps
         sampler = build_train_sampler(config, build_dataset(config, "train"))
         return training_steps(config, len(sampler))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is trained, and scored with all its numbers of shots."""
+        return all(self.results_file(shots) for shots in self.shots)
+
+    def results_file(self, shots: int) -> Path | None:
+        """Returns the results.json of this very config, if it is there."""
+        where = RESULTS if shots == self.shots[0] else f"{shots}shot/*/{RESULTS}"
+        found = sorted(self.folder.glob(where))
+        return found[0] if found and self.has_same_config() else None
+
+    def has_same_config(self) -> bool:
+        """Returns whether the folder holds a run of the same config."""
+        try:
+            before = complete(read_config(self.folder))
+        except InputError:
+            return False
+        return identity(before) == identity(self.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,35 +84,28 @@ class Plan:
     backbones: Sequence[str] = ("resnet50", "resnet101")
     folds: Sequence[int] = (0, 1, 2, 3)
 
-    def __post_init__(self):
-        """Refuses a table that the paper doesn't have; takes every seed once."""
-        check_choice("table ", self.table, TABLES)
-        object.__setattr__(self, "workdir", local_path(self.workdir))
-        seeds = self.seeds or ((0, 1, 2) if self.is_ablation else (0,))
-        object.__setattr__(self, "seeds", tuple(dict.fromkeys(seeds)))
-
     @property
     def is_ablation(self) -> bool:
         """Whether the rows are variants of QPENet, as in Tables III to V."""
         return self.table not in SPLITS
 
     @property
-    def file(self) -> Path:
-        """The page that is made; its contents are beside it as JSON."""
-        return Path(self.workdir) / f"{self.table}.md"
+    def training_seeds(self) -> list[int]:
+        """The seeds, each once."""
+        return list(
+            dict.fromkeys(self.seeds or ((0, 1, 2) if self.is_ablation else (0,)))
+        )
 
     @property
     def command(self) -> str:
         """The command line that makes this table."""
-        choices: dict[str, Sequence[Any]] = {"seeds": self.seeds}
-        if self.is_ablation:
-            choices["rows"] = self.rows
-        else:
-            choices |= {"backbones": self.backbones, "folds": self.folds}
+        options = ("rows",) if self.is_ablation else ("backbones", "folds")
         words = ["qpenet", "reproduce", self.table]
         words += ["--config", self.config_file, "--workdir", self.workdir]
-        for option, values in choices.items():
-            words += [f"--{option}", ",".join(map(str, values))] if values else []
+        words += ["--seeds", ",".join(map(str, self.training_seeds))]
+        for option in options:
+            if values := getattr(self, option):
+                words += [f"--{option}", ",".join(map(str, values))]
         return shlex.join(map(str, [*words, *self.overrides]))
 
     def runs(self) -> list[PlannedRun]:
@@ -96,23 +114,26 @@ class Plan:
         Raises:
             InputError: the config, an override or a choice can't be used.
         """
-        return self._variants() if self.is_ablation else self._backbones_and_folds()
-
-    def _variants(self) -> list[PlannedRun]:
-        order = rows_of(self.table)
-        unknown = sorted(set(self.rows) - set(order))
-        if unknown:
-            raise InputError(
-                f"{unknown[0]}: no row of {self.table}: choose {', '.join(order)}"
-            )
+        check_choice("table ", self.table, TABLES)
+        rows = self._variants() if self.is_ablation else self._backbones_and_folds()
         return [
-            self._run(f"{name}/seed{seed}", {"variant": name, "seed": seed})
-            for name in order
-            if not self.rows or name in self.rows
-            for seed in self.seeds
+            self._run(f"{name}/seed{seed}", fields | {"seed": seed})
+            for name, fields in rows.items()
+            for seed in self.training_seeds
         ]
 
-    def _backbones_and_folds(self) -> list[PlannedRun]:
+    def _variants(self) -> dict[str, dict[str, Any]]:
+        """Returns the fields that each row sets, by its folder."""
+        order = rows_of(self.table)
+        for name in self.rows:
+            check_choice(f"row of {self.table}: ", name, order)
+        return {
+            name: {"variant": name}
+            for name in order
+            if not self.rows or name in self.rows
+        }
+
+    def _backbones_and_folds(self) -> dict[str, dict[str, Any]]:
         config, split = self._config(self.overrides), SPLITS[self.table]
         if not config.dataset.split.startswith(split):
             raise InputError(
@@ -120,42 +141,34 @@ class Plan:
                 f"config.dataset.split={config.dataset.split!r}: give "
                 f"configs/{split}_fold0.py"
             )
-        # The focus' classes are novel in one fold only.
-        same = {"shots": 1, "eval.focus": ()}
-        return [
-            self._run(
-                f"{backbone}/fold{fold}/seed{seed}",
-                same
-                | {"backbone.name": backbone}
-                | {"backbone.weights": _weights_file(config.backbone, backbone)}
-                | {"dataset.fold": fold, "seed": seed}
-                | _epochs(config, backbone, fold),
-                shots=(1, 5),
-            )
+        return {
+            f"{backbone}/fold{fold}": {
+                "shots": 1,
+                "eval.focus": (),  # its classes are novel in one fold only
+                "backbone.name": backbone,
+                "backbone.weights": _weights_file(config.backbone, backbone),
+                "dataset.fold": fold,
+                **_epochs(config, backbone, fold),
+            }
             for backbone in self.backbones
             for fold in self.folds
-            for seed in self.seeds
-        ]
+        }
 
-    def _run(
-        self, name: str, settings: Mapping[str, Any], shots: tuple[int, ...] = ()
-    ) -> PlannedRun:
+    def _run(self, name: str, fields: Mapping[str, Any]) -> PlannedRun:
         given = {word.partition("=")[0] for word in self.overrides}
-        for field in settings:
-            if f"--config.{field}" in given:
-                raise InputError(
-                    f"--config.{field} is fixed by the table: leave it out"
-                )
-        words = [f"--config.{field}={value}" for field, value in settings.items()]
+        for option in given & {f"--config.{field}" for field in fields}:
+            raise InputError(f"{option} is fixed by the table: leave it out")
+        words = [f"--config.{field}={value}" for field, value in fields.items()]
         words = [*self.overrides, *words]
-        config, folder = self._config(words), Path(self.workdir) / name
+        config, folder = self._config(words), local_path(self.workdir) / name
         files = ["--config", str(self.config_file), "--workdir", str(folder)]
         return PlannedRun(
             name.replace("/", " "),
+            name.partition("/")[0],
             folder,
             config,
             [*PROGRAM, "train", *files, *words],
-            shots or (config.shots,),
+            (config.shots,) if self.is_ablation else (1, 5),
         )
 
     def _config(self, words: Sequence[str]) -> Any:

@@ -4,50 +4,22 @@ Each run is trained and scored in a process and a folder of its own. So a run ca
 stopped and resumed as any training can, and has the device's whole memory.
 """
 
-import contextlib
-import functools
-import json
-import os
-import platform
-import signal
-import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
-
-import jax
+from collections.abc import Callable, Sequence
+from typing import BinaryIO
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import (
-    local_path,
-    locked,
-    refuse_overwriting,
-    write_whole,
-)
-from qpenet_jax.core.runtime import processor
-from qpenet_jax.evaluation.report import write_json
+from qpenet_jax.core.files import local_path, refuse_overwriting, write_whole
+from qpenet_jax.evaluation.report import RESULTS, write_json
 from qpenet_jax.paper.cost import print_plan
-from qpenet_jax.paper.measures import (
-    COST,
-    by_fold,
-    by_variant,
-    is_done,
-    results_file,
-    scores_line,
-    training_facts,
-)
 from qpenet_jax.paper.plan import PROGRAM, Plan, PlannedRun
-from qpenet_jax.paper.tables import ablation, benchmark_table, page
+from qpenet_jax.paper.tables import page, table_content
 from qpenet_jax.runs.datasets import files_read
+from qpenet_jax.runs.folder import read_json
 
 LOG = "train.log"
 """All that a run's processes print."""
-
-LOCK = "reproduce.lock"
-"""Held while a run's process is waited for; training holds a lock of its own."""
 
 RunProcess = Callable[[Sequence[str], BinaryIO], int]
 """Runs a command with its output in a file and returns its exit code."""
@@ -79,70 +51,45 @@ def reproduce(
     measured cost, and writes nothing. `run_process` runs the command of a run.
 
     Raises:
-        InputError: bad input, a run in use, or runs failed; their logs are named.
-        SystemExit: 130, after Ctrl-C; the same call goes on.
+        InputError: bad input, or runs failed; their logs are named.
+        KeyboardInterrupt: after Ctrl-C; the run that was trained is saved.
     """
     runs = plan.runs()
     if dry_run:
         print_plan(runs)
         return
+    file = local_path(plan.workdir) / f"{plan.table}.md"
     read = [path for run in runs for path in files_read(run.config)]
-    written = [plan.file, plan.file.with_suffix(".json")]
+    written = [file, file.with_suffix(".json")]
     refuse_overwriting(written, [local_path(plan.config_file), *read])
-    with interruptible():
-        execute(runs, run_process)
-    content = _content(plan, runs)
-    text = page(plan.table, content)
-    write_whole(plan.file, text)
-    write_json(plan.file.with_suffix(".json"), content)
-    print(f"\n{text}\nwritten to {plan.file} and .json")
-
-
-def _content(plan: Plan, runs: Sequence[PlannedRun]) -> dict[str, Any]:
-    """Returns what the table's JSON file holds."""
-    made = (
-        ablation(by_variant(runs))
-        if plan.is_ablation
-        else benchmark_table(by_fold(runs))
-    )
-    trained = training_facts(runs)
-    return {"command": plan.command, "seeds": plan.seeds, "trained": trained} | made
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Takes SIGTERM for Ctrl-C; after either, prints one line and exits with 130."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        execute(runs, run_process)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        raise KeyboardInterrupt("stopped: the same command goes on") from None
+    content = table_content(plan, runs)
+    text = page(content)
+    write_whole(file, text)
+    write_json(file.with_suffix(".json"), content)
+    print(f"\n{text}\nwritten to {file} and .json")
 
 
 def execute(runs: Sequence[PlannedRun], run_process: RunProcess = run_process) -> None:
     """Trains and scores what isn't yet, and prints a line for every run.
 
     Raises:
-        InputError: a run is in use by another process, or runs failed: see their logs.
-        KeyboardInterrupt: after Ctrl-C; the run that was trained is saved.
+        InputError: runs failed: see their logs.
     """
-    minutes, failed = [], 0
+    failed = 0
     for number, run in enumerate(runs, 1):
         print(f"[{number}/{len(runs)}] {run.name}:", end=" ", flush=True)
-        if is_done(run):
+        if run.is_done:
             print(f"done before, {scores_line(run)}")
             continue
         start = time.monotonic()
         error = _execute_one(run, run_process)
-        minutes.append((time.monotonic() - start) / 60)
+        minutes = (time.monotonic() - start) / 60
+        print(f"{error or scores_line(run)}, {minutes:.1f} min", flush=True)
         failed += bool(error)
-        left = sum(not is_done(later) for later in runs[number:])
-        remaining = f"about {left * statistics.mean(minutes):.0f} min for the {left}"
-        result = f"{error or scores_line(run)}, {minutes[-1]:.1f} min"
-        print(f"{result}; {remaining} left", flush=True)
     if failed:
         raise InputError(
             f"{failed} of {len(runs)} runs failed, see their logs; the same command "
@@ -153,14 +100,13 @@ def execute(runs: Sequence[PlannedRun], run_process: RunProcess = run_process) -
 def _execute_one(run: PlannedRun, run_process: RunProcess) -> str:
     """Trains and scores; returns an error in one line, empty if there is none."""
     log = run.folder / LOG
-    message = f"{run.folder} is in use by another process: wait for it, or end it"
+    run.folder.mkdir(parents=True, exist_ok=True)
     for shots in run.shots:
-        if results_file(run, shots):
+        if run.results_file(shots):
             continue
-        with locked(run.folder / LOCK, message), log.open("ab") as file:
-            before = log.stat().st_size
-            with _timed(run.folder / COST):
-                code = run_process(_command(run, shots), file)
+        with log.open("ab") as file:
+            before = file.tell()
+            code = run_process(_command(run, shots), file)
         if code:
             printed = log.read_bytes()[before:].decode(errors="replace")
             error = last_error(printed) or f"exit code {code}"
@@ -184,24 +130,7 @@ def _command(run: PlannedRun, shots: int) -> list[str]:
     return [*PROGRAM, "evaluate", *map(str, words)]
 
 
-@contextlib.contextmanager
-def _timed(cost: Path) -> Iterator[None]:
-    """Adds the seconds that the `with` takes to those in the file."""
-    machine, start = _machine(), time.monotonic()
-    try:
-        yield
-    finally:
-        before = json.loads(cost.read_text())["seconds"] if cost.exists() else 0
-        seconds = round(before + time.monotonic() - start, 1)
-        write_json(cost, {"seconds": seconds, "machine": machine})
-
-
-@functools.cache
-def _machine() -> str:
-    """Returns processor, JAX device (asked in another process) and versions."""
-    code = "import jax; d = jax.devices(); print(len(d), 'x', d[0].device_kind)"
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return (
-        f"{os.cpu_count()} x {processor()}, JAX device {asked.stdout.strip()}, Python "
-        f"{platform.python_version()}, jax {jax.__version__}"
-    )
+def scores_line(run: PlannedRun) -> str:
+    """Returns the scores of a finished run for one line of text."""
+    results = read_json(run.folder / RESULTS)
+    return f"mIoU {results['miou']:.1f}, FB-IoU {results['fb_iou']:.1f}"

@@ -9,15 +9,26 @@ TABLES = {
 }
 """Printed names by those that `qpenet reproduce` takes."""
 
-FOLD_COLUMNS: tuple[str, ...] = (
-    "Fold-0",
-    "Fold-1",
-    "Fold-2",
-    "Fold-3",
-    "Mean",
-    "FB-IoU",
-)
-"""Columns of Tables I and II; Mean is the class mIoU over the folds."""
+TICKS = {
+    "table3": {
+        "FGPE": lambda net: net.fgpe,
+        "BGPE": lambda net: net.bgpe,
+        "FFA": lambda net: net.decoder == "ffa",
+    },
+    "table4": {
+        "P_pre": lambda net: "pre" in net.prototypes,
+        "P_main": lambda net: "main" in net.prototypes,
+        "P_aux": lambda net: "aux" in net.prototypes,
+    },
+    "table5": {
+        "activation maps": lambda net: net.activation_maps,
+        "SGM": lambda net: net.sgm,
+    },
+}
+"""What a variant of QPENet has, by the columns of Tables III to V."""
+
+FOLD_COLUMNS = ("Fold-0", "Fold-1", "Fold-2", "Fold-3", "mIoU", "FB-IoU")
+"""Columns of Tables I and II; mIoU is the mean of the folds."""
 
 FOLD_RESULTS: Mapping[str, Mapping[tuple[int, str], tuple[float, ...]]] = {
     "table1": {
@@ -72,3 +83,13 @@ def rows_of(table: str) -> list[str]:
         if number in result.rows
     }
     return sorted(rows, key=rows.__getitem__)
+
+
+def paper_results(table: str, shots: int, row: str) -> dict[str, float]:
+    """Returns the paper's numbers of a row by column; none where it has no such row."""
+    if table not in FOLD_RESULTS:
+        result = ABLATION_RESULTS[row]
+        return {"mIoU": result.miou, "FB-IoU": result.fb_iou}
+    row = row.removesuffix("_deepstem")
+    values = FOLD_RESULTS[table].get((shots, row), ())
+    return dict(zip(FOLD_COLUMNS, values, strict=False))

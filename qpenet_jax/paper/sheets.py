@@ -3,24 +3,22 @@
 First the sheets, then the tiles on them, then the heat maps.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.types import FEATURE_STRIDE
 from qpenet_jax.data.transforms import unpad
 from qpenet_jax.evaluation.metrics import count_pixels
 from qpenet_jax.evaluation.pictures import (
-    INK,
     LEGEND,
-    PAPER,
     PREDICTION,
     RGB,
+    SUPPORT,
     TILE,
     TRUTH,
     Colour,
@@ -49,9 +47,6 @@ PURE = 0.75
 FLAT = 1e-6
 """Below this difference of its values a map is that of the zero prototype."""
 
-BAR = 60
-"""Length of a colour bar in pixels."""
-
 CONTOUR_SHARE = 100
 """The truth's contour on a prediction: the picture's longer side over its width."""
 
@@ -79,9 +74,7 @@ class Sheet(NamedTuple):
     notes: Sequence[str]
 
 
-def predictions_sheet(
-    shown: Sequence[ShownEpisode], notes: Sequence[str], resize: Resize = "pad"
-) -> Sheet:
+def predictions_sheet(shown: Sequence[ShownEpisode], resize: Resize = "pad") -> Sheet:
     """Returns support, query, truth, and the predictions of the baseline and all runs.
 
     The IoU at the image's own size stands in the corner, in percent.
@@ -91,23 +84,21 @@ def predictions_sheet(
         margins = [cosine, *(margin for margin, _ in runs.values())]
         rows.append(prediction_row(scene, margins, resize))
     columns = ("support", "query", "truth", "cosine", *shown[0].runs)
-    return Sheet(columns, rows, LEGEND, notes)
+    return Sheet(columns, rows, LEGEND, [])
 
 
-def evolution_sheet(
-    shown: Sequence[ShownEpisode], notes: Sequence[str], resize: Resize = "pad"
-) -> Sheet:
+def evolution_sheet(shown: Sequence[ShownEpisode], resize: Resize = "pad") -> Sheet:
     """Returns a row an episode and run: how its foreground prototypes come about.
 
     Runs without foreground prototype evolution are named in a note instead.
     """
-    rows = []
+    names, without = _split_by("y_rev", shown)
+    rows: list[Row] = []
     for scene, _, runs in shown:
-        for name, (margin, out) in runs.items():
-            if "y_rev" in out:
-                label = scene.label if len(runs) == 1 else f"{scene.label}\n{name}"
-                tiles = evolution_tiles(scene, margin, out, resize)
-                rows.append((label, tiles))
+        for name in names:
+            margin, out = runs[name]
+            tiles = evolution_tiles(scene, margin, out, resize)
+            rows.append((f"{scene.label}\n{name}", tiles))
     columns = (
         "query by P_pre (y_pre)",
         "support: main, aux (y_rev)",
@@ -122,42 +113,42 @@ def evolution_sheet(
         "aux: the rest of the object": AUX,
     }
     scale = (
-        "A_main, A_aux: cosine to the prototype, each from its lowest to its highest"
+        "A_main, A_aux: cosine to the prototype, from dark at its lowest by way of the "
+        "colour to white at its highest"
     )
-    without = _runs_without("y_rev", shown)
     missing = (f"{name}: no evolution of the foreground" for name in without)
-    return Sheet(columns, rows, legend, [*notes, scale, *missing])
+    return Sheet(columns, rows, legend, [scale, *missing])
 
 
-def background_sheet(
-    shown: Sequence[ShownEpisode], notes: Sequence[str], resize: Resize = "pad"
-) -> Sheet:
+def background_sheet(shown: Sequence[ShownEpisode], resize: Resize = "pad") -> Sheet:
     """Returns what each run's background head finds with P_global and with P_bg.
 
     "lost" is the share of the true object that it calls background. Runs without the
     cleaner (eq 11) are named in a note instead.
     """
-    without = _runs_without("y_bg_clean", shown)
-    names = [name for name in shown[0].runs if name not in without]
+    names, without = _split_by("y_bg_clean", shown)
     rows: list[Row] = []
     for scene, _, runs in shown:
         support, _, truth = annotated(scene)
         found = (background_tiles(scene, runs[name][1], resize) for name in names)
         tiles = [support, truth, *(tile for pair in found for tile in pair)]
         rows.append((scene.label, tiles))
-    prefix = {name: f"{name}: " if len(shown[0].runs) > 1 else "" for name in names}
-    titles = (f"{prefix[name]}{p}" for name in names for p in ("P_global", "P_bg"))
-    legend = {k: v for k, v in LEGEND.items() if k != "prediction"}
-    legend["called background"] = BACKGROUND
+    titles = (f"{name}: {p}" for name in names for p in ("P_global", "P_bg"))
+    legend = {
+        "annotated support": SUPPORT,
+        "truth": TRUTH,
+        "called background": BACKGROUND,
+    }
     meaning = "IoU of the background; lost: share of the object called background"
     missing = (f"{name}: no cleaner, P_bg is P_global" for name in without)
-    columns = ("support", "truth", *titles)
-    return Sheet(columns, rows, legend, [*notes, meaning, *missing])
+    return Sheet(("support", "truth", *titles), rows, legend, [meaning, *missing])
 
 
-def _runs_without(entry: str, shown: Sequence[ShownEpisode]) -> list[str]:
-    """Returns the runs whose `out` lacks an entry."""
-    return [name for name, (_, out) in shown[0].runs.items() if entry not in out]
+def _split_by(entry: str, shown: Sequence[ShownEpisode]) -> tuple[list[str], list[str]]:
+    """Returns the names of the runs whose `out` has an entry, and of all others."""
+    outs = {name: out for name, (_, out) in shown[0].runs.items()}
+    names = [name for name, out in outs.items() if entry in out]
+    return names, [name for name in outs if name not in names]
 
 
 # Tiles.
@@ -173,18 +164,21 @@ def evolution_tiles(
 
     A map that the variant lacks is an empty tile.
     """
-    pre = _margin_at_size(out["y_pre"], scene.truth, resize) > 0
-    heats = (
-        heat_tile(scene.query, _at_size(out[name], scene.truth, resize), colour)
-        if name in out
-        else tile(np.full((TILE, TILE, 3), 255, np.uint8), "not in this variant")
-        for name, colour in (("A_main", MAIN), ("A_aux", AUX))
-    )
+    main, aux = support_regions(scene, out, resize)
+    regions = overlay(overlay(scene.support, main, MAIN), aux, AUX)
+    share = main.sum() / max(main.sum() + aux.sum(), 1)
+    heats = []
+    for name, colour in (("A_main", MAIN), ("A_aux", AUX)):
+        drawn = tile(np.full((TILE, TILE, 3), 255, np.uint8), "not in this variant")
+        if name in out:
+            values = unpad(at_input_size(out[name]), *scene.truth.shape, resize)
+            drawn = heat_tile(scene.query, values, colour)
+        heats.append(drawn)
     return [
-        _found_tile(scene, pre.astype(np.uint8)),
-        _regions_tile(scene, out, resize),
+        _prediction_tile(scene, _found(out["y_pre"], scene.truth, resize)),
+        tile(regions, f"main {100 * share:.0f} %"),
         *heats,
-        _found_tile(scene, found_mask(margin, scene.truth, resize)),
+        _prediction_tile(scene, found_mask(margin, scene.truth, resize)),
     ]
 
 
@@ -195,9 +189,9 @@ def support_regions(
 
     Every pixel of the annotated object is in exactly one of them.
     """
-    found = _margin_at_size(out["y_rev"][0], scene.support_mask, resize) > 0
-    inside = scene.support_mask == 1
-    return (inside & found).astype(np.uint8), (inside & ~found).astype(np.uint8)
+    found = _found(out["y_rev"][0], scene.support_mask, resize)
+    inside = (scene.support_mask == 1).astype(np.uint8)
+    return inside & found, inside & (1 - found)
 
 
 def background_tiles(
@@ -206,10 +200,12 @@ def background_tiles(
     """Returns the background by P_global and by P_bg, with the truth's contour."""
     tiles = []
     for name in ("y_bg_q", "y_bg_clean"):
-        found = _margin_at_size(out[name], scene.truth, resize) > 0
-        picture = overlay(scene.query, found.astype(np.uint8), BACKGROUND)
-        note = background_note(found, scene.truth)
-        tiles.append(tile(_with_truth(picture, scene), note))
+        found = _found(out[name], scene.truth, resize)
+        picture = overlay(scene.query, found, BACKGROUND)
+        note = background_note(found == 1, scene.truth)
+        tiles.append(
+            tile(draw_contour(picture, scene.truth, TRUTH, CONTOUR_SHARE), note)
+        )
     return tiles
 
 
@@ -220,31 +216,17 @@ def background_note(found: Bool[np.ndarray, "h w"], truth: Mask) -> str:
     return f"IoU {100 * both / max(either, 1):.0f}, lost {100 * lost:.0f} %"
 
 
-def _found_tile(scene: Scene, found: Mask) -> Image.Image:
+def _prediction_tile(scene: Scene, found: Mask) -> Image.Image:
     """Returns a prediction with the truth's contour and the IoU."""
-    picture = _with_truth(overlay(scene.query, found, PREDICTION), scene)
+    picture = overlay(scene.query, found, PREDICTION)
+    picture = draw_contour(picture, scene.truth, TRUTH, CONTOUR_SHARE)
     return tile(picture, iou_note(found, scene.truth))
 
 
-def _with_truth(picture: RGB, scene: Scene) -> RGB:
-    return draw_contour(picture, scene.truth, share=CONTOUR_SHARE)
-
-
-def _regions_tile(scene: Scene, out: Out, resize: Resize) -> Image.Image:
-    main, aux = support_regions(scene, out, resize)
-    picture = overlay(overlay(scene.support, main, MAIN), aux, AUX)
-    share = main.sum() / max(main.sum() + aux.sum(), 1)
-    return tile(picture, f"main {100 * share:.0f} %")
-
-
-def _margin_at_size(logits, like: Mask, resize: Resize) -> Float[np.ndarray, "h w"]:
-    return _at_size(foreground_margin(logits), like, resize)
-
-
-def _at_size(values, like: Mask, resize: Resize) -> Float[np.ndarray, "h w"]:
-    """Brings a map on the feature grid to an image, by way of the network's input."""
-    height, width = like.shape
-    return unpad(at_input_size(values), height, width, resize)
+def _found(logits, like: Mask, resize: Resize) -> Mask:
+    """Returns where a head on the feature grid finds its class, at an image's size."""
+    margin = np.asarray(foreground_margin(logits))
+    return found_mask(at_input_size(margin), like, resize)
 
 
 def at_input_size(values: Float[np.ndarray, "h h"]) -> Float[np.ndarray, "s s"]:
@@ -262,40 +244,16 @@ def heat_tile(
 ) -> Image.Image:
     """Returns a map over the darkened query, from its lowest to its highest value."""
     low, high = float(values.min()), float(values.max())
-    if high - low < FLAT:
-        dark = (DARK * image).astype(np.uint8)
-        return tile(dark, f"{low:.2f}: empty region")
-    square = tile(heat((values - low) / (high - low), DARK * image, colour))
-    _draw_bar(square, colour, f"{low:.2f}", f"{high:.2f}")
-    return square
+    strength = (values - low) / max(high - low, FLAT)
+    return tile(heat(strength, DARK * image, colour), f"{low:.2f} to {high:.2f}")
 
 
 def heat(strength: Float[np.ndarray, "h w"], below: np.ndarray, colour: Colour) -> RGB:
-    """Lays the colours of a strength in 0..1 over a picture in 0..255."""
-    colours = _colour_map(colour)(strength)
-    alpha = colours[..., 3:]
-    mixed = alpha * 255 * colours[..., :3] + (1 - alpha) * below
-    return mixed.astype(np.uint8)
+    """Lays a strength in 0..1 over a picture in 0..255.
 
-
-@functools.cache
-def _colour_map(colour: Colour) -> Any:
-    """Returns a colour map from transparent at 0 by way of the colour to white at 1."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    pure, white = np.array(colour) / 255, np.array(PAPER) / 255
-    stops = [(0.0, (*pure, 0.0)), (PURE, (*pure, 1.0)), (1.0, (*white, 1.0))]
-    return LinearSegmentedColormap.from_list("heat", stops)
-
-
-def _draw_bar(square: Image.Image, colour: Colour, low: str, high: str) -> None:
-    """Draws a colour bar between its two ends' values into the corner."""
-    draw, font = ImageDraw.Draw(square), ImageFont.load_default(16)
-    start = 12 + round(font.getlength(low))
-    end = start + BAR + 12 + round(font.getlength(high))
-    draw.rectangle((0, 0, end, 25), fill=INK)
-    draw.text((6, 5), low, PAPER, font=font)
-    draw.text((start + BAR + 6, 5), high, PAPER, font=font)
-    strength = np.tile(np.linspace(0, 1, BAR), (12, 1))
-    bar = heat(strength, np.zeros(3), colour)
-    square.paste(Image.fromarray(bar), (start, 7))
+    It is transparent at 0, the pure colour at PURE and white at 1.
+    """
+    opacity = np.minimum(strength / PURE, 1)[..., None]
+    white = np.maximum((strength - PURE) / (1 - PURE), 0)[..., None]
+    shown = (1 - white) * np.array(colour) + white * 255
+    return (opacity * shown + (1 - opacity) * below).astype(np.uint8)

@@ -1,139 +1,204 @@
 """The paper's tables in its layout: our values with their intervals beside its own.
 
-First the content of a table, as its JSON file holds it, then the Markdown page.
+First what finished runs measured, then the content of a table, as its JSON file holds
+it, then the Markdown page.
 """
 
+import functools
 import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from qpenet_jax.core import markdown
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.evaluation import metrics
+from qpenet_jax.evaluation.compare import episode_scores
+from qpenet_jax.evaluation.metrics import Scores
+from qpenet_jax.evaluation.report import RESULTS, with_interval
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.variants import VARIANTS
-from qpenet_jax.paper.measures import (
-    Found,
-    Measured,
-    mean_over_folds,
-    measured,
-    measured_difference,
-    verdict,
-)
-from qpenet_jax.paper.results import (
-    ABLATION_RESULTS,
-    FOLD_COLUMNS,
-    FOLD_RESULTS,
-    TABLES,
-)
+from qpenet_jax.paper.plan import Plan, PlannedRun
+from qpenet_jax.paper.results import TABLES, TICKS, paper_results
+from qpenet_jax.runs.folder import INPUTS_FILE, read_json
 
-# What a row of the ablations has, by column.
-TICKS: Mapping[str, Mapping[str, Callable[[QPENet], bool]]] = {
-    "table3": {
-        "FGPE": lambda net: net.fgpe,
-        "BGPE": lambda net: net.bgpe,
-        "FFA": lambda net: net.decoder == "ffa",
-    },
-    "table4": {
-        "P_pre": lambda net: "pre" in net.prototypes,
-        "P_main": lambda net: "main" in net.prototypes,
-        "P_aux": lambda net: "aux" in net.prototypes,
-    },
-    "table5": {
-        "activation maps": lambda net: net.activation_maps,
-        "SGM": lambda net: net.sgm,
-    },
-}
+OF_VARIANTS = (
+    "The paper's values: PASCAL-5i, mean of the folds, ResNet-50, 1 shot. A mean over "
+    "some classes is compared with its mIoU. Undecided: our interval contains 0, or "
+    "the seeds differ in sign."
+)
+OF_FOLDS = (
+    "The weights were trained with 1 shot. mIoU and FB-IoU: over the folds shown (the "
+    "paper's: over all four); their intervals take the folds for independent."
+)
 
 GENERATED = {"version", "text", "training images", "validation images"}
 """What may differ between training seeds: generated images depend on the seed."""
 
+OF_FOLD = {"fold", "classes", "text", "backbone weights"}
+"""What may differ between the rows and folds of Tables I and II."""
 
-# Tables III to V.
+APART = 10**9
+"""Larger than any seed or image number, so that those of two training seeds differ."""
+
+Measured = dict[str, Any]
+"""A value in percent as JSON: "ours", "interval" (low, high), "std", "by_seed"."""
 
 
-def ablation(found: Mapping[str, Sequence[Found]]) -> dict[str, Any]:
-    """Returns the content of Tables III to V: rows by variant, and their differences.
+class Found(NamedTuple):
+    """What one evaluation of a run left behind.
 
-    `found` holds one result a training seed. Raises InputError if the rows, or the
-    seeds, were not trained and scored alike.
+    `means` holds mIoU, the mIoU of the config's focus, and FB-IoU, in percent;
+    `classes` the ids behind each mIoU; `facts` the protocol and hashes of the inputs.
     """
-    for of_seed in zip(*found.values(), strict=True):
-        _check_alike(of_seed, set(), "the rows of a training seed")
-    any_row = next(iter(found.values()))
-    _check_alike(any_row, GENERATED, "the training seeds")
-    return {
-        "protocol": any_row[0].facts["text"],
-        "same_images": len({one.facts["version"] for one in any_row}) == 1,
-        "rows": {name: _beside_paper(name, of) for name, of in found.items()},
-        "differences": {
-            f"{a} - {b}": _difference(a, b, found) for a, b in _pairs(list(found))
-        },
-    }
+
+    scores: Scores
+    means: dict[str, float]
+    classes: dict[str, list[int]]
+    facts: dict[str, Any]
 
 
-def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns every other row with `full`, then every row with the one above it."""
-    others = [name for name in names if name != "full"]
-    with_full = [(name, "full") for name in others if "full" in names]
-    return [*with_full, *zip(others[1:], others[:-1], strict=True)]
+def found_in(run: PlannedRun, shots: int) -> Found:
+    """Reads what a finished run scored with as many shots.
+
+    Raises:
+        InputError: the file of its episodes is missing, or another evaluation's.
+    """
+    path = run.results_file(shots)
+    assert path  # only finished runs are read
+    results = read_json(path)
+    try:
+        scores = episode_scores(path, results)
+    except InputError as error:
+        raise InputError(
+            f"{error}, or delete {path} and give the same command again"
+        ) from None
+    ids, protocol = results["class_ids"], results["protocol"]
+    means, classes = {"mIoU": results["miou"]}, {"mIoU": ids}
+    if focus := results.get("focus"):
+        name = f"mIoU of {', '.join(focus['classes'])}"
+        means[name] = focus["miou"]
+        classes[name] = [ids[protocol["classes"].index(c)] for c in focus["classes"]]
+    means["FB-IoU"] = results["fb_iou"]
+    facts = protocol | read_json(run.folder / INPUTS_FILE)
+    return Found(scores, means, classes, facts)
 
 
-def _beside_paper(variant: str, found: Sequence[Found]) -> dict[str, Measured]:
-    row = measured(found)
-    for name in ("mIoU", "FB-IoU"):  # the paper gives no others
-        row[name]["paper"] = _paper(variant, name)
-    return row
+def pooled(found: Sequence[Found]) -> Scores:
+    """Returns the episodes of several training seeds as if they were of more seeds.
+
+    All metrics then average over the training seeds. Query 17 is the same image for all
+    of them, unless the images are generated and therefore differ.
+    """
+    versions = [one.facts["version"] for one in found]
+    seed, query = (metrics.SCORE_COLUMNS.index(name) for name in ("seed", "query"))
+    parts = [one.scores.rows.copy() for one in found]
+    for k, rows in enumerate(parts):
+        rows[:, seed] += k * APART
+        rows[:, query] += versions.index(versions[k]) * APART
+    return Scores(np.concatenate(parts))
 
 
-def _difference(
-    a: str, b: str, found: Mapping[str, Sequence[Found]]
+def measured(
+    found: Sequence[Found], others: Sequence[Found] = ()
 ) -> dict[str, Measured]:
-    """Returns the measures of a - b, each with the paper's and our verdict on it."""
-    row = measured_difference(found[a], found[b])
-    for name, ours in row.items():
-        ours["paper"] = round(_paper(a, name) - _paper(b, name), 1)
-        ours["order"] = verdict(ours["paper"], ours["interval"], ours["by_seed"])
-    return row
+    """Returns the measures of a row, one `Found` a training seed.
 
+    With `others`, found - others, paired by episode and seed. Each with its mean over
+    the seeds, the 95 % interval over query images, every seed's value and their
+    standard deviation.
 
-def _paper(variant: str, measure: str) -> float:
-    result = ABLATION_RESULTS[variant]
-    return result.fb_iou if measure == "FB-IoU" else result.miou
-
-
-# Tables I and II.
-
-
-def benchmark_table(
-    found: Mapping[int, Mapping[str, Mapping[int, Sequence[Found]]]],
-) -> dict[str, Any]:
-    """Returns the content of Tables I and II: every fold and the means.
-
-    `found` holds by shots, backbone and fold one result a training seed. Raises
-    InputError if they were not trained and scored alike.
+    Raises:
+        InputError: found and others have no episode in common.
     """
-    protocols = {}
-    for shots, rows in found.items():
-        every = [one for folds in rows.values() for of in folds.values() for one in of]
-        free = GENERATED | {"fold", "classes", "backbone weights"}
-        _check_alike(every, free, f"the runs with {shots} shot(s)")
-        protocols[shots] = every[0].facts["text"]
+    by_seed = [one.means for one in found]
+    estimate = functools.partial(metrics.estimate, pooled(found))
+    if others:
+        pools = pooled(found), pooled(others)
+        estimate = functools.partial(metrics.estimate_difference, *pools)
+        by_seed = [
+            {name: value - other.means[name] for name, value in one.means.items()}
+            for one, other in zip(found, others, strict=True)
+        ]
+    estimates = {name: estimate(ids) for name, ids in found[0].classes.items()}
+    intervals = {name: of.miou for name, of in estimates.items()}
+    intervals["FB-IoU"] = estimates["mIoU"].fb_iou
     return {
-        "protocols": protocols,
-        "rows": {
-            shots: {name: _folds_row(folds) for name, folds in rows.items()}
-            for shots, rows in found.items()
-        },
+        name: _rounded(100 * np.array(interval), [seed[name] for seed in by_seed])
+        for name, interval in intervals.items()
     }
 
 
-def _folds_row(folds: Mapping[int, Sequence[Found]]) -> dict[str, Measured]:
-    of_folds = {fold: measured(found) for fold, found in folds.items()}
-    row = {f"Fold-{fold}": of_fold["mIoU"] for fold, of_fold in of_folds.items()}
-    fb_ious = [of_fold["FB-IoU"] for of_fold in of_folds.values()]
-    mean = mean_over_folds(list(row.values()))
-    return row | {"Mean": mean, "FB-IoU": mean_over_folds(fb_ious)}
+def mean_over_folds(folds: Sequence[Measured]) -> Measured:
+    """Returns the mean of the folds; its interval takes the folds for independent."""
+    values = np.array([fold["ours"] for fold in folds])
+    low, high = np.transpose([fold["interval"] for fold in folds])
+    value, count = values.mean(), len(folds)
+    below, above = math.dist(values, low) / count, math.dist(values, high) / count
+    by_seed = np.mean([fold["by_seed"] for fold in folds], axis=0)
+    return _rounded([value, value - below, value + above], by_seed)
+
+
+def _rounded(interval, by_seed) -> Measured:
+    value, *ends = (round(float(x), 2) for x in interval)
+    std = round(float(np.std(by_seed, ddof=1)), 2) if len(by_seed) > 1 else None
+    by_seed = [round(float(x), 2) for x in by_seed]
+    return {"ours": value, "interval": ends, "std": std, "by_seed": by_seed}
+
+
+def verdict(paper: float, interval: Sequence[float], by_seed: Sequence[float]) -> str:
+    """Returns whether our difference has the sign of the paper's.
+
+    "holds" or "contrary"; "undecided" if the interval (low, high) over query images
+    contains 0, or if the training seeds do not agree on the sign: the interval knows
+    nothing of other training runs.
+    """
+    low, high = interval
+    if low <= 0 <= high or min(by_seed) <= 0 <= max(by_seed):
+        return "undecided"
+    return "holds" if (low > 0) == (paper > 0) else "contrary"
+
+
+# The content.
+
+
+def table_content(plan: Plan, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+    """Returns what the table's JSON file holds; all runs are finished.
+
+    Its "sections", one for each number of shots, have rows of measures by column, and
+    in Tables III to V the differences between rows.
+
+    Raises:
+        InputError: the rows, or the seeds, were not trained and scored alike.
+    """
+    devices = {read_json(run.folder / RESULTS).get("device") for run in runs}
+    return {
+        "table": plan.table,
+        "command": plan.command,
+        "seeds": plan.training_seeds,
+        "runs": len(runs),
+        "steps": sorted({run.steps for run in runs}),
+        "devices": sorted(filter(None, devices)),
+        "sections": {shots: _section(plan, runs, shots) for shots in runs[0].shots},
+    }
+
+
+def _section(plan: Plan, runs: Sequence[PlannedRun], shots: int) -> dict[str, Any]:
+    found: dict[str, dict[int, list[Found]]] = {}
+    for run in runs:
+        folds = found.setdefault(run.row, {})
+        folds.setdefault(run.config.dataset.fold, []).append(found_in(run, shots))
+    groups = [group for folds in found.values() for group in folds.values()]
+    for of_seed in zip(*groups, strict=True):
+        free = set() if plan.is_ablation else OF_FOLD
+        _check_alike(of_seed, free, "the rows of a training seed")
+    _check_alike(groups[0], GENERATED, "the training seeds")
+    return {
+        "protocol": groups[0][0].facts["text"],
+        "rows": {row: _row(plan, shots, row, folds) for row, folds in found.items()},
+        "differences": _differences(plan, found) if plan.is_ablation else {},
+    }
 
 
 def _check_alike(found: Iterable[Found], free: set[str], what: str) -> None:
@@ -149,50 +214,96 @@ def _check_alike(found: Iterable[Found], free: set[str], what: str) -> None:
             )
 
 
+def _row(
+    plan: Plan, shots: int, row: str, folds: Mapping[int, Sequence[Found]]
+) -> dict[str, Measured]:
+    """Returns the mean over the folds, in Tables I and II after each fold's mIoU."""
+    of_folds = {fold: measured(found) for fold, found in folds.items()}
+    columns: dict[str, Measured] = {}
+    if not plan.is_ablation:
+        columns = {f"Fold-{fold}": of["mIoU"] for fold, of in of_folds.items()}
+    for measure in next(iter(of_folds.values())):
+        columns[measure] = mean_over_folds([of[measure] for of in of_folds.values()])
+    paper = paper_results(plan.table, shots, row)
+    for column in columns.keys() & paper.keys():
+        columns[column]["paper"] = paper[column]
+    return columns
+
+
+def _differences(
+    plan: Plan, found: Mapping[str, Mapping[int, Sequence[Found]]]
+) -> dict[str, dict[str, Measured]]:
+    """Returns the measures of a - b by "a - b", with the paper's and our verdict."""
+    differences = {}
+    for a, b in _pairs(list(found)):
+        ours, theirs = (next(iter(found[row].values())) for row in (a, b))
+        of_a, of_b = (paper_results(plan.table, 1, row) for row in (a, b))
+        differences[f"{a} - {b}"] = row = measured(ours, theirs)
+        for name, value in row.items():
+            given = name if name in of_a else "mIoU"
+            value["paper"] = round(of_a[given] - of_b[given], 1)
+            value["order"] = verdict(
+                value["paper"], value["interval"], value["by_seed"]
+            )
+    return differences
+
+
+def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns every other row with `full`, then every row with the one above it."""
+    others = [name for name in names if name != "full"]
+    with_full = [(name, "full") for name in others if "full" in names]
+    return [*with_full, *zip(others[1:], others[:-1], strict=True)]
+
+
 # The page.
 
 
-def page(table: str, content: Mapping[str, Any]) -> str:
-    """Returns a table as a Markdown page, with its protocol, cost and command.
-
-    `content` is that of `ablation` or `benchmark_table`, with "seeds", "trained" and
-    "command".
-    """
-    parts = _ablation_parts if table in TICKS else _folds_parts
-    title = f"# {TABLES[table]}, reproduced"
-    return "\n\n".join([title, *parts(table, content), *_cost(content)]) + "\n"
-
-
-def _ablation_parts(table: str, content: Mapping[str, Any]) -> list[str]:
-    same = "Each training seed generates images of its own, the same for all rows."
-    if content["same_images"]:
-        same = "All rows and training seeds were scored on the same episodes."
-    return [
-        _ablation_rows(table, content["rows"]),
-        "The paper's values: PASCAL-5i, mean of the folds, ResNet-50, 1 shot.",
-        "## Does the paper's order hold? Paired differences on the same episodes",
-        _orders(content["differences"]),
-        "Undecided: our interval contains 0, or the seeds differ in sign. A mean over "
-        "some classes is compared with the paper's mIoU.",
-        f"Protocol: {content['protocol']}. {same}",
+def page(content: Mapping[str, Any]) -> str:
+    """Returns a table as a Markdown page, with its protocol and command."""
+    table, seeds = content["table"], content["seeds"]
+    parts = [f"# {TABLES[table]}, reproduced"]
+    for shots, section in content["sections"].items():
+        parts += _section_parts(table, shots, section)
+    steps = ", ".join(map(str, content["steps"]))
+    parts += [
+        OF_VARIANTS if table in TICKS else OF_FOLDS,
+        f"Means over {len(seeds)} training seed(s) ({', '.join(map(str, seeds))}). In "
+        "brackets: 95 % intervals over query images (Bayesian bootstrap), which say "
+        "nothing about other training runs. ±: standard deviation over the seeds.",
+        f"Trained: {content['runs']} runs of {steps} steps, with the same settings for "
+        f"every row, on {', '.join(content['devices'])}.",
+        f"Command: `{content['command']}`",
     ]
+    return "\n\n".join(parts) + "\n"
 
 
-def _ablation_rows(table: str, rows: Mapping[str, Mapping[str, Measured]]) -> str:
-    header, body = ["row", *TICKS[table]], []
-    for measure, value in next(iter(rows.values())).items():
-        header += [measure, *(["paper"] if "paper" in value else [])]
+def _section_parts(table: str, shots: int, section: Mapping[str, Any]) -> Iterator[str]:
+    yield f"## {shots}-shot"
+    yield _rows_table(table, section["rows"])
+    yield (
+        f"Protocol: {section['protocol']}. Other folds differ in their classes; all "
+        "rows of one fold and training seed were scored on the same episodes."
+    )
+    if section["differences"]:
+        yield "## Does the paper's order hold? Paired differences on the same episodes"
+        yield _orders_table(section["differences"])
+
+
+def _rows_table(table: str, rows: Mapping[str, Mapping[str, Measured]]) -> str:
+    ticks = TICKS.get(table, {})
+    header, body = ["row", *ticks], []
+    for column, value in next(iter(rows.values())).items():
+        header += [column, "paper"] if "paper" in value else [column]
     for name, row in rows.items():
-        network = QPENet(**VARIANTS[name].fields)
-        ticks = ("✓" if has(network) else "" for has in TICKS[table].values())
-        body.append([name, *ticks])
+        net = QPENet(**VARIANTS[name].fields) if ticks else None
+        body.append([name, *("✓" if has(net) else "" for has in ticks.values())])
         for value in row.values():
             paper = [str(value["paper"])] if "paper" in value else []
             body[-1] += [_cell(value), *paper]
     return markdown.table(header, body)
 
 
-def _orders(differences: Mapping[str, Mapping[str, Measured]]) -> str:
+def _orders_table(differences: Mapping[str, Mapping[str, Measured]]) -> str:
     body = [
         [
             *(pair, measure, f"{value['paper']:+.1f}", _cell(value, "+")),
@@ -202,57 +313,10 @@ def _orders(differences: Mapping[str, Mapping[str, Measured]]) -> str:
         for pair, row in differences.items()
         for measure, value in row.items()
     ]
-    return markdown.table(
-        ("rows", "measure", "paper", "ours", "by seed", "order"), body
-    )
-
-
-def _folds_parts(table: str, content: Mapping[str, Any]) -> list[str]:
-    parts = []
-    for shots, rows in content["rows"].items():
-        parts += [
-            f"## {shots}-shot",
-            _folds_rows(table, shots, rows),
-            "Protocol of the first fold; the other folds differ in their classes: "
-            f"{content['protocols'][shots]}.",
-        ]
-    return [
-        *parts,
-        "The weights were trained with 1 shot. Mean and FB-IoU: over the folds shown "
-        "(the paper's: over all four); their intervals take the folds for independent.",
-    ]
-
-
-def _folds_rows(
-    table: str, shots: int, rows: Mapping[str, Mapping[str, Measured]]
-) -> str:
-    body, columns = [], list(next(iter(rows.values())))
-    for backbone, row in rows.items():
-        body.append([backbone, "ours", *map(_cell, row.values())])
-        network = backbone.removesuffix("_deepstem")
-        if paper := FOLD_RESULTS[table].get((shots, network)):
-            shown = dict(zip(FOLD_COLUMNS, map(str, paper), strict=True))
-            body.append([backbone, "paper", *(shown[column] for column in columns)])
-    return markdown.table(["backbone", "mIoU", *columns], body)
+    header = ("rows", "measure", "paper", "ours", "by seed", "order")
+    return markdown.table(header, body)
 
 
 def _cell(value: Measured, sign: str = "") -> str:
-    shown = (f"{x:{sign}.1f}" for x in (value["ours"], *value["interval"]))
     std = "" if value["std"] is None else f" ± {value['std']:.1f}"
-    return "{} [{}, {}]".format(*shown) + std
-
-
-def _cost(content: Mapping[str, Any]) -> list[str]:
-    """Returns the end of every page: what the numbers mean and what they took."""
-    seeds, trained = content["seeds"], content["trained"]
-    minutes = [seconds / 60 for seconds in trained["seconds"]] or [math.nan]
-    return [
-        f"Means over {len(seeds)} training seed(s) ({', '.join(map(str, seeds))}). In "
-        "brackets: 95 % intervals over query images (Bayesian bootstrap), which say "
-        "nothing about other training runs. ±: standard deviation over the seeds.",
-        f"Trained: {trained['runs']} runs of {', '.join(map(str, trained['steps']))} "
-        f"steps, with the same settings for every row. A run with its evaluations took "
-        f"{statistics.median(minutes):.1f} min ({min(minutes):.1f} to "
-        f"{max(minutes):.1f}) on {'; '.join(trained['machines'])}.",
-        f"Command: `{content['command']}`",
-    ]
+    return with_interval(value["ours"], value["interval"], sign) + std
