@@ -1,4 +1,4 @@
-"""Config files: where they may lie, and what is told of their errors."""
+"""Config files: where they may lie, and what is said of their errors."""
 
 import contextlib
 import os
@@ -76,13 +76,14 @@ def test_bad_overrides_are_one_line(tmp_path, override, words):
         ("import math\n\nmath.nothing\n", "line 3", ["AttributeError", "nothing"]),
         ("def get_config():\n    return {}['a']\n", "line 2", ["KeyError: 'a'"]),
         ("def get_config(:\n", "line 1", ["SyntaxError"]),
+        ("a = 1\0", "line 1", ["SyntaxError", "null"]),
         ("from nowhere import x\n", "line 1", ["ModuleNotFoundError", "nowhere"]),
         (GOOD.replace("config.dataset =", "config.a.b ="), "line 6", ["'a'"]),
         ("x = 1\n", "", ["get_config"]),
         ("def get_config():\n    return 3\n", "", ["ConfigDict"]),
     ],
 )
-def test_an_error_inside_a_config_is_told_with_its_line(tmp_path, text, place, words):
+def test_an_error_inside_a_config_is_named_with_its_line(tmp_path, text, place, words):
     file = written(tmp_path, text)
     message = refused(file)
     assert message.startswith(f"{file}, {place}: " if place else f"{file}: ")
@@ -91,7 +92,7 @@ def test_an_error_inside_a_config_is_told_with_its_line(tmp_path, text, place, w
     assert "no such config field" not in message
 
 
-def test_an_error_in_a_module_beside_it_is_told_there(tmp_path):
+def test_an_error_in_a_module_beside_it_is_named_there(tmp_path):
     helper = written(tmp_path, "def value():\n    return 1 / 0\n", "beside.py")
     text = "import beside\n\ndef get_config():\n    return beside.value()\n"
     message = refused(written(tmp_path, text))
@@ -130,18 +131,7 @@ def test_a_config_elsewhere_finds_the_configs_of_the_current_folder(tmp_path):
     ],
 )
 def test_fields_that_no_run_could_use_are_refused(tmp_path, line, words):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "from qpenet_jax.config import default_config\n"
-        f"def get_config():\n    config = default_config()\n    {line}\n"
-        "    return config\n"
-    )
+    text = "from qpenet_jax.config import default_config\n\ndef get_config():\n"
+    text += f"    config = default_config()\n    {line}\n    return config\n"
     with pytest.raises(InputError, match=words):
-        complete(load_config(path))
-
-
-def test_a_text_that_python_does_not_begin_to_read_is_named(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_bytes(b"a = 1\0")
-    with pytest.raises(InputError, match=r"mine\.py, line 1: SyntaxError.*null"):
-        load_config(path)
+        complete(load_config(written(tmp_path, text)))

@@ -11,15 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from qpenet_jax import InputError, load, load_backbone
 from qpenet_jax.backbones.registry import BACKBONES
 from qpenet_jax.models.variants import VARIANTS
-from qpenet_jax.runs.build import build_model, complete, initial_params
+from qpenet_jax.runs.build import (
+    build_backbone,
+    build_model,
+    complete,
+    initial_params,
+)
 
-pytestmark = [
-    pytest.mark.standard_promotion,
-]
+pytestmark = pytest.mark.standard_promotion
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 SHRUNK = {
@@ -103,20 +107,13 @@ def test_a_network_is_trained_on_own_data_and_scored(run):
 
 
 def test_a_photo_is_segmented_by_another(examples, run, photos, tmp_path):
-    a, b = "im_001", "im_004"
-    examples("segment").segment(
-        run,
-        photos / "images" / f"{a}.jpg",
-        photos / "masks" / f"{a}.png",
-        photos / "images" / f"{b}.jpg",
-        tmp_path / "out.png",
-    )
-    images = [Image.open(photos / "images" / f"{name}.jpg") for name in (a, b)]
-    mask = Image.open(photos / "masks" / f"{a}.png")
-    expected = load(run)(images[1], images[0], mask)
+    a, b = (photos / "images" / f"{name}.jpg" for name in ("im_001", "im_004"))
+    mask = photos / "masks" / "im_001.png"
+    examples("segment").segment(run, a, mask, b, tmp_path / "out.png")
+    support, marked, query = map(Image.open, (a, mask, b))
     written = np.asarray(Image.open(tmp_path / "out.png"))
-    np.testing.assert_array_equal(written, 255 * expected)
-    assert written.shape == images[1].size[::-1]
+    np.testing.assert_array_equal(written, 255 * load(run)(query, support, marked))
+    assert written.shape == query.size[::-1]
 
 
 def test_a_backbone_of_ones_own_is_a_row_and_a_file(examples, weights):
@@ -124,23 +121,18 @@ def test_a_backbone_of_ones_own_is_a_row_and_a_file(examples, weights):
     (found,) = load_backbone("patches", weights)(images).values()
     assert found.shape == (5, 6, 32)
     # Cell (2, 3) is centred on pixel (16, 24): the kernel's 9 x 9 around it.
-    net, params = BACKBONES["patches"], _params(weights)
+    net = BACKBONES["patches"]
+    params = {k.rpartition("/")[2]: x for k, x in load_file(weights).items()}
     patch = (images[12:21, 20:29] / 255 - np.array(net.mean)) / np.array(net.std)
     by_hand = np.einsum("hwc,hwcd->d", patch, params["kernel"]) + params["bias"]
     np.testing.assert_allclose(found[2, 3], np.maximum(by_hand, 0), atol=1e-5)
-    assert complete(examples("add_backbone").get_config()).backbone == net
-
-
-def _params(path):
-    from safetensors.numpy import load_file
-
-    return {name.rpartition("/")[2]: x for name, x in load_file(path).items()}
+    assert build_backbone(examples("add_backbone").get_config()) == net
 
 
 def test_a_variant_by_code_and_one_by_fields(examples):
     """What is added to all features of an image changes nothing once they are centred.
 
-    A row of fields alone is QPENet with them.
+    A row of fields alone is QPENet with them, an unknown one is refused.
     """
     example = examples("add_variant")
     config = example.get_config()
@@ -160,12 +152,9 @@ def test_a_variant_by_code_and_one_by_fields(examples):
     np.testing.assert_allclose(margins(0.0), margins(3.0), atol=1e-4)
 
     config.variant = "main_prior"
-    fields = complete(config).model
+    fields = build_model(config)
     assert (fields.prototypes, fields.prior) == (("main",), True)
 
-
-def test_an_unknown_row_is_refused_with_those_there_are(examples):
-    config = examples("add_variant").get_config()
     config.variant = "centered"
     with pytest.raises(InputError, match=r"config\.variant='centered'.*centred"):
         complete(config)

@@ -45,11 +45,8 @@ def equal(ours, theirs):
 
 
 def test_a_published_run_is_the_run(exact, untrained):
-    assert sorted(f.name for f in exact.iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    names = {"README.md", "config.json", "model.safetensors"}
+    assert {f.name for f in exact.iterdir()} == names
     before, after = open_run(untrained), open_run(exact)
     equal(after.params, before.params)
     equal(after.weights, before.weights)
@@ -77,13 +74,11 @@ def test_sixteen_bits_are_rounded_once_and_read_as_float32(tmp_path, exact, dtyp
 
 def test_a_value_that_16_bits_cannot_hold_is_refused(tmp_path):
     params = {"a": jnp.array([1.0, 1e6])}
-    write = partial(
-        write_model, tmp_path / MODEL_FILE, params, step=1, selection="last"
-    )
+    facts = {"step": 1, "selection": "last", "inputs": {}}
     with pytest.raises(InputError, match="float16 can't: choose --dtype bfloat16"):
-        write("float16", inputs={})
+        write_model(tmp_path / MODEL_FILE, params, "float16", **facts)
     assert not (tmp_path / MODEL_FILE).exists()
-    write("bfloat16", inputs={})
+    write_model(tmp_path / MODEL_FILE, params, "bfloat16", **facts)
 
 
 def test_the_backbone_goes_along_if_asked_and_its_own_always(tmp_path, exact):
@@ -170,10 +165,7 @@ def test_a_model_that_is_not_what_was_written_is_refused(mine):
         (whole.replace(b"qpenet_jax run 1", b"qpenet_jax run 2"), "run 2, not"),
         (whole.replace(b'\\"step\\": 3', b'\\"stop\\": 3'), "is no model of"),
         (whole.replace(b'\\"step\\": 3', b'\\"step\\":[]'), "of other types"),
-        (
-            safetensors.numpy.save(tensors, metadata),
-            "not finite or not real: gbc/P_global",
-        ),
+        (safetensors.numpy.save(tensors, metadata), "not finite or .*: gbc/P_global"),
     ):
         model.write_bytes(content)
         with pytest.raises(InputError, match=words) as refused:

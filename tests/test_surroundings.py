@@ -42,7 +42,6 @@ PATHS = (
     ("reproduce", "table3", "--config={}", "--workdir=w"),
     ("reproduce", "table3", "--config=c.py", "--workdir={}"),
     ("benchmark", "--config={}"),
-    ("benchmark", "--weights={}"),
     ("benchmark", "--out={}"),
     ("prepare", "folder", "{}"),
     ("prepare", "folder", "a", "--out={}"),

@@ -22,6 +22,7 @@ from qpenet_jax.runs.folder import (
     TrainedRun,
     open_run,
     read_inputs,
+    read_json,
 )
 from qpenet_jax.runs.published import MODEL_FILE, write_model
 
@@ -157,9 +158,8 @@ def _results(run: TrainedRun, selection: str, dtype: str) -> str:
     folder = (
         run.folder if selection == first else run.folder / f"selected_on_{selection}"
     )
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        if found["step"] == run.step:
+    with contextlib.suppress(OSError, InputError):
+        if read_json(folder / RESULTS).get("step") == run.step:
             text = (folder / TABLE).read_text(encoding="utf-8")
             before = "" if dtype == "float32" else "Measured before rounding.\n\n"
             return before + text.removeprefix("# Results\n").lstrip()
