@@ -190,7 +190,7 @@ LEAKED = lines([*VOC_VAL, NAMES[8], NAMES[1]])
 @pytest.mark.parametrize(
     ("half", "member", "data", "message"),
     [
-        (0, JPEG8, None, f"{TAR} has no image {JPEG8}"),
+        (0, JPEG8, None, f"{TAR}: {VOC} has no image JPEGImages/{NAMES[8]}.jpg"),
         (0, JPEG8, b"\xff\xd8 no more", f"{TAR}: {JPEG8}: not an image"),
         (0, MASK1, b"no png", f"{TAR}: {MASK1}: not an image"),
         (0, f"{VOC}ImageSets/Main/train.txt", None, f"{TAR} has no member {VOC}Image"),
@@ -201,7 +201,7 @@ LEAKED = lines([*VOC_VAL, NAMES[8], NAMES[1]])
         (1, f"{SBD}val.txt", None, f"{TGZ} has no member {SBD}val.txt"),
         (1, f"{SBD}train.txt", None, f"{TGZ} holds no dataset/train.txt"),
         (1, MAT9, None, f"no mask of {NAMES[9]}: neither"),
-        (1, f"dataset/cls/{NAMES[9]}.mat", b"x", f"{TGZ} has two masks of one image"),
+        (1, f"dataset/cls/{NAMES[9]}.mat", b"x", f"{TGZ} has two files of one image"),
         (1, MAT9, LARGE, f"{TGZ}: {MAT9}: mask of 40x31 pixels for an image of 40x30"),
         (1, MAT9, STRANGE, f"{TGZ}: {MAT9}: label value 21 is no class"),
         (1, MAT9, STRANGE[:90], f"{TGZ}: {MAT9}: no mask of SBD ("),
@@ -223,7 +223,7 @@ def test_damaged_contents_are_named(half, member, data, message, files, tmp_path
     ("ids", "message"),
     [
         ([NAMES[8], NAMES[6], NAMES[5]], f"{NAMES[5]} is an image of VOC's val (2 are"),
-        ([NAMES[8], "2009_1"], "has no image VOCdevkit/VOC2012/JPEGImages/2009_1.jpg"),
+        ([NAMES[8], "2009_1"], "VOCdevkit/VOC2012/ has no image JPEGImages/2009_1.jpg"),
         ([NAMES[8], "nomask"], "no mask of nomask: neither"),
     ],
 )

@@ -12,8 +12,8 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import TypeVar
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -69,6 +69,39 @@ class Archive:
     def where(self, name: str) -> str:
         """Returns "archive: member", as messages name a member."""
         return f"{self.path}: {name}"
+
+    def by_stem(self, start: str, ending: str) -> "dict[str, Member]":
+        """Returns the members of a start and an ending, by their names without ending.
+
+        Raises:
+            InputError: two of one name.
+        """
+        found: dict[str, Member] = {}
+        for name in self:
+            if not (name.startswith(start) and name.endswith(ending)):
+                continue
+            twin = found.setdefault(PurePosixPath(name).stem, Member(self, name))
+            if twin.name != name:
+                raise InputError(
+                    f"{self.path} has two files of one image, {twin.name} and {name}; "
+                    "give a folder or archive with one of them"
+                )
+        return found
+
+
+class Member(NamedTuple):
+    """A file in an archive; as a string "archive: member"."""
+
+    archive: Archive
+    name: str
+
+    def read(self) -> bytes:
+        """Returns the bytes of the file."""
+        return self.archive[self.name]
+
+    def __str__(self) -> str:
+        """Returns how messages name the file."""
+        return self.archive.where(self.name)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import COCO_CLASSES
-from qpenet_jax.data.prepare.archives import Archive, fingerprint, open_archive
+from qpenet_jax.data.prepare.archives import Member, fingerprint, open_archive
 from qpenet_jax.data.prepare.builder import (
     LabelledImage,
     SegmentationBuilder,
@@ -69,12 +69,12 @@ def prepare_coco(
 
         def example(split: str, name: str) -> LabelledImage:
             instances = files[split]
-            archive, member = found[instances.files[name]]
+            member = found[instances.files[name]]
             return LabelledImage(
                 name,
-                image=archive[member],
+                image=member.read(),
                 label=instances.label(name),
-                image_from=archive.where(member),
+                image_from=str(member),
                 label_from=f"{instances.path}: {instances.files[name]}",
             )
 
@@ -111,20 +111,20 @@ def _release(annotations: Sequence[Path]) -> tuple[str, dict[str, Path]]:
 
 def _find(
     paths: Sequence[Path], files: Iterable[Instances], stack: contextlib.ExitStack
-) -> dict[str, tuple[Archive, str]]:
-    """Returns archive and member of every image; `stack` closes the archives."""
+) -> dict[str, Member]:
+    """Returns where every image is, by its file name; `stack` closes the archives."""
     needed = {file for instances in files for file in instances.files.values()}
-    found: dict[str, tuple[Archive, str]] = {}
+    found: dict[str, Member] = {}
     for path in paths:
         archive = stack.enter_context(open_archive(path, lambda n: _last(n) in needed))
-        for member in archive:
-            if _last(member) in found:
-                first, where = found[_last(member)]
+        for path_in_archive in archive:
+            member = Member(archive, path_in_archive)
+            twin = found.setdefault(_last(path_in_archive), member)
+            if twin != member:
                 raise InputError(
-                    f"{first.where(where)} and {archive.where(member)} share a name; "
-                    "give only the folders or archives that are needed"
+                    f"{twin} and {member} share a name; give only the folders or "
+                    "archives that are needed"
                 )
-            found[_last(member)] = archive, member
     missing = sorted(needed - found.keys())
     if missing:
         raise InputError(
@@ -139,10 +139,10 @@ def _last(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _estimate(images: Sequence[tuple[Archive, str]]) -> int:
+def _estimate(images: Sequence[Member]) -> int:
     """Returns about how many bytes all images have; sizes of members aren't listed."""
     sample = images[:: -(-len(images) // SAMPLED_IMAGES)]
-    seen = sum(len(archive[member]) for archive, member in sample)
+    seen = sum(len(member.read()) for member in sample)
     return seen * len(images) // len(sample)
 
 

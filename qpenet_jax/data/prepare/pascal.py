@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from io import BytesIO
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.io
@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import PASCAL_CLASSES
 from qpenet_jax.data.images import read_label
-from qpenet_jax.data.prepare.archives import Archive, fingerprint, open_archive
+from qpenet_jax.data.prepare.archives import Archive, Member, fingerprint, open_archive
 from qpenet_jax.data.prepare.builder import (
     LabelledImage,
     SegmentationBuilder,
@@ -58,24 +58,6 @@ class Pascal5i(SegmentationBuilder, skip_registration=True):
     name = "pascal5i"
 
 
-class Masks(NamedTuple):
-    """Where labels of images come from that VOC itself hasn't segmented."""
-
-    archive: Archive
-    members: dict[str, str]
-    """Member of every image id."""
-    ids: frozenset[str]
-    """The images that a pool may draw from: SBD's two lists, or all masks."""
-
-    def read(self, name: str) -> UInt8[np.ndarray, "h w"]:
-        """Returns the label map of image `name`."""
-        member = self.members[name]
-        data, where = self.archive[member], self.archive.where(member)
-        if member.endswith(".mat"):
-            return _read_sbd(data, where)
-        return read_label(BytesIO(data), name=where)
-
-
 def prepare_pascal(
     voc: str | Path,
     sbd: str | Path | None,
@@ -103,39 +85,26 @@ def prepare_pascal(
     """
     pool = _checked_pool(pool)
     with ExitStack() as stack:
-        files = VocFiles(stack.enter_context(open_archive(voc)))
-        extra = _open_masks(sbd, masks, stack)
-        splits = _splits(files, extra, pool, expected)
+        archive = stack.enter_context(open_archive(voc))
+        root = _root(archive, TRAIN_LIST, "VOC 2012")
+        images = archive.by_stem(f"{root}JPEGImages/", ".jpg")
+        extra, candidates = _other_masks(sbd, masks, stack)
+        labels = extra | archive.by_stem(f"{root}SegmentationClass/", ".png")
+        splits = _splits(archive, f"{root}ImageSets", candidates, pool, expected)
+        for name in (*splits["train"], *splits["val"]):
+            _check_complete(name, images, labels, f"{archive.path}: {root}")
         facts = _facts({"voc": voc, "sbd": sbd, "masks": masks}, pool, splits["train"])
-        source = Source(
-            classes=PASCAL_CLASSES,
-            splits=splits,
-            example=lambda _, name: _example(files, extra, name),
-            image_bytes=IMAGE_BYTES * sum(map(len, splits.values())),
-            facts=facts,
-        )
+
+        def example(split: str, name: str) -> LabelledImage:
+            del split
+            image, mask = images[name], labels[name]
+            label = _read_mask(mask)
+            return LabelledImage(name, image.read(), label, str(image), str(mask))
+
+        count = sum(map(len, splits.values()))
+        source = Source(PASCAL_CLASSES, splits, example, IMAGE_BYTES * count, facts)
         config = pool if isinstance(pool, str) else f"pool-{facts['train_sha256'][:8]}"
         return prepare(Pascal5i, source, Path(out), config)
-
-
-class VocFiles:
-    """Lists, images and masks of VOC 2012, wherever its folder is in the archive."""
-
-    def __init__(self, archive: Archive):
-        self.archive = archive
-        self._root = _root(archive, TRAIN_LIST, "VOC 2012")
-
-    def ids(self, name: str) -> Ids:
-        """Returns the list ImageSets/`name`.txt."""
-        return _list(self.archive, f"{self._root}ImageSets/{name}.txt")
-
-    def jpeg(self, name: str) -> str:
-        """Returns the member with the image."""
-        return f"{self._root}JPEGImages/{name}.jpg"
-
-    def mask(self, name: str) -> str:
-        """Returns the member with the mask; only segmented images have one."""
-        return f"{self._root}SegmentationClass/{name}.png"
 
 
 def _checked_pool(pool: str | Path) -> str | Path:
@@ -150,32 +119,38 @@ def _checked_pool(pool: str | Path) -> str | Path:
 
 
 def _splits(
-    files: VocFiles, extra: Masks, pool: str | Path, expected: Mapping[str, int]
+    archive: Archive,
+    lists: str,
+    candidates: frozenset[str],
+    pool: str | Path,
+    expected: Mapping[str, int],
 ) -> Splits:
-    """Returns the lists of both splits, sure that every image and mask is there."""
-    val = files.ids("Segmentation/val")
-    train = _train_ids(files, extra, val, pool)
-    if isinstance(pool, str):
-        _check_count(pool, train, expected[pool])
-        _check_count("val", val, expected["val"])
-    _check_complete(files, extra, (*train, *val))
+    """Returns the images of both splits; the folder `lists` holds VOC's own lists.
+
+    `candidates` are the images that a rule may add to VOC's.
+    """
+    val = _list(archive, f"{lists}/Segmentation/val.txt")
+    if isinstance(pool, Path):
+        return {"train": _ids_of_file(pool, val), "val": val}
+    added = candidates - set(val)
+    if pool == "main":
+        added &= set(_list(archive, f"{lists}/Main/train.txt"))
+    segmented = _list(archive, f"{lists}/Segmentation/train.txt")
+    alone = set(segmented) - added - set(val)
+    train = (*sorted(added), *sorted(alone))
+    _check_count(pool, train, expected[pool])
+    _check_count("val", val, expected["val"])
     return {"train": train, "val": val}
 
 
-def _train_ids(files: VocFiles, extra: Masks, val: Ids, pool: str | Path) -> Ids:
-    if isinstance(pool, Path):
-        ids = read_ids(pool)
-        if leaked := sorted(set(ids) & set(val)):
-            raise InputError(
-                f"{pool}: {leaked[0]} is an image of VOC's val ({len(leaked)} are); "
-                "take them off the list"
-            )
-        return ids
-    added = extra.ids - set(val)
-    if pool == "main":
-        added &= set(files.ids("Main/train"))
-    alone = set(files.ids("Segmentation/train")) - added - set(val)
-    return (*sorted(added), *sorted(alone))
+def _ids_of_file(path: Path, val: Ids) -> Ids:
+    ids = read_ids(path)
+    if leaked := sorted(set(ids) & set(val)):
+        raise InputError(
+            f"{path}: {leaked[0]} is an image of VOC's val ({len(leaked)} are); "
+            "take them off the list"
+        )
+    return ids
 
 
 def _check_count(what: str, ids: Ids, expected: int) -> None:
@@ -187,20 +162,20 @@ def _check_count(what: str, ids: Ids, expected: int) -> None:
         )
 
 
-def _check_complete(files: VocFiles, extra: Masks, names: Ids) -> None:
+def _check_complete(
+    name: str, images: dict[str, Member], labels: dict[str, Member], voc: str
+) -> None:
     """Says now, rather than after minutes of writing, what can't be found."""
-    voc = files.archive
-    for name in names:
-        if files.jpeg(name) not in voc:
-            raise InputError(
-                f"{voc.path} has no image {files.jpeg(name)}: is the archive whole, "
-                "and the id right?"
-            )
-        if files.mask(name) not in voc and name not in extra.members:
-            raise InputError(
-                f"no mask of {name}: neither {files.mask(name)} in {voc.path} nor one "
-                f"in {extra.archive.path}; take it off the list or add its mask"
-            )
+    if name not in images:
+        raise InputError(
+            f"{voc} has no image JPEGImages/{name}.jpg: is the archive whole, and the "
+            "id right?"
+        )
+    if name not in labels:
+        raise InputError(
+            f"no mask of {name}: neither SegmentationClass/{name}.png in {voc} nor one "
+            "of SBD's or the given masks; take it off the list or add its mask"
+        )
 
 
 def _facts(
@@ -217,48 +192,28 @@ def _facts(
     }
 
 
-def _example(files: VocFiles, extra: Masks, name: str) -> LabelledImage:
-    jpeg, mask, voc = files.jpeg(name), files.mask(name), files.archive
-    if mask in voc:
-        where = voc.where(mask)
-        label = read_label(BytesIO(voc[mask]), name=where)
-    else:
-        where = extra.archive.where(extra.members[name])
-        label = extra.read(name)
-    return LabelledImage(name, voc[jpeg], label, voc.where(jpeg), where)
-
-
-def _open_masks(
+def _other_masks(
     sbd: str | Path | None, masks: str | Path | None, stack: ExitStack
-) -> Masks:
-    lists = masked = None
-    if sbd is not None:
-        lists = masked = stack.enter_context(open_archive(sbd, _is_sbd))
-    if masks is not None:
-        masked = stack.enter_context(open_archive(masks, lambda n: n.endswith(".png")))
-    if masked is None:
+) -> tuple[dict[str, Member], frozenset[str]]:
+    """Returns the masks for images that VOC hasn't segmented, and what a pool may add.
+
+    That are the images of SBD's two lists, or those of all given masks.
+    """
+    if sbd is None and masks is None:
         raise InputError("give SBD's benchmark.tgz or a folder or archive of masks")
-    members = _by_stem(masked, ".mat" if masked is lists else ".png")
-    ids = frozenset(members) if lists is None else _sbd_ids(lists)
-    return Masks(masked, members, ids)
+    members: dict[str, Member] = {}
+    candidates: frozenset[str] = frozenset()
+    if sbd is not None:
+        archive = stack.enter_context(open_archive(sbd, _is_sbd))
+        members, candidates = archive.by_stem("", ".mat"), _sbd_ids(archive)
+    if masks is not None:
+        ready = stack.enter_context(open_archive(masks, lambda n: n.endswith(".png")))
+        members = ready.by_stem("", ".png")
+    return members, candidates or frozenset(members)
 
 
 def _is_sbd(member: str) -> bool:
     return SBD_WANTED.fullmatch(member) is not None
-
-
-def _by_stem(archive: Archive, ending: str) -> dict[str, str]:
-    members: dict[str, str] = {}
-    for member in archive:
-        if not member.endswith(ending):
-            continue
-        twin = members.setdefault(PurePosixPath(member).stem, member)
-        if twin != member:
-            raise InputError(
-                f"{archive.path} has two masks of one image, {twin} and {member}; "
-                "give a folder or archive with one of them"
-            )
-    return members
 
 
 def _sbd_ids(archive: Archive) -> frozenset[str]:
@@ -282,8 +237,11 @@ def _list(archive: Archive, member: str) -> Ids:
     return tuple(archive[member].decode("utf-8-sig", "replace").split())
 
 
-def _read_sbd(data: bytes, where: str) -> UInt8[np.ndarray, "h w"]:
-    """Returns the label map of a .mat file of SBD, GTcls.Segmentation."""
+def _read_mask(mask: Member) -> UInt8[np.ndarray, "h w"]:
+    """Returns the label map of a PNG, or of a .mat file of SBD: GTcls.Segmentation."""
+    data, where = mask.read(), str(mask)
+    if not mask.name.endswith(".mat"):
+        return read_label(BytesIO(data), name=where)
     try:
         truth: Mapping[str, Any] = scipy.io.loadmat(
             BytesIO(data), variable_names="GTcls"
