@@ -11,7 +11,6 @@ ROOT/train.txt      val.txt         optional: names such as sub/b, one a line
 import hashlib
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -26,6 +25,7 @@ from qpenet_jax.data.prepare.builder import (
     Source,
     prepare,
 )
+from qpenet_jax.data.sources.voc import read_lines
 
 HASH_RANGE = 2**64
 """The split looks at 8 bytes of a name's SHA-256: the same on every machine."""
@@ -240,22 +240,3 @@ def _are_numbered(lines: tuple[str, ...]) -> bool:
     if not numbers or len(lines) < 2:
         return False
     return numbers == [*range(numbers[0], numbers[0] + len(lines))]
-
-
-def read_lines(path: Path) -> tuple[str, ...]:
-    """Returns the stripped lines up to the last that isn't empty, all different.
-
-    Raises:
-        InputError: no such text file, nothing in it, or a line twice.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"{path}: no such text file; write one name a line") from None
-    lines = tuple(line.strip() for line in text.rstrip().splitlines())
-    if not lines:
-        raise InputError(f"{path} is empty; write one name a line")
-    line, times = Counter(filter(None, lines)).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"{path}: {line} is listed {times} times; keep one")
-    return lines

@@ -143,13 +143,7 @@ def read_ids(path: Path) -> tuple[str, ...]:
     Raises:
         InputError: an unreadable, empty or malformed list, a repeated id.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"{path}: can't read this list of image ids") from None
-    ids = tuple(line.strip() for line in lines if line.strip())
-    if not ids:
-        raise InputError(f"{path}: the list is empty; write one image id per line")
+    ids = tuple(filter(None, read_lines(path)))
     for name in ids:
         if len(name.split()) > 1:
             raise InputError(
@@ -161,10 +155,26 @@ def read_ids(path: Path) -> tuple[str, ...]:
                 f"{path}: '{name}' isn't an image id; write it below the folder of "
                 "images, without '.', '..' and double slashes"
             )
-    name, times = Counter(ids).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"{path}: id {name} is listed {times} times; keep one")
     return ids
+
+
+def read_lines(path: Path) -> tuple[str, ...]:
+    """Returns the stripped lines up to the last that isn't empty, all different.
+
+    Raises:
+        InputError: no such text file, nothing in it, or a line twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{path}: no such text file; write one name a line") from None
+    lines = tuple(line.strip() for line in text.rstrip().splitlines())
+    if not lines:
+        raise InputError(f"{path} is empty; write one name a line")
+    line, times = Counter(filter(None, lines)).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path}: {line} is listed {times} times; keep one")
+    return lines
 
 
 def _find(
