@@ -66,6 +66,8 @@ def changed(rng: Rng, tree: Any) -> Any:
     tree = copy.deepcopy(tree)
     for _ in range(one_of(rng, (1, 1, 1, 3))):
         places = list(_places(tree))
+        if not places:
+            break
         parent, key = one_of(rng, places)
         other, name = one_of(rng, places)
         match int(rng.integers(6)):
