@@ -137,11 +137,12 @@ def _step_rows(
     case: Case, settings: Settings, torch_side: Any, device: str
 ) -> list[Row]:
     """Returns the rows of JAX and, with `torch_side`, of PyTorch's variants."""
-    weights, episodes = jax_side.random_weights(case), made_up_episodes(case)
+    weights = (torch_side or jax_side).random_weights(case)
+    episodes = made_up_episodes(case)
     makers: dict[str, Callable[[], Candidate]] = {}
     for variant in settings.variants if torch_side else ():
         makers[variant] = functools.partial(
-            torch_side.torch_candidate, case, variant, device, episodes, weights
+            torch_side.torch_candidate, case, variant, device, episodes
         )
     single = dataclasses.replace(case, dtype="float32")
     inputs = jax_side.inputs_of(single, weights, episodes)

@@ -7,14 +7,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
-from flax.traverse_util import flatten_dict
-from jaxtyping import Array, PyTree
 from torch import Tensor, nn
 
-from qpenet_jax.backbones.registry import backbone
-from qpenet_jax.backbones.torch_layout import ORIGINALS
+from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.benchmark import twin
 from qpenet_jax.benchmark.jax_side import (
     RATE,
@@ -51,18 +50,13 @@ def device_memory(device: str) -> int:
 
 
 def torch_candidate(
-    case: Case,
-    variant: str,
-    device: str,
-    episodes: Episode,
-    weights: Weights | None = None,
+    case: Case, variant: str, device: str, episodes: Episode
 ) -> Candidate:
     """Returns the twin's step of a case as it is timed.
 
-    Without `weights` they are those that PyTorch initialises. Raises InputError for a
-    backbone that the twin doesn't have.
+    Raises InputError for a backbone that the twin doesn't have.
     """
-    net, model = _networks(case, weights)
+    net, model = _networks(case)
     layout: Any = {} if variant == "eager" else {"memory_format": torch.channels_last}
     net, model = net.to(device, **layout), model.to(device, **layout)
     tensors: Any = (place(x, variant, device) for x in episodes if x is not None)
@@ -86,10 +80,16 @@ def torch_candidate(
     return Candidate(call, numbers)
 
 
-def _networks(
-    case: Case, weights: Weights | None
-) -> tuple[twin.Backbone, twin.TorchQPENet]:
-    """Builds backbone and network, without dropout, with the given weights."""
+def random_weights(case: Case) -> Weights:
+    """Returns the weights that `torch_candidate` starts from."""
+    net, model = _networks(case)
+    tensors = {name: tensor.numpy() for name, tensor in net.net.state_dict().items()}
+    frozen = jax.tree.map(jnp.asarray, to_flax(case.backbone, tensors))
+    return Weights(frozen, jax.tree.map(jnp.asarray, twin.to_flax(model.state_dict())))
+
+
+def _networks(case: Case) -> tuple[twin.Backbone, twin.TorchQPENet]:
+    """Builds backbone and network, without dropout, with PyTorch's random weights."""
     torch.manual_seed(0)
     net = twin.backbone(case.backbone)
     network: Any = network_of(case)
@@ -103,38 +103,7 @@ def _networks(
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
             module.p = 0.0
-    if weights is not None:
-        state = backbone_state(case.backbone, weights.backbone)
-        net.net.load_state_dict({**net.net.state_dict(), **state})
-        model.load_state_dict(twin.from_flax(weights.params))
     return net, model.train(case.what == "train")
-
-
-def backbone_state(name: str, weights: PyTree[Array]) -> dict[str, Tensor]:
-    """Turns a Flax backbone's folded weights into PyTorch's state_dict.
-
-    Batch norm is left with the shift alone; it is computed all the same. Layers that
-    only PyTorch's network has are not in it.
-    """
-    original = ORIGINALS[type(backbone(name).module)]
-    folded: dict = flatten_dict(weights, sep="/")
-    state = {}
-    for path in (p for p in folded if p.endswith("/kernel")):
-        layer = path.removesuffix("/kernel")
-        conv, norm = original.names(layer)
-        kernel, bias = np.array(folded[path]), np.array(folded[f"{layer}/bias"])
-        if kernel.ndim < 4:  # [c, o], or depthwise [k, k, c]
-            kernel = kernel[None, None] if kernel.ndim == 2 else kernel[:, :, None]
-        ones = np.ones_like(bias)
-        arrays = {
-            f"{conv}.weight": np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)),
-            f"{norm}.weight": ones * np.float32(1 + original.epsilon) ** 0.5,
-            f"{norm}.bias": bias,
-            f"{norm}.running_mean": 0 * ones,
-            f"{norm}.running_var": ones,
-        }
-        state |= {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return state
 
 
 def place(array: np.ndarray, variant: str, device: str) -> Tensor:
