@@ -32,7 +32,7 @@ from qpenet_jax.runs.build import (
 )
 from qpenet_jax.runs.datasets import build_dataset, build_eval_samplers, build_protocol
 
-STEPS = 10
+PREDICTIONS = 10
 """Episodes whose predictions are timed before the evaluation, and again after it: the
 time of one depends on how much of its supports is foreground."""
 
@@ -90,7 +90,10 @@ def timed_evaluation(config: Any, shots: int, episodes: int = 0) -> Row:
     def predict() -> list[float]:
         batches = (
             load_episode(dataset, samplers[0](i), protocol.side, resize=protocol.resize)
-            for i in (0, *range(min(STEPS, protocol.episodes)))  # the first compiles
+            for i in (
+                0,
+                *range(min(PREDICTIONS, protocol.episodes)),
+            )  # the first compiles
         )
         arrays = (jax.tree.map(lambda x: jnp.asarray(x)[None], b) for b in batches)
         return [seconds_of(predictor, batch) for batch in arrays][1:]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qpenet_jax import __version__
 from qpenet_jax.cli.options import split_overrides
 from qpenet_jax.core.errors import InputWarning, exit_on_input_error
 
@@ -82,9 +83,8 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser("qpenet", description="Few-shot segmentation with QPENet in JAX.")
-    parser.add_argument(
-        "--version", action=_Version, nargs=0, help="show the version and exit"
-    )
+    version, text = f"qpenet {__version__}", "show the version and exit"
+    parser.add_argument("--version", action="version", version=version, help=text)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name in [word for word in words[:1] if word in COMMANDS] or COMMANDS:
         module = importlib.import_module(f"qpenet_jax.cli.{name}")
@@ -143,16 +143,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exits with code 2."""
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-class _Version(argparse.Action):
-    """Looks the version up only when it is asked for."""
-
-    def __call__(self, parser, *_):
-        from qpenet_jax import __version__
-
-        print(f"qpenet {__version__}")
-        parser.exit()
 
 
 if __name__ == "__main__":
