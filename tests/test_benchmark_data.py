@@ -8,7 +8,7 @@ from qpenet_jax.benchmark.loading_speed import (
     BATCH,
     MEAN,
     STD,
-    load_in_parts,
+    load_float32,
     loading_speed,
     normalised,
     throughput,
@@ -40,8 +40,7 @@ def test_both_pipelines_make_the_same_episodes(photos, side, augmentation):
     """In uint8 and in float32: same random values, order, windows, paddings."""
     ids = EpisodeIds(index=5, query=0, class_id=1, supports=(4, 8))
     options = ids, side, augmentation, 3
-    seconds = {}
-    images, masks = load_in_parts(photos, *options, True, seconds)
+    images, masks = load_float32(photos, *options)
     episode = load_episode(photos, *options)
     assert images.dtype == np.float32
     assert images.shape == (3, side, side, 3)
@@ -50,10 +49,6 @@ def test_both_pipelines_make_the_same_episodes(photos, side, augmentation):
     expected = np.stack([episode.query_image, *episode.support_images])
     # Roundings to uint8 after scale, rotation and blur.
     assert np.abs(grey_levels - expected).max() < 2.5
-    assert min(seconds.values()) > 0
-    in_uint8, same = load_in_parts(photos, *options, False, {})
-    assert (in_uint8 == expected).all()
-    assert (same == masks).all()
 
 
 def test_normalisation():
@@ -92,11 +87,11 @@ def test_loading_speed(dataset, shots):
         assert 0 < low <= middle <= high
         assert row["episodes/s"] == pytest.approx(1e3 / row["ms"][1])
         assert row["images/s"] == row["episodes/s"] * (row["shots"] + 1)
-    for name in ("host", "float32"):
-        assert sum(row[f"{name}, %"] for row in parts.rows) == pytest.approx(100)
-    only = {row["part"] for row in parts.rows if row["host, ms"] == 0}
-    assert only == {"convert to float32", "normalise"}
-    assert all(row["float32, ms"] > 0 for row in parts.rows)
+    assert [row["part"] for row in parts.rows][-2:] == [
+        "convert to float32",
+        "normalise",
+    ]
+    assert min(row["ms"][0] for row in parts.rows) > 0
     found = [(row["augments"], row["shots"], row["workers"]) for row in grain.rows]
     both = ("host", "device")
     assert found == [(where, number, 0) for where in both for number in shots]

@@ -44,9 +44,6 @@ BATCH = 4
 WARM_UP = 8
 """Batches per worker that aren't timed: more than all buffers hold."""
 
-EPISODES = 40
-"""Episodes whose time is split into parts."""
-
 MEAN = 255 * np.array([0.485, 0.456, 0.406], np.float32)
 STD = 255 * np.array([0.229, 0.224, 0.225], np.float32)
 
@@ -78,9 +75,8 @@ def loading_speed(
         options = {"side": settings.size, "augmentation": Augmentation(), "seed": 0}
         decoded = Decoded(data, folder / "decoded")
         canvas = canvas_side(decoded.sizes, settings.size)
-        in_parts = functools.partial(load_in_parts, data, **options)
         loads: dict[str, Load] = {
-            "float32": functools.partial(in_parts, float32=True, seconds={}),
+            "float32": functools.partial(load_float32, data, **options),
             "host": functools.partial(load_episode, data, **options),
             "device": functools.partial(
                 load_raw_episode, decoded, canvas=canvas, **options
@@ -101,9 +97,9 @@ def loading_speed(
         )
         # Before Grain, whose threads go on for a while.
         yield Table(
-            "Milliseconds for each image on one core, in episodes of "
-            f"{samplers[0].shots} shot(s).",
-            _parts(in_parts, samplers[0]),
+            "The parts of both pipelines, for one image on one core. With float32, an "
+            "image is converted, augmented in float32 and normalised.",
+            parts(data, settings.size, settings.seconds),
         )
         streams = itertools.product(("host", "device"), samplers, settings.workers)
         yield Table(
@@ -117,38 +113,25 @@ def loading_speed(
         )
 
 
-def load_in_parts(
+def load_float32(
     dataset: SegmentationDataset,
     ids: EpisodeIds,
     side: int,
     augmentation: Augmentation,
     seed: int,
-    float32: bool,
-    seconds: dict[str, float],
-) -> tuple[np.ndarray, UInt8[np.ndarray, "k s s"]]:
-    """Returns images and masks of the episode of `load_episode`, query first.
+) -> tuple[Float32[np.ndarray, "k s s 3"], UInt8[np.ndarray, "k s s"]]:
+    """Returns normalised images and masks of the episode of `load_episode`.
 
-    The time of every part is added to its `seconds`. With `float32` the images are
-    [k, s, s, 3] in float32, normalised.
+    The query is the first.
     """
-
-    def timed(part: str, function: Callable[..., Any], *args: Any) -> Any:
-        start = perf_counter()
-        result = function(*args)
-        seconds[part] = seconds.get(part, 0.0) + perf_counter() - start
-        return result
-
     images, masks = [], []
     for slot, item in enumerate((ids.query, *ids.supports)):
-        image = timed("read and decode the image", dataset.image, item)
-        label = timed("read and decode the label", dataset.label, item)
-        mask = timed("mask of the class", binary_mask, label, ids.class_id)
+        image = dataset.image(item).astype(np.float32)
+        mask = binary_mask(dataset.label(item), ids.class_id)
         rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
         draws = draw(rng, augmentation, mask.shape, side)
-        if float32:
-            image = timed("convert to float32", image.astype, np.float32)
-        image, mask = timed("augment", augment, image, mask, side, draws)
-        images.append(timed("normalise", normalised, image) if float32 else image)
+        image, mask = augment(image, mask, side, draws)
+        images.append(normalised(image))
         masks.append(mask)
     return np.stack(images), np.stack(masks)
 
@@ -176,18 +159,27 @@ def _rates(episodes: float, sampler: EpisodeSampler) -> Row:
     return {"episodes/s": episodes, "images/s": episodes * (sampler.shots + 1)}
 
 
-def _parts(load: Callable[..., Any], sampler: EpisodeSampler) -> list[Row]:
-    """Returns milliseconds per image of each part of both pipelines."""
-    found: dict[str, dict[str, float]] = {"host": {}, "float32": {}}
-    for name, ids in itertools.product(found, map(sampler, range(EPISODES))):
-        load(ids=ids, float32=name == "float32", seconds=found[name])
-    images = EPISODES * (sampler.shots + 1)
-    rows: list[Row] = [{"part": part} for part in found["float32"]]
-    for row, (name, seconds) in itertools.product(rows, found.items()):
-        each = seconds.get(row["part"], 0.0)
-        row[f"{name}, ms"] = 1e3 * each / images
-        row[f"{name}, %"] = 100 * each / sum(seconds.values())
-    return rows
+def parts(dataset: SegmentationDataset, side: int, seconds: float) -> list[Row]:
+    """Returns the times of the parts of both pipelines, in turns, for one image."""
+    items, rng = itertools.cycle(range(len(dataset))), np.random.default_rng(0)
+    image, label = dataset.image(0), dataset.label(0)
+    mask = binary_mask(label, 1)
+    single, square = image.astype(np.float32), np.zeros((side, side, 3), np.float32)
+
+    def augmented(image: np.ndarray) -> Any:
+        return augment(image, mask, side, draw(rng, Augmentation(), mask.shape, side))
+
+    calls: dict[str, Callable[[], Any]] = {
+        "read and decode the image": lambda: dataset.image(next(items)),
+        "read and decode the label": lambda: dataset.label(next(items)),
+        "mask of the class": lambda: binary_mask(label, 1),
+        "augment": lambda: augmented(image),
+        "augment in float32": lambda: augmented(single),
+        "convert to float32": lambda: image.astype(np.float32),
+        "normalise": lambda: normalised(square),
+    }
+    rows = measure(calls, seconds)
+    return [{"part": r["variant"], "ms": r["ms"]} for r in rows]
 
 
 def throughput(
