@@ -2,8 +2,7 @@
 
 import os
 import pickle
-import subprocess
-import sys
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +11,7 @@ import pytest
 from preparing import change_a_byte
 
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import locked
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.sources.decoded import PIXELS_FILE, SIZES_FILE, Decoded
 from qpenet_jax.data.sources.shapes import Shapes
@@ -137,49 +137,23 @@ def test_an_interrupted_run_leaves_nothing_that_is_taken_for_whole(tmp_path):
     assert sorted(file.name for file in folder.iterdir()) == [PIXELS_FILE, SIZES_FILE]
 
 
-DECODING = """
-import sys, time
-from pathlib import Path
-from qpenet_jax.data.sources.decoded import Decoded
-from qpenet_jax.data.sources.shapes import Shapes
-
-class Slow(Shapes):
-    def image(self, index):
-        if index == 5:  # None of the sample: the first images are written.
-            Path(sys.argv[2]).touch()
-            while not Path(sys.argv[3]).exists():
-                time.sleep(0.01)
-        return super().image(index)
-
-Decoded(Slow("train", 40, 40), sys.argv[1])
-"""
-
-
-@pytest.mark.slow
 def test_a_second_process_waits_for_the_first(tmp_path, capfd):
     """It deletes nothing of it, and decodes a sample alone."""
-    begun, go = tmp_path / "begun", tmp_path / "go"
     dataset = Shapes("train", 40, 40)
-    part = folder_of(dataset, tmp_path) / f"{PIXELS_FILE}.part"
-    command = [sys.executable, "-c", DECODING, tmp_path / "cache", begun, go]
-    with subprocess.Popen(command) as first, ThreadPoolExecutor(1) as pool:
-        try:
-            while not begun.exists():
-                assert first.poll() is None
-                time.sleep(0.01)
+    folder = folder_of(dataset, tmp_path)
+    written = Decoded(dataset, tmp_path / "first").folder
+    with ThreadPoolExecutor(1) as pool:
+        with locked(folder.with_name(f".{folder.name}.lock"), "held"):
             second = pool.submit(
                 Decoded, Unreadable(dataset, range(0, 40, 2)), tmp_path / "cache"
             )
-            told = ""
-            while "waiting for another process" not in told:
+            said = ""
+            while "waiting for another process" not in said:
                 assert not second.done()
-                told += capfd.readouterr().err
-            assert part.exists()
-        finally:
-            go.touch()
-        assert first.wait() == 0
+                time.sleep(0.01)
+                said += capfd.readouterr().err
+            shutil.copytree(written, folder)  # The first writes it meanwhile.
         assert equal(second.result(), dataset)
-    assert not part.exists()
 
 
 class Large(Unreadable):

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from preparing import change_a_byte, facts, refusal
 
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import locked
 from qpenet_jax.data.prepare.archives import fingerprint
 from qpenet_jax.data.prepare.image_folder import prepare_folder, read_classes
 from qpenet_jax.data.sources.prepared import Prepared
@@ -165,55 +165,22 @@ def test_preparing_again(root, tmp_path, change, message, capfd):
         prepare_folder(root, tmp_path / "out")
 
 
-PREPARING = """
-import sys, time
-from pathlib import Path
-from qpenet_jax.data.prepare import image_folder as folder
-
-root, out, begun, go = map(Path, sys.argv[1:])
-
-def slow(path):
-    begun.touch()
-    while not go.exists():
-        time.sleep(0.01)
-    return read_label(path)
-
-read_label, folder.read_label = folder.read_label, slow
-print(folder.prepare_folder(root, out))
-"""
-
-
-@pytest.mark.slow
-def test_a_second_process_is_refused_while_the_first_writes(root, tmp_path):
-    out, begun, go = (tmp_path / name for name in ("out", "begun", "go"))
-    first = subprocess.Popen(
-        [sys.executable, "-c", PREPARING, root, out, begun, go],
-        stdout=subprocess.PIPE,
-        text=True,
+def test_a_second_process_is_refused_while_the_first_writes(root, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["prepare", "folder", str(root), "--out", str(out)]
+    with (
+        locked(out / "folder/.my_photos.lock", "held"),  # as the first holds it
+        pytest.raises(SystemExit) as end,
+    ):
+        main(words)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {out}/folder/my_photos/1.0.0: another process is preparing "
+        "this data set; wait until it has finished, or choose another --out\n"
     )
-    command = [sys.executable, "-m", "qpenet_jax.cli", "prepare", "folder", root]
-    with first:
-        try:
-            while not begun.exists():
-                assert first.poll() is None
-                time.sleep(0.01)
-            second = subprocess.run(
-                [*command, "--out", out], capture_output=True, text=True
-            )
-            assert second.returncode == 2
-            assert second.stderr == (
-                f"error: {out}/folder/my_photos/1.0.0: another process is preparing "
-                "this data set; wait until it has finished, or choose another --out\n"
-            )
-            assert list((out / "folder/my_photos").glob("incomplete.*"))
-        finally:
-            go.touch()
-        assert first.wait() == 0
-        assert first.stdout
-        folder = Path(first.stdout.read().strip())
-    assert list(folder.parent.iterdir()) == [folder]
+    main(words)
+    [folder] = (out / "folder/my_photos").iterdir()
     assert Prepared(folder, "train").names == ("sub/a.1", "b")
-    assert Prepared(folder, "val").names == ("c", "a.1")
 
 
 def test_hidden_and_other_files_are_no_images(root, tmp_path, capfd):
