@@ -9,7 +9,6 @@ from untrained import small_config, untrained_run
 
 from qpenet_jax import InputError
 from qpenet_jax.core.types import Episode
-from qpenet_jax.data.episodes import EpisodeIds
 from qpenet_jax.evaluation import pictures
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, TILE, TRUTH, Scene
 from qpenet_jax.models.layers import Conv1x1, Convs, unit_rms
@@ -82,32 +81,24 @@ def tint(colour, grey=0):
     return tuple(c // 2 + grey // 2 for c in colour)
 
 
-def test_the_supports_foreground_is_shared_out():
-    shown, out = scene(), out_of()
-    main, aux = support_regions(shown, out)
-    np.testing.assert_array_equal(main + aux, shown.support_mask == 1)
-    columns = np.flatnonzero(main.any(axis=0))
-    assert columns[0] == 28
-    assert columns[-1] == pytest.approx(MIDDLE, abs=2)
-    columns = np.flatnonzero(aux.any(axis=0))
-    assert columns[0] == pytest.approx(MIDDLE, abs=2)
-    assert columns[-1] == 195
-
-
-def test_regions_leave_out_ignored_pixels_padding_and_other_supports():
+def test_regions_of_the_support():
     shown = scene()
+    main, aux = support_regions(shown, out_of())
+    np.testing.assert_array_equal(main + aux, shown.support_mask == 1)
+    columns = [np.flatnonzero(region.any(axis=0))[[0, -1]] for region in (main, aux)]
+    np.testing.assert_allclose(columns, [[28, MIDDLE], [MIDDLE, 195]], atol=2)
+    assert (columns[0][0], columns[1][1]) == (28, 195)
     shown.support_mask[14:98, 28:60] = 255
     main, aux = support_regions(shown, out_of())
-    assert not (main + aux)[:, :60].any()
+    assert not (main + aux)[:, :60].any()  # ignored pixels are in none
     assert main[20:90, 60:100].all()
     below = out_of(y_rev=half("right").swapaxes(0, 1)[None])
-    main, _ = support_regions(scene(), below)
-    assert not main.any()
+    assert not support_regions(scene(), below)[0].any()  # in the padding
     # Squashed, the picture's 112 rows fill the square.
     main, _ = support_regions(scene(), below, "squash")
     first = np.flatnonzero(main.any(axis=1))[0]
     assert first == pytest.approx(36 / SIDE * 112, abs=2)
-    rev = np.stack([half("right"), half("left"), half("left")])
+    rev = np.stack([half("right"), half("left"), half("left")])  # the first is shown
     main, _ = support_regions(scene(), out_of(y_rev=rev))
     assert main[20:90, 140:190].all()
     assert not main[:, :110].any()
@@ -181,17 +172,6 @@ def test_tints_are_the_same_on_every_picture():
     red[..., 0] = 255
     *_, blue = pictures.overlay(red, mask, SUPPORT)[10, 10]
     assert blue == tint(SUPPORT, 76)[2]  # 0.299 * 255
-
-
-def test_the_figure_of_an_evaluation():
-    data = build_dataset(shrunk(), "val")
-    episodes = [EpisodeIds(3, 0, 1, (1, 2)), EpisodeIds(4, 5, 2, (7, 8))]
-    page = pictures.episode_figure(
-        data, episodes, {"all": lambda _: jnp.ones((1, SIDE, SIDE))}, SIDE
-    )
-    assert page.shape[1] > 4 * (TILE + pictures.GAP)
-    last = page[60 : pictures.HEADER + TILE - 60, -TILE // 2]  # all of it is tinted
-    assert (np.abs(last - np.array(PREDICTION) // 2 - 64) <= 64).all()
 
 
 def shown_episodes(**outs):
@@ -285,9 +265,7 @@ def test_three_sheets_of_two_runs(runs, tmp_path):
         with Image.open(path) as image:
             assert image.format == "JPEG"
             assert image.size[1] > 2 * TILE
-
-
-def test_what_stands_on_the_sheets_of_two_runs(runs):
+    # What stands on them.
     opened = {name: open_run(folder) for name, folder in zip("ab", runs, strict=True)}
     config = opened["a"].config
     protocol = build_protocol(config, shots=2)
@@ -302,6 +280,12 @@ def test_what_stands_on_the_sheets_of_two_runs(runs):
     notes = figures.protocol_notes(protocol)
     assert "2-shot" in notes[0]
     assert notes[1] == "of 2 supports the first is shown"
+    # The figure of an evaluation, all of whose prediction is tinted.
+    everywhere = {"all": lambda _: jnp.ones((1, SIDE, SIDE))}
+    page = pictures.episode_figure(val, [sampler(4), sampler(0)], everywhere, SIDE)
+    assert page.shape[1] > 4 * (TILE + pictures.GAP)
+    last = page[60 : pictures.HEADER + TILE - 60, -TILE // 2]
+    assert (np.abs(last - np.array(PREDICTION) // 2 - 64) <= 64).all()
 
 
 def test_the_background_by_p_bg_is_the_heads_output_for_it(runs):
@@ -370,12 +354,11 @@ def test_random_episodes_follow_the_seed():
 
 
 def test_folders_that_cannot_be_shown(tmp_path):
-    with pytest.raises(InputError, match="is no run"):
-        figures.draw_figures([tmp_path], tmp_path / "out")
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(InputError, match="is no folder"):
-        figures.draw_figures([tmp_path], file)
+    for out, words in ((tmp_path / "out", "is no run"), (file, "is no folder")):
+        with pytest.raises(InputError, match=words):
+            figures.draw_figures([tmp_path], out)
 
 
 def pair_of(folder, **changes):

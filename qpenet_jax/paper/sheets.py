@@ -167,11 +167,11 @@ def evolution_tiles(
     main, aux = support_regions(scene, out, resize)
     regions = overlay(overlay(scene.support, main, MAIN), aux, AUX)
     share = main.sum() / max(main.sum() + aux.sum(), 1)
-    heats = []
+    heats, (height, width) = [], scene.truth.shape
     for name, colour in (("A_main", MAIN), ("A_aux", AUX)):
         drawn = tile(np.full((TILE, TILE, 3), 255, np.uint8), "not in this variant")
         if name in out:
-            values = unpad(at_input_size(out[name]), *scene.truth.shape, resize)
+            values = unpad(at_input_size(out[name]), height, width, resize)
             drawn = heat_tile(scene.query, values, colour)
         heats.append(drawn)
     return [

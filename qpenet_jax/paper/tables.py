@@ -112,22 +112,20 @@ def measured(
     Raises:
         InputError: found and others have no episode in common.
     """
-    by_seed = [one.means for one in found]
     estimate = functools.partial(metrics.estimate, pooled(found))
     if others:
         pools = pooled(found), pooled(others)
         estimate = functools.partial(metrics.estimate_difference, *pools)
-        by_seed = [
-            {name: value - other.means[name] for name, value in one.means.items()}
-            for one, other in zip(found, others, strict=True)
-        ]
     estimates = {name: estimate(ids) for name, ids in found[0].classes.items()}
     intervals = {name: of.miou for name, of in estimates.items()}
     intervals["FB-IoU"] = estimates["mIoU"].fb_iou
-    return {
-        name: _rounded(100 * np.array(interval), [seed[name] for seed in by_seed])
-        for name, interval in intervals.items()
-    }
+    measures = {}
+    for name, interval in intervals.items():
+        by_seed = np.array([one.means[name] for one in found])
+        if others:
+            by_seed -= [other.means[name] for other in others]
+        measures[name] = _rounded(100 * np.array(interval), by_seed)
+    return measures
 
 
 def mean_over_folds(folds: Sequence[Measured]) -> Measured:
@@ -233,26 +231,23 @@ def _row(
 def _differences(
     plan: Plan, found: Mapping[str, Mapping[int, Sequence[Found]]]
 ) -> dict[str, dict[str, Measured]]:
-    """Returns the measures of a - b by "a - b", with the paper's and our verdict."""
+    """Returns a - b by "a - b", with the paper's difference and a verdict on ours.
+
+    Of every row to `full`, then of every row to the one above it.
+    """
+    rows = [name for name in found if name != "full"]
+    pairs = [(name, "full") for name in rows if "full" in found]
+    pairs += zip(rows[1:], rows[:-1], strict=True)
     differences = {}
-    for a, b in _pairs(list(found)):
+    for a, b in pairs:
         ours, theirs = (next(iter(found[row].values())) for row in (a, b))
         of_a, of_b = (paper_results(plan.table, 1, row) for row in (a, b))
-        differences[f"{a} - {b}"] = row = measured(ours, theirs)
-        for name, value in row.items():
+        differences[f"{a} - {b}"] = measured(ours, theirs)
+        for name, value in differences[f"{a} - {b}"].items():
             given = name if name in of_a else "mIoU"
-            value["paper"] = round(of_a[given] - of_b[given], 1)
-            value["order"] = verdict(
-                value["paper"], value["interval"], value["by_seed"]
-            )
+            paper = value["paper"] = round(of_a[given] - of_b[given], 1)
+            value["order"] = verdict(paper, value["interval"], value["by_seed"])
     return differences
-
-
-def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns every other row with `full`, then every row with the one above it."""
-    others = [name for name in names if name != "full"]
-    with_full = [(name, "full") for name in others if "full" in names]
-    return [*with_full, *zip(others[1:], others[:-1], strict=True)]
 
 
 # The page.
