@@ -4,11 +4,9 @@
 original file.
 """
 
-import contextlib
 import functools
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from qpenet_jax.backbones.torch_files import read_tensors
 from qpenet_jax.backbones.torch_layout import check_tensors, shapes_of, to_flax
 from qpenet_jax.core.download import download, sha256
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import refuse_overwriting
+from qpenet_jax.core.files import refuse_overwriting, write_whole
 from qpenet_jax.core.runtime import refuse_64_bits
 from qpenet_jax.core.types import Array
 
@@ -73,8 +71,7 @@ def save_weights(
     flat = {
         k: np.ascontiguousarray(v) for k, v in flatten_dict(params, sep="/").items()
     }
-    with _replacing(path) as temporary:
-        safetensors.numpy.save_file(flat, temporary, metadata=metadata)
+    write_whole(path, safetensors.numpy.save(flat, metadata=metadata))
 
 
 def _default_source(name: str, out_dir: Path) -> Path:
@@ -86,20 +83,6 @@ def _default_source(name: str, out_dir: Path) -> Path:
     target = out_dir / url.rpartition("/")[2]
     # torchvision's file names end in the first digits of the hash.
     return download(url, target, f"sha256:{target.stem.rpartition('-')[2]}")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path which takes the place of `path` when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_weights(

@@ -20,7 +20,7 @@ from qpenet_jax.core.files import local_path, new_folder
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.recipes import for_coco, for_released
-from qpenet_jax.runs.build import complete, initial_params
+from qpenet_jax.runs.build import complete, params_like
 from qpenet_jax.runs.checkpoints import Saved, open_checkpoints
 from qpenet_jax.runs.config_files import override
 from qpenet_jax.runs.folder import (
@@ -64,9 +64,8 @@ def import_checkpoint(
         backbone, head = _split(under_prefix(tensors, state_dict.names().keys()))
         name = "resnet101" if "layer3.22.conv1.weight" in backbone else "resnet50"
         config = complete(override(_config(name, fold, dataset), overrides))
-        expected = jax.eval_shape(lambda: initial_params(config))
         try:
-            _check_head(head, expected)
+            _check_head(head, params_like(config))
             weights = to_flax(config.backbone.name, backbone, deep=True)
         except InputError as error:
             raise InputError(
