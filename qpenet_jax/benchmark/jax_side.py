@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.precision import cast, in_dtype
@@ -31,9 +30,6 @@ RATE, STEPS = 1e-4, 10**6
 NO_DROPOUT = {
     f"{kind}_dropout": 0.0 for kind in ("channel", "head", "gate", "attention")
 }
-
-LINEAR = ("conv3", "downsample", "project")
-"""Convolutions of backbones that no ReLU follows; the others' weights are He's."""
 
 
 class Candidate(NamedTuple):
@@ -63,25 +59,13 @@ def random_weights(case: Case) -> Weights:
 
 
 def random_params(shapes: PyTree, rng: np.random.Generator) -> PyTree[Array]:
-    """Returns random parameters that keep the variance from layer to layer.
+    """Returns random parameters with which values stay of one size in all layers."""
 
-    So rounding errors grow in no layer more than in the others.
-    """
-    leaves: dict = flatten_dict(shapes)
-    values = {}
-    for path, leaf in leaves.items():
-        *_, layer, name = "", *path
+    def random(leaf: Any) -> Array:
         numbers = rng.standard_normal(leaf.shape, np.float32)
-        if name == "kernel":
-            depthwise = leaf.ndim == 3
-            fan_in = math.prod(leaf.shape[:2] if depthwise else leaf.shape[:-1])
-            numbers *= math.sqrt((1 if layer in LINEAR else 2) / fan_in)
-        elif name == "bias":
-            numbers *= 0.1
-        elif name == "scale":
-            numbers = 1 + 0.1 * numbers
-        values[path] = jnp.asarray(numbers)
-    return unflatten_dict(values)
+        return jnp.asarray(numbers / math.sqrt(math.prod(leaf.shape[:-1])))
+
+    return jax.tree.map(random, shapes)
 
 
 def initial_params(case: Case) -> PyTree[Array]:
