@@ -75,7 +75,7 @@ def test_made_up_photos(photos):
 )
 def test_loading_speed(dataset, shots):
     threads = cv2.getNumThreads()
-    settings = Settings(("data",), size=97, shots=shots, seconds=0.01, workers=(0,))
+    settings = Settings(size=97, shots=shots, seconds=0.01, workers=(0,))
     one_core, parts, grain = loading_speed(settings, dataset)
     assert cv2.getNumThreads() == threads
     assert f"{60 if dataset else 64} images" in one_core.caption
@@ -118,4 +118,4 @@ def test_rate_of_a_stream():
 
 def test_no_episodes(voc):  # Its objects have 45 x 45 pixels: too few.
     with pytest.raises(InputError, match="list of episodes is empty"):
-        list(loading_speed(Settings(("data",), size=97, seconds=0.05), voc))
+        list(loading_speed(Settings(size=97, seconds=0.05), voc))

@@ -21,7 +21,7 @@ NETWORK = {"channels": 8}
 
 def test_an_evaluation_of_a_config():
     config = complete(tiny.get_config())
-    settings = Settings(("protocol",), shots=(1, 2), episodes=3, dtype=("bfloat16",))
+    settings = Settings(shots=(1, 2), episodes=3, dtype=("bfloat16",))
     rows = evaluation_speed(settings, config).rows
     assert [row["shots"] for row in rows] == [1, 2]
     for row in rows:
@@ -37,15 +37,8 @@ def test_an_evaluation_of_a_config():
 
 @pytest.mark.standard_promotion
 def test_an_evaluation_of_made_up_images_in_every_dtype():
-    dtypes = ("float32", "bfloat16")
-    settings = Settings(
-        ("protocol",),
-        dtype=dtypes,
-        size=65,
-        backbone="tiny",
-        network=NETWORK,
-        episodes=2,
-    )
+    dtypes, sizes = ("float32", "bfloat16"), {"size": 65, "episodes": 2}
+    settings = Settings(dtype=dtypes, backbone="tiny", network=NETWORK, **sizes)
     config = made_up_config(settings, "bfloat16")
     assert (config.side, config.dataset.side) == (65, 65)
     assert config.model.channels == 8
@@ -75,7 +68,7 @@ def test_photos_are_segmented_as_predict_does(tmp_path):
 
 @pytest.mark.slow
 def test_waiting_times_of_predict(tmp_path):
-    settings = Settings(("predict",), shots=(1, 2), photos=3, size=65)
+    settings = Settings(shots=(1, 2), photos=3, size=65)
     first, photos = prediction_speed.prediction_speed(settings, (0.05, 0.1), starts=1)
     assert "Starter, 65 pixels: from the start of a process" in first.caption
     (row,) = first.rows
@@ -86,6 +79,6 @@ def test_waiting_times_of_predict(tmp_path):
         assert min(row[f"{part}, ms"] for part in PARTS) > 0
         assert row["masks/s"] > 0
     assert photos.rows[0]["time of 1 shot"] == 1
-    nowhere = Settings(("predict",), photos=1, workdir=str(tmp_path / "nowhere"))
+    nowhere = Settings(photos=1, workdir=str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"qpenet_jax\.cli failed: error: .*nowhere"):
         list(prediction_speed.prediction_speed(nowhere, (0.05,), starts=1))

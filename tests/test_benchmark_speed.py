@@ -242,28 +242,24 @@ def test_a_case_in_a_process_of_its_own(tmp_path):
 # --- the whole --------------------------------------------------------------------
 
 
+SMALL = {"shots": (1,), "batch": (1,), "size": 33, "seconds": 0.0}
+
+
 def measured(**options):
-    given = {"shots": (1,), "batch": (1,), "size": 33, "seconds": 0.0}
-    return speed.benchmark(Settings(**given | options))
+    return speed.benchmark(Settings(**SMALL | options))
 
 
+STEPS = [
+    {"step": "eval", "variant": "JAX", "ms": [700.0, 800.0, 900.0], "GFLOP": 200.0},
+    {"step": "eval", "variant": "eager", "ms": [900.0, 1000.0, 1100.0]},
+    {"step": "eval", "variant": "compile", "failed": "no compiler"},
+]
+OTHERS = [{"shots": 5, "ratio": 0.1234, "what": None}]
 RESULT = {
     "facts": {"cpu": "A CPU", "cores": 2},
     "tables": [
-        {
-            "caption": "Time of one step.",
-            "rows": [
-                {
-                    "step": "eval",
-                    "variant": "JAX",
-                    "ms": [700.0, 800.0, 900.0],
-                    "GFLOP": 200.0,
-                },
-                {"step": "eval", "variant": "eager", "ms": [900.0, 1000.0, 1100.0]},
-                {"step": "eval", "variant": "compile", "failed": "no compiler"},
-            ],
-        },
-        {"caption": "Others.", "rows": [{"shots": 5, "ratio": 0.1234, "what": None}]},
+        {"caption": "Time of one step.", "rows": STEPS},
+        {"caption": "Others.", "rows": OTHERS},
     ],
 }
 
@@ -378,17 +374,8 @@ def torch_side():
 )
 def test_against_the_twin(torch_side, backbone, what):
     variants = ("eager", "channels_last")
-    settings = Settings(
-        what=what,
-        shots=(1,),
-        batch=(1,),
-        size=33,
-        backbone=backbone,
-        network=NETWORK,
-        seconds=0.0,
-        against="torch",
-        variants=variants,
-    )
+    options = {"network": NETWORK, "against": "torch", "variants": variants}
+    settings = Settings(what=what, backbone=backbone, **SMALL, **options)
     (one,) = speed.step_tables(settings, new_processes=False)
     assert json.loads(json.dumps(one.rows)) == one.rows
     assert [row["variant"] for row in one.rows] == len(what) * ["JAX", *variants]

@@ -18,19 +18,13 @@ NETWORK = {"channels": 8, "heads": 2, "ffn_features": 8}
 
 
 def test_every_step_has_a_plan_for_each_platform():
-    settings = Settings(
-        ("memory",),
-        (1,),
-        (3,),
-        size=33,
-        backbone="tiny",
-        network=NETWORK,
-    )
+    sizes = {"shots": (1,), "batch": (3,), "size": 33}
+    settings = Settings(backbone="tiny", network=NETWORK, **sizes)
     caption, rows = memory_plans(settings)
     assert "The plan for GPUs is an estimate" in caption
     names = ["eval, 1 shot, batch 3, float32", "train, 1 shot, batch 3, float32"]
     assert [row["step"] for row in rows] == names
-    case = settings.case("eval", 1, 3, "float32")
+    (case,) = settings.cases(["eval"])
     weights = jax.eval_shape(lambda: jax_side.random_weights(case))
     parameters = 4 * sum(leaf.size for leaf in jax.tree.leaves(weights))
     for name in ("CPU", "NVIDIA GPU"):

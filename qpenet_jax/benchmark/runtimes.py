@@ -4,6 +4,7 @@ A task that was learned once encodes its query and decodes it. Both parts are me
 in turns, one photo at a time, on a CPU.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -47,8 +48,8 @@ def runtimes(settings: Settings) -> Table:
             "how to install them"
         )
     rows: list[Row] = []
-    for shots in settings.shots:
-        case = settings.case("eval", shots, 1, "float32")
+    single = dataclasses.replace(settings, batch=(1,), dtype=("float32",))
+    for case in single.cases(["eval"]):
         rows += compare_runtimes(case, sessions, settings.seconds)
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in sessions)
     return Table(

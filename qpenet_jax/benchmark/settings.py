@@ -27,30 +27,22 @@ def option(default: Any, text: str, least: int | None = None) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shared:
-    """The fields that all measurements of a benchmark have in common."""
-
-    backbone: str = option("resnet50", "name of the backbone")
-    size: int = option(473, "side of the images in pixels")
-    released: bool = option(
-        False, "measure the network that the authors released, not the paper's"
-    )
-    network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of QPENet that differ from the paper's."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Case(Shared):
+class Case:
     """One step to measure: "eval", "train" or "backbone" at these sizes.
 
     All values can be written as JSON, so that another process can measure the case.
+    `network` holds the fields of QPENet that differ from the paper's.
     """
 
     what: str
     shots: int = 1
     batch: int = 1
     dtype: str = "float32"
+    backbone: str = "resnet50"
+    size: int = 473
+    released: bool = False
+    network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         """Returns a name for tables and messages."""
@@ -60,13 +52,19 @@ class Case(Shared):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Shared):
-    """What to measure, and how long.
+class Settings:
+    """What to measure, and how long; `network` is that of `Case`.
 
     Raises:
         InputError: a value that is unknown or too small.
     """
 
+    backbone: str = option("resnet50", "name of the backbone")
+    size: int = option(473, "side of the images in pixels")
+    released: bool = option(
+        False, "measure the network that the authors released, not the paper's"
+    )
+    network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     what: Sequence[str] = option(("eval", "train"), f"any of {', '.join(WHAT)}")
     shots: Sequence[int] = option((1,), "numbers of support images", least=1)
     batch: Sequence[int] = option((1, 4), "numbers of episodes in one step", least=1)
@@ -117,10 +115,7 @@ class Settings(Shared):
 
     def cases(self, steps: Sequence[str]) -> Iterator[Case]:
         """Yields these single steps at all sizes and in every dtype."""
+        names = ("backbone", "size", "released", "network")
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
         for values in itertools.product(steps, self.shots, self.batch, self.dtype):
-            yield self.case(*values)
-
-    def case(self, what: str, shots: int, batch: int, dtype: str) -> Case:
-        """Returns one step of these settings."""
-        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Shared)}
-        return Case(what, shots, batch, dtype, **shared)
+            yield Case(*values, **shared)
