@@ -1,6 +1,5 @@
 """The draws of training augmentation: every published run depends on them."""
 
-import numpy as np
 import pytest
 
 from qpenet_jax.data.augmentation import Augmentation, draw
@@ -50,12 +49,3 @@ def test_known_draws():
     assert drawn[:4] == ((342, 456), 7.889166553141088, False, False)
     assert drawn.corners.shape == (32, 2)
     assert drawn.corners[[0, 1, 31]].tolist() == [[4, 115], [19, 89], [13, 1]]
-
-
-def test_a_pure_function_of_the_generator():
-    first, again = (
-        draw(np.random.default_rng(3), Augmentation(), (375, 500), 321)
-        for _ in range(2)
-    )
-    assert first[:4] == again[:4]
-    assert (first.corners == again.corners).all()

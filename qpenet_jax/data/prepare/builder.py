@@ -117,7 +117,8 @@ def check_user(user: int, group: int) -> None:
         InputError: the system knows no such user or group.
     """
     try:
-        pwd.getpwuid(user), grp.getgrgid(group)
+        pwd.getpwuid(user)
+        grp.getgrgid(group)
     except KeyError:
         raise InputError(
             f"this process' user (id {user}) or group (id {group}) has no name, which "
