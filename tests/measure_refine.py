@@ -4,7 +4,7 @@
     python tests/measure_refine.py --data ../shared/data/voc --workdir RUN
     python tests/measure_refine.py --data ../shared/data/voc --truth --side 473
 
-draws episodes of one support from the list `subset_val.txt`, seed 0, among the classes
+samples episodes of one support from the list `subset_val.txt`, seed 0, among the classes
 with ten images of 2,048 pixels or more, and prints the means of IoU and of the boundary
 F-measure, plain and refined, and their paired differences with 95 % intervals. Without
 `--workdir` it is the training-free method. `--truth` takes in place of a prediction the
@@ -37,7 +37,7 @@ MIN_PIXELS, MIN_IMAGES, TOLERANCE = 2048, 10, 0.008
 
 
 def contour(mask):
-    """Return the pixels that differ from one to the right, below, or both."""
+    """Returns the pixels that differ from one to the right, below, or both."""
     mask = mask.astype(np.uint8)
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     shifted = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
@@ -62,7 +62,7 @@ def iou(found, truth, counted):
 
 
 def at_the_grid(mask, side):
-    """Return the truth as seen at the grid's points, interpolated in between."""
+    """Returns the truth as seen at the grid's points, interpolated in between."""
     cells = (fit_label(mask, side)[::8, ::8] == 1).astype(np.float32)
     places = np.arange(side, dtype=np.float32) / 8
     across, down = np.meshgrid(places, places)

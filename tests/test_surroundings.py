@@ -82,8 +82,10 @@ def started(*arguments, text=True, **environment):
     return subprocess.run(words, capture_output=True, text=text, env=environment)
 
 
-@pytest.mark.parametrize("platform", ["nonsense", "nonsense,cpu"])
-@pytest.mark.parametrize("command", [["describe", "--side=33"], ["compare", "a", "b"]])
+@pytest.mark.parametrize(
+    ("platform", "command"),
+    [("nonsense", ["describe", "--side=33"]), ("nonsense,cpu", ["compare", "a", "b"])],
+)
 def test_a_device_that_isnt_there_is_one_line(platform, command):
     done = started(*CLI, *command, JAX_PLATFORMS=platform)
     assert done.returncode == 2

@@ -156,7 +156,7 @@ def network_parts(
         photo["padding"] = jax.ShapeDtypeStruct((1, side, side), np.bool_)
     encoders = [Part(functools.partial(encode, role), photo) for role in roles]
     support, query = (part.outputs for part in encoders)
-    parts = dict(zip(("encode_support", "encode_query"), encoders, strict=True))
+    parts = {f"encode_{role}": encoders[i] for i, role in enumerate(roles)}
     for k in dict.fromkeys(shots):
         masks = {"masks": jax.ShapeDtypeStruct((1, k, side, side), np.uint8)}
         stacked = {
