@@ -14,6 +14,7 @@ from tqdm import tqdm
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import check_room, locked, write_whole
 from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.data.images import check_same_size
 from qpenet_jax.data.versions import dataset_content, dataset_version
 
 PIXELS_FILE, SIZES_FILE = "pixels.bin", "sizes.npy"
@@ -182,12 +183,7 @@ def _write_pixels(
     )
     for index in bar:
         image, label = dataset.image(index), dataset.label(index)
-        if image.shape[:2] != label.shape:
-            raise InputError(
-                f"{dataset.names[index]}: mask of {label.shape[1]}x{label.shape[0]} "
-                f"pixels for an image of {image.shape[1]}x{image.shape[0]}; make them "
-                "equal"
-            )
+        check_same_size(label.shape, image.shape[:2], dataset.names[index])
         file.write(np.ascontiguousarray(image).data)
         file.write(np.ascontiguousarray(label).data)
         sizes.append(label.shape)
