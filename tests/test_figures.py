@@ -123,11 +123,8 @@ def test_colours_of_the_evolution():
     between = np.array([pixel(a_main, x, 80) for x in range(TILE)])
     assert np.abs(between - MAIN).sum(1).min() < 10
     assert pixel(a_aux, 100, 80) == (0, 0, 0)
-
-
-def test_heat_maps_darken_the_query():
     grey = scene()._replace(query=np.full((TILE // 2, TILE, 3), 200, np.uint8))
-    *_, a_aux, _ = evolution_tiles(grey, MARGIN, out_of())
+    *_, a_aux, _ = evolution_tiles(grey, MARGIN, out_of())  # darkened, not black
     assert pixel(a_aux, 100, 80) == (int(200 * DARK),) * 3
 
 
