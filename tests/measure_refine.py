@@ -4,7 +4,7 @@
     python tests/measure_refine.py --data ../shared/data/voc --workdir RUN
     python tests/measure_refine.py --data ../shared/data/voc --truth --side 473
 
-samples episodes of one support from the list `subset_val.txt`, seed 0, among the classes
+samples episodes of one support from the list `subset_val.txt`, seed 0, among classes
 with ten images of 2,048 pixels or more, and prints the means of IoU and of the boundary
 F-measure, plain and refined, and their paired differences with 95 % intervals. Without
 `--workdir` it is the training-free method. `--truth` takes in place of a prediction the

@@ -38,7 +38,7 @@ def test_there_is_a_config_for_every_fold():
 
 
 def check_step(config):
-    """Trace a step of this config's network."""
+    """Traces a step of this config's network."""
     net, key = build_backbone(config), jax.random.key(0)
     weights = weight_shapes(net, deep=is_released(config))
     b, k, side = config.batch_size, config.shots, config.side

@@ -51,7 +51,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content[: self.server.cut])
 
     def log_message(self, *_):
-        """Keep the output of the tests clean."""
+        """Keeps the output of the tests clean."""
 
 
 @pytest.fixture

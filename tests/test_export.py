@@ -30,7 +30,7 @@ GUIDE = Path(__file__).parents[1] / "docs" / "export.md"
 
 
 def example(name):
-    """Return a block of code of the guide."""
+    """Returns a block of code of the guide."""
     return re.search(f"```python {name}\n(.*?)```", GUIDE.read_text(), re.S)[1]
 
 
@@ -55,7 +55,7 @@ def onnx(untrained, tmp_path_factory):
 
 
 def episode(photos, labels, shots):
-    """Return an episode of the first photo as query and so many others."""
+    """Returns an episode of the first photo as query and so many others."""
     images = np.stack([fit(p, SIDE) for p in photos])
     masks = np.stack([fit_label(m, SIDE) for m in labels])
     return Episode(
@@ -64,7 +64,7 @@ def episode(photos, labels, shots):
 
 
 def through(call, episode, shots):
-    """Return margin and probability of an episode by an exported network."""
+    """Returns margin and probability of an episode by an exported network."""
     supports = [
         call("encode_support", image=episode.support_images[:, k]) for k in range(shots)
     ]
@@ -75,7 +75,7 @@ def through(call, episode, shots):
 
 
 def loaded(folder, block):
-    """Return `call` as the guide makes it."""
+    """Returns `call` as the guide makes it."""
     names = {}
     exec(block.replace('Path("exported")', f"Path({str(folder)!r})"), names)
     return names["call"]

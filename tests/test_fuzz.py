@@ -388,7 +388,7 @@ LONGEST = 700
 
 
 def outcome(kind: str, seed: int) -> str:
-    """Try one input; return "right", "refused: why", or "FAULT: what"."""
+    """Tries one input; returns "right", "refused: why", or "FAULT: what"."""
     rng = np.random.default_rng([list(KINDS).index(kind), seed])
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -64,7 +64,7 @@ def run(tensors, tmp_path_factory):
 
 
 def save(path, tensors):
-    """Write a checkpoint as its authors did, where PyTorch is; else its tensors."""
+    """Writes a checkpoint as its authors did, where PyTorch is; else its tensors."""
     try:
         import torch
     except ImportError:
