@@ -19,12 +19,12 @@ from test_cli import refused
 from qpenet_jax import InputError
 from qpenet_jax.cli.main import main
 from qpenet_jax.data.images import read_image
-from qpenet_jax.demo import answers, drawn, marks, page, photos
-from qpenet_jax.demo.calls import Calls
-from qpenet_jax.demo.growing import grown
-from qpenet_jax.demo.inside import inside_pictures
-from qpenet_jax.demo.pictures import Picture, grid, shrunk
-from qpenet_jax.demo.work import Work
+from qpenet_jax.demo import examples, marks, page, photos, segmenting
+from qpenet_jax.demo.grabcut import object_around
+from qpenet_jax.demo.intermediates import intermediate_pictures
+from qpenet_jax.demo.page import RunningCalls
+from qpenet_jax.demo.photos import Picture, grid, shrunk
+from qpenet_jax.demo.segmenting import Calls
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT
 from qpenet_jax.paper.sheets import AUX, BACKGROUND, MAIN
 
@@ -268,13 +268,13 @@ def test_a_click_marks_what_it_touches(calls, ring):
 def test_objects_are_found_in_photos_of_any_shape(size):
     picture = scene(*size)[0]
     nothing = np.zeros(size, bool)
-    assert not grown(picture, nothing).any()
-    assert grown(picture, ~nothing).all()
+    assert not object_around(picture, nothing).any()
+    assert object_around(picture, ~nothing).all()
     touched = nothing.copy()
     touched[size[0] // 2, size[1] // 2] = True
-    found = grown(picture, touched)
+    found = object_around(picture, touched)
     assert found[touched].all()
-    np.testing.assert_array_equal(found, grown(picture, touched))
+    np.testing.assert_array_equal(found, object_around(picture, touched))
 
 
 def test_strokes_stay_with_their_photo(calls, ring, tmp_path):
@@ -322,7 +322,7 @@ def test_inside_shows_what_the_parts_found(ring):
     ramp = np.linspace(0, 1, 81, dtype=np.float32).reshape(9, 9)
     out = {"y_pre": on_grid(LEFT), "A_main": ramp, "A_aux": ramp}
     out |= {"y_bg_q": on_grid(RIGHT), "y_rev": on_grid(LEFT)[None]}
-    shown = inside_pictures(query, [support], out, 65)
+    shown = intermediate_pictures(query, [support], out, 65)
     parts = [picture.caption.split(".")[0] for picture in shown]
     assert parts == ["PPG", "DPE", "DPE", "GBC", "DPE"]
     pre, main, aux, background, regions = (picture.pixels for picture in shown)
@@ -336,7 +336,7 @@ def test_inside_shows_what_the_parts_found(ring):
     assert main.shape == aux.shape == (224, 224, 3)
     assert coloured(regions, MAIN).any() or coloured(regions, AUX).any()
     assert "ring.png" in shown[-1].caption
-    assert inside_pictures(query, [support], {"y_bg_q": out["y_bg_q"]}, 65)
+    assert intermediate_pictures(query, [support], {"y_bg_q": out["y_bg_q"]}, 65)
 
 
 def test_a_network_is_looked_into(ring, tmp_path):
@@ -350,17 +350,17 @@ def test_a_network_is_looked_into(ring, tmp_path):
     )
     files, text = ring
     *_, inside, _ = calls.segment(files, text, 4 * files, "", False)
-    assert inside.count("GBC. What P_global") == answers.LOOKED_INTO
+    assert inside.count("GBC. What P_global") == segmenting.MOST_INTERMEDIATES
     assert inside.startswith("<h3>ring.png</h3><figure>")
 
 
 def test_an_example_fills_everything_in(calls):
-    name = drawn.CHOSEN[0]
+    name = examples.CHOSEN[0]
     files, text, queries, preview, label = calls.show_example(name)
     supports = marks.supports_of([photos.Path(f) for f in files], text)
-    assert (len(supports), len(queries)) == (drawn.SUPPORTS, drawn.QUERIES)
-    assert all((s.mask == 1).mean() >= drawn.LEAST for s in supports)
-    assert preview.count("<img") == drawn.QUERIES
+    assert (len(supports), len(queries)) == (examples.SUPPORTS, examples.QUERIES)
+    assert all((s.mask == 1).mean() >= examples.LEAST for s in supports)
+    assert preview.count("<img") == examples.QUERIES
     assert label == name
     assert all(os.path.dirname(f).startswith(str(calls.cache)) for f in files)
 
@@ -383,7 +383,7 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
 
 
 def test_the_end_waits_for_calls_under_way():
-    work, begun, told = Work(), threading.Event(), []
+    work, begun, told = RunningCalls(), threading.Event(), []
 
     def long_call():
         with work.call():

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qpenet_jax.demo.pictures import data_url
+from qpenet_jax.demo.photos import data_url
 
 pytest.importorskip("gradio", reason="no gradio: pip install -e .[demo]")
 httpx = pytest.importorskip("httpx")
@@ -160,7 +160,7 @@ def test_brush_segment_download(tab, tmp_path):
     assert (found & truth).sum() / (found | truth).sum() > 0.6
     summary = json.loads(files["predictions.json"])
     assert [image["file"] for image in summary["images"]] == ["a.png", "b.jpg"]
-    tab.get_by_role("tab", name="Inside").click()
+    tab.get_by_role("tab", name="Intermediates").click()
     tab.wait_for_selector("#inside img")
     told = tab.locator("#inside").inner_text()
     assert all(part in told for part in ("PPG.", "DPE.", "GBC."))

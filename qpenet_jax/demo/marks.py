@@ -20,9 +20,8 @@ from PIL import Image
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import decoding
 from qpenet_jax.data.transforms import nearest
-from qpenet_jax.demo.growing import grown
-from qpenet_jax.demo.photos import read_photo
-from qpenet_jax.demo.pictures import RGB, data_url, shrunk
+from qpenet_jax.demo.grabcut import object_around
+from qpenet_jax.demo.photos import RGB, data_url, read_photo, shrunk
 from qpenet_jax.evaluation.pictures import SUPPORT
 
 Marked = Bool[np.ndarray, "h w"]
@@ -41,7 +40,7 @@ MOST_POINTS = 10_000
 START = "data:image/png;base64,"
 
 
-class Support(NamedTuple):
+class SupportPhoto(NamedTuple):
     """A photo with the object marked in it: 1 the object, 0 the rest."""
 
     name: str
@@ -107,7 +106,7 @@ def _page_told():
     return decoding("the marks of this page")
 
 
-def supports_of(files: Sequence[Path], text: str | None) -> list[Support]:
+def supports_of(files: Sequence[Path], text: str | None) -> list[SupportPhoto]:
     """Returns photos and what is marked in them, at the photos' own sizes.
 
     Raises:
@@ -125,7 +124,7 @@ def supports_of(files: Sequence[Path], text: str | None) -> list[Support]:
             )
         height, width = pixels.shape[:2]
         whole = nearest(mask.astype(np.uint8), width, height)
-        supports.append(Support(file.name, pixels, whole))
+        supports.append(SupportPhoto(file.name, pixels, whole))
     return supports
 
 
@@ -150,7 +149,7 @@ def add_object(files: Sequence[Path], text: str | None) -> str:
             picture = shrunk(read_photo(file), CANVAS)
             with _page_told():
                 touched = stroke(given["points"], given["width"], picture.shape[:2])
-                marks[str(file)] = marks[str(file)] | grown(picture, touched)
+                marks[str(file)] = marks[str(file)] | object_around(picture, touched)
     return canvases(files, marks)
 
 

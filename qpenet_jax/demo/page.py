@@ -1,18 +1,56 @@
 """The page of `qpenet demo`: Gradio's components, and which calls they make."""
 
+import contextlib
 import functools
 import html
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import IMAGE_SUFFIXES
-from qpenet_jax.demo.answers import LONGEST_LABEL, LOOKED_INTO
-from qpenet_jax.demo.calls import Calls
-from qpenet_jax.demo.drawn import CHOSEN
+from qpenet_jax.demo.examples import CHOSEN
 from qpenet_jax.demo.marks import MOST_SUPPORTS
-from qpenet_jax.demo.work import Work
+from qpenet_jax.demo.segmenting import LONGEST_LABEL, MOST_INTERMEDIATES, Calls
+
+
+class RunningCalls:
+    """Counts calls, lets those that take long stop early, and waits for the last."""
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self._calls, self._closed = 0, False
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Counts what is done meanwhile; raises InputError after `close`."""
+        with self._changed:
+            self._refuse_if_closed()
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+    def while_open(self, steps: Iterable[int]) -> Iterator[int]:
+        """Yields steps of a call; raises InputError before the next one once closed."""
+        for step in steps:
+            self._refuse_if_closed()
+            yield step
+
+    def close(self) -> None:
+        """Lets no call begin, and wait until those that have begun are through."""
+        self._closed = True
+        with self._changed:
+            self._changed.wait_for(lambda: not self._calls)
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise InputError("the page has been closed")
+
 
 LOOKED, KEPT = 600, 6 * 3600
 """Seconds between two searches for old photos and results, and how old those are."""
@@ -24,7 +62,7 @@ PROBABILITIES = (
 
 INSIDE = (
     "What the parts of QPENet made of the photos, as `qpenet figures` draws it; of the "
-    f"first {LOOKED_INTO} photos that were segmented."
+    f"first {MOST_INTERMEDIATES} photos that were segmented."
 )
 
 NOT_INSIDE = (
@@ -33,7 +71,7 @@ NOT_INSIDE = (
 )
 
 
-class Inputs(NamedTuple):
+class InputParts(NamedTuple):
     """What a visitor sets."""
 
     files: Any
@@ -43,7 +81,7 @@ class Inputs(NamedTuple):
     refine: Any
 
 
-class Results(NamedTuple):
+class ResultParts(NamedTuple):
     """What a visitor gets; the first holds all others."""
 
     column: Any
@@ -54,7 +92,7 @@ class Results(NamedTuple):
     marked: Any
 
 
-def build(gr: Any, calls: Calls, work: Work) -> Any:
+def build(gr: Any, calls: Calls, work: RunningCalls) -> Any:
     """Returns the page, a `Blocks` of `gr`, which is Gradio; `work` counts its calls."""
     with gr.Blocks(
         title="qpenet demo", analytics_enabled=False, delete_cache=(LOOKED, KEPT)
@@ -81,7 +119,7 @@ def build(gr: Any, calls: Calls, work: Work) -> Any:
                 )
                 refine = gr.Checkbox(label="Draw masks to the edges of the photo")
                 start = gr.Button("Segment", variant="primary")
-        inputs = Inputs(files, board, queries, label, refine)
+        inputs = InputParts(files, board, queries, label, refine)
         told = _told(gr, work)
         _connect_photos(told, calls, inputs, preview, examples)
         segment = told(_segment(gr, calls, work))
@@ -95,7 +133,7 @@ def build(gr: Any, calls: Calls, work: Work) -> Any:
     return page
 
 
-def _results(gr: Any, trained: bool) -> Results:
+def _results(gr: Any, trained: bool) -> ResultParts:
     with gr.Column(visible=False) as column:
         gr.Markdown("## 3. What was found")
         download = gr.DownloadButton(
@@ -106,15 +144,15 @@ def _results(gr: Any, trained: bool) -> Results:
         with gr.Tab("Probability"):
             gr.Markdown(PROBABILITIES)
             probabilities = _grid(gr, "probabilities")
-        with gr.Tab("Inside"):
+        with gr.Tab("Intermediates"):
             gr.Markdown(INSIDE if trained else NOT_INSIDE)
             inside = _grid(gr, "inside", least=150)
         with gr.Tab("Marked"):
             marked = _grid(gr, "marked")
-    return Results(column, download, masks, probabilities, inside, marked)
+    return ResultParts(column, download, masks, probabilities, inside, marked)
 
 
-def _connect_photos(told, calls: Calls, inputs: Inputs, preview, examples) -> None:
+def _connect_photos(told, calls: Calls, inputs: InputParts, preview, examples) -> None:
     """Lets photos and strokes show, whenever one comes or goes."""
     files, board, queries, label, _ = inputs
     inner = {"api_visibility": "private"}
@@ -128,7 +166,7 @@ def _connect_photos(told, calls: Calls, inputs: Inputs, preview, examples) -> No
         button.click(show, None, [files, board, queries, preview, label], **inner)
 
 
-def _segment(gr: Any, calls: Calls, work: Work) -> Callable[..., Any]:
+def _segment(gr: Any, calls: Calls, work: RunningCalls) -> Callable[..., Any]:
     """Returns `calls.segment` with a bar that tells how far it is."""
     bar = gr.Progress()  # Gradio finds it as a default value
 
@@ -143,7 +181,7 @@ def _segment(gr: Any, calls: Calls, work: Work) -> Callable[..., Any]:
     return segment
 
 
-def _told(gr: Any, work: Work) -> Callable[[Callable], Callable]:
+def _told(gr: Any, work: RunningCalls) -> Callable[[Callable], Callable]:
     """Returns a decorator that lets the page tell an `InputError` in its one line."""
 
     def decorate(function):

@@ -1,5 +1,11 @@
-"""From marked photos and queries to pictures for the page and a zip of all results."""
+"""Segments marked photos for the page's buttons; nothing here needs a page.
 
+Nothing is kept between calls: all that a visitor has done comes with each of them, so
+that visitors can't get in each other's way. Files are those that the server stored.
+"""
+
+import dataclasses
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,10 +16,24 @@ import cv2
 import numpy as np
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.demo.inside import inside_pictures
-from qpenet_jax.demo.marks import Support
-from qpenet_jax.demo.photos import read_photo, result_names
-from qpenet_jax.demo.pictures import RGB, Picture, shrunk
+from qpenet_jax.demo.examples import write_example
+from qpenet_jax.demo.intermediates import intermediate_pictures
+from qpenet_jax.demo.marks import (
+    SupportPhoto,
+    add_object,
+    canvases,
+    read_marks,
+    supports_of,
+)
+from qpenet_jax.demo.photos import (
+    RGB,
+    Picture,
+    grid,
+    read_photo,
+    result_names,
+    sections,
+    shrunk,
+)
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, class_overlay, overlay
 from qpenet_jax.masks.annotations import UNNAMED
 from qpenet_jax.masks.queries import Frame, Query
@@ -31,7 +51,7 @@ FORMATS = ("png", "coco", "coco_polygons", "labelme")
 SHOWN = 1024
 """The longest side of a picture on the page; the zip holds masks of the full size."""
 
-LOOKED_INTO = 3
+MOST_INTERMEDIATES = 3
 """Queries whose intermediates are shown."""
 
 
@@ -39,7 +59,7 @@ class Answer(NamedTuple):
     """What the page shows: for each query its mask and how probable it is.
 
     `marked` are the supports as they were taken, `inside` are the first queries' names
-    and what `inside_pictures` returns for them.
+    and what `intermediate_pictures` returns for them.
     """
 
     marked: list[Picture]
@@ -50,7 +70,7 @@ class Answer(NamedTuple):
 
 def answer(
     segmenter: Segmenter,
-    supports: Sequence[Support],
+    supports: Sequence[SupportPhoto],
     files: Sequence[Path],
     archive: Path,
     *,
@@ -92,9 +112,9 @@ def answer(
             photo = names[i].with_name(f"{names[i]}{files[i].suffix}")
             results.add(Query(photo, names[i], photo), Frame(pixels, names[i]), found)
             _show(shown, photo.name, pixels, found)
-            if look and i < LOOKED_INTO:
+            if look and i < MOST_INTERMEDIATES:
                 seen = tasks.tasks[name].intermediates(pixels)
-                drawn = inside_pictures(pixels, supports, seen, segmenter.side)
+                drawn = intermediate_pictures(pixels, supports, seen, segmenter.side)
                 shown.inside.append((photo.name, drawn))
         results.finish()
         shutil.make_archive(str(archive.with_suffix("")), "zip", out)
@@ -115,7 +135,7 @@ def checked_label(label: str) -> str:
     return name
 
 
-def _marked(support: Support) -> Picture:
+def _marked(support: SupportPhoto) -> Picture:
     picture = shrunk(overlay(support.pixels, support.mask, SUPPORT), SHOWN)
     return Picture(picture, f"{support.name}: {_percent(support.mask == 1)}")
 
@@ -139,3 +159,89 @@ def _percent(where) -> str:
     return (
         f"{share:.0f} % of the photo" if share >= 1 else f"{share:.1f} % of the photo"
     )
+
+
+THUMBNAIL = 320
+
+Files = Sequence[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """Calls of a page about one segmenter, whose files go into the folder `cache`.
+
+    `about` is what summaries tell of it. All raise InputError, which the page tells.
+    """
+
+    segmenter: Segmenter
+    about: Mapping[str, Any]
+    cache: Path
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is a network with parts to look into."""
+        return self.about["method"] != "prototype"
+
+    def show_marks(self, files: Files, text: str | None) -> str:
+        """Returns the value of the board for these files; strokes of others go."""
+        return canvases(_paths(files), read_marks(text))
+
+    def find_object(self, files: Files, text: str | None) -> str:
+        """Returns the value of the board with the clicked object marked."""
+        return add_object(_paths(files), text)
+
+    def show_queries(self, files: Files) -> str:
+        """Returns small pictures of photos to segment."""
+        pictures = (
+            Picture(shrunk(read_photo(file), THUMBNAIL), file.name)
+            for file in _paths(files)
+        )
+        return grid(pictures)
+
+    def show_example(self, name: str) -> tuple[list[str], str, list[str], str, str]:
+        """Returns supports, board, queries, their small pictures and the label."""
+        made = write_example(name, self._new_folder())
+        marks = dict(zip(map(str, made.supports), made.masks, strict=True))
+        files, queries = (list(map(str, x)) for x in (made.supports, made.queries))
+        text = canvases(made.supports, marks)
+        return files, text, queries, self.show_queries(queries), name
+
+    def segment(
+        self,
+        files: Files,
+        text: str | None,
+        queries: Files,
+        label: str,
+        refine: bool,
+        bar: Callable[[Sequence[int]], Iterable[int]] = iter,
+    ) -> tuple[str, str, str, str, str]:
+        """Returns the zip's path and grids: masks, probability, inside, marked."""
+        archive = self._new_folder() / "masks.zip"
+        shown = answer(
+            self.segmenter,
+            supports_of(_paths(files), text),
+            _paths(queries),
+            archive,
+            about=self.about,
+            label=label,
+            refine=refine,
+            look=self.trained,
+            bar=bar,
+        )
+        return (
+            str(archive),
+            grid(shown.masks),
+            grid(shown.probabilities),
+            sections(shown.inside),
+            grid(shown.marked),
+        )
+
+    def _new_folder(self) -> Path:
+        """Returns a folder whose name nobody can guess."""
+        folder = self.cache / secrets.token_hex(16)
+        folder.mkdir()
+        return folder
+
+
+def _paths(files: Files) -> list[Path]:
+    return [Path(file) for file in files or ()]

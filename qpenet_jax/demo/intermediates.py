@@ -12,22 +12,23 @@ from PIL import Image
 
 from qpenet_jax.data.supports import fit_support
 from qpenet_jax.data.transforms import content_size, fit
-from qpenet_jax.demo.marks import Support
-from qpenet_jax.demo.pictures import RGB, Picture
+from qpenet_jax.demo.marks import SupportPhoto
+from qpenet_jax.demo.photos import RGB, Picture
 from qpenet_jax.evaluation.pictures import PREDICTION, overlay, tile
 from qpenet_jax.models.prototypes import foreground_margin
 from qpenet_jax.paper.sheets import AUX, BACKGROUND, MAIN, at_input_size, heat_tile
 
 
-def inside_pictures(
+def intermediate_pictures(
     query: RGB,
-    supports: Sequence[Support],
+    supports: Sequence[SupportPhoto],
     out: Mapping[str, Any],
     side: int,
 ) -> list[Picture]:
-    """Returns what the parts of a network made of a query; `out` is `Task.intermediates`'.
+    """Returns pictures of what a network's parts found in a query.
 
-    What a variant lacks is left out. `side` is that of the network's input.
+    `out` is what `Task.intermediates` returns; what a variant lacks is left
+    out. `side` is that of the network's input.
     """
     tiles = [*_of_query(query, out, side), *_of_supports(supports, out, side)]
     return [Picture(np.asarray(drawn), caption) for drawn, caption in tiles]

@@ -23,7 +23,7 @@ LEAST = 0.05
 """Share of its picture that a shape covers."""
 
 
-class Example(NamedTuple):
+class ExamplePhotos(NamedTuple):
     """Pictures in which a shape is marked, its masks there, and pictures to segment."""
 
     supports: list[Path]
@@ -31,7 +31,7 @@ class Example(NamedTuple):
     queries: list[Path]
 
 
-def draw_example(name: str, folder: Path) -> Example:
+def write_example(name: str, folder: Path) -> ExamplePhotos:
     """Writes the pictures of an example, one of `CHOSEN`, into a folder.
 
     They are the first in which the shape is large enough, none is left out.
@@ -41,7 +41,7 @@ def draw_example(name: str, folder: Path) -> Example:
     chosen = _showing(class_id)
     files = [_write(source, index, folder) for index in chosen]
     masks = [source.label(index) == class_id for index in chosen[:SUPPORTS]]
-    return Example(files[:SUPPORTS], masks, files[SUPPORTS:])
+    return ExamplePhotos(files[:SUPPORTS], masks, files[SUPPORTS:])
 
 
 @functools.cache

@@ -22,7 +22,7 @@ BEYOND = 3
 ROUNDS = 3
 
 
-def grown(
+def object_around(
     picture: UInt8[np.ndarray, "h w 3"], touched: Bool[np.ndarray, "h w"]
 ) -> Bool[np.ndarray, "h w"]:
     """Returns the object of which some pixels were touched; those belong to it.
