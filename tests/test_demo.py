@@ -23,7 +23,7 @@ from qpenet_jax.demo import examples, marks, page, photos, segmenting
 from qpenet_jax.demo.grabcut import object_around
 from qpenet_jax.demo.intermediates import intermediate_pictures
 from qpenet_jax.demo.page import RunningCalls
-from qpenet_jax.demo.photos import Picture, grid, shrunk
+from qpenet_jax.demo.photos import shrunk
 from qpenet_jax.demo.segmenting import Calls
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT
 from qpenet_jax.paper.sheets import AUX, BACKGROUND, MAIN
@@ -108,11 +108,13 @@ def test_all_that_is_shown(calls, ring, tmp_path):
         files, text, queries, "a ring", True
     )
     share = round(100 * (scene()[1] == 1).mean())
-    assert re.search(rf"ring\.png: {share} % of the photo, score 0\.[5-9]", masks)
-    assert "none.png: nothing found" in masks
-    assert masks.count("<img") == probabilities.count("<img") == 2
-    assert marked.count("<img") == 1
-    assert inside == ""
+    assert re.search(
+        rf"ring\.png: {share} % of the photo, score 0\.[5-9]", masks[0].caption
+    )
+    assert masks[1].caption == "none.png: nothing found"
+    assert len(masks) == len(probabilities) == 2
+    assert len(marked) == 1
+    assert inside == []
     summary = json.loads(opened(archive)["predictions.json"])
     assert [c["name"] for c in summary["classes"]] == ["a ring"]
     assert str(tmp_path) not in json.dumps(summary), "no path of the server"
@@ -298,12 +300,6 @@ def test_results_have_names_of_their_own(tmp_path):
     assert len(set(written)) == len(written)
 
 
-def test_names_of_files_do_no_harm_on_the_page():
-    shown = grid([Picture(np.zeros((2, 2, 3), np.uint8), '<script>"x"</script>.png')])
-    assert "<script" not in shown
-    assert "&lt;script&gt;" in shown
-
-
 LEFT, RIGHT = np.s_[:, :4], np.s_[:, 4:]
 
 
@@ -350,8 +346,10 @@ def test_a_network_is_looked_into(ring, tmp_path):
     )
     files, text = ring
     *_, inside, _ = calls.segment(files, text, 4 * files, "", False)
-    assert inside.count("GBC. What P_global") == segmenting.MOST_INTERMEDIATES
-    assert inside.startswith("<h3>ring.png</h3><figure>")
+    captions = [picture.caption for picture in inside]
+    assert len(captions) == segmenting.MOST_INTERMEDIATES
+    assert all("GBC. What P_global" in caption for caption in captions)
+    assert captions[0].startswith("ring.png: ")
 
 
 def test_an_example_fills_everything_in(calls):
@@ -360,7 +358,7 @@ def test_an_example_fills_everything_in(calls):
     supports = marks.supports_of([photos.Path(f) for f in files], text)
     assert (len(supports), len(queries)) == (examples.SUPPORTS, examples.QUERIES)
     assert all((s.mask == 1).mean() >= examples.LEAST for s in supports)
-    assert preview.count("<img") == examples.QUERIES
+    assert len(preview) == examples.QUERIES
     assert label == name
     assert all(os.path.dirname(f).startswith(str(calls.cache)) for f in files)
 

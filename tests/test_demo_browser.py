@@ -227,6 +227,12 @@ def test_mistakes_are_one_line_on_the_page(tab, tmp_path):
     assert "marked.png: nothing is marked in this photo" in told(tab)
 
 
+def test_names_of_files_do_no_harm_on_the_page(tab, tmp_path):
+    give(tab, 1, picture(tmp_path, "<b onclick=alert(1)>x.png", 20))
+    tab.wait_for_selector("#preview img")
+    assert tab.locator("#preview b").count() == 0
+
+
 def stored(client, file):
     """Upload a file; return it as calls name it."""
     with open(file, "rb") as content:

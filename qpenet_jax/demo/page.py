@@ -93,7 +93,7 @@ class ResultParts(NamedTuple):
 
 
 def build(gr: Any, calls: Calls, work: RunningCalls) -> Any:
-    """Returns the page, a `Blocks` of `gr`, which is Gradio; `work` counts its calls."""
+    """Returns the page, a `Blocks` of Gradio (`gr`); `work` counts its calls."""
     with gr.Blocks(
         title="qpenet demo", analytics_enabled=False, delete_cache=(LOOKED, KEPT)
     ) as page:
@@ -111,7 +111,7 @@ def build(gr: Any, calls: Calls, work: RunningCalls) -> Any:
             with gr.Column(min_width=320):
                 gr.Markdown("## 2. Where to look for it")
                 queries = _files(gr, "Photos to segment")
-                preview = _grid(gr, "preview", least=110)
+                preview = _gallery(gr, "preview", columns=4)
                 label = gr.Textbox(
                     label="What it is called in the files",
                     placeholder="object",
@@ -140,15 +140,15 @@ def _results(gr: Any, trained: bool) -> ResultParts:
             "Download all as a zip: PNG, COCO, labelme, probabilities"
         )
         with gr.Tab("Masks"):
-            masks = _grid(gr, "masks")
+            masks = _gallery(gr, "masks")
         with gr.Tab("Probability"):
             gr.Markdown(PROBABILITIES)
-            probabilities = _grid(gr, "probabilities")
+            probabilities = _gallery(gr, "probabilities")
         with gr.Tab("Intermediates"):
             gr.Markdown(INSIDE if trained else NOT_INSIDE)
-            inside = _grid(gr, "inside", least=150)
+            inside = _gallery(gr, "inside", columns=4)
         with gr.Tab("Marked"):
-            marked = _grid(gr, "marked")
+            marked = _gallery(gr, "marked")
     return ResultParts(column, download, masks, probabilities, inside, marked)
 
 
@@ -230,14 +230,17 @@ def _board(gr: Any) -> Any:
     )
 
 
-def _grid(gr: Any, name: str, least: int = 280) -> Any:
-    """Returns what shows pictures of `grid`, each at least so many pixels wide."""
-    enlarge = "event.target.closest('figure')?.classList.toggle('large')"
-    return gr.HTML(
-        css_template=f"--least: {least}px; {_read('grid.css')}",
-        js_on_load=f"element.addEventListener('click', event => {enlarge})",
-        apply_default_css=False,
+def _gallery(gr: Any, name: str, columns: int = 2) -> Any:
+    """Returns a component that shows pictures with captions; a click enlarges one."""
+    return gr.Gallery(
         elem_id=name,
+        columns=columns,
+        format="jpeg",
+        height="auto",
+        object_fit="contain",
+        interactive=False,
+        show_label=False,
+        buttons=["fullscreen"],
     )
 
 

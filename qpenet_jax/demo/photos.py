@@ -1,9 +1,8 @@
 """Photos as `qpenet predict` reads them, and pictures as the page shows them."""
 
 import base64
-import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,23 +44,6 @@ def data_url(pixels: UInt8[np.ndarray, "h w c"], kind: str = "jpeg") -> str:
     Image.fromarray(pixels).save(content, kind, quality=QUALITY)
     text = base64.b64encode(content.getvalue()).decode("ascii")
     return f"data:image/{kind};base64,{text}"
-
-
-def sections(groups: Iterable[tuple[str, Iterable[Picture]]]) -> str:
-    """Returns groups of pictures as `grid` does, each below its title."""
-    return "".join(
-        f"<h3>{html.escape(title)}</h3>{grid(pictures)}" for title, pictures in groups
-    )
-
-
-def grid(pictures: Iterable[Picture]) -> str:
-    """Returns pictures and their captions as HTML; names of files do no harm there."""
-    figures = (
-        f'<figure><img src="{data_url(picture.pixels)}" alt="">'
-        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
-        for picture in pictures
-    )
-    return "".join(figures)
 
 
 MOST_PIXELS = 50_000_000

@@ -28,10 +28,8 @@ from qpenet_jax.demo.marks import (
 from qpenet_jax.demo.photos import (
     RGB,
     Picture,
-    grid,
     read_photo,
     result_names,
-    sections,
     shrunk,
 )
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, class_overlay, overlay
@@ -58,14 +56,14 @@ MOST_INTERMEDIATES = 3
 class Answer(NamedTuple):
     """What the page shows: for each query its mask and how probable it is.
 
-    `marked` are the supports as they were taken, `inside` are the first queries' names
-    and what `intermediate_pictures` returns for them.
+    `marked` are the supports as they were taken, `inside` is what
+    `intermediate_pictures` returns for the first queries, each below its file's name.
     """
 
     marked: list[Picture]
     masks: list[Picture]
     probabilities: list[Picture]
-    inside: list[tuple[str, list[Picture]]]
+    inside: list[Picture]
 
 
 def answer(
@@ -115,7 +113,10 @@ def answer(
             if look and i < MOST_INTERMEDIATES:
                 seen = tasks.tasks[name].intermediates(pixels)
                 drawn = intermediate_pictures(pixels, supports, seen, segmenter.side)
-                shown.inside.append((photo.name, drawn))
+                shown.inside.extend(
+                    Picture(part.pixels, f"{photo.name}: {part.caption}")
+                    for part in drawn
+                )
         results.finish()
         shutil.make_archive(str(archive.with_suffix("")), "zip", out)
     return shown
@@ -190,15 +191,16 @@ class Calls:
         """Returns the value of the board with the clicked object marked."""
         return add_object(_paths(files), text)
 
-    def show_queries(self, files: Files) -> str:
+    def show_queries(self, files: Files) -> list[Picture]:
         """Returns small pictures of photos to segment."""
-        pictures = (
+        return [
             Picture(shrunk(read_photo(file), THUMBNAIL), file.name)
             for file in _paths(files)
-        )
-        return grid(pictures)
+        ]
 
-    def show_example(self, name: str) -> tuple[list[str], str, list[str], str, str]:
+    def show_example(
+        self, name: str
+    ) -> tuple[list[str], str, list[str], list[Picture], str]:
         """Returns supports, board, queries, their small pictures and the label."""
         made = write_example(name, self._new_folder())
         marks = dict(zip(map(str, made.supports), made.masks, strict=True))
@@ -214,8 +216,8 @@ class Calls:
         label: str,
         refine: bool,
         bar: Callable[[Sequence[int]], Iterable[int]] = iter,
-    ) -> tuple[str, str, str, str, str]:
-        """Returns the zip's path and grids: masks, probability, inside, marked."""
+    ) -> tuple[str, list[Picture], list[Picture], list[Picture], list[Picture]]:
+        """Returns the zip's path, masks, probabilities, intermediates and marks."""
         archive = self._new_folder() / "masks.zip"
         shown = answer(
             self.segmenter,
@@ -230,10 +232,10 @@ class Calls:
         )
         return (
             str(archive),
-            grid(shown.masks),
-            grid(shown.probabilities),
-            sections(shown.inside),
-            grid(shown.marked),
+            shown.masks,
+            shown.probabilities,
+            shown.inside,
+            shown.marked,
         )
 
     def _new_folder(self) -> Path:
