@@ -27,7 +27,7 @@ class InputError(ValueError):
 
 
 class InputWarning(UserWarning):
-    """Input that may mean something else than it is taken for, described in one line."""
+    """Input that may mean something else than it is taken for, in one line."""
 
 
 def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:

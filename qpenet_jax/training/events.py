@@ -109,8 +109,9 @@ def write_scalars(
     events: Events | None, group: str, values: Mapping[str, float], step: int
 ) -> None:
     """Writes values for TensorBoard, in the first process."""
-    for name, value in values.items() if events else ():
-        events.add_scalar(f"{group}/{name}", value, step)
+    if events:
+        for name, value in values.items():
+            events.add_scalar(f"{group}/{name}", value, step)
 
 
 def write_results_events(workdir: Path, results: Mapping[str, Any]) -> None:
