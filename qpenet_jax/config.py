@@ -240,6 +240,7 @@ def check(config: Any) -> None:
     data = config.dataset
     for name, value, choices in (
         *(("select_on", name, SELECTION) for name in selections(config)),
+        ("recipe", config.recipe, RECIPES),
         ("augment_on", config.augment_on, AUGMENT_ON),
         ("dtype", config.dtype, (AUTO, *DTYPES)),
         ("variant", config.variant, (*VARIANTS, released.NAME)),

@@ -21,6 +21,7 @@ from qpenet_jax.runs.build import (
     build_predictor,
     build_self_support_predictor,
     build_weights,
+    checked,
     complete,
 )
 from qpenet_jax.runs.config_files import override, refuse_others
@@ -135,7 +136,7 @@ def load(
         config = default_config()
         config.backbone.name = backbone or DEFAULT_BACKBONE
         config.backbone.weights = str(weights or "")
-        config = complete(override(config, overrides))
+        config = checked(override(config, overrides))
         frozen = build_weights(config)
     else:
         run = open_run(local_path(workdir), overrides)

@@ -14,7 +14,7 @@ SIDE = 240
 
 NEAR, FAR = 0.06, 0.2
 """How far from what was touched the object is looked for at first, as a share of the
-longer side: a click reaches far, a broad line tells most of the object by itself."""
+longer side: a click reaches far, a broad line covers most of the object by itself."""
 
 BEYOND = 3
 """From so many times that distance on, everything is background."""

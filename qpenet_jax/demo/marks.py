@@ -35,7 +35,7 @@ OPAQUE = 128
 """From this opacity on a pixel is marked; the edge of a stroke is blurred."""
 
 MOST_POINTS = 10_000
-"""Of a stroke that the page tells."""
+"""The most points that the page sends of a stroke."""
 
 START = "data:image/png;base64,"
 
@@ -85,7 +85,7 @@ def read_marks(text: str | None) -> dict[str, Marked]:
     Raises:
         InputError: no text that the page sends.
     """
-    with _page_told():
+    with _values_of_the_page():
         return {
             str(given["key"]): _unpacked(given["mask"])
             for given in json.loads(text or "[]")
@@ -101,7 +101,7 @@ def _unpacked(url: str) -> Marked:
         return np.asarray(image.convert("RGBA"))[..., 3] >= OPAQUE
 
 
-def _page_told():
+def _values_of_the_page():
     """Refuses what the page doesn't send, whatever it is."""
     return decoding("the marks of this page")
 
@@ -138,7 +138,7 @@ def add_object(files: Sequence[Path], text: str | None) -> str:
         InputError: as `read_marks` and `canvases`.
     """
     marks = read_marks(text)
-    with _page_told():
+    with _values_of_the_page():
         strokes = {
             str(x["key"]): x["stroke"]
             for x in json.loads(text or "[]")
@@ -147,7 +147,7 @@ def add_object(files: Sequence[Path], text: str | None) -> str:
     for file in files:
         if given := strokes.get(str(file)):
             picture = shrunk(read_photo(file), CANVAS)
-            with _page_told():
+            with _values_of_the_page():
                 touched = stroke(given["points"], given["width"], picture.shape[:2])
                 marks[str(file)] = marks[str(file)] | object_around(picture, touched)
     return canvases(files, marks)

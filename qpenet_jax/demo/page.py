@@ -120,9 +120,9 @@ def build(gr: Any, calls: Calls, work: RunningCalls) -> Any:
                 refine = gr.Checkbox(label="Draw masks to the edges of the photo")
                 start = gr.Button("Segment", variant="primary")
         inputs = InputParts(files, board, queries, label, refine)
-        told = _told(gr, work)
-        _connect_photos(told, calls, inputs, preview, examples)
-        segment = told(_segment(gr, calls, work))
+        with_errors = _with_errors(gr, work)
+        _connect_photos(with_errors, calls, inputs, preview, examples)
+        segment = with_errors(_segment(gr, calls, work))
         start.click(
             segment,
             list(inputs),
@@ -152,40 +152,42 @@ def _results(gr: Any, trained: bool) -> ResultParts:
     return ResultParts(column, download, masks, probabilities, inside, marked)
 
 
-def _connect_photos(told, calls: Calls, inputs: InputParts, preview, examples) -> None:
+def _connect_photos(
+    with_errors, calls: Calls, inputs: InputParts, preview, examples
+) -> None:
     """Lets photos and strokes show, whenever one comes or goes."""
     files, board, queries, label, _ = inputs
     inner = {"api_visibility": "private"}
     for event in (files.upload, files.delete, files.clear):
-        event(told(calls.show_marks), [files, board], board, **inner)
-    board.select(told(calls.find_object), [files, board], board, **inner)
+        event(with_errors(calls.show_marks), [files, board], board, **inner)
+    board.select(with_errors(calls.find_object), [files, board], board, **inner)
     for event in (queries.upload, queries.delete, queries.clear):
-        event(told(calls.show_queries), queries, preview, **inner)
+        event(with_errors(calls.show_queries), queries, preview, **inner)
     for name, button in examples.items():
-        show = told(functools.partial(calls.show_example, name))
+        show = with_errors(functools.partial(calls.show_example, name))
         button.click(show, None, [files, board, queries, preview, label], **inner)
 
 
 def _segment(gr: Any, calls: Calls, work: RunningCalls) -> Callable[..., Any]:
-    """Returns `calls.segment` with a bar that tells how far it is."""
+    """Returns `calls.segment` with a bar that shows how far it is."""
     bar = gr.Progress()  # Gradio finds it as a default value
 
     def segment(files, text, queries, label, refine, progress=bar):
-        def told(steps):
+        def counted(steps):
             photos = progress.tqdm(steps, desc="segmenting", unit="photos")
             return work.while_open(photos)
 
-        found = calls.segment(files, text, queries, label, refine, told)
+        found = calls.segment(files, text, queries, label, refine, counted)
         return gr.Column(visible=True), *found
 
     return segment
 
 
-def _told(gr: Any, work: RunningCalls) -> Callable[[Callable], Callable]:
-    """Returns a decorator that lets the page tell an `InputError` in its one line."""
+def _with_errors(gr: Any, work: RunningCalls) -> Callable[[Callable], Callable]:
+    """Returns a decorator that lets the page show an `InputError` as its one line."""
 
     def decorate(function):
-        def told(*given):
+        def called(*given):
             try:
                 with work.call():
                     return function(*given)
@@ -193,7 +195,7 @@ def _told(gr: Any, work: RunningCalls) -> Callable[[Callable], Callable]:
                 message = html.escape(str(error))  # a file's name may hold tags
                 raise gr.Error(message, print_exception=False) from None
 
-        return functools.update_wrapper(told, function)
+        return functools.update_wrapper(called, function)
 
     return decorate
 
@@ -201,15 +203,15 @@ def _told(gr: Any, work: RunningCalls) -> Callable[[Callable], Callable]:
 def introduction(about: Mapping[str, Any]) -> str:
     """Returns the page's first lines as Markdown: what it does, and by what."""
     if about["method"] == "qpenet":
-        told = f"the trained network of `{about['run']}`"
+        what = f"the trained network of `{about['run']}`"
     elif about["method"] == "starter":
-        told = "a small network that comes with this program, with features compared"
+        what = "a small network that comes with this program, with features compared"
     else:
         features = about.get("backbone") or f"the run {about['run']}"
-        told = f"features of `{features}` are compared, nothing is trained for it"
+        what = f"features of `{features}` are compared, nothing is trained for it"
     return (
         "# Few-shot segmentation\nMark an object in one to five photos, and it is "
-        f"looked for in others. What segments: {told}. Photos stay on this machine."
+        f"looked for in others. What segments: {what}. Photos stay on this machine."
     )
 
 
@@ -219,7 +221,7 @@ def _files(gr: Any, label: str) -> Any:
 
 
 def _board(gr: Any) -> Any:
-    """Returns what photos are marked on; demo/marks.py tells what its value is."""
+    """Returns what photos are marked on; demo/marks.py describes its value."""
     return gr.HTML(
         "[]",
         html_template=_read("brush.html"),

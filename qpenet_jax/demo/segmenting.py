@@ -82,7 +82,7 @@ def answer(
 
     It holds what `qpenet predict --probability` writes in `FORMATS`, for photos that
     lie beside the results. `about` stands in its summary; `label` is what the object is
-    called in files; `look` at the intermediates needs a trained network; `bar` may tell
+    called in files; `look` at the intermediates needs a trained network; `bar` may show
     how far it is. One query at a time is in memory.
 
     Raises:
@@ -145,9 +145,9 @@ def _show(shown: Answer, name: str, pixels: RGB, found: Segmentation) -> None:
     """Adds what was found in a query."""
     (score,), (probable,) = found.scores, found.probabilities
     share = _percent(found.index == 1)
-    told = "nothing found" if score is None else f"{share}, score {score:.2f}"
+    result = "nothing found" if score is None else f"{share}, score {score:.2f}"
     picture = shrunk(class_overlay(pixels, found.index, 1), SHOWN)
-    shown.masks.append(Picture(picture, f"{name}: {told}"))
+    shown.masks.append(Picture(picture, f"{name}: {result}"))
     below = shrunk(pixels, SHOWN)
     size = below.shape[1], below.shape[0]
     small = cv2.resize(probable, size, interpolation=cv2.INTER_AREA)
@@ -171,7 +171,7 @@ Files = Sequence[str] | None
 class Calls:
     """Calls of a page about one segmenter, whose files go into the folder `cache`.
 
-    `about` is what summaries tell of it. All raise InputError, which the page tells.
+    `about` is what summaries say of it. All raise InputError, which the page shows.
     """
 
     segmenter: Segmenter

@@ -49,7 +49,7 @@ def serve(
 ) -> None:
     """Shows the page until Ctrl-C or SIGTERM; then takes away all that it stored.
 
-    `about` is what summaries tell of the segmenter.
+    `about` is what summaries say of the segmenter.
 
     Raises:
         KeyboardInterrupt: at the end, always.

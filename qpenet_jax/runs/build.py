@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
 
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.convolutions import fold_statistics
@@ -63,17 +64,27 @@ def complete(config: Any) -> Any:
     Raises:
         InputError: values that could only fail later.
     """
+    config = resolved(checked(config))
+    build_model(config)
+    Optimizer(**config.optimizer)
+    return config
+
+
+def checked(config: Any) -> Any:
+    """Returns a locked copy of a config, enough for what needs no recipe.
+
+    Raises:
+        InputError: as `complete`, but for the fields of model and optimiser.
+    """
     refuse_64_bits()
     check_fields(config)
-    config = resolved(config)
+    config = ConfigDict(config.to_dict())
     for name in set(PATHS) - set(BELOW_ROOT):
         section, field = name.split(".")
         if given := config[section][field]:
             config[section][field] = str(local_path(given))
     check(config)
-    build_model(config)
-    Optimizer(**config.optimizer)
-    return config
+    return config.lock()
 
 
 def identity(config: Any) -> str:
