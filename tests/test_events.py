@@ -1,4 +1,4 @@
-"""TensorBoard's events: a full disk is told, and clocks may be turned back."""
+"""TensorBoard's events: a full disk is an error, and clocks may be turned back."""
 
 import io
 import time
