@@ -224,7 +224,8 @@ def test_what_a_killed_process_left_is_removed(workdir):
         assert left.exists() == read_only
 
 
-def test_a_save_on_a_full_disk_is_one_line_and_the_one_before_is_whole(workdir):
+@pytest.mark.parametrize("more", [[], [10]])
+def test_a_save_on_a_full_disk_is_one_line_and_the_one_before_is_whole(workdir, more):
     """Orbax raises it with the next save, or in the end, from a thread of its own."""
     large = state(9, {"kernel": noise(50_000), "b": noise(3)})
 
@@ -234,9 +235,8 @@ def test_a_save_on_a_full_disk_is_one_line_and_the_one_before_is_whole(workdir):
                 checkpoints.save(each)
 
     refused = r"checkpoints: a checkpoint can't be saved .*File too large.*make room"
-    for states in ([large], [large, state(10)]):
-        with pytest.raises(InputError, match=refused):
-            save_all(*states)
+    with pytest.raises(InputError, match=refused):
+        save_all(large, *map(state, more))
     with open_checkpoints(workdir, ["base"]) as checkpoints:
         assert checkpoints.restore(state(0)).step == 8
         save(checkpoints, 9)
