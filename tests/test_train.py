@@ -221,6 +221,9 @@ def test_one_training_is_scored_by_every_selection(tmp_path, capsys):
     run, results = open_run(tmp_path), read(tmp_path / "results.json")
     assert results["step"] == run.step
     assert results["selection"] == SELECTION["base"]
+    assert f"Checkpoint: {SELECTION['base']}" in printed
+    assert "leaks" in SELECTION["novel"]
+    assert "leaks" not in SELECTION["base"]
     for name in ("base", "novel", "last"):
         step = open_run(tmp_path, selection=name).step
         assert any(
