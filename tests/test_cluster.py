@@ -17,29 +17,32 @@ import types
 import jax
 import numpy as np
 import pytest
-from commands import ROOT, assert_refused, passed, qpenet, tiny
+from commands import ROOT, assert_refused, overrides, passed, qpenet, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import stop_once
 
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import locked
-from qpenet_jax.runs.checkpoints import open_checkpoints
-from qpenet_jax.runs.folder import open_run
-from qpenet_jax.training.batches import shardings
+from qpenet_jax.runs.build import build_weights, complete
+from qpenet_jax.runs.checkpoints import Saved, open_checkpoints
+from qpenet_jax.runs.config_files import load_config
+from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
+from qpenet_jax.runs.folder import claim, inputs_of, open_run
+from qpenet_jax.training.batches import build_batches, on_devices, shardings
+from qpenet_jax.training.setup import build_train_step, initial_state
 from qpenet_jax.training.train import LOCK_FILE
 
 pytestmark = pytest.mark.standard_promotion
 
-STEPS, SCORED = 14, 7
-"""Steps of a run, and between two evaluations for the selection."""
+START, STEPS, SCORED = 3, 14, 7
+"""Steps of the common start, of all, and between two evaluations for the selection."""
 
 FIELDS = {
     "batch_size": 4,
     "steps": STEPS,
     "save_every": 3,
     "eval__every": SCORED,
-    "eval__base_episodes": 60,
+    "eval__base_episodes": 120,
     "eval__references": False,
     "select_on": "base",
 }
@@ -153,11 +156,25 @@ def assert_same_result(*runs):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A run of one process that was stopped after some steps."""
+    """A run of one process that was stopped after START steps; these have no events."""
     workdir = tmp_path_factory.mktemp("start") / "run"
-    stop_once((workdir / "checkpoints/3").exists)
-    assert qpenet(*tiny(workdir, **FIELDS)).returncode == 130
-    assert 3 <= saved(workdir)[-1] < SCORED
+    file = ROOT / "tests" / "tiny.py"
+    config = complete(load_config(file, overrides(**FIELDS)))
+    data, val = build_dataset(config, "train"), build_dataset(config, "val")
+    sampler, weights = build_train_sampler(config, data), build_weights(config)
+    claim(workdir, config, inputs_of(data, val, weights))
+    replicated, split = shardings(config.batch_size)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        step = build_train_step(config, STEPS, len(sampler))
+        state = initial_state(config, weights, STEPS)
+        state, frozen = jax.device_put((state, weights), replicated)
+        batches, key = build_batches(config, data, sampler), jax.random.key(1)
+        for _ in range(START):
+            batch = on_devices(config, next(batches), split)
+            state, _ = step(state, frozen, batch, key)
+        batches.close()
+    with open_checkpoints(workdir) as checkpoints:
+        checkpoints.save(Saved(state.step, state.params, state.opt_state))
     return workdir
 
 
@@ -183,7 +200,7 @@ def two(start, tmp_path_factory):
 def test_two_processes_train_and_score_as_one_does(one, two):
     workdir, both = two
     found, expected = losses(workdir), losses(one)
-    assert set(found) == set(expected) == set(range(1, STEPS + 1))
+    assert set(found) == set(expected) == set(range(START + 1, STEPS + 1))
     steps = sorted(expected)
     np.testing.assert_allclose(
         [found[n] for n in steps], [expected[n] for n in steps], rtol=1e-6

@@ -167,7 +167,7 @@ def test_a_killed_process_resumes_to_the_same_bits(finished, tmp_path, number):
 def test_a_stop_saves_the_step_and_the_resumed_run_is_the_same(finished, tmp_path):
     workdir = tmp_path / "run"
     stop_once(lambda: (workdir / "checkpoints/1").exists())
-    with pytest.raises(KeyboardInterrupt, match=r"step \d is saved: the same command"):
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         train(load_config(ROOT / "tests" / "tiny.py"), workdir, profile=3)
     assert len(list(workdir.glob("plugins/profile/*/*.xplane.pb"))) == 1
     assert not (workdir / "results.json").exists()
@@ -177,7 +177,7 @@ def test_a_stop_saves_the_step_and_the_resumed_run_is_the_same(finished, tmp_pat
 
 def test_a_step_that_a_stop_left_unscored_is_scored_by_the_resumed_run(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    fields = {"select_on": "base", "eval__every": 2, "eval__base_episodes": 100}
+    fields = {"select_on": "base", "eval__every": 2, "eval__base_episodes": 200}
     train(config(**fields), whole)
     # A checkpoint is saved before it is scored, which takes long here.
     stop_once(lambda: (stopped / "checkpoints/2").exists())
