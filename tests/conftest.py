@@ -110,6 +110,26 @@ def _promotion(request):
 
 
 @contextlib.contextmanager
+def stopped_after(step):
+    """Let a training of this process get SIGTERM once it has logged a step.
+
+    It saves the step after that one, and ends.
+    """
+    from qpenet_jax.training import train
+
+    write = train.write_scalars
+
+    def write_and_stop(events, group, values, number):
+        write(events, group, values, number)
+        if (group, number) == ("train", step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "write_scalars", write_and_stop)
+        yield
+
+
+@contextlib.contextmanager
 def no_file_above(size):
     """Let writes beyond `size` bytes of a file fail, as all do on a full disk."""
     import resource  # Unix only

@@ -22,6 +22,7 @@ from qpenet_jax.backbones.registry import BACKBONES
 from qpenet_jax.backbones.torch_layout import ORIGINALS
 from qpenet_jax.core import markdown
 from qpenet_jax.core.runtime import keep_compilations, keep_freed_memory
+from qpenet_jax.runs.build import complete
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.training import health
 from qpenet_jax.training.preflight import JUDGED, first_steps
@@ -87,7 +88,9 @@ def train(row, scale, seed, args):
     words = [f"--config.{name}={value}" for name, value in settings.items()]
     BACKBONES[LITE0] = NET._replace(module=Scaled(NET.module, scale))
     seen, finite = [], True
-    with contextlib.closing(first_steps(load_config(CONFIG, words))) as stream:
+    with contextlib.closing(
+        first_steps(complete(load_config(CONFIG, words)))
+    ) as stream:
         while finite and len(seen) < args.steps:
             seen.append(next(stream).metrics)
             finite = health.is_finite(seen[-1])

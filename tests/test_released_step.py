@@ -2,10 +2,6 @@
 
 import importlib
 import json
-import os
-import signal
-import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from commands import ROOT, overrides
+from conftest import stopped_after
 from flax.traverse_util import flatten_dict
 from make_backbone_goldens import _deepen, random_tensor
 
@@ -430,14 +427,9 @@ def finished(converted, tmp_path_factory):
     """The folder of two short epochs, stopped and resumed among steps that drift."""
     workdir = tmp_path_factory.mktemp("drift") / "run"
 
-    def stop():
-        while not (workdir / f"checkpoints/{STEPS - 2}").exists():
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        stopped = f"step {STEPS - 1} is saved"
+        with stopped_after(STEPS - 2), pytest.raises(KeyboardInterrupt, match=stopped):
             train(config(converted), workdir)
         train(config(converted), workdir)
     return workdir

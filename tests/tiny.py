@@ -4,6 +4,7 @@ For tests of the loop, of commands, folders and processes, to which it doesn't m
 what the features are. It is a config file, so processes can be given it as well.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class OneConvolution(nn.Module):
 BACKBONES["tiny"] = Backbone(OneConvolution(), stages=("only",), channels=8)
 
 
-def write_weights(path=WEIGHTS):
+def write_weights(path):
     """Write random weights, the same in every process."""
     made = OneConvolution().init(jax.random.key(0), jnp.zeros((1, 17, 17, 3)))
     save_weights(path, "tiny", made["params"], source=Path(__file__))
@@ -37,8 +38,10 @@ def write_weights(path=WEIGHTS):
 
 def get_config():
     """Four steps of the quick start at 65 pixels."""
-    if not WEIGHTS.exists():
-        write_weights()
+    if not WEIGHTS.exists():  # several processes may find that at once
+        made = WEIGHTS.with_name(f"{os.getpid()}_{WEIGHTS.name}")
+        write_weights(made)
+        made.replace(WEIGHTS)
     config = default_config()
     config.backbone.name, config.backbone.weights = "tiny", str(WEIGHTS)
     config.dataset.kind, config.dataset.name = "shapes", "Shapes"

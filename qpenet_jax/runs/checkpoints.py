@@ -147,10 +147,8 @@ class Checkpoints:
         saved = self.steps()
         if not saved:
             raise _missing(self.workdir)
-        scored = [step for step in saved if selection in self.scores.get(step, ())]
-        if selection == LAST or not scored:
-            return saved[-1]
-        return max(scored, key=lambda step: (self.scores[step][selection], step))
+        best = None if selection == LAST else _best(self.scores, saved, selection)
+        return saved[-1] if best is None else best
 
     def _put_aside(self, step: int) -> str:
         aside = self.workdir / DAMAGED / str(step)
@@ -195,12 +193,15 @@ def open_checkpoints(
     """Holds the checkpoints of a run for as long as the `with` lasts.
 
     Of each of the `selections` the best checkpoint is kept; the latest two always are.
-    What an interrupted save left is removed, unless it is opened `read_only`.
+    Unless it is opened `read_only`, what an interrupted save left is removed, and
+    SCORES is there from now on: without it, scores have been lost.
 
     Raises:
         InputError: scores that can't be read; at the end, a save that failed.
     """
     scores = _read_scores(workdir)
+    if not (read_only or scores):
+        cluster.by_first(lambda: write_whole(workdir / SCORES, "{}\n"))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=_LatestAndBest(scores, selections),
         read_only=read_only,
@@ -248,12 +249,15 @@ class _LatestAndBest(policies.PreservationPolicy):
         """Returns whether to keep each of the checkpoints, which are in order."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = set(steps[-2:])
-        for name in self.selections:
-            scored = [step for step in steps if name in self.scores.get(step, ())]
-            if scored:
-                kept.add(max(scored, key=lambda step: (self.scores[step][name], step)))
+        best = (_best(self.scores, steps, name) for name in self.selections)
+        kept = {*steps[-2:], *best}
         return [step in kept for step in steps]
+
+
+def _best(scores: Scores, steps: Sequence[int], selection: str) -> int | None:
+    """Returns the step with the highest score, the later of equal ones, if any has."""
+    scored = [step for step in steps if selection in scores.get(step, ())]
+    return max(scored, key=lambda s: (scores[s][selection], s), default=None)
 
 
 def _read_scores(workdir: Path) -> Scores:

@@ -115,7 +115,6 @@ def _write(folder: Path, config: Any, params: Any, weights: Any, source: Path) -
     save_weights(folder / OWN_BACKBONE, name, weights, source)
     with open_checkpoints(folder) as checkpoints:
         checkpoints.save(Saved(jnp.zeros((), jnp.int32), params, optax.EmptyState()))
-        checkpoints.add_scores(0, {})
     inputs = {WEIGHTS: weights_hash(weights), SOURCE: source.name}
     write_json(folder / INPUTS_FILE, inputs)
     write_json(folder / CONFIG_FILE, json.loads(config.to_json()))

@@ -65,9 +65,9 @@ class Step(NamedTuple):
 def first_steps(config: Any) -> Generator[Step]:
     """Yields the steps of a new training without end, each finished before the next.
 
-    Nothing is written. Close the generator to end the processes that load.
+    The config is complete. Nothing is written. Close the generator to end the processes
+    that load.
     """
-    config = complete(config)
     dataset = build_dataset(config, "train")
     sampler = build_train_sampler(config, dataset)
     total = training_steps(config, len(sampler))

@@ -85,10 +85,8 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
     refuse_overwriting([workdir / LOCK_FILE], files_read(config))
     with StopSignal() as stop, contextlib.ExitStack() as stack:
         # Data: base classes to train on, the val split to score.
-        train_set, val_set = (
-            build_dataset(config, "train"),
-            build_dataset(config, "val"),
-        )
+        train_set = build_dataset(config, "train")
+        val_set = build_dataset(config, "val")
         sampler = build_train_sampler(config, train_set)
         steps = training_steps(config, len(sampler))
 
