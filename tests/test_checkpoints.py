@@ -13,12 +13,13 @@ import pytest
 from conftest import no_file_above
 
 from qpenet_jax import InputError
-from qpenet_jax.runs.checkpoints import Saved, open_checkpoints, restore_params
+from qpenet_jax.core.types import TrainState
+from qpenet_jax.runs.checkpoints import open_checkpoints, restore_params
 
 
 def state(step, params=None):
     params = params or {"kernel": jnp.full((3,), step, jnp.float32)}
-    return Saved(jnp.array(step, jnp.int32), params, {"trace": jnp.zeros(3)})
+    return TrainState(jnp.array(step, jnp.int32), params, {"trace": jnp.zeros(3)})
 
 
 def save(checkpoints, step, **scores):

@@ -24,13 +24,12 @@ from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import locked
 from qpenet_jax.runs.build import build_weights, complete
-from qpenet_jax.runs.checkpoints import Saved, open_checkpoints
+from qpenet_jax.runs.checkpoints import open_checkpoints
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
 from qpenet_jax.runs.folder import claim, inputs_of, open_run
 from qpenet_jax.training.batches import build_batches, on_devices, shardings
-from qpenet_jax.training.setup import build_train_step, initial_state
-from qpenet_jax.training.train import LOCK_FILE
+from qpenet_jax.training.train import LOCK_FILE, build_state, build_train_step
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -166,7 +165,7 @@ def start(tmp_path_factory):
     replicated, split = shardings(config.batch_size)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         step = build_train_step(config, STEPS, len(sampler))
-        state = initial_state(config, weights, STEPS)
+        state = build_state(config, weights, STEPS)
         state, frozen = jax.device_put((state, weights), replicated)
         batches, key = build_batches(config, data, sampler), jax.random.key(1)
         for _ in range(START):
@@ -174,7 +173,7 @@ def start(tmp_path_factory):
             state, _ = step(state, frozen, batch, key)
         batches.close()
     with open_checkpoints(workdir) as checkpoints:
-        checkpoints.save(Saved(state.step, state.params, state.opt_state))
+        checkpoints.save(state)
     return workdir
 
 

@@ -18,7 +18,7 @@ from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.runs.build import build_backbone, build_model, complete, is_released
 from qpenet_jax.runs.config_files import override
 from qpenet_jax.runs.datasets import build_fold, build_protocol, training_steps
-from qpenet_jax.training.setup import build_train_step, initial_state
+from qpenet_jax.training.train import build_state, build_train_step
 
 CONFIGS = sorted(
     path.stem for path in (Path(__file__).resolve().parents[1] / "configs").glob("*.py")
@@ -46,7 +46,7 @@ def check_step(config):
     query, supports = (jax.ShapeDtypeStruct((*s, 3), jnp.uint8) for s in shapes)
     query_mask, masks = (jax.ShapeDtypeStruct(s, jnp.uint8) for s in shapes)
     batch = Episode(query, query_mask, supports, masks)
-    state = jax.eval_shape(lambda given: initial_state(config, given, 10), weights)
+    state = jax.eval_shape(lambda given: build_state(config, given, 10), weights)
     step = build_train_step(config, 10, images=100)
     after, metrics = jax.eval_shape(step, state, weights, batch, key)
     assert jax.tree.structure(after) == jax.tree.structure(state)

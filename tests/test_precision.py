@@ -21,7 +21,7 @@ from qpenet_jax.runs.build import (
     complete,
 )
 from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
-from qpenet_jax.training.setup import build_train_step, initial_state
+from qpenet_jax.training.train import build_state, build_train_step
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -73,7 +73,7 @@ def trained():
         loaded = [load_episode(dataset, sampler(i), config.side) for i in range(2)]
         batch = jax.tree.map(lambda *x: np.stack(x), *loaded)
         weights = build_weights(config)
-        state = initial_state(config, weights, 10)
+        state = build_state(config, weights, 10)
         predict = build_predictor(config, jax.tree.map(jnp.copy, state.params), weights)
         margin = predict(jax.tree.map(lambda x: x[:1], batch))
         step = build_train_step(config, 10, images=60)

@@ -34,9 +34,8 @@ from qpenet_jax.runs.folder import open_run
 from qpenet_jax.segmenter import load
 from qpenet_jax.training.batches import build_batches, on_devices, shardings
 from qpenet_jax.training.released_step import drifting_features, drifts
-from qpenet_jax.training.setup import build_train_step, initial_state
 from qpenet_jax.training.step import TrainState
-from qpenet_jax.training.train import train
+from qpenet_jax.training.train import build_state, build_train_step, train
 
 pytestmark = [pytest.mark.standard_promotion, pytest.mark.usefixtures("tiny")]
 
@@ -218,7 +217,7 @@ FROZEN, DRIFTING = 5, 7
 def steps(made, frozen, batches, start, statistics):
     """Return the state after a step on every batch, and the metrics of each."""
     step = build_train_step(made, STEPS, 10)
-    state = initial_state(made, frozen, STEPS)
+    state = build_state(made, frozen, STEPS)
     params = {**state.params, BATCH_STATISTICS: jax.tree.map(jnp.array, statistics)}
     state = TrainState(jnp.int32(start), params, state.opt_state)
     replicated, _ = shardings(made.batch_size)
@@ -438,7 +437,7 @@ def finished(converted, tmp_path_factory):
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, made, frozen):
     replicated, split = shardings(made.batch_size)
     weights = jax.device_put(frozen, replicated)
-    state = jax.device_put(initial_state(made, weights, STEPS), replicated)
+    state = jax.device_put(build_state(made, weights, STEPS), replicated)
     dataset = build_dataset(made, "train")
     sampler = build_train_sampler(made, dataset)
     step = build_train_step(made, STEPS, len(sampler))

@@ -19,6 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qpenet_jax.config import SELECTION
+from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import locked
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.runs.checkpoints import open_checkpoints
@@ -29,11 +30,15 @@ from qpenet_jax.runs.datasets import (
     build_fold,
     selection_protocols,
 )
-from qpenet_jax.runs.folder import open_run
+from qpenet_jax.runs.folder import open_run, trained_and_scored
 from qpenet_jax.training.events import speeds
 from qpenet_jax.training.profiling import Profile
-from qpenet_jax.training.retries import not_finite, note_retry, skipped_batches
-from qpenet_jax.training.setup import trained_and_scored
+from qpenet_jax.training.retries import (
+    Retry,
+    batches_left_out,
+    divergence,
+    not_finite,
+)
 from qpenet_jax.training.stopping import StopSignal
 from qpenet_jax.training.train import LOCK_FILE, train
 
@@ -277,16 +282,18 @@ def test_a_retry_goes_back_to_the_checkpoint_and_is_counted(tmp_path):
     assert all(retry["at"] > retry["to"] for retry in retries)
 
 
-def test_retries_skip_the_batches_that_led_to_the_bad_step(tmp_path, capsys):
-    note_retry(tmp_path, "loss is nan", 3, 2, limit=2)
-    assert [skipped_batches(tmp_path, step) for step in (0, 1, 2, 5)] == [0, 0, 1, 1]
-    note_retry(tmp_path, "loss is nan", 9, 4, limit=2)
-    assert [skipped_batches(tmp_path, step) for step in (2, 4)] == [1, 6]
-    assert "back to step 4, and on with other episodes" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"nan at step 10; .* step 4 is kept"):
-        note_retry(tmp_path, "loss is nan", 10, 4, limit=2)
+def test_retries_leave_out_the_batches_that_led_to_the_bad_step(tmp_path):
+    first = divergence(tmp_path, "loss is nan", 3, 2, limit=2)
+    assert isinstance(first, Retry)
+    assert [batches_left_out(tmp_path, step) for step in (0, 1, 2, 5)] == [0, 0, 1, 1]
+    second = divergence(tmp_path, "loss is nan", 9, 4, limit=2)
+    assert [batches_left_out(tmp_path, step) for step in (2, 4)] == [1, 6]
+    assert "back to step 4, and on with other episodes" in str(second)
+    third = divergence(tmp_path, "loss is nan", 10, 4, limit=2)
+    assert isinstance(third, InputError)
+    assert "nan at step 10; last good checkpoint: step 4 is kept" in str(third)
     # A training that lost its checkpoints takes the first again, not the second.
-    note_retry(tmp_path, "loss is nan", 3, None, limit=1)
+    divergence(tmp_path, "loss is nan", 3, None, limit=1)
     assert read(tmp_path / "retries.json")["retries"] == [
         {"at": 3, "found": "loss is nan", "to": 0}
     ]

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 
 from qpenet_jax.config import default_config
+from qpenet_jax.core.types import TrainState
 from qpenet_jax.runs.build import build_weights, complete, params_like
-from qpenet_jax.runs.checkpoints import Saved, open_checkpoints
+from qpenet_jax.runs.checkpoints import open_checkpoints
 from qpenet_jax.runs.folder import WEIGHTS, claim, weights_hash
 
 STEP = 3
@@ -45,8 +46,8 @@ def untrained_run(workdir: Path, config=None) -> Path:
     """Write such a run, as training would leave it after three steps."""
     config = config or small_config()
     claim(workdir, config, {WEIGHTS: weights_hash(build_weights(config))})
-    state = Saved(jnp.array(STEP, jnp.int32), random_params(config), optax.EmptyState())
+    step, params = jnp.array(STEP, jnp.int32), random_params(config)
     with open_checkpoints(workdir) as checkpoints:
-        checkpoints.save(state)
+        checkpoints.save(TrainState(step, params, optax.EmptyState()))
         checkpoints.add_scores(STEP, {})
     return workdir

@@ -2,14 +2,15 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from flax import struct
 from jaxtyping import Bool, Int, PyTree, UInt8
 
 Array = jax.Array | np.ndarray
-"""What functions of JAX take, in annotations; what they return is JAX's."""
+"""Arrays that functions take; those that they return are arrays of JAX."""
 
 BATCH_STATISTICS = "batch_stats"
 """Flax's name for what batch norm moves. A backbone's norm is in training mode where a
@@ -36,6 +37,15 @@ class Episode(NamedTuple):
     support_masks: UInt8[np.ndarray, "*b k h w"]
     query_padding: Bool[np.ndarray, "*b h w"] | None = None
     support_padding: Bool[np.ndarray, "*b k h w"] | None = None
+
+
+@struct.dataclass
+class TrainState:
+    """What training changes and checkpoints hold; the frozen backbone is no part."""
+
+    step: Any  # Int[Array, ""], or what stands for it in a tree of shapes
+    params: PyTree
+    opt_state: PyTree
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
-from qpenet_jax.core.types import Array, values_hash
+from qpenet_jax.core.types import Array, TrainState, values_hash
 
 FOLDER = "checkpoints"
 
@@ -38,14 +38,6 @@ LAST = "last"
 """The selection that takes the latest checkpoint; the others take their best."""
 
 Scores = dict[int, dict[str, float]]
-
-
-class Saved(NamedTuple):
-    """What is saved of a training: all that it needs to go on."""
-
-    step: Any
-    params: PyTree[Array]
-    opt_state: PyTree[Array]
 
 
 class DamagedCheckpoint(InputError):
@@ -75,7 +67,7 @@ class Checkpoints:
         """Returns the latest step that is saved."""
         return self.manager.latest_step()
 
-    def save(self, saved: Saved) -> None:
+    def save(self, state: TrainState) -> None:
         """Saves a training under its step, unless that step is saved already.
 
         Hashes of the values go with it: Orbax's files have no checksums, and a flipped
@@ -84,10 +76,10 @@ class Checkpoints:
         Raises:
             InputError: this save or the one before failed, as on a full disk.
         """
-        step = int(saved.step)
+        step = int(state.step)
         if step in self.manager.all_steps():
             return
-        items = _items(saved)
+        items = _items(state)
         hashes = {name: values_hash(tree) for name, tree in items.items()}
         with _one_line_errors(self.workdir):
             self.manager.wait_until_finished()
@@ -105,7 +97,7 @@ class Checkpoints:
         text = json.dumps(self.scores, indent=1) + "\n"
         cluster.by_first(lambda: write_whole(self.workdir / SCORES, text))
 
-    def restore(self, like: Saved) -> Saved | None:
+    def restore(self, like: TrainState) -> TrainState | None:
         """Returns the latest checkpoint that can be read, if there are any.
 
         `like` holds arrays of the same shapes, on the same devices. Damaged ones are
@@ -125,7 +117,7 @@ class Checkpoints:
                 aside = cluster.by_first(functools.partial(self._put_aside, other))
                 cluster.warn(f"{error.what}; it is now {aside}, going on from {step}")
             self.manager.reload()
-            return Saved(params=saved["params"], **saved["rest"])
+            return TrainState(params=saved["params"], **saved["rest"])
         if damaged:
             raise next(iter(damaged.values()))
         return None
@@ -180,10 +172,10 @@ class Checkpoints:
             raise DamagedCheckpoint(folder, error) from error
 
 
-def _items(saved: Saved) -> dict[str, PyTree]:
+def _items(state: TrainState) -> dict[str, PyTree]:
     """Returns Orbax's items: parameters alone, as predicting needs nothing else."""
-    rest = {"step": saved.step, "opt_state": saved.opt_state}
-    return {"params": saved.params, "rest": rest}
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    return {"params": state.params, "rest": rest}
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.precision import resolve_dtype
 from qpenet_jax.config import flat, selections
+from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import SegmentationDataset, values_hash
-from qpenet_jax.data.versions import dataset_version
+from qpenet_jax.data.versions import dataset_version, shared_photos
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.recipes import resolved
 from qpenet_jax.runs.build import FREE, PATHS, build_weights, complete, params_like
@@ -26,29 +27,43 @@ INPUTS_FILE = "inputs.json"
 
 SHARED = "scored images that were trained on"
 SELECTED_ON = "images for the selection that were trained on"
-"""Entries of INPUTS_FILE, if there are any: how many, and which."""
+"""Entries of INPUTS_FILE, if there are any: how many, and one of them. That of a
+selection beside the result's ends with its name."""
 
 WEIGHTS = "backbone weights"
 """Entry of INPUTS_FILE: the hash that `weights_hash` returns."""
 
-
 DTYPE = "dtype"
-"""Field of a config; entry of INPUTS_FILE: what the field means on the run's device."""
+"""Entry of INPUTS_FILE: the dtype that the config's means on the device of the run."""
 
 OWN_BACKBONE = "backbone.safetensors"
-"""Of a run that was made of a checkpoint which has a backbone of its own."""
+"""File with the backbone's weights, in a run that was made of a checkpoint."""
 
 NO_TRAINING = ("workers", "behaviour", *PATHS)
-"""Fields that a finished run may be used with other values of."""
+"""Fields whose values may be changed when a finished run is used."""
 
 
 def claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
     """Writes the config into a new workdir, or checks that it's that of an old one.
 
     `inputs` are hashes of what the config names by path. Beside them stands what its
-    dtype means on this device, where a run may go on only if it means the same. Raises
-    InputError naming what differs.
+    dtype means on this device, where a run may go on only if it means the same.
+
+    Raises:
+        InputError: naming what differs, from the workdir or between processes.
     """
+    by_process = [json.loads(x) for x in cluster.gather(json.dumps(inputs).encode())]
+    for process, found in enumerate(by_process):
+        first = by_process[0]
+        if other := [name for name in first if found.get(name) != first[name]]:
+            raise InputError(
+                f"process {process} reads other inputs than process 0 "
+                f"({', '.join(other)} differ): give all processes the same files"
+            )
+    cluster.by_first(lambda: _claim(workdir, config, inputs))
+
+
+def _claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
     if (workdir / MODEL_FILE).exists():
         raise InputError(
             f"{workdir} holds a published run, which can't be trained on: choose "
@@ -101,6 +116,22 @@ def inputs_of(
     return inputs
 
 
+def trained_and_scored(
+    what: str, train_set: Any, trained: Any, val_set: Any, scored: Any
+) -> dict[str, str]:
+    """Returns which scored images are trained on, too, and warns of them.
+
+    `trained` and `scored` are the samplers of episodes over the two data sets. Images
+    of one list may serve both, as long as no episode of both shows one.
+    """
+    found = shared_photos(train_set, val_set, trained.images, scored.images)
+    if not found:
+        return {}
+    text = f"{len(found)} of {len(scored)}, such as {' = '.join(found[0])}"
+    cluster.warn(f"{what}: {text}")
+    return {what: text}
+
+
 def weights_hash(weights: PyTree[Array]) -> str:
     """Returns 12 hex digits of a hash over a backbone's weights."""
     return values_hash(weights)[:12]
@@ -119,7 +150,7 @@ class TrainedRun:
     def shared(self) -> dict[str, str]:
         """The entries SHARED and SELECTED_ON of its inputs, which results repeat."""
         inputs = read_inputs(self.folder)
-        return {k: v for k, v in inputs.items() if k in (SHARED, SELECTED_ON)}
+        return {k: v for k, v in inputs.items() if k.startswith((SHARED, SELECTED_ON))}
 
     @functools.cached_property
     def weights(self) -> PyTree[Array]:

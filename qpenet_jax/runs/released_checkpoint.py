@@ -17,11 +17,12 @@ from qpenet_jax.config import default_config
 from qpenet_jax.core.choices import CHECKPOINT_DATASETS
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path, new_folder
+from qpenet_jax.core.types import TrainState
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.recipes import for_coco, for_released
 from qpenet_jax.runs.build import complete, params_like
-from qpenet_jax.runs.checkpoints import Saved, open_checkpoints
+from qpenet_jax.runs.checkpoints import open_checkpoints
 from qpenet_jax.runs.config_files import override
 from qpenet_jax.runs.folder import (
     CONFIG_FILE,
@@ -114,7 +115,8 @@ def _write(folder: Path, config: Any, params: Any, weights: Any, source: Path) -
     name = config.backbone.name
     save_weights(folder / OWN_BACKBONE, name, weights, source)
     with open_checkpoints(folder) as checkpoints:
-        checkpoints.save(Saved(jnp.zeros((), jnp.int32), params, optax.EmptyState()))
+        start = jnp.zeros((), jnp.int32)
+        checkpoints.save(TrainState(start, params, optax.EmptyState()))
     inputs = {WEIGHTS: weights_hash(weights), SOURCE: source.name}
     write_json(folder / INPUTS_FILE, inputs)
     write_json(folder / CONFIG_FILE, json.loads(config.to_json()))

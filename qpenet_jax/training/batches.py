@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -148,15 +147,3 @@ def global_batch(batch: Any, sharding: NamedSharding) -> Any:
     """Places this process's part of a batch on its devices."""
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda x: place(sharding, np.asarray(x)), batch)
-
-
-def any_asked(flag: bool, split: NamedSharding) -> jax.Array:
-    """Returns whether the flag is set in any process, as devices will find it out.
-
-    Steps are taken in the same order everywhere, so all processes see the same.
-    """
-    place = jax.make_array_from_process_local_data
-    return _any(place(split, np.full(len(split.addressable_devices), flag)))
-
-
-_any = jax.jit(jnp.any)

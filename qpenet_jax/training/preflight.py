@@ -29,8 +29,8 @@ from qpenet_jax.training.batches import (
 )
 from qpenet_jax.training.events import fetched
 from qpenet_jax.training.retries import not_finite
-from qpenet_jax.training.setup import build_train_step, initial_state
 from qpenet_jax.training.step import TrainState
+from qpenet_jax.training.train import build_state, build_train_step
 
 STEPS = 200
 
@@ -74,7 +74,7 @@ def first_steps(config: Any) -> Generator[Step]:
     replicated, split = shardings(config.batch_size, config.accumulate)
     weights = jax.device_put(build_weights(config), replicated)
     train_step = build_train_step(config, total, len(sampler))
-    state = jax.device_put(initial_state(config, weights, total), replicated)
+    state = jax.device_put(build_state(config, weights, total), replicated)
     key = jax.random.key(config.seed + 1)
     with contextlib.closing(build_batches(config, dataset, sampler)) as batches:
         while True:

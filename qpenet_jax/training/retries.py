@@ -1,14 +1,15 @@
 """What a training does when its loss isn't finite any more.
 
-If the config allows it, it goes back to its latest checkpoint, and on with the episodes
-behind those that led there. Which these are is written down first, so that a run that
-is killed meanwhile takes the same ones when it goes on.
+If the config allows it, it begins again from its latest checkpoint, and leaves out the
+batches that led there. They are written down first: a run that is killed meanwhile
+leaves out the same ones.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from jaxtyping import PyTree
 
@@ -22,17 +23,25 @@ from qpenet_jax.training import health
 RETRIES = "retries.json"
 """Which step wasn't finite (`at`), in what (`found`), and back to which step (`to`)."""
 
+P = ParamSpec("P")
 
-class NotFinite(InputError):
-    """Training diverged: `what` isn't finite any more since `step`."""
 
-    def __init__(self, what: str, step: int, saved: int | None):
-        self.what, self.step = what, step
-        kept = "none is saved yet" if saved is None else f"step {saved} is kept"
-        super().__init__(
-            f"{what} at step {step}; last good checkpoint: {kept}; start again in a "
-            "new --workdir with --config.recipe=stable or a lower config.optimizer.lr"
-        )
+class Retry(Exception):
+    """A training begins again, from its latest checkpoint, without some batches."""
+
+
+def with_retries(training: Callable[P, None]) -> Callable[P, None]:
+    """Returns a training that begins again whenever it raises `Retry`."""
+
+    @functools.wraps(training)
+    def begin(*args: P.args, **kwargs: P.kwargs) -> None:
+        while True:
+            try:
+                return training(*args, **kwargs)
+            except Retry as retry:
+                cluster.warn(str(retry))
+
+    return begin
 
 
 def not_finite(
@@ -49,40 +58,45 @@ def not_finite(
     return None if health.is_finite(params) else ("a parameter isn't finite", step)
 
 
+def divergence(
+    workdir: Path, found: str, at: int, saved: int | None, limit: int
+) -> Retry | InputError:
+    """Returns what a training raises that isn't finite at step `at`.
+
+    `Retry`, which is written down; after `limit` retries an error. `saved` is the step
+    of the latest checkpoint.
+    """
+    number = cluster.by_first(lambda: _write_retry(workdir, found, at, saved, limit))
+    if number:
+        return Retry(
+            f"{found} at step {at}: back to step {saved or 0}, and on with other "
+            f"episodes (retry {number} of {limit})"
+        )
+    kept = "none is saved yet" if saved is None else f"step {saved} is kept"
+    return InputError(
+        f"{found} at step {at}; last good checkpoint: {kept}; start again in a "
+        "new --workdir with --config.recipe=stable or a lower config.optimizer.lr"
+    )
+
+
+def _write_retry(workdir, found, at, saved, limit) -> int:
+    """Returns the number of the retry; 0 if there is none left."""
+    to = saved or 0
+    # A training that lost its checkpoints may be before some: these come again.
+    retries = [retry for retry in read_retries(workdir) if retry["to"] <= to]
+    if len(retries) >= limit:
+        return 0
+    retries.append({"at": at, "found": found, "to": to})
+    write_json(workdir / RETRIES, {"retries": retries})
+    return len(retries)
+
+
 def read_retries(workdir: Path) -> list[dict[str, Any]]:
     """Returns the retries of a run, in their order."""
     path = workdir / RETRIES
     return read_json(path)["retries"] if path.exists() else []
 
 
-def skipped_batches(workdir: Path, step: int) -> int:
-    """Returns how many batches were left out for the steps after `step`."""
+def batches_left_out(workdir: Path, step: int) -> int:
+    """Returns how many batches retries have left out before the one after `step`."""
     return sum(r["at"] - r["to"] for r in read_retries(workdir) if r["to"] <= step)
-
-
-def note_retry(
-    workdir: Path, found: str, at: int, saved: int | None, limit: int
-) -> None:
-    """Writes down that training goes on from the saved step, with other episodes.
-
-    Those behind the ones that led to step `at`: a run that is killed meanwhile takes
-    the same when it goes on.
-
-    Raises:
-        NotFinite: there have been `limit` retries.
-    """
-    cluster.by_first(lambda: _note(workdir, found, at, saved, limit))
-
-
-def _note(workdir, found, at, saved, limit) -> None:
-    to = saved or 0
-    # A training that lost its checkpoints may be before some: these come again.
-    retries = [retry for retry in read_retries(workdir) if retry["to"] <= to]
-    if len(retries) >= limit:
-        raise NotFinite(found, at, saved)
-    retries.append({"at": at, "found": found, "to": to})
-    write_json(workdir / RETRIES, {"retries": retries})
-    cluster.warn(
-        f"{found} at step {at}: back to step {to}, and on with other episodes (retry "
-        f"{len(retries)} of {limit})"
-    )

@@ -1,4 +1,4 @@
-"""TrainState and the jitted train step."""
+"""The train step: gradient, update, metrics."""
 
 import contextlib
 import functools
@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Int, PyTree
 
 from qpenet_jax.backbones.precision import InDtype
 from qpenet_jax.backbones.registry import Backbone, features, with_deep
-from qpenet_jax.core.types import IGNORE, Array, Episode
+from qpenet_jax.core.types import IGNORE, Array, Episode, TrainState
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.qpenet import QPENet
@@ -24,15 +23,6 @@ from qpenet_jax.training.health import HEADS
 
 Network = QPENet | ReleasedQPENet | InDtype
 Metrics = dict[str, Float[Array, ""]]
-
-
-@struct.dataclass
-class TrainState:
-    """What training changes; the frozen backbone is not part of it."""
-
-    step: Any  # Int[Array, ""], or what stands for it in a tree of shapes
-    params: PyTree
-    opt_state: PyTree
 
 
 def init_state(

@@ -1,33 +1,41 @@
 """The training of a run, from top to bottom: data, network, optimiser, restore, loop.
 
 `train` is the page to read. What it builds comes from `runs/build.py` and
-`runs/datasets.py`, the gradient from `step.py`, batches from `batches.py`.
+`runs/datasets.py`, batches from `batches.py`, the gradient from `train_step` in
+`step.py`; `runs/checkpoints.py` says which checkpoint a selection takes (`_best`).
 """
 
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jaxtyping import PyTree
 from tqdm import tqdm
 
+from qpenet_jax.backbones.precision import in_dtype
 from qpenet_jax.config import selections
 from qpenet_jax.core import cluster, markdown
 from qpenet_jax.core.files import local_path, locked, refuse_overwriting
-from qpenet_jax.core.types import Array
+from qpenet_jax.core.types import Array, TrainState
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.report import RESULTS
+from qpenet_jax.models.losses import LossWeights, total_loss
+from qpenet_jax.models.released.released_loss import released_loss
 from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.runs.build import (
+    build_backbone,
+    build_model,
     build_weights,
     complete,
+    initial_params,
+    is_released,
 )
-from qpenet_jax.runs.checkpoints import Saved, open_checkpoints
+from qpenet_jax.runs.checkpoints import open_checkpoints
 from qpenet_jax.runs.datasets import (
     build_dataset,
     build_train_sampler,
@@ -36,10 +44,16 @@ from qpenet_jax.runs.datasets import (
     training_steps,
 )
 from qpenet_jax.runs.evaluator import Evaluator
-from qpenet_jax.runs.folder import SELECTED_ON, SHARED, claim, inputs_of, read_json
+from qpenet_jax.runs.folder import (
+    SELECTED_ON,
+    SHARED,
+    claim,
+    inputs_of,
+    read_json,
+    trained_and_scored,
+)
 from qpenet_jax.training import health
 from qpenet_jax.training.batches import (
-    any_asked,
     build_batches,
     idle_devices,
     on_devices,
@@ -53,25 +67,22 @@ from qpenet_jax.training.events import (
     write_scalars,
 )
 from qpenet_jax.training.profiling import Profile
+from qpenet_jax.training.released_step import make_drifting_step, with_statistics
 from qpenet_jax.training.retries import (
+    batches_left_out,
+    divergence,
     not_finite,
-    note_retry,
     read_retries,
-    skipped_batches,
+    with_retries,
 )
-from qpenet_jax.training.setup import (
-    build_train_step,
-    initial_state,
-    refuse_other_inputs,
-    trained_and_scored,
-)
-from qpenet_jax.training.step import TrainState
+from qpenet_jax.training.step import make_train_step
 from qpenet_jax.training.stopping import StopSignal
 
 LOCK_FILE = "lock"
 """Held by the one process that trains in a workdir."""
 
 
+@with_retries
 def train(config: Any, workdir: Path, profile: int = 0) -> None:
     """Trains and evaluates one run, or goes on with it if it was stopped.
 
@@ -95,71 +106,57 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
         cluster.warn(idle_devices(config.batch_size, config.accumulate))
         weights = jax.device_put(build_weights(config), replicated)
 
-        # Evaluation: of the result, and of checkpoints for each selection.
-        def evaluator_of(protocol: Protocol | None = None) -> Evaluator:
-            return Evaluator(
-                config,
-                weights,
-                workdir,
-                val_set,
-                protocol,
-                stop_asked=lambda: stop.asked,
-            )
+        # Evaluators: of the result, and of checkpoints by each selection that scores.
+        def build_evaluator(protocol: Protocol | None = None) -> Evaluator:
+            given = config, weights, workdir, val_set, protocol
+            return Evaluator(*given, stop_asked=lambda: stop.asked)
 
-        evaluator = evaluator_of()
+        result = build_evaluator()
         protocols = selection_protocols(config, selections(config))
-        selectors = {name: evaluator_of(p) for name, p in protocols.items()}
+        selecting = {name: build_evaluator(p) for name, p in protocols.items()}
 
         # Workdir: one training at a time, of one config on the same inputs.
         busy = f"{workdir} is in use: another process trains there; wait for it, or "
         lock = locked(workdir / LOCK_FILE, f"{busy}choose another --workdir")
         cluster.by_first(lambda: stack.enter_context(lock))
         shared = {}
-        for scorer in (evaluator, *selectors.values()):
-            what = SHARED if scorer is evaluator else SELECTED_ON
-            scored = scorer.samplers[0]
+        for what, evaluator in {
+            SHARED: result,
+            **{f"{SELECTED_ON} ({name})": each for name, each in selecting.items()},
+        }.items():
+            scored = evaluator.samplers[0]
             shared |= trained_and_scored(what, train_set, sampler, val_set, scored)
-        inputs = inputs_of(train_set, val_set, weights)
-        refuse_other_inputs(inputs)
-        cluster.by_first(lambda: claim(workdir, config, inputs | shared))
+        claim(workdir, config, inputs_of(train_set, val_set, weights) | shared)
         print(f"{config.dataset.name}: {len(sampler)} training images, {steps} steps")
-        print(evaluator.describe())
+        print(result.describe())
 
-        # Optimiser, and the step that takes the gradient.
+        # Optimiser, in the step that takes the gradient; its rate again for the log.
         train_step = build_train_step(config, steps, len(sampler))
         learning_rate = Optimizer(**config.optimizer).schedule(steps)
-        key = jax.random.key(config.seed + 1)
+        key = jax.random.key(config.seed + 1)  # the seed's own makes the parameters
 
         # Restore: the latest checkpoint, or step 0.
         checkpoints = stack.enter_context(open_checkpoints(workdir, selections(config)))
+        state = jax.device_put(build_state(config, weights, steps), replicated)
+        state = jax.device_put(checkpoints.restore(state) or state, replicated)
 
-        def restored() -> TrainState:
-            first = initial_state(config, weights, steps)
-            first = jax.device_put(first, replicated)
-            saved = checkpoints.restore(
-                Saved(first.step, first.params, first.opt_state)
-            )
-            return TrainState(*jax.device_put(saved, replicated)) if saved else first
-
-        state = restored()
+        # Scores of the untrained network, and of checkpoints that a stop left without.
         if int(state.step) == 0 and config.eval.references:
-            print(f"before training\n{evaluator.references()}")
+            print(f"before training\n{result.references()}")
 
         def is_due(step: int) -> bool:
             return step == steps or step % config.eval.every == 0
 
-        # Checkpoints that a stop left without a score.
-        like = shapes_of(state.params)
-        for step in filter(is_due, checkpoints.steps() if selectors else ()):
+        for step in filter(is_due, checkpoints.steps() if selecting else ()):
             if step not in checkpoints.scores:
-                params = checkpoints.params(step, like)
-                checkpoints.add_scores(step, mious(selectors, params))
+                params = checkpoints.params(step, state.params)
+                checkpoints.add_scores(step, mious(selecting, params))
 
-        # The loop, which begins again after every retry.
-        while (start := int(state.step)) < steps:
-            skipped = skipped_batches(workdir, start)
-            batches = build_batches(config, train_set, sampler, start + skipped)
-            dead_heads, recent, asked = health.DeadHeads(), [], False
+        # The loop.
+        if (start := int(state.step)) < steps:
+            left_out = batches_left_out(workdir, start)
+            batches = build_batches(config, train_set, sampler, start + left_out)
+            dead_heads, recent = health.DeadHeads(), []
             waited, clock = 0.0, time.perf_counter()
             with (
                 contextlib.closing(batches),
@@ -189,38 +186,35 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
                     recent.append(metrics)
                     bar.update()
 
-                    # Of several processes all learn a step later that any was asked to
-                    # stop: none waits for the others.
-                    if cluster.count() > 1:
-                        stopping, asked = bool(asked), any_asked(stop.asked, split)
-                    else:
-                        stopping = stop.asked
+                    stopping = stop.in_any_process(split)
                     saving = is_due(step) or stopping or step % config.save_every == 0
                     if not saving and step % config.log_every:
                         continue
 
-                    # Log.
+                    # Log. No parameter that isn't finite is ever saved.
                     history = fetched(recent)
                     params = state.params if saving else {}
-                    if problem := not_finite(history, step, params):
-                        break
+                    if found := not_finite(history, step, params):
+                        saved, limit = checkpoints.latest(), config.retries_on_nan
+                        raise divergence(workdir, *found, saved, limit)
                     for warning in dead_heads(history):
                         bar.write(warning, file=sys.stderr)
                     bar.set_postfix(
                         {k: f"{history[-1][k]:.2f}" for k in ("loss", "iou")}
                     )
                     speed = speeds(config, len(history), clock, waited)
-                    rate = {"learning_rate": float(np.asarray(learning_rate(step - 1)))}
+                    # Schedules count the steps that were taken before.
+                    rate = {
+                        "learning_rate": float(jnp.asarray(learning_rate(step - 1)))
+                    }
                     write_scalars(events, "train", history[-1] | rate | speed, step)
                     recent = []
 
                     # Save, evaluate.
                     if saving:
-                        checkpoints.save(
-                            Saved(state.step, state.params, state.opt_state)
-                        )
-                    if is_due(step) and selectors and not stopping:
-                        scores = mious(selectors, state.params)
+                        checkpoints.save(state)
+                    if is_due(step) and selecting and not stopping:
+                        scores = mious(selecting, state.params)
                         checkpoints.add_scores(step, scores)
                         named = {f"{name}_miou": miou for name, miou in scores.items()}
                         write_scalars(events, "eval", named, step)
@@ -229,11 +223,6 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
                             f"step {step} is saved: the same command goes on"
                         )
                     waited, clock = 0.0, time.perf_counter()
-                else:
-                    break
-            # Retry, if the config allows it, from the latest checkpoint.
-            note_retry(workdir, *problem, checkpoints.latest(), config.retries_on_nan)
-            state = restored()
 
         # Final scores: of the result's checkpoint, and of other selections' beside it.
         folders: dict[int, Path] = {}
@@ -241,29 +230,46 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
         for name, step in chosen.items():
             if step in folders:
                 continue
-            scorer = evaluator.of_selection(name) if folders else evaluator
-            folders[step] = scorer.folder
-            if scorer.step() == step:
+            evaluator = result.of_selection(name) if folders else result
+            folders[step] = evaluator.folder
+            if evaluator.step() == step:
                 continue  # it was scored before
-            params = checkpoints.params(step, like)
+            params = checkpoints.params(step, state.params)
             retries = {"retries": r} if (r := read_retries(workdir)) else {}
-            facts = {"step": step, "shared": shared, **retries}
-            results = scorer.score(params, **facts)
-            if scorer is evaluator:
+            results = evaluator.score(params, step=step, shared=shared, **retries)
+            if evaluator is result:
                 write_results_events(workdir, results)
-            scorer.write(results)
+            evaluator.write(results)
 
-    print(evaluator.report())
+    print(result.report())
     if len(chosen) > 1:
         print(selections_table(chosen, folders))
     print(f"results, figure, checkpoints and TensorBoard events: {workdir}")
 
 
-def shapes_of(params: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
-    """Returns shapes, types and devices of parameters."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
-    )
+def build_state(config: Any, weights: PyTree[Array], steps: int) -> TrainState:
+    """Returns the state at step 0 of a training of so many steps."""
+    params = initial_params(config)
+    opt_state = Optimizer(**config.optimizer).build(steps).init(params)
+    if config.backbone.drift:
+        params = with_statistics(params, weights)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def build_train_step(config: Any, steps: int, images: int) -> Callable[..., Any]:
+    """Returns the jitted train step, for a batch shared as `shardings` says.
+
+    `images` are those that are trained on; with `config.backbone.drift` batch norm
+    drifts by the length of an epoch.
+    """
+    model, net = in_dtype(build_model(config), build_backbone(config), config.dtype)
+    optimizer = Optimizer(**config.optimizer).build(steps)
+    _, split = shardings(config.batch_size, config.accumulate)
+    loss = released_loss if is_released(config) else total_loss
+    parts = model, net, optimizer, LossWeights(**config.loss), split.mesh, loss
+    if config.backbone.drift:
+        return make_drifting_step(*parts, max(images // config.batch_size, 1))
+    return make_train_step(*parts, config.accumulate)
 
 
 def mious(
