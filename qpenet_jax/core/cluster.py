@@ -1,4 +1,4 @@
-"""Several processes that work as one: they join, agree, and end together.
+"""Several processes that train one network: they connect, exchange values, end.
 
 JAX finds the cluster, connects its processes, and ends those whose peer is gone. All
 processes call the functions here in the same order; a process alone passes through them
@@ -22,16 +22,16 @@ from jax.experimental import multihost_utils
 from qpenet_jax.core.errors import InputError
 
 HEARTBEAT = 30
-"""Seconds without a sign of life after which JAX takes a process for gone."""
+"""Seconds without a message after which JAX regards a process as ended."""
 
 PATIENCE = 300
-"""Seconds in which all processes have to have started."""
+"""Seconds within which all processes must start."""
 
 GRACE = 3
-"""Seconds that process 0, which connects them, leaves the others for ending as well."""
+"""Seconds that process 0 waits before it ends, so that the others can end first."""
 
 NO_CLUSTER = ("coordinator_address should be defined", "before any JAX calls")
-"""In what JAX raises where no cluster is detected, or Python code calls a command."""
+"""Parts of JAX's messages where no cluster is detected, or it is too late for one."""
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def index() -> int:
 
 
 def count() -> int:
-    """Returns the number of processes that work as one."""
+    """Returns the number of processes."""
     return _count
 
 
@@ -109,7 +109,7 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
 
 
 def _refuse_or_stay_alone(error: Exception, given: bool) -> None:
-    """Refuses to work alone where other processes wait; warns of an odd cluster."""
+    """Refuses to work alone where other processes wait, else warns if it may be wrong."""
     reason = " ".join(str(error).split())[:200]
     if given or isinstance(error, jax.errors.JaxRuntimeError):
         raise InputError(
@@ -140,7 +140,7 @@ def gather(value: bytes) -> list[bytes]:
 def by_first(decide: Callable[[], T]) -> T:
     """Returns what process 0 finds by `decide`, in all processes.
 
-    JSON must be able to hold it. Raises InputError in all if it does there.
+    It must be a value of JSON. If `decide` raises InputError, all processes do.
     """
     if count() == 1:
         return decide()
@@ -168,10 +168,10 @@ def warn(text: str) -> None:
 
 
 def leave(status: Any = 0) -> None:
-    """Ends this process' part: with the others if all went well, else at once.
+    """Leaves the other processes: when all have done so if all went well, else at once.
 
-    With another status than 0 it ends the process, as JAX would wait for the others,
-    who may wait for it in a computation; JAX ends them. In a process alone it does
+    With another status than 0 it ends this process, without waiting for the others,
+    which may wait for it in a computation; JAX ends them. In a process alone it does
     nothing.
     """
     if count() == 1:

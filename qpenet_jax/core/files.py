@@ -1,4 +1,4 @@
-"""Files: found, written whole or not at all, locked, cached; room is looked for."""
+"""Paths and files: checked, written whole or not at all, listed, locked."""
 
 import contextlib
 import os
@@ -71,7 +71,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file under another name, then rename it; makes its folder.
+    """Writes a file whole or not at all, and makes its folder.
 
     Raises:
         InputError: the folder can't be made or written to.
@@ -112,12 +112,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def walk(folder: Path, recursive: bool = True) -> dict[str, Path]:
-    """Returns all files below a folder by their path in it ("sub/a.jpg"), in order.
+    """Returns the files of a folder by their path in it ("sub/a.jpg"), in order.
 
-    Those of other folders in it as well, if it is `recursive`.
-
-    Links are followed, to folders too; a folder that holds a link to itself is entered
-    once. What is hidden is left out (macOS adds "._x.png" beside "x.png").
+    With `recursive` also those of the folders in it. Links are followed, to folders
+    too; a folder that holds a link to itself is entered once. Hidden files are left
+    out (macOS adds "._x.png" beside "x.png").
 
     Raises:
         InputError: a folder that can't be read, a link to nothing, or a name that isn't
@@ -152,7 +151,7 @@ def _below(
 
 
 def check_room(folder: Path, needed: int, remedy: str) -> None:
-    """Makes a folder where `needed` bytes can be written.
+    """Makes a folder, and checks that `needed` bytes are free there.
 
     Raises:
         InputError: there is less free space.
@@ -193,7 +192,7 @@ def locked(path: Path, message: str, *, wait: bool = False) -> Iterator[None]:
 
 
 def cache_folder(name: str) -> Path:
-    """Returns where this user's files of one kind are kept between runs.
+    """Returns the folder where this user's files of one kind are kept between runs.
 
     The operating system's place for caches (on Linux XDG_CACHE_HOME, or ~/.cache); a
     process without a home folder gets one among the temporary files.

@@ -177,7 +177,7 @@ def _check_drift(config: Any, net: Backbone) -> None:
 
 
 def network_name(config: Any, shots: int) -> str:
-    """Returns what tables call the network, with as many supports."""
+    """Returns the network's name in tables; the released one's depends on `shots`."""
     if not is_released(config):
         return "QPENet"
     return f"{resolve_behaviour(config.behaviour, shots)} QPENet"
@@ -226,14 +226,14 @@ def build_predictor(
 
 
 def build_cosine_predictor(config: Any, weights: PyTree[Array]) -> Predictor:
-    """Returns the training-free baseline, on all stages: they serve it best."""
+    """Returns the training-free baseline, on all stages, where it scores best."""
     return cosine_predictor(backbone(config.backbone.name), weights, config.dtype)
 
 
 def build_self_support_predictor(
     config: Any, weights: PyTree[Array], scale: float = 1.0
 ) -> Predictor:
-    """Returns what segments best without any training: method prototype.
+    """Returns the best predictor without any training: method prototype.
 
     Its margins are differences of cosines times `scale`.
     """
@@ -244,7 +244,7 @@ def build_self_support_predictor(
 def build_mean_predictor(
     config: Any, params: PyTree[Array], weights: PyTree[Array]
 ) -> Predictor:
-    """Returns the mean of the network and of what needs no training.
+    """Returns the mean of the network and of the predictor without training.
 
     Raises InputError for the released network, which is made of other features.
     """

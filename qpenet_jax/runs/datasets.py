@@ -104,7 +104,7 @@ def files_read(config: Any) -> list[Path]:
 
 
 def build_train_sampler(config: Any, dataset: SegmentationDataset) -> EpisodeSampler:
-    """Returns the training episodes: base classes."""
+    """Returns the sampler of training episodes, which show base classes."""
     data, fold = config.dataset, build_fold(config)
     if not fold.base:
         raise InputError(

@@ -217,12 +217,12 @@ class Evaluator:
         return results
 
     def write(self, results: dict[str, Any]) -> None:
-        """Writes the results, which say that all is done."""
+        """Writes the results, last of all files: with them the evaluation is complete."""
         if cluster.is_first():
             write_report(self.folder, results)
 
     def _references(self) -> dict[str, Any]:
-        """Returns what `references` found; nothing if for another run or protocol."""
+        """Returns the results of `references`, if they are of this run and protocol."""
         made, ours = self._read(REFERENCES), self.protocol.to_dict()
         if made.get("run") != build.identity(self.config):
             return {}
@@ -311,7 +311,7 @@ class Evaluator:
 
 
 def one_copy(tree: Any) -> Any:
-    """Returns a tree of arrays that every device has, on this process' first alone."""
+    """Returns a tree of arrays on this process' first device; every device has a copy."""
 
     def first(leaf):
         shared = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1

@@ -70,11 +70,11 @@ def augments_on_device(config: Any) -> bool:
 def training_loader(
     config: Any, dataset: SegmentationDataset
 ) -> Callable[[EpisodeIds], Any]:
-    """Returns what loads a training episode.
+    """Returns the function that loads a training episode.
 
-    For the device the images are decoded once into a file in DECODED; those that are
-    too large for it the host augments all the same, and a line says how many. Raises
-    InputError where that can't be.
+    Where the device augments, all images are decoded once into a file in DECODED. The
+    host still augments images that are too large for the device; a line says how many.
+    Raises InputError where the file can't be made.
     """
     options: dict[str, Any] = {
         "side": config.side,
@@ -100,8 +100,8 @@ def shardings(
 ) -> tuple[NamedSharding, NamedSharding]:
     """Returns (replicated, split over the batch) for all processes' devices.
 
-    Of every process the batch is split over the largest number of devices that divides
-    what it has of each of the `accumulate` parts that a step goes through.
+    A step goes through `accumulate` parts of the batch, one after the other. Every
+    process splits its share of a part over as many of its devices as divide that share.
 
     Raises:
         InputError: the processes can't have equal shares of every part.

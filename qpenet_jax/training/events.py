@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from PIL import Image
 from tensorboardX import summary
 from tensorboardX.proto import event_pb2
@@ -22,32 +23,27 @@ from qpenet_jax.runs.evaluator import FIGURE
 
 PREFIX = "events.out.tfevents."
 
-RGB = 3
-"""TensorBoard's number of an image's colours."""
-
-KINDS: Any = event_pb2  # whose classes are made when it is imported
-Summary: Any = summary.Summary
+PROTO: Any = event_pb2  # whose classes are made when it is imported
 
 
 class Events(contextlib.AbstractContextManager):
     """Writes a new file of events into a folder; to be used in a `with`.
 
-    TensorBoard reads the files in the order of their names, which begin with the time:
-    this one's comes last even if the clock was turned back. Events of earlier files
-    from `purge_step` on aren't shown any more. Methods raise OSError.
+    TensorBoard reads the files of a folder in the order of their names, which begin
+    with the time; this one's is the last even if the clock was turned back. Events of
+    earlier files from `purge_step` on aren't shown any more. Methods raise OSError.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None):
         """Opens the file; makes the folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        names = (path.name.split(".") for path in folder.glob(f"{PREFIX}*"))
-        before = [int(name[3]) for name in names if name[3].isdigit()]
-        stamp = max([int(time.time()), *(second + 1 for second in before)])
-        path = folder / f"{PREFIX}{stamp:010d}.{socket.gethostname()}"
+        earlier = [int(path.name.split(".")[3]) for path in folder.glob(f"{PREFIX}*")]
+        stamp = max([time.time_ns(), *(each + 1 for each in earlier)])
+        path = folder / f"{PREFIX}{stamp}.{socket.gethostname()}"
         self._file = RecordWriter(str(path))
         self._write(file_version="brain.Event:2")
         if purge_step is not None:
-            log = KINDS.SessionLog(status=KINDS.SessionLog.START)
+            log = PROTO.SessionLog(status=PROTO.SessionLog.START)
             self._write(session_log=log, step=purge_step)
 
     def __exit__(self, *_: object) -> None:
@@ -59,21 +55,15 @@ class Events(contextlib.AbstractContextManager):
         """Writes a value."""
         self._write(summary=summary.scalar(name, value), step=step)
 
-    def add_image(self, name: str, png: Path, step: int) -> None:
-        """Writes the image of a PNG file."""
-        with Image.open(png) as picture:
-            width, height = picture.size
-        shown = Summary.Image(
-            height=height,
-            width=width,
-            colorspace=RGB,
-            encoded_image_string=png.read_bytes(),
-        )
-        value = Summary.Value(tag=name, image=shown)
-        self._write(summary=Summary(value=[value]), step=step)
+    def add_image(self, name: str, file: Path, step: int) -> None:
+        """Writes the image of a file."""
+        with Image.open(file) as opened:
+            pixels = np.asarray(opened)
+        shown = summary.image(name, pixels, dataformats="HWC")
+        self._write(summary=shown, step=step)
 
     def _write(self, **fields: Any) -> None:
-        event = KINDS.Event(wall_time=time.time(), **fields)
+        event = PROTO.Event(wall_time=time.time(), **fields)
         self._file.write(event.SerializeToString())
         self._file.flush()
 

@@ -32,7 +32,7 @@ CHANCE = dict.fromkeys(HEADS, math.log(2)) | {
 that background mining (eq 18) can have with the same answer everywhere."""
 
 PATIENCE = 200
-"""Steps after which a head without any result is called dead."""
+"""Number of steps without a result after which a head counts as dead."""
 
 Values = Mapping[str, float]
 
@@ -65,7 +65,7 @@ def is_finite(tree: PyTree[Array]) -> bool:
 
 
 class DeadHeads:
-    """Looks at every step's metrics and warns once of each head that has died."""
+    """Warns once of each head that is dead, by the metrics of every step."""
 
     def __init__(self, patience: int = PATIENCE):
         """Starts with no step seen: also after a resume."""

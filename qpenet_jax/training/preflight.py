@@ -35,16 +35,16 @@ from qpenet_jax.training.train import build_state, build_train_step
 STEPS = 200
 
 WARM_UP = 20
-"""Steps at the start whose times don't count: compiling, filling the buffers."""
+"""Steps at the start whose times don't count: they compile and fill the prefetch."""
 
 JUDGED = 50
-"""The heads are judged by the last of the steps."""
+"""Number of the last steps by which the heads are judged."""
 
 GRADIENT = 100.0
-"""A larger norm of the gradient is a warning: healthy runs stay far below."""
+"""Largest norm of the gradient that is good; it is far smaller in a good training."""
 
 WAITING = 0.1
-"""Loading keeps up if the device waits for less than this share of the time."""
+"""Largest share of the time that the device may wait for data."""
 
 GIB = 2**30
 

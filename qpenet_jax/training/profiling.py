@@ -12,9 +12,10 @@ WARM_UP = 10
 
 
 class Profile(contextlib.AbstractContextManager):
-    """Traces `steps` steps into `plugins/profile` of a workdir; with 0 none.
+    """Traces `steps` steps into `plugins/profile` of a workdir; none if it is 0.
 
-    They come after WARM_UP others if so many are left of the training, else last.
+    Tracing begins WARM_UP steps after the start, or as late as the steps that are left
+    allow.
     """
 
     def __init__(self, workdir: Path, steps: int, start: int, total: int):

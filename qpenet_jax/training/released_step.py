@@ -129,7 +129,8 @@ def drifting_features(
 ) -> tuple[tuple[Float[Array, "b 1 h w f"], Float[Array, "b h w f"]], PyTree[Array]]:
     """Returns support and query features by the batch's statistics, and the new ones.
 
-    As upstream, all queries of the batch go through before all supports, one each.
+    As in the authors' code, first all queries of the batch go through the backbone,
+    then all supports, one for each query.
     """
     query, statistics = _moved(backbone, weights, statistics, batch.query_image)
     images = batch.support_images[:, 0]
