@@ -31,7 +31,7 @@ def get_config():
     config.log_every = 10
     config.save_every = 100
     config.select_on = "last"
-    config.eval.protocol = "ours"
+    config.eval.protocol = "default"
     config.eval.episodes = 200
     config.eval.references = True
     return config

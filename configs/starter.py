@@ -42,5 +42,5 @@ def get_config():
     config.save_every = 100
     config.eval.episodes = 400
     config.eval.references = True
-    config.eval.focus = ()
+    config.eval.subset = ()
     return config

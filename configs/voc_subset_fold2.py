@@ -47,7 +47,7 @@ def get_config():
     config.log_every = 10
     config.save_every = 60
     config.select_on = "last"
-    config.eval.protocol = "ours"
+    config.eval.protocol = "default"
     config.eval.episodes = 200
-    config.eval.focus = ("dog", "horse", "person")
+    config.eval.subset = ("dog", "horse", "person")
     return config

@@ -170,7 +170,7 @@ def default_config() -> Any:
     config.eval.scoring = ""
     # Also score the untrained network and the training-free cosine baseline.
     config.eval.references = False
-    config.eval.focus = ()  # classes whose mean is printed beside mIoU
+    config.eval.subset = ()  # classes whose mean is printed beside mIoU
     return config
 
 
@@ -261,7 +261,7 @@ LISTS = {
     "dataset.novel": str,
     "backbone.stages": str,
     "model.prototypes": str,
-    "eval.focus": str,
+    "eval.subset": str,
     "eval.seeds": int,
 }
 """Fields that hold any number of different things, and of which type."""

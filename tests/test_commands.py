@@ -39,7 +39,7 @@ def test_evaluate_scores_shots_and_seeds(finished, tmp_path):
         rows = (folder / "episodes_qpenet.csv").read_text()
         assert len(rows.splitlines()) == 1 + 2 * 3
     assert "2-shot" in result.stdout
-    assert "ours, but episodes=3 seeds=0,1 min_pixels=64 side=65" in result.stdout
+    assert "default, but episodes=3 seeds=0,1 min_pixels=64 side=65" in result.stdout
 
 
 def test_a_published_protocol_with_one_field_changed(finished, tmp_path):
@@ -59,7 +59,7 @@ def test_frozen_episodes_are_scored_exactly_and_compared(finished, tmp_path):
     common = (*evaluate, "--episode-list", listed)
     passed(*common, "--out", tmp_path / "a")
     passed(*evaluate, "--episodes", 5, "--seeds", "3,4", "--out", tmp_path)
-    (a,), (b,) = (tmp_path / "a").iterdir(), tmp_path.glob("ours_*_1shot")
+    (a,), (b,) = (tmp_path / "a").iterdir(), tmp_path.glob("default_*_1shot")
     rows = [(folder / "episodes_qpenet.csv").read_text() for folder in (a, b)]
     assert rows[0] == rows[1]
 

@@ -102,7 +102,7 @@ REFUSED = {
     "augmentation.scale": "0.5 0.5,1,2 1.1,0.9 0,1 -1,1 a,b 1,1e999 ()",
     "augmentation.rotate": "-5 nan",
     "eval.seeds": "0,0 0,1.5 a -1",
-    "eval.focus": "('dog','dog') 5",
+    "eval.subset": "('dog','dog') 5",
     "dataset.novel": "('cat','dog','cat') 5",
     "backbone.stages": "('layer2','layer2') 5",
     "model.prototypes": "('pre','pre') 1,2",

@@ -33,7 +33,7 @@ SHRUNK = {
     "workers": 0,
     "model.channels": 8,
     "dataset.min_pixels": 64,
-    "eval.protocol": "ours",
+    "eval.protocol": "default",
     "eval.episodes": 2,
 }
 

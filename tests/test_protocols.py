@@ -17,7 +17,7 @@ from qpenet_jax.evaluation.protocols import (
 )
 
 
-def made(preset="ours", split="pascal", **changes):
+def made(preset="default", split="pascal", **changes):
     facts = {"dataset": "toy", "split": split, "fold": 1, "classes": ("one", "two")}
     return Protocol(
         **facts | preset_fields(preset, split) | {"preset": preset} | changes
@@ -35,9 +35,9 @@ def test_a_preset_goes_by_its_name_until_a_field_is_changed(preset, split):
 
 def test_names_tell_all_seeds_and_the_start_of_a_hash():
     ten = tuple(range(10))
-    assert made(seeds=ten).name == "ours, but seeds=0,1,2,3,4,5,6,7,8,9"
+    assert made(seeds=ten).name == "default, but seeds=0,1,2,3,4,5,6,7,8,9"
     assert "x seeds 0,1,2,3,4,5,6,7,8,9," in str(made(seeds=ten))
-    assert made(episode_list="ab" * 32).name == "ours, but episode_list=abababababab"
+    assert made(episode_list="ab" * 32).name == "default, but episode_list=abababababab"
 
 
 def test_facts_of_the_published_evaluations():
@@ -93,7 +93,7 @@ def test_senseless_values_are_refused():
         for value in values:
             with pytest.raises(InputError):
                 made(**{name: value})
-    with pytest.raises(InputError, match="choose ours, paper"):
+    with pytest.raises(InputError, match="choose default, paper"):
         preset_fields("x", "pascal")
 
 

@@ -122,8 +122,8 @@ def test_the_card_says_what_the_run_is(exact, untrained, tmp_path):
     assert "\nlicense: cc-by-4.0\n" in (licensed / "README.md").read_text()
     # It repeats results of the same checkpoint alone.
     run = Path(shutil.copytree(untrained, tmp_path / "run"))
-    (run / "results.md").write_text("# Results\n\nProtocol: ours\n")
-    for step, words in ((STEP, "Protocol: ours"), (2, "None were found")):
+    (run / "results.md").write_text("# Results\n\nProtocol: default\n")
+    for step, words in ((STEP, "Protocol: default"), (2, "None were found")):
         (run / "results.json").write_text(json.dumps({"step": step}))
         folder = publish(run, tmp_path / f"step{step}")
         assert words in (folder / "README.md").read_text()

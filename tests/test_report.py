@@ -49,7 +49,7 @@ def cells(text):
 
 def test_summary_in_percent(scores):
     p = protocol(shots=5)
-    result = summarize(scores, p, IDS, focus=("two", "one"))
+    result = summarize(scores, p, IDS, subset=("two", "one"))
     assert result["miou"] == 25.0
     assert result["miou_interval"] == [25.0, 25.0]
     np.testing.assert_allclose(result["fb_iou"], 100 * (0.8 + 60 / 180) / 2, atol=0.01)
@@ -65,10 +65,10 @@ def test_summary_in_percent(scores):
     assert result["seed_spread"] == {"std": None, "min": 25.0, "max": 25.0}
     assert (result["episodes"], result["seeds"]) == (6, [0])
     assert result["protocol"] == p.to_dict()
-    assert result["focus"]["classes"] == ["two", "one"]
-    assert result["focus"]["miou"] == 37.5
-    assert result["focus"]["miou_interval"] == [37.5, 37.5]
-    assert "focus" not in summarize(scores, p, IDS)
+    assert result["subset"]["classes"] == ["two", "one"]
+    assert result["subset"]["miou"] == 37.5
+    assert result["subset"]["miou_interval"] == [37.5, 37.5]
+    assert "subset" not in summarize(scores, p, IDS)
 
 
 def test_summary_of_two_seeds(two_seeds):
@@ -81,7 +81,7 @@ def test_summary_of_two_seeds(two_seeds):
 
 
 def test_table_is_markdown(scores):
-    result = summarize(scores, protocol(), IDS, focus=("one",))
+    result = summarize(scores, protocol(), IDS, subset=("one",))
     text = table({"cosine": result, "ours": result})
     rows = cells(text)
     assert rows[0] == ["IoU %", "cosine", "ours"]
@@ -96,8 +96,8 @@ def test_table_is_markdown(scores):
 
 def test_report_is_three_files(two_seeds, scores, tmp_path):
     p = protocol(seeds=(0, 7))
-    results = summarize(two_seeds, p, IDS, focus=("one",))
-    results["references"] = {"cosine": summarize(scores, p, IDS, focus=("one",))}
+    results = summarize(two_seeds, p, IDS, subset=("one",))
+    results["references"] = {"cosine": summarize(scores, p, IDS, subset=("one",))}
     results["gain_over_cosine"] = {"mIoU": [5.83, -1.0, 12.0]}
     results["selection"] = "last step (the novel classes had no say)"
     for _ in range(2):  # the second time over the first
@@ -123,7 +123,7 @@ def test_report_is_three_files(two_seeds, scores, tmp_path):
 def test_sheet_has_a_row_a_class_and_the_means(two_seeds, tmp_path):
     names = ("dining, table", 'so "called"', "café")
     p = protocol(seeds=(0, 7), classes=names)
-    results = summarize(two_seeds, p, IDS, focus=names[:2])
+    results = summarize(two_seeds, p, IDS, subset=names[:2])
     write_report(tmp_path, results)
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
@@ -134,7 +134,7 @@ def test_sheet_has_a_row_a_class_and_the_means(two_seeds, tmp_path):
     np.testing.assert_array_equal(numbers[:3, 0], list(results["per_class"].values()))
     ends = list(results["per_class_interval"].values())
     np.testing.assert_array_equal(numbers[:3, 1:], ends)
-    mean = results["focus"]
+    mean = results["subset"]
     assert (numbers[:2, 1] < numbers[:2, 0]).all()
     assert (numbers[:2, 0] < numbers[:2, 2]).all()
     assert numbers[3].tolist() == [mean["miou"], *mean["miou_interval"]]

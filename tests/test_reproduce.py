@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "tests" / "tiny.py"
-FOCUS = "--config.eval.focus=('disc','star')"
+SUBSET = "--config.eval.subset=('disc','star')"
 ROWS = ("fgpe_ffa", "full")
 
 
@@ -50,7 +50,7 @@ def overrides(**changes):
     return [f"--config.{k.replace('__', '.')}={v}" for k, v in fields.items()]
 
 
-TABLE3 = {"rows": ROWS, "seeds": (0, 1), "overrides": [*overrides(), FOCUS]}
+TABLE3 = {"rows": ROWS, "seeds": (0, 1), "overrides": [*overrides(), SUBSET]}
 TABLE1 = {"backbones": ("tiny",), "folds": (0, 1), "overrides": overrides()}
 ONE_RUN = {"rows": ("full",), "seeds": (0,), "overrides": overrides()}
 
@@ -117,8 +117,8 @@ def stand_in(command, log):
     columns = (0, np.arange(len(found)), queries, classes, 8000, 9000, found, 1000)
     scores = Scores(np.stack(np.broadcast_arrays(*columns), 1).astype(np.int64))
     scores.save(out / "episodes_qpenet.csv")
-    focus = [name for name in config.eval.focus if name in protocol.classes]
-    results = summarize(scores, protocol, class_ids, focus)
+    subset = [name for name in config.eval.subset if name in protocol.classes]
+    results = summarize(scores, protocol, class_ids, subset)
     facts = {"class_ids": list(class_ids), "device": "a device"}
     write_json(out / "results.json", results | facts)
     return 0
@@ -210,7 +210,7 @@ def test_the_page_has_the_papers_columns_and_the_circumstances(finished):
     assert tables[2][:4] == ["fgpe_ffa", "✓", "", "✓"]
     assert tables[3][:4] == ["full", "✓", "✓", "✓"]
     for text in (
-        "Protocol: ours, but episodes=6",
+        "Protocol: default, but episodes=6",
         "rows of one fold and training seed were scored on the same episodes",
         "2 training seed(s) (0, 1)",
         "4 runs of 4 steps",
@@ -262,7 +262,7 @@ def test_a_run_of_another_config_fails_by_name(finished, tmp_path, capsys):
     workdir = tmp_path / "runs"
     shutil.copytree(finished[0], workdir)
     log = workdir / "full" / "seed0" / "train.log"
-    options = ONE_RUN | {"overrides": [*overrides(steps=3), FOCUS]}
+    options = ONE_RUN | {"overrides": [*overrides(steps=3), SUBSET]}
     with pytest.raises(InputError, match="1 of 1 runs failed"):
         reproduce(plan("table3", workdir, options), run_process=stand_in)
     printed = capsys.readouterr().out

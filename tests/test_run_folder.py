@@ -197,7 +197,7 @@ def test_results_say_last_that_all_is_done(run, config, tmp_path):
     """To make an evaluator and to score write no results yet."""
     folder, opened = tmp_path / "new", open_run(run)
     evaluator = Evaluator(config, opened.weights, folder, build_dataset(config, "val"))
-    assert evaluator.describe().startswith("protocol: ours, but episodes=6")
+    assert evaluator.describe().startswith("protocol: default, but episodes=6")
     assert evaluator.step() is None
     assert not folder.exists()
     results = evaluator.score(opened.params, step=opened.step)

@@ -54,7 +54,7 @@ def get_config():
     config.batch_size, config.steps, config.workers = 2, 4, 0
     config.log_every = config.save_every = 1
     config.select_on = "last"
-    config.eval.protocol = "ours"
+    config.eval.protocol = "default"
     config.eval.every, config.eval.episodes, config.eval.base_episodes = 4, 6, 8
     config.eval.references = True
     return config

@@ -27,7 +27,7 @@ def small_config():
     config.backbone.name, config.backbone.weights = "efficientnet_lite0", ""
     config.model.channels = 16
     config.select_on = "last"
-    config.eval.protocol, config.eval.episodes = "ours", 6
+    config.eval.protocol, config.eval.episodes = "default", 6
     return complete(config)
 
 

@@ -69,7 +69,7 @@ def made_up_config(settings: Settings, dtype: str) -> Any:
         kind="shapes", name="Shapes", side=settings.size, val_images=64, on_few="drop"
     )
     config.dataset.min_pixels = 64
-    config.eval.update(protocol="ours", episodes=settings.episodes or 100)
+    config.eval.update(protocol="default", episodes=settings.episodes or 100)
     return complete(config)
 
 

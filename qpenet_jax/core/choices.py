@@ -23,7 +23,7 @@ METHODS = ("starter", "qpenet", "prototype")
 and of "prototype"; "qpenet" is the network of a run; "prototype" takes the nearest of
 two prototypes, without training (`evaluation/training_free.py`)."""
 
-PROTOCOLS = ("ours", "paper", "released", "pfenet", "bam", "hsnet")
+PROTOCOLS = ("default", "paper", "released", "pfenet", "bam", "hsnet")
 """The names of `evaluation/protocols.py`."""
 
 Scoring = Literal["original", "input", "exact"]

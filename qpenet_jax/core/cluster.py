@@ -109,7 +109,7 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
 
 
 def _refuse_or_stay_alone(error: Exception, given: bool) -> None:
-    """Refuses to work alone where other processes wait, else warns if it may be wrong."""
+    """Refuses to work alone where others wait; warns if others may."""
     reason = " ".join(str(error).split())[:200]
     if given or isinstance(error, jax.errors.JaxRuntimeError):
         raise InputError(

@@ -19,7 +19,7 @@ HASH_DIGITS = 12
 # In what published evaluations differ from the defaults of `Protocol`. Their random
 # episodes can't be repeated outside of their code; a preset has their rules.
 PRESETS: dict[str, dict[str, Any]] = {
-    "ours": {},
+    "default": {},
     # QPENet, IV.B: random pairs by the protocol of PFENet, so at original size; the
     # number of seeds is that of the released test script.
     "paper": {"seeds": FIVE_SEEDS},
@@ -90,7 +90,7 @@ class Protocol:
     scoring: Scoring = "original"
     ignore: int = IGNORE
     episode_list: str = ""
-    preset: str = "ours"
+    preset: str = "default"
 
     def __post_init__(self):
         """Refuses values that name no protocol."""

@@ -32,11 +32,11 @@ def summarize(
     scores: Scores,
     protocol: Protocol,
     class_ids: Sequence[int],
-    focus: Sequence[str] = (),
+    subset: Sequence[str] = (),
 ) -> Results:
     """Returns the contents of results.json; IoU in percent.
 
-    `class_ids` are those of `protocol.classes`, in their order; `focus` names classes
+    `class_ids` are those of `protocol.classes`, in their order; `subset` names classes
     whose own mean is given beside the mean over all. Nothing in it depends on the time
     or the speed: a run that was killed and went on has the same file.
     """
@@ -61,10 +61,10 @@ def summarize(
         "seeds": list(protocol.seeds),
         "protocol": protocol.to_dict(),
     }
-    if focus:
-        chosen = [class_ids[protocol.classes.index(name)] for name in focus]
+    if subset:
+        chosen = [class_ids[protocol.classes.index(name)] for name in subset]
         mean = metrics.estimate(scores, chosen).miou
-        result["focus"] = {"classes": list(focus), **_mean(mean)}
+        result["subset"] = {"classes": list(subset), **_mean(mean)}
     return result
 
 
@@ -94,8 +94,8 @@ def _rows(result: Results) -> list[tuple[str, float, float, float]]:
         (name, iou, *result["per_class_interval"][name])
         for name, iou in result["per_class"].items()
     ]
-    if "focus" in result:
-        mean = result["focus"]
+    if "subset" in result:
+        mean = result["subset"]
         title = "mean of " + ", ".join(mean["classes"])
         rows.append((title, mean["miou"], *mean["miou_interval"]))
     rows.append(("mIoU", result["miou"], *result["miou_interval"]))

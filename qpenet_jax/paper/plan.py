@@ -144,7 +144,7 @@ class Plan:
         return {
             f"{backbone}/fold{fold}": {
                 "shots": 1,
-                "eval.focus": (),  # its classes are novel in one fold only
+                "eval.subset": (),  # its classes are novel in one fold only
                 "backbone.name": backbone,
                 "backbone.weights": _weights_file(config.backbone, backbone),
                 "dataset.fold": fold,

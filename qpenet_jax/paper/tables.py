@@ -49,7 +49,7 @@ Measured = dict[str, Any]
 class Found(NamedTuple):
     """What one evaluation of a run left behind.
 
-    `means` holds mIoU, the mIoU of the config's focus, and FB-IoU, in percent;
+    `means` holds mIoU, the mIoU of the config's subset of classes, and FB-IoU, in percent;
     `classes` the ids behind each mIoU; `facts` the protocol and hashes of the inputs.
     """
 
@@ -76,10 +76,10 @@ def found_in(run: PlannedRun, shots: int) -> Found:
         ) from None
     ids, protocol = results["class_ids"], results["protocol"]
     means, classes = {"mIoU": results["miou"]}, {"mIoU": ids}
-    if focus := results.get("focus"):
-        name = f"mIoU of {', '.join(focus['classes'])}"
-        means[name] = focus["miou"]
-        classes[name] = [ids[protocol["classes"].index(c)] for c in focus["classes"]]
+    if subset := results.get("subset"):
+        name = f"mIoU of {', '.join(subset['classes'])}"
+        means[name] = subset["miou"]
+        classes[name] = [ids[protocol["classes"].index(c)] for c in subset["classes"]]
     means["FB-IoU"] = results["fb_iou"]
     facts = protocol | read_json(run.folder / INPUTS_FILE)
     return Found(scores, means, classes, facts)

@@ -171,13 +171,13 @@ def build_protocol(config: Any, preset: str | None = None, **changes: Any) -> Pr
 
     The preset is the config's, with the config's changes, unless one is given; what the
     run itself decides (data, shots, training list) is never the preset's. Raises
-    InputError where the fold or a class of the focus doesn't exist.
+    InputError where the fold or a class of the subset doesn't exist.
     """
     data, (_, novel) = config.dataset, fold_names(config)
-    unknown = sorted(set(config.eval.focus) - set(novel))
+    unknown = sorted(set(config.eval.subset) - set(novel))
     if unknown:
         raise InputError(
-            f"config.eval.focus names {', '.join(unknown)}, not novel in "
+            f"config.eval.subset names {', '.join(unknown)}, not novel in "
             f"fold {data.fold}: choose of {', '.join(novel)}"
         )
     fields: dict[str, Any] = {
@@ -205,7 +205,7 @@ def selection_protocols(
     base, _ = fold_names(config)
     changes = {"classes": base, "episodes": config.eval.base_episodes}
     protocols = {
-        "base": lambda: build_protocol(config, preset="ours", **changes),
+        "base": lambda: build_protocol(config, preset="default", **changes),
         "novel": lambda: build_protocol(config),
     }
     return {name: protocols[name]() for name in selections if name in protocols}

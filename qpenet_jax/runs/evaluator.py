@@ -148,9 +148,9 @@ class Evaluator:
         return build.build_cosine_predictor(self.config, self.weights)
 
     @property
-    def focus(self) -> list[str]:
-        """Those classes of `config.eval.focus` that some episode can show."""
-        names = self.config.eval.focus
+    def subset(self) -> list[str]:
+        """Those classes of `config.eval.subset` that some episode can show."""
+        names = self.config.eval.subset
         return [name for name in names if name in self.protocol.classes]
 
     def of_selection(self, name: str) -> "Evaluator":
@@ -217,7 +217,7 @@ class Evaluator:
         return results
 
     def write(self, results: dict[str, Any]) -> None:
-        """Writes the results, last of all files: with them the evaluation is complete."""
+        """Writes the results: with them an evaluation is complete."""
         if cluster.is_first():
             write_report(self.folder, results)
 
@@ -282,16 +282,16 @@ class Evaluator:
         scores = self._evaluate(name, predict)
         if cluster.is_first():
             scores.save(self._episodes(name))
-        return summarize(scores, self.protocol, self.class_ids, self.focus)
+        return summarize(scores, self.protocol, self.class_ids, self.subset)
 
     def _gain(self, reference: str) -> dict[str, list[float]]:
         """Returns paired mIoU differences with their intervals, in points."""
         ours, theirs = self._scores("qpenet"), self._scores(reference)
         names = self.protocol.classes
         classes = {"mIoU": self.class_ids}
-        if self.focus:
-            chosen = tuple(self.class_ids[names.index(name)] for name in self.focus)
-            classes["mean of " + ", ".join(self.focus)] = chosen
+        if self.subset:
+            chosen = tuple(self.class_ids[names.index(name)] for name in self.subset)
+            classes["mean of " + ", ".join(self.subset)] = chosen
         return {
             what: [
                 round(100 * v, 2) for v in estimate_difference(ours, theirs, ids).miou
@@ -311,7 +311,7 @@ class Evaluator:
 
 
 def one_copy(tree: Any) -> Any:
-    """Returns a tree of arrays on this process' first device; every device has a copy."""
+    """Returns the copies on this process' first device, of arrays on all devices."""
 
     def first(leaf):
         shared = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
