@@ -29,7 +29,7 @@ def test_evaluate_scores_shots_and_seeds(finished, tmp_path):
     with locked(workdir / LOCK_FILE, "free before"):  # as if it was being trained
         result = passed(*arguments, "--shots", "1,2", "--seeds", "0,1", "--references")
     for shots in (1, 2):
-        (folder,) = tmp_path.glob(f"ours_episodes=3_*_{shots}shot")
+        (folder,) = tmp_path.glob(f"default_episodes=3_*_{shots}shot")
         results = json.loads((folder / "results.json").read_text())
         assert results["protocol"]["shots"] == shots
         assert results["seeds"] == [0, 1]

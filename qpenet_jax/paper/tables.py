@@ -49,8 +49,8 @@ Measured = dict[str, Any]
 class Found(NamedTuple):
     """What one evaluation of a run left behind.
 
-    `means` holds mIoU, the mIoU of the config's subset of classes, and FB-IoU, in percent;
-    `classes` the ids behind each mIoU; `facts` the protocol and hashes of the inputs.
+    `means` holds mIoU, that of `config.eval.subset`, and FB-IoU, in percent; `classes`
+    the ids behind each mIoU; `facts` the protocol and hashes of the inputs.
     """
 
     scores: Scores
