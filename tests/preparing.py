@@ -1,16 +1,12 @@
 """What the tests of `qpenet prepare` share: archives, facts, refusals."""
 
-import contextlib
-import functools
-import http.server
 import io
 import json
 import os
 import tarfile
-import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -69,20 +65,3 @@ def refusal(prepare: Callable[..., Path], *given, out: Path, **options) -> str:
     assert "\n" not in str(error.value)
     assert not list(out.glob("*/*/1.0.0*"))
     return str(error.value)
-
-
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """Serve the files of a folder on this machine; gives the address."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format, *args):
-            pass
-
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from conftest import no_file_above
 
-from qpenet_jax.core.download import BAR_BYTES, digest, download, sha256
+from qpenet_jax.core.download import (
+    BAR_BYTES,
+    Published,
+    digest,
+    download,
+    download_all,
+    sha256,
+)
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.files import locked
 
 CONTENT = np.random.default_rng(0).bytes(200_000)
 SHA256 = "sha256:" + hashlib.sha256(CONTENT).hexdigest()
@@ -18,7 +26,7 @@ PREFIX = SHA256[: len("sha256:") + 8]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves CONTENT, but at /none.pth, and as badly as its attributes say."""
+    """Serves CONTENT at any path but /none.pth, as badly as its attributes say."""
 
     content = CONTENT
     cut: int | None = None
@@ -87,19 +95,6 @@ def test_download_from_a_server_that_ignores_range(server, tmp_path, capsys):
     assert "file.pth: 100%" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("checksum", [PREFIX, MD5])
-def test_a_file_with_a_wrong_hash_is_fetched_again_or_deleted(
-    checksum, server, tmp_path
-):
-    (tmp_path / "file").write_bytes(b"another")
-    assert download(server.url, tmp_path / "file", checksum).read_bytes() == CONTENT
-    server.content = b"x" + CONTENT[1:]
-    kind, _, expected = checksum.partition(":")
-    with pytest.raises(InputError, match=rf"{kind} is [0-9a-f]+, not {expected}; del"):
-        download(server.url, tmp_path / "other", checksum)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_download_without_file_or_connection(server, tmp_path):
     url = server.url.replace("file.pth", "none.pth")
     with pytest.raises(InputError, match=r"none\.pth: HTTP 404 Not Found"):
@@ -109,34 +104,32 @@ def test_download_without_file_or_connection(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("checksum", [SHA256, PREFIX, MD5, None])
+@pytest.mark.parametrize("checksum", [SHA256, PREFIX, MD5])
 def test_kinds_of_checksums(checksum, server, tmp_path):
     server.cut = 150_000
+    (tmp_path / "file").write_bytes(b"another")
     target = download(server.url, tmp_path / "file", checksum)
     assert target.read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=150000-"]
     download(server.url, target, checksum)
     assert len(server.ranges) == 2  # a file that is right is not asked for again
+    server.content = b"x" + CONTENT[1:]
+    kind, _, expected = checksum.partition(":")
+    with pytest.raises(InputError, match=rf"{kind} is [0-9a-f]+, not {expected}; del"):
+        download(server.url, tmp_path / "other", checksum)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("checksum", [PREFIX, MD5, None])
+@pytest.mark.parametrize("checksum", [PREFIX, MD5])
 @pytest.mark.parametrize("more", [b"", b"more"])
 def test_a_part_as_long_as_the_file_or_longer_starts_again(
     checksum, more, server, tmp_path
 ):
     (tmp_path / "file.part").write_bytes(CONTENT + more)
+    server.gives_length = bool(more)  # only the hash shows the end without a length
     download(server.url, tmp_path / "file", checksum)
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_without_length_only_a_checksum_shows_the_end(server, tmp_path):
-    server.gives_length = False
-    download(server.url, tmp_path / "file", SHA256)
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    with pytest.raises(InputError, match="gives no length and no hash is published"):
-        download(server.url, tmp_path / "other", None)
-    assert not (tmp_path / "other").exists()
 
 
 def test_errors_of_the_disk_are_not_taken_for_a_broken_connection(server, tmp_path):
@@ -154,3 +147,24 @@ def test_digest_shows_a_bar_for_large_files(tmp_path, capsys):
         file.truncate(BAR_BYTES)
     digest(tmp_path / "large", "md5")
     assert "hashing large: 100%" in capsys.readouterr().err
+
+
+def test_archives_are_fetched_by_one_process_if_there_is_room(server, tmp_path):
+    there = [server.url.replace("file.pth", name) for name in ("a.tar", "b.zip")]
+    archives = [Published(url, MD5, len(CONTENT)) for url in there]
+    paths = download_all(tmp_path, archives)
+    assert paths == [tmp_path / "a.tar", tmp_path / "b.zip"]
+    assert [path.read_bytes() for path in paths] == [CONTENT, CONTENT]
+    assert download_all(tmp_path, archives) == paths
+    assert len(server.ranges) == 2
+    begun = tmp_path / "b.zip.part"
+    begun.write_bytes(b"the other's")
+    with (
+        locked(tmp_path / ".lock", "held"),
+        pytest.raises(InputError, match="another process is downloading"),
+    ):
+        download_all(tmp_path, archives)
+    assert begun.read_bytes() == b"the other's"
+    many = [archives[0]._replace(size=10**18)]
+    with pytest.raises(InputError, match=r"GB are free, 1000000000\.0 GB are needed"):
+        download_all(tmp_path / "large", many)

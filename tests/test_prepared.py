@@ -34,12 +34,6 @@ from qpenet_jax.data.sources.prepared import Prepared
 EXIF_ORIENTATION = 0x0112
 
 
-class Tiny(SegmentationBuilder, skip_registration=True):
-    """Small images made by the tests."""
-
-    name = "tiny"
-
-
 def encoded(image: Image.Image, form: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, form, **options)
@@ -80,11 +74,14 @@ def val_names(images: dict[str, bytes]) -> list[str]:
 
 
 def source(images: dict[str, bytes], **changes) -> Source:
-    def example(split, name):
+    def example(name):
         image = images[name.removeprefix("val ")]
         return LabelledImage(name, image, label_of(name), name, name)
 
     given = {
+        "name": "tiny",
+        "config": "main",
+        "description": "Small images made by the tests.",
         "classes": ("cat", "dog"),
         "splits": {"train": list(images), "val": val_names(images)},
         "example": example,
@@ -96,7 +93,7 @@ def source(images: dict[str, bytes], **changes) -> Source:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    return prepare(Tiny, source(pictures()), tmp_path_factory.mktemp("data"), "main")
+    return prepare(source(pictures()), tmp_path_factory.mktemp("data"))
 
 
 def check_whole(folder: Path, images: dict[str, bytes]) -> None:
@@ -137,7 +134,7 @@ def test_shards_keep_the_order(monkeypatch, tmp_path):
     large = (len(images) + 2) * builder.SHARD_BYTES // 2
     # TFDS's sorting of examples, which needs TensorFlow for large sets, isn't used.
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1000)
-    folder = prepare(Tiny, source(images, image_bytes=large), tmp_path, "main")
+    folder = prepare(source(images, image_bytes=large), tmp_path)
     check_whole(folder, images)
     records = sorted(path.name for path in folder.glob("*train*"))
     assert records == [f"tiny-train.array_record-{i:05d}-of-00006" for i in range(6)]
@@ -181,15 +178,15 @@ def test_no_tensorflow(tiny):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from test_prepared import Tiny, pictures, prepare, source
+from test_prepared import pictures, prepare, source
 
-def example(split, name):
+def example(name):
     if name == "png":
         os.kill(os.getpid(), signal.SIGKILL)
-    return whole.example(split, name)
+    return whole.example(name)
 
 whole = source(pictures())
-prepare(Tiny, source(pictures(), example=example), Path(sys.argv[1]), "main")
+prepare(source(pictures(), example=example), Path(sys.argv[1]))
 """
 
 
@@ -200,31 +197,31 @@ def test_killed_and_run_again(tmp_path):
     assert [path.name[:11] for path in left] == ["incomplete."]
     with pytest.raises(InputError, match="no prepared data set"):
         Prepared(left[0], "train")
-    folder = prepare(Tiny, source(pictures()), tmp_path, "main")
+    folder = prepare(source(pictures()), tmp_path)
     check_whole(folder, pictures())
     assert list((tmp_path / "tiny/main").iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, InputError("bad image")])
 def test_interrupted_leaves_nothing(error, tmp_path):
-    def example(split, name):
+    def example(name):
         if name == "png":
             raise error
-        return source(pictures()).example(split, name)
+        return source(pictures()).example(name)
 
     with pytest.raises(error if isinstance(error, type) else InputError) as raised:
-        prepare(Tiny, source(pictures(), example=example), tmp_path, "main")
+        prepare(source(pictures(), example=example), tmp_path)
     assert "bad image" in str(raised.value) or error is KeyboardInterrupt
     assert list((tmp_path / "tiny/main").iterdir()) == []
 
 
 def test_finished_one_is_kept_unless_made_in_another_way(tiny, capfd):
     out, before = tiny.parents[2], (tiny / "metadata.json").stat().st_mtime_ns
-    assert prepare(Tiny, source(pictures()), out, "main") == tiny
+    assert prepare(source(pictures()), out) == tiny
     assert f"{tiny} is kept: it holds exactly these files" in capfd.readouterr().err
     facts = {"rule": "some", "archives": {"a": "1"}, "new": (1, 2)}
     with pytest.raises(InputError, match=r"main/1\.0\.0 was .* \(new, rule differ\)"):
-        prepare(Tiny, source(pictures(), facts=facts), out, "main")
+        prepare(source(pictures(), facts=facts), out)
     assert (tiny / "metadata.json").stat().st_mtime_ns == before
 
 
@@ -242,7 +239,7 @@ def test_finished_one_is_kept_unless_made_in_another_way(tiny, capfd):
 )
 def test_bad_splits(splits, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        prepare(Tiny, source(pictures(), splits=splits), tmp_path, "main")
+        prepare(source(pictures(), splits=splits), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -255,30 +252,29 @@ def test_estimate_of_the_disk(tmp_path):
     made = source(
         images,
         splits={"train": list(images)},
-        example=lambda _, name: LabelledImage(name, data, big, name, name),
+        example=lambda name: LabelledImage(name, data, big, name, name),
     )
-    folder = prepare(Tiny, made, tmp_path, "main")
+    folder = prepare(made, tmp_path)
     used = sum(path.stat().st_size for path in folder.iterdir())
     assert made.image_bytes < used < builder.DISK_SPARE * made.image_bytes
     # More than any disk has: nothing is written.
     needy = source(pictures(), image_bytes=10**18)
     with pytest.raises(InputError, match=r"GB are free, 1100000000\.0 GB are needed"):
-        prepare(Tiny, needy, tmp_path / "large", "main")
+        prepare(needy, tmp_path / "large")
     assert list((tmp_path / "large").glob("**/*.*")) == []
 
 
 def test_tfds_is_silent(tmp_path, caplog, capfd):
     before = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)  # the default; the CLI, in a test, lowers it
-    prepare(Tiny, source(pictures()), tmp_path, "main")
+    prepare(source(pictures()), tmp_path)
     assert caplog.records == []
     out, bars = capfd.readouterr()
     assert out == ""
     assert {bar.partition(" ")[0] for bar in bars.split("\r") if bar} == {"writing"}
     assert logging.get_verbosity() == logging.WARNING
     # What is kept silent:
-    config = tfds.core.BuilderConfig(name="other", version="1.0.0")
-    Tiny(source=source(pictures()), data_dir=str(tmp_path), config=config)
+    SegmentationBuilder(source(pictures(), config="other"), tmp_path)
     assert "custom data configuration" in caplog.text
     logging.set_verbosity(before)
 

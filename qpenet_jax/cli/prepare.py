@@ -113,12 +113,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _pascal(args: argparse.Namespace) -> None:
-    from qpenet_jax.data.prepare.downloads import PASCAL_ARCHIVES, download_archives
-    from qpenet_jax.data.prepare.pascal import prepare_pascal
+    from qpenet_jax.core.download import download_all
+    from qpenet_jax.data.prepare.pascal import ARCHIVES, prepare_pascal
 
     voc, sbd = args.voc, args.sbd
     if args.download:
-        voc, sbd = download_archives(Path(args.out) / "archives", PASCAL_ARCHIVES)
+        voc, sbd = download_all(Path(args.out) / "archives", ARCHIVES)
     if not voc or not (sbd or args.masks):
         raise InputError("give --voc and --sbd (or --masks), or --download")
     _refuse_inputs(args.out, [voc, sbd, args.masks, args.pool])
@@ -127,17 +127,13 @@ def _pascal(args: argparse.Namespace) -> None:
 
 
 def _coco(args: argparse.Namespace) -> None:
-    from qpenet_jax.data.prepare.coco import prepare_coco
-    from qpenet_jax.data.prepare.downloads import (
-        COCO_ARCHIVES,
-        download_archives,
-        unpack_annotations,
-    )
+    from qpenet_jax.core.download import download_all
+    from qpenet_jax.data.prepare.coco import ARCHIVES, prepare_coco, unpack_annotations
 
     images, annotations = [*map(Path, args.images)], [*map(Path, args.annotations)]
     if args.download:
-        folder, archives = Path(args.out) / "archives", COCO_ARCHIVES[args.release]
-        *images, packed = download_archives(folder, archives)
+        folder = Path(args.out) / "archives"
+        *images, packed = download_all(folder, ARCHIVES[args.release])
         annotations = unpack_annotations(packed)
     if not images or not annotations:
         raise InputError("give --images and --annotations, or --download")

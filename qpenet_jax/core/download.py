@@ -6,13 +6,14 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import check_room
+from qpenet_jax.core.files import check_room, locked
 
 ATTEMPTS = 5
 CHUNK = 1 << 16
@@ -20,61 +21,69 @@ BAR_BYTES = 50_000_000
 """Hashing a file from this size on, a quarter of a second, shows a progress bar."""
 
 
-def download(url: str, dest: str | Path, checksum: str | None) -> Path:
+class Published(NamedTuple):
+    """An archive that its authors publish, with its size in bytes."""
+
+    url: str
+    checksum: str
+    size: int
+
+
+def download_all(folder: Path, archives: Sequence[Published]) -> list[Path]:
+    """Fetches archives into `folder` under their own names; resumes a download.
+
+    Raises:
+        InputError: too little free disk, another process is downloading into `folder`,
+            or as `download`.
+    """
+    paths = [folder / archive.url.rpartition("/")[2] for archive in archives]
+    # Two processes would append to the same half-fetched files.
+    busy = (
+        f"{folder}: another process is downloading into this folder; wait until it "
+        "has finished, or choose another --out"
+    )
+    with locked(folder / ".lock", busy):
+        have = sum(_size(path) + _size(_part(path)) for path in paths)
+        needed = sum(archive.size for archive in archives) - have
+        check_room(folder, needed, "make room or choose another --out")
+        for path, archive in zip(paths, archives, strict=True):
+            download(archive.url, path, archive.checksum)
+    return paths
+
+
+def download(url: str, dest: str | Path, checksum: str) -> Path:
     """Fetches `url` into the file `dest`, going on where an earlier try broke off.
 
     `checksum` is "sha256:..." or "md5:..." in hexadecimal, the start of it being
-    enough; None where none is published: then the length that the server gives is
-    the only check. The bytes gather in `<dest>.part` until they are whole and right;
-    a file with another hash is deleted. A `dest` that is right isn't fetched again.
+    enough. The bytes gather in `<dest>.part` until they are whole and right; a file
+    with another hash is deleted. A `dest` that is right isn't fetched again.
 
     Raises:
-        InputError: no connection, an HTTP error, a wrong hash, or neither a hash nor
-            a length to check against.
+        InputError: no connection, an HTTP error, or a wrong hash.
     """
     dest = Path(dest)
-    if dest.exists() and _mismatch(dest, checksum) is None:
+    algorithm, _, expected = checksum.partition(":")
+    if dest.exists() and digest(dest, algorithm).startswith(expected):
         return dest
-    part = dest.with_name(dest.name + ".part")
+    part = _part(dest)
     part.parent.mkdir(parents=True, exist_ok=True)
-    if not any(_fetch(url, part, checksum) for _ in range(ATTEMPTS)):
+    if not any(_fetch(url, part) for _ in range(ATTEMPTS)):
         raise InputError(
             f"{url} broke off {ATTEMPTS} times, at {_size(part)} bytes now: "
             "run the same command again to go on from there"
         )
-    if mismatch := _mismatch(part, checksum):
+    found = digest(part, algorithm)
+    if not found.startswith(expected):
         part.unlink()
         raise InputError(
-            f"{url}: {mismatch}; deleted, try again or give the file yourself"
+            f"{url}: {algorithm} is {found}, not {expected}; deleted, try again or "
+            "give the file yourself"
         )
     os.replace(part, dest)
     return dest
 
 
-def check_download_room(sizes: Mapping[Path, int]) -> None:
-    """Checks that all files, less what earlier tries left of them, have room.
-
-    Raises:
-        InputError: there is less free space where the first is to go.
-    """
-    files = [f for path in sizes for f in (path, path.with_name(f"{path.name}.part"))]
-    have = sum(f.stat().st_size for f in files if f.exists())
-    folder = next(iter(sizes)).parent
-    check_room(folder, sum(sizes.values()) - have, "make room or choose another --out")
-
-
-def _mismatch(path: Path, checksum: str | None) -> str | None:
-    """Returns how the file's hash differs from `checksum`, None if it doesn't."""
-    if checksum is None:
-        return None
-    algorithm, _, expected = checksum.partition(":")
-    found = digest(path, algorithm)
-    if found.startswith(expected):
-        return None
-    return f"{algorithm} is {found}, not {expected}"
-
-
-def _fetch(url: str, part: Path, checksum: str | None) -> bool:
+def _fetch(url: str, part: Path) -> bool:
     """Appends what is missing to `part`; returns whether the end was reached."""
     have = _size(part)
     headers = {"Range": f"bytes={have}-"} if have else {}
@@ -98,11 +107,6 @@ def _fetch(url: str, part: Path, checksum: str | None) -> bool:
             have = 0  # the server ignores Range and starts again
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
-        if total is None and checksum is None:
-            raise InputError(
-                f"{url}: the server gives no length and no hash is published, so the "
-                "file can't be checked: get it in another way and give it"
-            )
         _copy(response, part, have, total)
     return total is None or _size(part) == total
 
@@ -122,6 +126,10 @@ def _chunks(response) -> Iterator[bytes]:
     with contextlib.suppress(OSError, http.client.HTTPException):
         while chunk := response.read(CHUNK):
             yield chunk
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
 
 
 def _size(path: Path) -> int:

@@ -8,12 +8,14 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import shutil
 import tarfile
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -21,7 +23,7 @@ from qpenet_jax.core.download import sha256
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import walk
 
-T = TypeVar("T")
+File = TypeVar("File")
 
 CHUNK = 1 << 20
 GZIP_START, ZIP_START = b"\x1f\x8b", b"PK"
@@ -37,91 +39,85 @@ DAMAGE_ERRORS = (
 """What the standard library raises on archives that are cut off or damaged."""
 
 
-class Archive:
-    """The members of an archive by their paths ("a/b.png"), read when asked for."""
-
-    def __init__(self, path: Path, readers: Mapping[str, Callable[[], bytes]]):
-        """Holds a function for every member; `open_archive` makes these."""
-        self.path = path
-        self._readers = readers
-
-    def __getitem__(self, name: str) -> bytes:
-        """Returns the bytes of a member.
-
-        Raises:
-            InputError: it is missing or damaged.
-        """
-        if name not in self._readers:
-            raise InputError(
-                f"{self.path} has no member {name}; is it the right and whole archive?"
-            )
-        with _damage_named(self.where(name)):
-            return self._readers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterates over the paths of all members; `in` finds one of them."""
-        return iter(self._readers)
-
-    def __contains__(self, name: str) -> bool:
-        """Returns whether there is such a member."""
-        return name in self._readers
-
-    def where(self, name: str) -> str:
-        """Returns "archive: member", as messages name a member."""
-        return f"{self.path}: {name}"
-
-    def by_stem(self, start: str, ending: str) -> "dict[str, Member]":
-        """Returns the members of a start and an ending, by their names without ending.
-
-        Raises:
-            InputError: two of one name.
-        """
-        found: dict[str, Member] = {}
-        for name in self:
-            if not (name.startswith(start) and name.endswith(ending)):
-                continue
-            twin = found.setdefault(PurePosixPath(name).stem, Member(self, name))
-            if twin.name != name:
-                raise InputError(
-                    f"{self.path} has two files of one image, {twin.name} and {name}; "
-                    "give a folder or archive with one of them"
-                )
-        return found
-
-
 class Member(NamedTuple):
-    """A file in an archive; as a string "archive: member"."""
+    """A file in a folder or in an archive; as a string, how messages name it."""
 
-    archive: Archive
-    name: str
+    path: str
+    """In the folder or archive: "a/b.png"."""
+    size: int
+    """Bytes."""
+    where: str
+    """The whole path of a file, "archive: a/b.png" of a member."""
+    load: Callable[[], bytes]
 
     def read(self) -> bytes:
-        """Returns the bytes of the file."""
-        return self.archive[self.name]
+        """Returns the bytes of the file.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        with _damage_named(self.where):
+            return self.load()
 
     def __str__(self) -> str:
         """Returns how messages name the file."""
-        return self.archive.where(self.name)
+        return self.where
+
+
+class Archive(dict[str, Member]):
+    """The files of a folder or an archive by their paths ("a/b.png")."""
+
+    def __init__(self, path: Path, members: Iterable[Member]):
+        """Keeps what isn't hidden (macOS adds "._x.png" beside "x.png").
+
+        Raises:
+            InputError: two members of one path.
+        """
+        self.path = path
+        shown = (m for m in members if not m.path.rpartition("/")[2].startswith("."))
+        super().__init__(unique((member.path, member) for member in shown))
+
+    def __missing__(self, path: str) -> Member:
+        """Refuses a path that isn't there.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"{self.path} has no member {path}; is it the right and whole archive?"
+        )
+
+
+def unique(named: Iterable[tuple[str, File]]) -> dict[str, File]:
+    """Returns files by their names.
+
+    Raises:
+        InputError: two have one name, and the second would hide the first.
+    """
+    found: dict[str, File] = {}
+    for name, file in named:
+        twin = found.setdefault(name, file)
+        if twin is not file:
+            raise InputError(f"{twin} and {file} share a name; keep one of them")
+    return found
 
 
 @contextlib.contextmanager
-def open_archive(
-    path: str | Path, wanted: Callable[[str], bool] = lambda name: True
-) -> Iterator[Archive]:
-    """Opens a folder, .tar, .tar.gz/.tgz or .zip; `wanted(path)` chooses its members.
+def open_archive(path: str | Path) -> Iterator[Archive]:
+    """Opens a folder, .tar, .tar.gz/.tgz or .zip; its files are read when asked for.
 
-    Tar and zip are read by random access. A compressed tar has none: it is read once,
-    with a progress bar, and the wanted members stay in memory. Hidden files are left
-    out (macOS adds "._x.png" beside "x.png").
+    All are read by random access. A compressed tar has none: it is uncompressed into
+    a temporary file, with a progress bar.
 
     Raises:
-        InputError: nothing there; no archive; cut off or damaged.
+        InputError: nothing there; no archive; cut off or damaged; two members of one
+            path.
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
         with _damage_named(str(path)):
-            readers = _readers(path, wanted, stack)
-        yield Archive(path, readers)
+            archive = Archive(path, _members(path, stack))
+        yield archive
 
 
 def fingerprint(path: str | Path) -> dict[str, str]:
@@ -143,13 +139,12 @@ def fingerprint(path: str | Path) -> dict[str, str]:
     return {"name": path.name, "sha256": total.hexdigest()}
 
 
-def _readers(
-    path: Path, wanted: Callable[[str], bool], stack: contextlib.ExitStack
-) -> dict[str, Callable[[], bytes]]:
-    """Returns a reader for every wanted member; `stack` closes what they read from."""
+def _members(path: Path, stack: contextlib.ExitStack) -> Iterator[Member]:
+    """Yields all files, also hidden ones; `stack` closes what they are read from."""
     if path.is_dir():
-        files = _chosen(path, walk(path).items(), wanted)
-        return {name: file.read_bytes for name, file in files}
+        for name, file in walk(path).items():
+            yield Member(name, file.stat().st_size, str(file), file.read_bytes)
+        return
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder; check the path")
     # The file's name isn't asked: browsers unpack a .tgz and keep its name.
@@ -157,60 +152,35 @@ def _readers(
         start = file.read(2)
     if start == ZIP_START:
         pack = stack.enter_context(zipfile.ZipFile(path))
-        infos = ((i.filename, i) for i in pack.infolist() if not i.is_dir())
-        members = _chosen(path, infos, wanted)
-        return {name: functools.partial(pack.read, info) for name, info in members}
-    if start == GZIP_START:
-        kept = _read_compressed_tar(path, wanted)
-        return {name: functools.partial(bytes, data) for name, data in kept.items()}
-    tar = stack.enter_context(tarfile.TarFile(path))
-    members = _chosen(path, _files(tar), wanted)
-    return {name: functools.partial(_read_member, tar, info) for name, info in members}
+        for info in pack.infolist():
+            name, load = info.filename, functools.partial(pack.read, info)
+            if not info.is_dir():
+                yield Member(name, info.file_size, f"{path}: {name}", load)
+        return
+    opened = _uncompressed(path) if start == GZIP_START else path.open("rb")
+    tar = tarfile.TarFile(fileobj=stack.enter_context(opened))
+    for info in tar:
+        name, load = info.name.removeprefix("./"), functools.partial(_load, tar, info)
+        if info.isfile() or info.islnk():  # A hard link is a file by another name.
+            yield Member(name, info.size, f"{path}: {name}", load)
 
 
-def _read_compressed_tar(path: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    size = path.stat().st_size
-    bar = tqdm(total=size, desc=f"reading {path.name}", unit="B", unit_scale=True)
-    with path.open("rb") as file, bar, gzip.open(file) as unpacked:
-        with tarfile.open(fileobj=unpacked, mode="r|") as tar:
-            kept = {}
-            for name, member in _chosen(path, _files(tar), wanted):
-                bar.update(file.tell() - bar.n)
-                target = member.linkname.removeprefix("./")
-                same = kept.get(target) if member.islnk() else None
-                kept[name] = same or _read_member(tar, member)
-        while unpacked.read(CHUNK):  # gzip's CRC and length stand at the very end.
-            pass
-        bar.update(size - bar.n)
-    return kept
+@contextlib.contextmanager
+def _uncompressed(path: Path) -> Iterator[IO[bytes]]:
+    """Gives the content of a gzip file as a temporary file."""
+    title, size = f"reading {path.name}", path.stat().st_size
+    with tempfile.TemporaryFile() as content:
+        with (
+            path.open("rb") as file,
+            tqdm.wrapattr(file, "read", total=size, desc=title) as shown,
+            gzip.open(shown) as unpacked,  # pyright: ignore[reportArgumentType]
+        ):
+            shutil.copyfileobj(unpacked, content, CHUNK)
+        content.seek(0)
+        yield content
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Yields name and member of all files; a hard link is one by another name."""
-    for member in tar:
-        if member.isfile() or member.islnk():
-            yield member.name.removeprefix("./"), member
-
-
-def _chosen(
-    path: Path, members: Iterable[tuple[str, T]], wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, T]]:
-    """Yields the wanted members that aren't hidden.
-
-    Raises:
-        InputError: two have one name, and the second would hide the first.
-    """
-    seen = set()
-    for name, member in members:
-        if name.rpartition("/")[2].startswith(".") or not wanted(name):
-            continue
-        if name in seen:
-            raise InputError(f"{path} has two members {name}; take one of them out")
-        seen.add(name)
-        yield name, member
-
-
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _load(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     data = file.read() if file else b""
     if member.isfile() and len(data) != member.size:

@@ -63,13 +63,17 @@ class LabelledImage(NamedTuple):
 class Source:
     """What a data set is made of: `splits[split]` are names, `example` loads one.
 
-    `facts` says how it came about (archives with their SHA-256, rules that were
-    chosen); preparing again with other facts is refused rather than ignored.
+    It is written to `name/config/VERSION`. `facts` says how it came about (archives
+    with their SHA-256, rules that were chosen); preparing again with other facts is
+    refused rather than ignored.
     """
 
+    name: str
+    config: str
+    description: str
     classes: tuple[str, ...]
     splits: dict[str, Sequence[str]]
-    example: Callable[[str, str], LabelledImage]  # (split, name) -> LabelledImage
+    example: Callable[[str], LabelledImage]
     image_bytes: int
     """About how many bytes all images take, for the check of the disk."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -128,7 +132,7 @@ def check_user(user: int, group: int) -> None:
 
 
 class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
-    """Writes a `Source`; subclasses give `name`, `VERSION` and where it comes from.
+    """Writes a `Source`.
 
     Shards are written in the source's order, one after the other. TFDS's other kind
     of builder sorts examples, and from 1 GB on needs TensorFlow for that.
@@ -136,10 +140,13 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, source: Source, **arguments: Any):
+    def __init__(self, source: Source, out: Path):
+        # pyright takes `name` for a name of the class alone.
+        self.name = source.name  # pyright: ignore[reportAttributeAccessIssue]
         self.source = source
         self.index: dict[str, dict[str, Any]] = {}  # filled as examples are written
-        super().__init__(file_format="array_record", **arguments)
+        config = tfds.core.BuilderConfig(name=source.config, version=self.VERSION)
+        super().__init__(file_format="array_record", data_dir=str(out), config=config)
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(
@@ -154,7 +161,7 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
         )
         return tfds.core.DatasetInfo(
             builder=self,
-            description=self.__doc__,
+            description=self.source.description,
             features=features,
             metadata=tfds.core.MetadataDict(
                 classes=list(self.source.classes),
@@ -183,7 +190,7 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
         content = ContentHash()
         names = tqdm(self.source.splits[split], desc=f"writing {split}", unit="image")
         for position, name in enumerate(names):
-            example = self.source.example(split, name)
+            example = self.source.example(name)
             counts = check_example(example, len(self.source.classes))
             content.add(example.name, example.image, example.label)
             shown = np.flatnonzero(counts)
@@ -243,9 +250,7 @@ def _quiet_tfds() -> Iterator[None]:
 
 
 @_quiet_tfds()
-def prepare(
-    builder: type[SegmentationBuilder], source: Source, out: Path, config: str
-) -> Path:
+def prepare(source: Source, out: Path) -> Path:
     """Writes the data set below `out` and returns its folder.
 
     A finished one is kept, and that is printed to the standard error, if its facts and
@@ -258,9 +263,8 @@ def prepare(
     """
     check_user(os.geteuid(), os.getegid())
     check_names(source)
-    settings = tfds.core.BuilderConfig(name=config, version=builder.VERSION)
-    made = builder(source=source, data_dir=str(out), config=settings)
-    folder = Path(made.data_dir)
+    builder = SegmentationBuilder(source, out)
+    folder = Path(builder.data_dir)
     if not folder.is_dir():
         needed = int(DISK_SPARE * source.image_bytes)
         check_room(out, needed, "make room or choose another --out")
@@ -269,7 +273,7 @@ def prepare(
         "finished, or choose another --out"
     )
     # Beside the folder of the versions, which holds data sets alone.
-    with locked(folder.parent.with_name(f".{config}.lock"), busy):
+    with locked(folder.parent.with_name(f".{source.config}.lock"), busy):
         if folder.is_dir():
             _check_same(folder, source)
             print(f"{folder} is kept: it holds exactly these files", file=sys.stderr)
@@ -279,7 +283,7 @@ def prepare(
             shutil.rmtree(left)
         # TFDS makes a folder for downloads in any case.
         with tempfile.TemporaryDirectory() as unused:
-            made.download_and_prepare(download_dir=unused)
+            builder.download_and_prepare(download_dir=unused)
     return folder
 
 
@@ -302,18 +306,15 @@ def _check_same(folder: Path, source: Source) -> None:
     for split, names in source.splits.items():
         content = ContentHash()
         for name in tqdm(names, desc=f"comparing {split}", unit="image"):
-            content.add(*source.example(split, name)[:3])
+            content.add(*source.example(name)[:3])
         old = made["index"][split]
         if content.hexdigest() != old["sha256"]:
-            raise InputError(
-                f"{folder} was made of other files "
-                f"({_difference(names, content.photos, old)} of {split} differs): "
-                "remove it, or choose another --out"
+            photos = dict(zip(old["names"], old["photos"], strict=True))
+            now = zip(names, content.photos, strict=True)
+            other = (
+                f"image {name}" for name, photo in now if photos.get(name) != photo
             )
-
-
-def _difference(names: Sequence[str], photos: list[str], old: dict[str, Any]) -> str:
-    if list(names) != old["names"]:
-        return "the list"
-    pairs = zip(names, photos, old["photos"], strict=True)
-    return next((f"image {n}" for n, new, made in pairs if new != made), "a mask")
+            raise InputError(
+                f"{folder} was made of other files ({next(other, 'a mask or the list')}"
+                f" of {split} differs): remove it, or choose another --out"
+            )

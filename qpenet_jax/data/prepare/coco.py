@@ -6,20 +6,56 @@ numbers. The choices made here are `LABEL_RULES`, and are kept with the data set
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
 
+from qpenet_jax.core.download import Published
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import COCO_CLASSES
-from qpenet_jax.data.prepare.archives import Member, fingerprint, open_archive
-from qpenet_jax.data.prepare.builder import (
-    LabelledImage,
-    SegmentationBuilder,
-    Source,
-    prepare,
-)
+from qpenet_jax.data.prepare.archives import Member, fingerprint, open_archive, unique
+from qpenet_jax.data.prepare.builder import LabelledImage, Source, prepare
 from qpenet_jax.data.prepare.instances import Instances
+
+SERVER = "http://images.cocodataset.org"
+ARCHIVES = {
+    "2014": (
+        Published(
+            f"{SERVER}/zips/train2014.zip",
+            "sha256:ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
+            13_510_573_713,
+        ),
+        Published(
+            f"{SERVER}/zips/val2014.zip",
+            "sha256:fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
+            6_645_013_297,
+        ),
+        Published(
+            f"{SERVER}/annotations/annotations_trainval2014.zip",
+            "sha256:031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
+            252_872_794,
+        ),
+    ),
+    "2017": (
+        Published(
+            f"{SERVER}/zips/train2017.zip",
+            "sha256:69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+            19_336_861_798,
+        ),
+        Published(
+            f"{SERVER}/zips/val2017.zip",
+            "sha256:4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+            815_585_330,
+        ),
+        Published(
+            f"{SERVER}/annotations/annotations_trainval2017.zip",
+            "sha256:113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+            252_907_541,
+        ),
+    ),
+}
+"""Images of both splits and annotations, with the SHA-256 that TFDS publishes."""
 
 LABEL_RULES = (
     "all polygons as pycocotools draws them; crowds skipped, and images that show "
@@ -27,36 +63,16 @@ LABEL_RULES = (
     "values are the ranks 1..80 of the categories' ids"
 )
 
-RELEASE_IMAGES = {
-    "2014": {"train": 82_081, "val": 40_137},
-    "2017": {"train": 117_266, "val": 4_952},
-}
-"""Images of a whole release with an annotation that is no crowd. Those of 2014 are the
-lengths of few-shot codes' lists; both releases divide the same 122,218 images."""
-
-SAMPLED_IMAGES = 100
-"""Images whose size is looked at to estimate that of all."""
-
-
-class Coco20i(SegmentationBuilder, skip_registration=True):
-    """COCO images with the 80 classes of their instance annotations as label maps."""
-
-    name = "coco20i"
-
 
 def prepare_coco(
-    images: Sequence[Path],
-    annotations: Sequence[Path],
-    out: Path,
-    whole_releases: Mapping[str, Mapping[str, int]] = RELEASE_IMAGES,
+    images: Sequence[Path], annotations: Sequence[Path], out: Path
 ) -> Path:
     """Writes COCO-20i below `out` and returns where it is.
 
     `images` are folders, zips or tars that hold the images at any depth, `annotations`
     are `instances_train2014.json` and `instances_val2014.json`, or those of 2017; one
-    of the two alone makes a data set of one split. How the labels are drawn, and where
-    the numbers of images aren't those of `whole_releases`, stands in the facts
-    `rules` and `note` of its metadata; a whole release has no note.
+    of the two alone makes a data set of one split. How the labels are drawn stands in
+    the facts `rules` of its metadata.
 
     Raises:
         InputError: annotation files of an unknown name or of two releases, or with
@@ -64,33 +80,53 @@ def prepare_coco(
     """
     release, paths = _release(annotations)
     files = {split: Instances(path) for split, path in paths.items()}
+    instances = {name: file for file in files.values() for name in file.files}
+    needed = {file for read in files.values() for file in read.files.values()}
+    # A folder has no hash of its own, and reading 20 GB for one would take long.
+    archives = [path for path in map(Path, images) if path.is_file()]
     with contextlib.ExitStack() as stack:
-        found = _find(images, files.values(), stack)
+        found = _find(images, needed, stack)
 
-        def example(split: str, name: str) -> LabelledImage:
-            instances = files[split]
-            member = found[instances.files[name]]
+        def example(name: str) -> LabelledImage:
+            annotated = instances[name]
+            image = found[annotated.files[name]]
             return LabelledImage(
                 name,
-                image=member.read(),
-                label=instances.label(name),
-                image_from=str(member),
-                label_from=f"{instances.path}: {instances.files[name]}",
+                image=image.read(),
+                label=annotated.label(name),
+                image_from=str(image),
+                label_from=f"{annotated.path}: {annotated.files[name]}",
             )
 
         source = Source(
+            name="coco20i",
+            config=release,
+            description="COCO images with the 80 classes of their instance annotations "
+            "as label maps.",
             classes=COCO_CLASSES,
             splits={split: list(file.files) for split, file in files.items()},
             example=example,
-            image_bytes=_estimate(list(found.values())),
-            facts=_facts(whole_releases[release], files, images),
+            image_bytes=sum(image.size for image in found.values()),
+            facts={
+                "rules": LABEL_RULES,
+                "images": {split: len(file.files) for split, file in files.items()},
+                "annotations": [fingerprint(path) for path in paths.values()],
+                "archives": [fingerprint(path) for path in archives],
+            },
         )
-        return prepare(Coco20i, source, Path(out), config=release)
+        return prepare(source, Path(out))
+
+
+def unpack_annotations(archive: Path) -> list[Path]:
+    """Writes COCO's annotation files of train and val below the folder of their zip."""
+    with zipfile.ZipFile(archive) as pack:
+        names = [n for n in pack.namelist() if n.startswith("annotations/instances_")]
+        return [Path(pack.extract(name, archive.parent)) for name in sorted(names)]
 
 
 def _release(annotations: Sequence[Path]) -> tuple[str, dict[str, Path]]:
     """Returns the year and the file of each split, as the files' names say."""
-    releases, paths = set(), {}
+    releases, splits = set(), []
     for path in map(Path, annotations):
         match = re.fullmatch(r"instances_(train|val)(2014|2017)\.json", path.name)
         if not match:
@@ -98,33 +134,21 @@ def _release(annotations: Sequence[Path]) -> tuple[str, dict[str, Path]]:
                 f"{path}: annotation files are instances_train2014.json and "
                 "instances_val2014.json, or those of 2017"
             )
-        split, release = match.groups()
-        if split in paths:
-            raise InputError(f"{paths[split]} and {path}: give one file for {split}")
-        paths[split] = path
-        releases.add(release)
+        splits.append((match[1], path))
+        releases.add(match[2])
     if len(releases) != 1:
-        given = ", ".join(map(str, paths.values())) or "none given"
+        given = ", ".join(map(str, annotations)) or "none given"
         raise InputError(f"annotation files of one release are needed: {given}")
-    return releases.pop(), dict(sorted(paths.items()))
+    return releases.pop(), unique(sorted(splits))
 
 
 def _find(
-    paths: Sequence[Path], files: Iterable[Instances], stack: contextlib.ExitStack
+    paths: Sequence[Path], needed: AbstractSet[str], stack: contextlib.ExitStack
 ) -> dict[str, Member]:
     """Returns where every image is, by its file name; `stack` closes the archives."""
-    needed = {file for instances in files for file in instances.files.values()}
-    found: dict[str, Member] = {}
-    for path in paths:
-        archive = stack.enter_context(open_archive(path, lambda n: _last(n) in needed))
-        for path_in_archive in archive:
-            member = Member(archive, path_in_archive)
-            twin = found.setdefault(_last(path_in_archive), member)
-            if twin != member:
-                raise InputError(
-                    f"{twin} and {member} share a name; give only the folders or "
-                    "archives that are needed"
-                )
+    archives = [stack.enter_context(open_archive(path)) for path in paths]
+    members = ((_last(path), m) for a in archives for path, m in a.items())
+    found = unique((name, member) for name, member in members if name in needed)
     missing = sorted(needed - found.keys())
     if missing:
         raise InputError(
@@ -137,30 +161,3 @@ def _find(
 
 def _last(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _estimate(images: Sequence[Member]) -> int:
-    """Returns about how many bytes all images have; sizes of members aren't listed."""
-    sample = images[:: -(-len(images) // SAMPLED_IMAGES)]
-    seen = sum(len(member.read()) for member in sample)
-    return seen * len(images) // len(sample)
-
-
-def _facts(
-    whole: Mapping[str, int], files: Mapping[str, Instances], images: Sequence[Path]
-) -> dict[str, Any]:
-    counts = {split: len(instances.files) for split, instances in files.items()}
-    differ = [
-        f"{split} has {count:,} images, the whole release {whole[split]:,}"
-        for split, count in counts.items()
-        if count != whole[split]
-    ]
-    # A folder has no hash of its own, and reading 20 GB for one would take long.
-    archives = [path for path in map(Path, images) if path.is_file()]
-    note = {"note": "; ".join(differ)} if differ else {}
-    return note | {
-        "rules": LABEL_RULES,
-        "images": counts,
-        "annotations": [fingerprint(instances.path) for instances in files.values()],
-        "archives": [fingerprint(path) for path in archives],
-    }

@@ -13,39 +13,20 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import walk
 from qpenet_jax.core.types import IGNORE
 from qpenet_jax.data.images import IMAGE_SUFFIXES, read_label
-from qpenet_jax.data.prepare.builder import (
-    LabelledImage,
-    SegmentationBuilder,
-    Source,
-    prepare,
-)
+from qpenet_jax.data.prepare.archives import unique
+from qpenet_jax.data.prepare.builder import LabelledImage, Source, prepare
 from qpenet_jax.data.sources.voc import read_lines
 
 HASH_RANGE = 2**64
 """The split looks at 8 bytes of a name's SHA-256: the same on every machine."""
 
-
 Splits = dict[str, Sequence[str]]
 """The names of each split."""
-
-
-class Pair(NamedTuple):
-    """The two files of an example."""
-
-    image: Path
-    mask: Path
-
-
-class Folder(SegmentationBuilder, skip_registration=True):
-    """Images and masks of the user's own."""
-
-    name = "folder"
 
 
 def prepare_folder(
@@ -65,93 +46,78 @@ def prepare_folder(
     """
     root = Path(root)
     classes = read_classes(root / "classes.txt")
-    pairs = _pairs(root)
-    splits, rule = _split(root, pairs, val_share)
-    splits = {split: names for split, names in splits.items() if names}
-
-    def example(split: str, name: str) -> LabelledImage:
-        del split
-        image, mask = pairs[name]
-        return LabelledImage(
-            name, image.read_bytes(), read_label(mask), str(image), str(mask)
-        )
-
-    facts = {
-        "classes": list(classes),
-        "rules": rule,
-        "images": {split: len(names) for split, names in splits.items()},
-    }
-    image_bytes = sum(pair.image.stat().st_size for pair in pairs.values())
-    source = Source(classes, splits, example, image_bytes, facts)
-    return prepare(Folder, source, Path(out), _identifier(name or root.resolve().name))
-
-
-def _pairs(root: Path) -> dict[str, Pair]:
-    """Returns image and mask by name, in the order of the names."""
     images = _files(root / "images", IMAGE_SUFFIXES)
     masks = _files(root / "masks", {".png"})
-    for name in sorted(images.keys() ^ masks.keys()):
-        if name in images:
-            raise InputError(
-                f"{images[name]} has no mask {root / 'masks' / name}.png; add it, or "
-                "remove the image"
-            )
-        raise InputError(f"{masks[name]} has no image; add it, or remove the mask")
+    if alone := sorted(images.keys() ^ masks.keys()):
+        file = images.get(alone[0]) or masks[alone[0]]
+        other = f"mask {root}/masks/{alone[0]}.png" if alone[0] in images else "image"
+        raise InputError(f"{file} has no {other}; add it, or remove the file")
     if not images:
         raise InputError(f"{root / 'images'} holds no image; put some there")
-    return {name: Pair(images[name], masks[name]) for name in sorted(images)}
+    splits, rule = _split(root, sorted(images), val_share)
+    splits = {split: names for split, names in splits.items() if names}
+
+    def example(name: str) -> LabelledImage:
+        image, mask = images[name], masks[name]
+        data, label = image.read_bytes(), read_label(mask)
+        return LabelledImage(name, data, label, str(image), str(mask))
+
+    source = Source(
+        name="folder",
+        config=_identifier(name or root.resolve().name),
+        description="Images and masks of the user's own.",
+        classes=classes,
+        splits=splits,
+        example=example,
+        image_bytes=sum(path.stat().st_size for path in images.values()),
+        facts={
+            "classes": list(classes),
+            "rules": rule,
+            "images": {split: len(names) for split, names in splits.items()},
+        },
+    )
+    return prepare(source, Path(out))
 
 
 def _files(folder: Path, suffixes: set[str]) -> dict[str, Path]:
     """Returns the files below `folder` by relative path without ending."""
     if not folder.is_dir():
         raise InputError(f"folder {folder} doesn't exist; see data/README.md")
-    files: dict[str, Path] = {}
-    others: list[str] = []
-    for found, path in walk(folder).items():
-        if path.suffix.lower() not in suffixes:
-            others.append(found)
-            continue
-        name = PurePosixPath(found).with_suffix("").as_posix()
-        if name in files:
-            raise InputError(f"{files[name]} and {path} share a name; keep one")
-        files[name] = path
-    if others:
+    found = walk(folder)
+    chosen = [name for name in found if Path(name).suffix.lower() in suffixes]
+    if others := sorted(found.keys() - set(chosen)):
         known = " ".join(sorted(suffixes))
         print(
             f"{folder}: {len(others)} file(s) without the ending {known} are left out, "
             f"such as {others[0]}",
             file=sys.stderr,
         )
-    return files
+    return unique(
+        (PurePosixPath(name).with_suffix("").as_posix(), found[name]) for name in chosen
+    )
 
 
-def _split(root: Path, pairs: Iterable[str], val_share: float) -> tuple[Splits, str]:
+def _split(root: Path, names: Sequence[str], val_share: float) -> tuple[Splits, str]:
     """Returns the names of each split, and the rule that divides them."""
-    given: Splits = {
-        split: _read_ids(root / f"{split}.txt", set(pairs))
-        for split in ("train", "val")
-        if (root / f"{split}.txt").exists()
+    lists = {split: root / f"{split}.txt" for split in ("train", "val")}
+    given = {
+        split: _listed(path, names) for split, path in lists.items() if path.exists()
     }
     if not given:
-        return _split_by_hash(root, pairs, val_share)
-    if len(given) == 1:
-        [(split, ids)] = given.items()
-        other = "val" if split == "train" else "train"
-        given[other] = [name for name in pairs if name not in set(ids)]
-        return given, f"{split}.txt lists {split}, {other} the rest"
-    both = sorted(set(given["train"]) & set(given["val"]))
-    if both:
-        raise InputError(f"{root}: {both[0]} is in train.txt and val.txt; keep one")
-    return given, "train.txt and val.txt list the splits"
+        return _split_by_hash(root, names, val_share)
+    if len(given) == 2:
+        return {**given}, "train.txt and val.txt list the splits"
+    [(split, ids)] = given.items()
+    [other] = lists.keys() - given
+    rest = [name for name in names if name not in set(ids)]
+    return {**given, other: rest}, f"{split}.txt lists {split}, {other} the rest"
 
 
-def _read_ids(path: Path, names: set[str]) -> list[str]:
+def _listed(path: Path, names: Sequence[str]) -> list[str]:
     ids = [line for line in read_lines(path) if line]
-    unknown = [name for name in ids if name not in names]
-    if unknown:
+    if unknown := set(ids).difference(names):
         raise InputError(
-            f"{path}: there is no image {unknown[0]!r}; write paths below images/ "
+            f"{path}: there is no image {min(unknown)!r}; write paths below images/ "
             "without file ending"
         )
     return ids
@@ -212,29 +178,25 @@ def read_classes(path: Path) -> tuple[str, ...]:
         if lines[: len(first)] == first and len(lines) > len(first):
             lines = lines[len(first) :]
             break
-    _refuse_other_formats(path, lines)
-    if len(lines) >= IGNORE:
-        raise InputError(f"{path}: {len(lines)} classes; at most {IGNORE - 1} fit")
-    return lines
-
-
-def _refuse_other_formats(path: Path, lines: tuple[str, ...]) -> None:
-    none = [x for x in lines if re.sub(r"[\W\d_]", "", x).lower() in NO_CLASS]
-    if none:
-        raise InputError(
-            f"{path}: {', '.join(map(repr, none[:3]))} names no class; line 1 names "
-            f"value 1 of the masks (0 is the background, {IGNORE} what is ignored): "
-            "take out what is no class, and number the masks so"
-        )
+    for line in lines:
+        if re.sub(r"[\W\d_]", "", line).lower() in NO_CLASS:
+            raise InputError(
+                f"{path}: {line!r} names no class; line 1 names value 1 of the masks "
+                f"(0 is the background, {IGNORE} what is ignored): take out what is no "
+                "class, and number the masks so"
+            )
     marked = next(filter(MARKUP.fullmatch, lines), None)
     if marked or _are_numbered(lines) or _are_numbered(lines[1:]):
         raise InputError(
             f"{path}: {marked or lines[-1]!r} is more than a name; write the names "
             "alone, that of value 1 in line 1"
         )
+    if len(lines) >= IGNORE:
+        raise InputError(f"{path}: {len(lines)} classes; at most {IGNORE - 1} fit")
+    return lines
 
 
-def _are_numbered(lines: tuple[str, ...]) -> bool:
+def _are_numbered(lines: Sequence[str]) -> bool:
     """Returns whether all lines begin with numbers that count up."""
     numbers = [int(m[1]) for m in map(NUMBERED.fullmatch, lines) if m]
     if not numbers or len(lines) < 2:

@@ -7,6 +7,7 @@ lie far outside of the image would crash it. Of two with one id, one would be lo
 import contextlib
 import json
 import math
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,13 +27,18 @@ MAX_SIDE = 65_500
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that Pillow opens."""
 
+NUMBER = "[P-o]{0,6}[0-O]"
+"""A number of up to 7 groups of bits: only the last character has bit 5 not set."""
 
 FORMAT_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What reading a file of another format raises."""
 
 
 class Instances:
-    """One annotation file: which images show something, and their label maps."""
+    """One annotation file: which images show something, and their label maps.
+
+    `files` are the file names of the images with more than crowds, by their names.
+    """
 
     def __init__(self, path: Path):
         """Reads and checks the file; nothing is drawn yet.
@@ -49,7 +55,15 @@ class Instances:
             annotations = by_id(path, "annotations", content["annotations"])
             self._ranks = _ranks(path, content["categories"])
             self._of_image = self._grouped(images, annotations.values())
-            self.files = self._shown_files(images)
+            shown = [images[number] for number in images if number in self._of_image]
+            self._images = {PurePosixPath(i["file_name"]).stem: i for i in shown}
+            self._sizes = {name: size_of(path, i) for name, i in self._images.items()}
+        images = self._images.items()
+        self.files = {name: i["file_name"].rpartition("/")[2] for name, i in images}
+        if not shown:
+            raise InputError(f"{path}: no image has an annotation but crowds")
+        if len(self._images) < len(shown):
+            raise InputError(f"{path}: two images have one name; rename one")
 
     def label(self, name: str) -> UInt8[np.ndarray, "h w"]:
         """Draws the label map of an image: 0 background, 1..80.
@@ -60,7 +74,7 @@ class Instances:
         size = self._sizes[name]
         # pycocotools' masks are in column order as well; assigning is then faster.
         label = np.zeros(size, np.uint8, order="F")
-        for annotation in self._of_image[self._ids[name]]:
+        for annotation in self._of_image[self._images[name]["id"]]:
             mask = annotation_mask(self.path, annotation, name, size)
             label[mask] = self._ranks[annotation["category_id"]]
         return np.ascontiguousarray(label)
@@ -68,42 +82,17 @@ class Instances:
     def _grouped(self, images: dict, annotations: Iterable) -> dict[Any, list[dict]]:
         """Returns the annotations of each image that are no crowds, in their order."""
         of_image = defaultdict(list)
+        choices = {"image_id": images, "category_id": self._ranks, "iscrowd": (0, 1)}
         for annotation in annotations:
-            image, where = annotation["image_id"], f"annotation {annotation['id']}"
-            if image not in images:
-                raise InputError(
-                    f"{self.path}: {where} is of image {image}, which isn't in the "
-                    "file; fetch it again"
-                )
-            if annotation["category_id"] not in self._ranks:
-                raise InputError(
-                    f"{self.path}: {where}: no category has the id "
-                    f"{annotation['category_id']}; correct it"
-                )
-            if annotation["iscrowd"] not in (0, 1):
-                raise InputError(
-                    f"{self.path}: {where}: iscrowd is {annotation['iscrowd']!r}; "
-                    "write 0 or 1"
-                )
+            for key, known in choices.items():
+                if annotation[key] not in known:
+                    raise InputError(
+                        f"{self.path}: annotation {annotation['id']} has the {key} "
+                        f"{annotation[key]!r}, which stands for nothing; correct it"
+                    )
             if not annotation["iscrowd"]:
-                of_image[image].append(annotation)
+                of_image[annotation["image_id"]].append(annotation)
         return of_image
-
-    def _shown_files(self, images: dict) -> dict[str, str]:
-        """Returns the file names of images with more than crowds, by their names."""
-        shown = [image for image in images.values() if image["id"] in self._of_image]
-        if not shown:
-            raise InputError(f"{self.path}: no image has an annotation but crowds")
-        names = [PurePosixPath(image["file_name"]).stem for image in shown]
-        self._ids = dict(zip(names, (image["id"] for image in shown), strict=True))
-        if len(self._ids) < len(shown):
-            raise InputError(f"{self.path}: two images have one name; rename one")
-        self._sizes = {
-            name: size_of(self.path, image)
-            for name, image in zip(names, shown, strict=True)
-        }
-        files = (image["file_name"].rpartition("/")[2] for image in shown)
-        return dict(zip(names, files, strict=True))
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
@@ -139,11 +128,8 @@ def by_id(path: Path, key: str, items: Sequence[dict[str, Any]]) -> dict[Any, di
         if type(item["id"]) not in (int, str):
             raise ValueError(f"{key}: id {item['id']!r} is no whole number")
         if item["id"] in found:
-            both = found[item["id"]], item
-            names = [x.get("file_name") or x.get("name") for x in both]
-            named = f" ({names[0]} and {names[1]})" if all(names) else ""
             raise InputError(
-                f"{path}: two {key} have the id {item['id']}{named}; give each its own"
+                f"{path}: two {key} have the id {item['id']}; give each its own"
             )
         found[item["id"]] = item
     return found
@@ -206,17 +192,13 @@ def draw_segmentation(
     Raises:
         ValueError, TypeError, KeyError: not such numbers, or of another image.
     """
+    if isinstance(segmentation, dict):
+        return _draw_runs(segmentation, height, width)
+    polygons: Any = _checked_polygons(segmentation, max(height, width))
     with warnings.catch_warnings():
         # Of pycocotools' own arrays under NumPy 2; the user can do nothing about it.
         warnings.simplefilter("ignore", DeprecationWarning)
-        encoded: Any = segmentation
-        if not isinstance(segmentation, dict):
-            polygons: Any = _checked_polygons(segmentation, max(height, width))
-            encoded = pycoco.merge(pycoco.frPyObjects(polygons, height, width))
-        else:
-            _check_runs(segmentation, height, width)
-            if isinstance(encoded["counts"], list):
-                encoded = pycoco.frPyObjects(encoded, height, width)
+        encoded = pycoco.merge(pycoco.frPyObjects(polygons, height, width))
         return pycoco.decode(encoded).view(bool)
 
 
@@ -240,7 +222,10 @@ def _checked_polygons(polygons: Any, side: int) -> list[list[float]]:
     return enclosing
 
 
-def _check_runs(encoded: dict[str, Any], height: int, width: int) -> None:
+def _draw_runs(
+    encoded: dict[str, Any], height: int, width: int
+) -> Bool[np.ndarray, "h w"]:
+    """Returns the mask of run lengths of 0, 1, 0, ... down the columns."""
     if list(encoded["size"]) != [height, width]:
         raise ValueError(f"size {encoded['size']!r} isn't the image's")
     counts = encoded["counts"]
@@ -249,33 +234,27 @@ def _check_runs(encoded: dict[str, Any], height: int, width: int) -> None:
         raise ValueError("a run length is no whole number from 0 on")
     if sum(runs) != height * width:
         raise ValueError(f"the runs cover {sum(runs)} of {height * width} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 > 0, runs).reshape(width, height).T
 
 
 def _decoded(text: str) -> list[int]:
     """Returns the run lengths of a compressed string.
 
     COCO writes numbers as groups of 5 bits, the lowest first, in characters from "0"
-    on; bit 5 is set if another follows. From the fourth number on they are differences
-    to the number before the last.
+    on; bit 5 is set if another follows, bit 4 of the last if the number is negative.
+    From the fourth number on they are differences to the number before the last.
 
     Source: pycocotools, maskApi.c, rleFrString.
     """
+    if not re.fullmatch(f"({NUMBER})*", text):
+        raise ValueError("broken run lengths")
     runs: list[int] = []
-    value = shift = 0
-    for byte in text.encode("ascii"):
-        bits = byte - ord("0")
-        if not 0 <= bits < 64 or shift > 30:
-            raise ValueError("broken run lengths")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
+    for number in re.findall(NUMBER, text):
+        bits = [ord(sign) - ord("0") for sign in number]
+        value = sum((group & 31) << 5 * i for i, group in enumerate(bits))
+        if bits[-1] & 16:
+            value -= 1 << 5 * len(bits)
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift:
-        raise ValueError("run lengths are cut off")
     return runs
 
 

@@ -5,28 +5,44 @@ images, and those that the Semantic Boundaries Dataset (SBD) adds to them.
 """
 
 import hashlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import scipy.io
 from jaxtyping import UInt8
 
+from qpenet_jax.core.download import Published
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import PASCAL_CLASSES
 from qpenet_jax.data.images import read_label
-from qpenet_jax.data.prepare.archives import Archive, Member, fingerprint, open_archive
-from qpenet_jax.data.prepare.builder import (
-    LabelledImage,
-    SegmentationBuilder,
-    Source,
-    prepare,
+from qpenet_jax.data.prepare.archives import (
+    Archive,
+    Member,
+    fingerprint,
+    open_archive,
+    unique,
 )
+from qpenet_jax.data.prepare.builder import LabelledImage, Source, prepare
 from qpenet_jax.data.sources.voc import read_ids
+
+ARCHIVES = (
+    Published(
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        "md5:6cd6e144f989b92b3379bac3b3de84fd",
+        1_999_639_040,
+    ),
+    Published(
+        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/"
+        "semantic_contours/benchmark.tgz",
+        "md5:82b4d87ceb2ed10f6038a1cba92111cb",
+        1_420_000_000,
+    ),
+)
+"""VOC 2012 and SBD, whose size is about that; torchvision publishes the MD5s."""
 
 POOLS = {
     "main": (
@@ -40,22 +56,10 @@ POOLS = {
 EXPECTED_IMAGES = {"main": 5953, "trainaug": 10_582, "val": 1449}
 """How many images the rules give on the official archives."""
 
-IMAGE_BYTES = 115_000
-"""An average JPEG of VOC 2012."""
-
 TRAIN_LIST = "ImageSets/Segmentation/train.txt"
 SBD_LIST = "dataset/train.txt"
-SBD_WANTED = re.compile(r"(.*/)?dataset/(cls/[^/]+\.mat|(train|val)\.txt)")
-
 
 Ids = tuple[str, ...]
-Splits = dict[str, Sequence[str]]
-
-
-class Pascal5i(SegmentationBuilder, skip_registration=True):
-    """PASCAL VOC 2012 with 20 classes, its training images extended by SBD."""
-
-    name = "pascal5i"
 
 
 def prepare_pascal(
@@ -83,148 +87,125 @@ def prepare_pascal(
             gives another number of images than the field's; an id of the file that is
             in VOC's val or has no image or mask; a label that can't be used.
     """
-    pool = _checked_pool(pool)
+    rule = POOLS.get(pool) if isinstance(pool, str) else None
+    if not rule and not Path(pool).is_file():
+        raise InputError(
+            f"pool {str(pool)!r}: choose {' or '.join(POOLS)} or give a file of ids"
+        )
+    if sbd is None and masks is None:
+        raise InputError("give SBD's benchmark.tgz or a folder or archive of masks")
+    given = {"voc": voc, "sbd": sbd, "masks": masks}
+    paths = {what: path for what, path in given.items() if path is not None}
     with ExitStack() as stack:
-        archive = stack.enter_context(open_archive(voc))
+        archives = {k: stack.enter_context(open_archive(p)) for k, p in paths.items()}
+        archive = archives["voc"]
         root = _root(archive, TRAIN_LIST, "VOC 2012")
-        images = archive.by_stem(f"{root}JPEGImages/", ".jpg")
-        extra, candidates = _other_masks(sbd, masks, stack)
-        labels = extra | archive.by_stem(f"{root}SegmentationClass/", ".png")
+        extra, candidates = _other_masks(archives)
+        images = _by_stem(archive, f"{root}JPEGImages/", ".jpg")
+        labels = extra | _by_stem(archive, f"{root}SegmentationClass/", ".png")
         splits = _splits(archive, f"{root}ImageSets", candidates, pool, expected)
-        for name in (*splits["train"], *splits["val"]):
-            _check_complete(name, images, labels, f"{archive.path}: {root}")
-        facts = _facts({"voc": voc, "sbd": sbd, "masks": masks}, pool, splits["train"])
+        names = [*splits["train"], *splits["val"]]
+        _check_complete(names, images, labels, f"{voc}: {root}")
 
-        def example(split: str, name: str) -> LabelledImage:
-            del split
+        def example(name: str) -> LabelledImage:
             image, mask = images[name], labels[name]
             label = _read_mask(mask)
             return LabelledImage(name, image.read(), label, str(image), str(mask))
 
-        count = sum(map(len, splits.values()))
-        source = Source(PASCAL_CLASSES, splits, example, IMAGE_BYTES * count, facts)
-        config = pool if isinstance(pool, str) else f"pool-{facts['train_sha256'][:8]}"
-        return prepare(Pascal5i, source, Path(out), config)
-
-
-def _checked_pool(pool: str | Path) -> str | Path:
-    """Returns the name of a rule or the path of a file."""
-    if pool in POOLS:
-        return str(pool)
-    if not Path(pool).is_file():
-        raise InputError(
-            f"pool {str(pool)!r}: choose {' or '.join(POOLS)} or give a file of ids"
+        train_sha256 = hashlib.sha256("\n".join(splits["train"]).encode()).hexdigest()
+        source = Source(
+            name="pascal5i",
+            config=str(pool) if rule else f"pool-{train_sha256[:8]}",
+            description="PASCAL VOC 2012 with 20 classes, its training images extended "
+            "by SBD.",
+            classes=PASCAL_CLASSES,
+            splits=splits,
+            example=example,
+            image_bytes=sum(images[name].size for name in names),
+            facts={
+                "archives": {what: fingerprint(path) for what, path in paths.items()},
+                "pool": rule or "a file of ids",
+                "train_sha256": train_sha256,
+                "labels": "VOC SegmentationClass; where it has none, "
+                f"{'SBD' if masks is None else 'masks'}",
+            },
         )
-    return Path(pool)
+        return prepare(source, Path(out))
 
 
 def _splits(
     archive: Archive,
     lists: str,
-    candidates: frozenset[str],
+    candidates: Iterable[str],
     pool: str | Path,
     expected: Mapping[str, int],
-) -> Splits:
+) -> dict[str, Sequence[str]]:
     """Returns the images of both splits; the folder `lists` holds VOC's own lists.
 
     `candidates` are the images that a rule may add to VOC's.
     """
-    val = _list(archive, f"{lists}/Segmentation/val.txt")
-    if isinstance(pool, Path):
-        return {"train": _ids_of_file(pool, val), "val": val}
-    added = candidates - set(val)
+    val = _ids(archive[f"{lists}/Segmentation/val.txt"])
+    if pool not in POOLS:
+        ids = read_ids(Path(pool))
+        if leaked := sorted(set(ids) & set(val)):
+            raise InputError(
+                f"{pool}: {leaked[0]} is an image of VOC's val ({len(leaked)} are); "
+                "take them off the list"
+            )
+        return {"train": ids, "val": val}
+    added = set(candidates) - set(val)
     if pool == "main":
-        added &= set(_list(archive, f"{lists}/Main/train.txt"))
-    segmented = _list(archive, f"{lists}/Segmentation/train.txt")
-    alone = set(segmented) - added - set(val)
-    train = (*sorted(added), *sorted(alone))
-    _check_count(pool, train, expected[pool])
-    _check_count("val", val, expected["val"])
+        added &= set(_ids(archive[f"{lists}/Main/train.txt"]))
+    segmented = _ids(archive[f"{lists}/Segmentation/train.txt"])
+    train = (*sorted(added), *sorted(set(segmented) - added - set(val)))
+    for what, ids in ((str(pool), train), ("val", val)):
+        if len(ids) != expected[what]:
+            raise InputError(
+                f"{what}: {expected[what]} images expected, {len(ids)} found: these "
+                "aren't the official archives; fetch them again, or list the training "
+                "images in a file and give it as --pool FILE"
+            )
     return {"train": train, "val": val}
 
 
-def _ids_of_file(path: Path, val: Ids) -> Ids:
-    ids = read_ids(path)
-    if leaked := sorted(set(ids) & set(val)):
-        raise InputError(
-            f"{path}: {leaked[0]} is an image of VOC's val ({len(leaked)} are); "
-            "take them off the list"
-        )
-    return ids
-
-
-def _check_count(what: str, ids: Ids, expected: int) -> None:
-    if len(ids) != expected:
-        raise InputError(
-            f"{what}: {expected} images expected, {len(ids)} found: these aren't "
-            "the official archives; fetch them again, or list the training images in "
-            "a file and give it as --pool FILE"
-        )
-
-
 def _check_complete(
-    name: str, images: dict[str, Member], labels: dict[str, Member], voc: str
+    names: Iterable[str], images: Mapping, labels: Mapping, voc: str
 ) -> None:
-    """Says now, rather than after minutes of writing, what can't be found."""
-    if name not in images:
-        raise InputError(
-            f"{voc} has no image JPEGImages/{name}.jpg: is the archive whole, and the "
-            "id right?"
-        )
-    if name not in labels:
-        raise InputError(
-            f"no mask of {name}: neither SegmentationClass/{name}.png in {voc} nor one "
-            "of SBD's or the given masks; take it off the list or add its mask"
-        )
-
-
-def _facts(
-    given: dict[str, str | Path | None], pool: str | Path, train: Sequence[str]
-) -> dict[str, Any]:
-    extra = "masks" if given["masks"] is not None else "SBD"
-    return {
-        "archives": {
-            k: fingerprint(path) for k, path in given.items() if path is not None
-        },
-        "pool": POOLS[pool] if isinstance(pool, str) else "a file of ids",
-        "train_sha256": hashlib.sha256("\n".join(train).encode()).hexdigest(),
-        "labels": f"VOC SegmentationClass; where it has none, {extra}",
-    }
+    """Refuses what can't be found now, rather than after minutes of writing."""
+    for name in names:
+        if name not in images:
+            raise InputError(
+                f"{voc} has no image JPEGImages/{name}.jpg: is the archive whole, and "
+                "the id right?"
+            )
+        if name not in labels:
+            raise InputError(
+                f"no mask of {name}: neither SegmentationClass/{name}.png in {voc} nor "
+                "one of SBD's or the given masks; take it off the list or add its mask"
+            )
 
 
 def _other_masks(
-    sbd: str | Path | None, masks: str | Path | None, stack: ExitStack
-) -> tuple[dict[str, Member], frozenset[str]]:
+    archives: Mapping[str, Archive],
+) -> tuple[dict[str, Member], Iterable[str]]:
     """Returns the masks for images that VOC hasn't segmented, and what a pool may add.
 
     That are the images of SBD's two lists, or those of all given masks.
     """
-    if sbd is None and masks is None:
-        raise InputError("give SBD's benchmark.tgz or a folder or archive of masks")
-    members: dict[str, Member] = {}
-    candidates: frozenset[str] = frozenset()
-    if sbd is not None:
-        archive = stack.enter_context(open_archive(sbd, _is_sbd))
-        members, candidates = archive.by_stem("", ".mat"), _sbd_ids(archive)
-    if masks is not None:
-        ready = stack.enter_context(open_archive(masks, lambda n: n.endswith(".png")))
-        members = ready.by_stem("", ".png")
-    return members, candidates or frozenset(members)
-
-
-def _is_sbd(member: str) -> bool:
-    return SBD_WANTED.fullmatch(member) is not None
-
-
-def _sbd_ids(archive: Archive) -> frozenset[str]:
-    root = _root(archive, SBD_LIST, "SBD")
-    lists = (_list(archive, f"{root}dataset/{half}.txt") for half in ("train", "val"))
-    return frozenset().union(*lists)
+    masks, listed = {}, set()
+    if "sbd" in archives:
+        sbd = archives["sbd"]
+        root = _root(sbd, SBD_LIST, "SBD") + "dataset/"
+        listed.update(*(_ids(sbd[f"{root}{half}.txt"]) for half in ("train", "val")))
+        masks = _by_stem(sbd, f"{root}cls/", ".mat")
+    if "masks" in archives:
+        masks = _by_stem(archives["masks"], "", ".png")
+    return masks, listed or masks
 
 
 def _root(archive: Archive, member: str, what: str) -> str:
     """Returns what stands before `member` in the archive's paths, "" or "folder/"."""
-    found = [n for n in archive if f"/{n}".endswith(f"/{member}")]
+    found = [path for path in archive if f"/{path}".endswith(f"/{member}")]
     if len(found) == 1:
         return found[0].removesuffix(member)
     many = "no" if not found else f"{len(found)} times"
@@ -233,19 +214,26 @@ def _root(archive: Archive, member: str, what: str) -> str:
     )
 
 
-def _list(archive: Archive, member: str) -> Ids:
-    return tuple(archive[member].decode("utf-8-sig", "replace").split())
+def _by_stem(archive: Archive, start: str, ending: str) -> dict[str, Member]:
+    """Returns the members of a start and an ending, by their names without ending."""
+    return unique(
+        (PurePosixPath(path).stem, member)
+        for path, member in archive.items()
+        if path.startswith(start) and path.endswith(ending)
+    )
+
+
+def _ids(file: Member) -> Ids:
+    return tuple(file.read().decode("utf-8-sig", "replace").split())
 
 
 def _read_mask(mask: Member) -> UInt8[np.ndarray, "h w"]:
     """Returns the label map of a PNG, or of a .mat file of SBD: GTcls.Segmentation."""
     data, where = mask.read(), str(mask)
-    if not mask.name.endswith(".mat"):
+    if not mask.path.endswith(".mat"):
         return read_label(BytesIO(data), name=where)
     try:
-        truth: Mapping[str, Any] = scipy.io.loadmat(
-            BytesIO(data), variable_names="GTcls"
-        )
+        truth: Any = scipy.io.loadmat(BytesIO(data), variable_names="GTcls")
         label = truth["GTcls"]["Segmentation"][0, 0]
     except Exception as error:  # scipy raises a dozen types on damaged files.
         reason = " ".join(str(error).split()) or type(error).__name__
