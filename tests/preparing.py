@@ -1,5 +1,6 @@
 """What the tests of `qpenet prepare` share: archives, facts, refusals."""
 
+import hashlib
 import io
 import json
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.data.sources.prepared import Prepared
 
 Files = dict[str, bytes]
 
@@ -58,10 +61,30 @@ def pixels_of_classes(label: np.ndarray, classes: int) -> np.ndarray:
     return np.bincount(label.ravel(), minlength=256)[1 : classes + 1]
 
 
-def refusal(prepare: Callable[..., Path], *given, out: Path, **options) -> str:
-    """Return the one line that stops preparing, which leaves no data set behind."""
-    with pytest.raises(InputError) as error:
+def check_split(
+    folder: Path, split: str, labels: dict[str, np.ndarray], images: Files
+) -> Prepared:
+    """Compare a split with its labels and image files, its hash with the documented."""
+    data, total = Prepared(folder, split), hashlib.sha256()
+    assert data.names == tuple(labels)
+    for index, (name, label) in enumerate(labels.items()):
+        np.testing.assert_array_equal(data.label(index), label)
+        pixels = pixels_of_classes(label, len(data.classes))
+        np.testing.assert_array_equal(data.counts[index], pixels)
+        with Image.open(io.BytesIO(images[name])) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        np.testing.assert_array_equal(data.image(index), np.array(upright))
+        photo = hashlib.sha256(images[name]).hexdigest()
+        drawn = hashlib.sha256(label.tobytes()).hexdigest()
+        total.update(f"{name}\n{photo}\n{drawn} {label.shape}\n".encode())
+        assert data.photos[index] == photo[:16]
+    assert data.content == total.hexdigest()
+    return data
+
+
+def refused(message: str, prepare: Callable[..., Path], *given, out: Path, **options):
+    """Check the one line that stops preparing, which leaves no data set behind."""
+    with pytest.raises(InputError, match=message) as error:
         prepare(*given, out=out, **options)
     assert "\n" not in str(error.value)
     assert not list(out.glob("*/*/1.0.0*"))
-    return str(error.value)

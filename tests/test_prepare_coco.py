@@ -3,7 +3,6 @@ import functools
 import hashlib
 import json
 import math
-import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import SHARED_DATA
 from PIL import Image
-from preparing import facts, pack, pixels_of_classes, refusal
+from preparing import check_split, facts, pack, pixels_of_classes, refused
 from pycocotools import mask as rle
 
 from qpenet_jax.core.errors import InputError
@@ -113,30 +112,18 @@ def prepare(root: Path, out: Path) -> Path:
     return prepare_coco([root / "val2014"], [root / "instances_val2014.json"], out)
 
 
-def refused(root: Path, tmp_path: Path, message: str) -> None:
-    found = refusal(functools.partial(prepare, root), out=tmp_path / "out")
-    assert re.search(message, found), found
-
-
-def check(data: Prepared, split: str = "val") -> None:
+def check(folder: Path, images: Path, split: str) -> None:
     """Compare a data set with CONTENT's label maps painted by hand."""
-    assert data.classes == COCO_CLASSES
-    expected = expected_labels()
-    assert data.names == tuple(name.replace("val", split) for name in expected)
-    for index, label in enumerate(expected.values()):
-        np.testing.assert_array_equal(data.label(index), label)
-        np.testing.assert_array_equal(data.counts[index], pixels_of_classes(label, 80))
+    labels = {n.replace("val", split): x for n, x in expected_labels().items()}
+    files = {name: (images / f"{name}.jpg").read_bytes() for name in labels}
+    assert check_split(folder, split, labels, files).classes == COCO_CLASSES
 
 
 def test_labels_order_names_and_facts(root, tmp_path, capfd):
     folder = prepare(root, tmp_path / "out")
     assert capfd.readouterr().out == ""
     assert folder == tmp_path / "out" / "coco20i" / "2014" / "1.0.0"
-    data = Prepared(folder, "val")
-    check(data)
-    for name, photo in zip(data.names, data.photos, strict=True):
-        stored = hashlib.sha256((root / "val2014" / f"{name}.jpg").read_bytes())
-        assert photo == stored.hexdigest()[:16]
+    check(folder, root / "val2014", "val")
     sha = hashlib.sha256((root / "instances_val2014.json").read_bytes()).hexdigest()
     found = facts(folder)
     assert found["annotations"] == [{"name": "instances_val2014.json", "sha256": sha}]
@@ -167,25 +154,28 @@ def test_compressed_runs_and_polygons_that_enclose_nothing(root):
         np.testing.assert_array_equal(instances.label(name), label)
 
 
-@pytest.mark.parametrize("packed", ["folder", "zip"])
+@pytest.mark.parametrize("packed", [False, True])
 def test_two_splits_from_nested_folders_or_zips(root, tmp_path, packed):
-    for image in ("42", "07", "03"):
-        name = f"0000000000{image}.jpg"
-        source = root / "val2014" / f"COCO_val2014_{name}"
-        source.with_name(f"COCO_train2014_{name}").write_bytes(source.read_bytes())
-    text = json.dumps(CONTENT).replace("COCO_val", "COCO_train")
-    save(root, json.loads(text), "instances_train2014.json")
-    images = root
-    if packed == "zip":
-        paths = (root / "val2014").iterdir()
-        content = {f"some/where/{path.name}": path.read_bytes() for path in paths}
-        images = pack(tmp_path / "all.zip", content)
-    annotations = [root / f"instances_{split}2014.json" for split in ("val", "train")]
+    """Zips of annotations, as `--download` fetches them, are unpacked."""
+    for path in sorted((root / "val2014").iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("val", "train")))
+    content = json.dumps(CONTENT)
+    for split in ("train", "val"):
+        path = root / f"instances_{split}2014.json"
+        path.write_text(content.replace("COCO_val", f"COCO_{split}"))
+    images, annotations = root, [*root.glob("*.json")]
+    if packed:
+        photos = {f"a/b/{p.name}": p.read_bytes() for p in root.glob("val2014/*")}
+        images = pack(tmp_path / "all.zip", photos)
+        files = {f"annotations/{p.name}": p.read_bytes() for p in annotations}
+        other = {"annotations/captions_val2014.json": b"{}"}
+        annotations = unpack_annotations(pack(tmp_path / "x.zip", files | other))
+        assert annotations == [tmp_path / name for name in sorted(files)]
     folder = prepare_coco([images], annotations, tmp_path / "out")
     for split in ("train", "val"):
-        check(Prepared(folder, split), split)
+        check(folder, root / "val2014", split)
     archives = facts(folder)["archives"]
-    assert [a["name"] for a in archives] == (["all.zip"] if packed == "zip" else [])
+    assert [a["name"] for a in archives] == (["all.zip"] if packed else [])
 
 
 # --- What can be wrong, each said in one line ---
@@ -203,14 +193,15 @@ def changed(content: dict, path: str, value) -> dict:
     return content
 
 
+MISSING = ("images", "annotations", "categories", "images.0.file_name")
+MISSING += ("images.0.height",)
+MISSING += tuple(f"annotations.0.{k}" for k in ("image_id", "category_id", "iscrowd"))
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("images", None, r"isn't an instances file .*no 'images' in it"),
-        ("annotations", None, r"no 'annotations' in it"),
-        ("categories", None, r"no 'categories' in it"),
-        ("images.0.file_name", None, r"no 'file_name' in it"),
-        ("images.0.height", None, r"no 'height' in it"),
+        *((p, None, rf"no '{p.rpartition('.')[2]}' in it") for p in MISSING),
         ("images.0.width", "wide", r"has height 40 and width 'wide'; correct them"),
         ("images.0.width", 1e400, r"isn't an .*Infinity is no number"),
         ("images.0.width", 10**9, r"height 40 and width 1000000000; correct"),
@@ -220,9 +211,6 @@ def changed(content: dict, path: str, value) -> dict:
         ("annotations.1.id", 1, r"two annotations have the id 1; give each its own"),
         ("categories.1.id", 90, r"two categories have the id 90; give each"),
         ("annotations.0.iscrowd", "0", r"annotation 1 has the iscrowd '0', which"),
-        ("annotations.0.image_id", None, r"no 'image_id' in it"),
-        ("annotations.0.category_id", None, r"no 'category_id' in it"),
-        ("annotations.0.iscrowd", None, r"no 'iscrowd' in it"),
         ("annotations.0.segmentation", None, r"annotation 1 of .*42.*\(no 'segment"),
         ("annotations.0.segmentation", [], r"annotation 1 of COCO_val.* can't be dr"),
         ("annotations.0.segmentation", [["a"] * 6], r"annotation 1 .* can't be drawn"),
@@ -260,7 +248,7 @@ def changed(content: dict, path: str, value) -> dict:
 )
 def test_what_can_be_wrong_in_the_file(root, tmp_path, path, value, message):
     save(root, changed(CONTENT, path, value))
-    refused(root, tmp_path, rf"instances_val2014\.json.*{message}")
+    refused(rf"val2014\.json.*{message}", prepare, root, out=tmp_path / "out")
 
 
 BROKEN = (
@@ -276,7 +264,8 @@ BROKEN = (
 @pytest.mark.parametrize("text", BROKEN)
 def test_broken_json(root, tmp_path, text):
     (root / "instances_val2014.json").write_text(text)
-    refused(root, tmp_path, r"val2014\.json isn't an instances file of")
+    message = r"val2014\.json isn't an instances file of"
+    refused(message, prepare, root, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -293,58 +282,44 @@ def test_broken_json(root, tmp_path, text):
     ],
 )
 def test_names_of_annotation_files(tmp_path, names, message):
-    with pytest.raises(InputError, match=message):
-        prepare_coco([tmp_path], [tmp_path / name for name in names], tmp_path / "out")
+    paths = [tmp_path / name for name in names]
+    refused(message, prepare_coco, [tmp_path], paths, out=tmp_path / "out")
 
 
 JPEG3, JPEG9 = (f"COCO_val2014_{n:012d}.jpg" for n in (3, 9))
 
 
-def test_missing_images_and_files(root, tmp_path):
-    annotations = [root / "instances_val2014.json"]
-    out = tmp_path / "out"
-    (root / "val2014" / JPEG9).unlink()  # only a crowd
+def test_images_that_are_missing_broken_or_there_twice(root, tmp_path):
+    folder, annotations = root / "val2014", [root / "instances_val2014.json"]
+    refuse = functools.partial(refused, out=tmp_path / "out")
+    (folder / JPEG9).unlink()  # only a crowd
     prepare(root, tmp_path / "whole")
-    for images, message in (
-        ([root / "nowhere"], "nowhere: no such"),
-        ([], "in no folder (3 of 3 are missing)"),
-    ):
-        assert message in refusal(prepare_coco, images, annotations, out=out)
-    path = root / "val2014" / JPEG3
-    whole = path.read_bytes()
-    Image.new("RGB", (30, 49)).save(path)
-    refused(root, tmp_path, rf"instances_val2014\.json: {JPEG3}: .* 30x50 .* of 30x49")
-    path.write_bytes(whole[:300])
-    refused(root, tmp_path, rf"{JPEG3}: (broken|not an) image")
-    path.unlink()
-    refused(root, tmp_path, rf"no image {JPEG3} in .*val2014 \(1 of 3 are missing\)")
+    refuse("nowhere: no such", prepare_coco, [root / "nowhere"], annotations)
+    message = r"in no folder \(3 of 3 are missing\)"
+    refuse(message, prepare_coco, [], annotations)
+    whole = (folder / JPEG3).read_bytes()
+    Image.new("RGB", (30, 49)).save(folder / JPEG3)
+    refuse(rf"_val2014\.json: {JPEG3}: .* 30x50 .* of 30x49", prepare, root)
+    for end, message in ((300, "not an image"), (-200, "broken image")):
+        (folder / JPEG3).write_bytes(whole[:end])
+        refuse(f"{JPEG3}: {message}", prepare, root)
+    (folder / JPEG3).unlink()
+    message = rf"no image {JPEG3} in .*val2014 \(1 of 3 are missing\)"
+    refuse(message, prepare, root)
+    shutil.copytree(folder, root / "small")
+    message = r"(COCO_val2014_0+\d+\.jpg).*\1 share a name"
+    refuse(message, prepare_coco, [root], annotations)
     annotations[0].unlink()
-    refused(root, tmp_path, r"val2014\.json: no such file")
+    refuse(r"val2014\.json: no such file", prepare, root)
 
 
-def test_images_in_both_splits_and_of_one_name_are_refused(root, tmp_path):
+def test_an_image_in_both_splits_is_refused(root, tmp_path):
     save(root, CONTENT, "instances_train2014.json")
     annotations = [root / f"instances_{split}2014.json" for split in ("train", "val")]
+    message = r"image COCO_val2014_0+42 is listed for train and for val"
     given = [root / "val2014"], annotations
-    found = refusal(prepare_coco, *given, out=tmp_path / "out")
-    assert re.search(r"image COCO_val2014_0+42 is listed for train and for val", found)
+    refused(message, prepare_coco, *given, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    shutil.copytree(root / "val2014", root / "small")
-    found = refusal(prepare_coco, [root], annotations[1:], out=tmp_path / "out")
-    assert re.search(r"(COCO_val2014_0+\d+\.jpg).*\1 share a name", found)
-
-
-def test_annotations_are_unpacked_and_zips_of_images_are_not(root, tmp_path):
-    """What `--download` fetches; how: test_download."""
-    content = json.dumps(CONTENT).encode()
-    members = [f"annotations/instances_{split}2014.json" for split in ("train", "val")]
-    other = {"annotations/captions_val2014.json": b"{}"}
-    path = pack(tmp_path / "x.zip", dict.fromkeys(members, content) | other)
-    unpacked = unpack_annotations(path)
-    assert unpacked == [tmp_path / member for member in members]
-    photos = {f"val2014/{p.name}": p.read_bytes() for p in (root / "val2014").iterdir()}
-    images = pack(tmp_path / "val2014.zip", photos)
-    check(Prepared(prepare_coco([images], unpacked[1:], tmp_path / "out"), "val"))
 
 
 # --- Real COCO images and annotations ---

@@ -15,17 +15,17 @@ import pytest
 import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
+from preparing import check_split, refused
 from tensorflow_datasets.core import shuffle
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
-from qpenet_jax.data.images import encode_mask, read_image
+from qpenet_jax.data.images import encode_mask
 from qpenet_jax.data.prepare import builder
 from qpenet_jax.data.prepare.builder import (
     LabelledImage,
     SegmentationBuilder,
     Source,
-    check_example,
     check_user,
     prepare,
 )
@@ -97,15 +97,9 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def check_whole(folder: Path, images: dict[str, bytes]) -> None:
-    data = Prepared(folder, "train")
-    assert data.names == tuple(images)
-    for index, name in enumerate(images):
-        np.testing.assert_array_equal(data.label(index), label_of(name))
-        image = read_image(io.BytesIO(images[name]))
-        np.testing.assert_array_equal(data.image(index), image)
-        pixels = [(label_of(name) == value).sum() for value in (1, 2)]
-        assert data.counts[index].tolist() == pixels
-    assert Prepared(folder, "val").names == tuple(val_names(images))
+    check_split(folder, "train", {name: label_of(name) for name in images}, images)
+    val = {name: images[name.removeprefix("val ")] for name in val_names(images)}
+    check_split(folder, "val", {name: label_of(name) for name in val}, val)
 
 
 def test_read_as_written(tiny):
@@ -215,16 +209,6 @@ def test_interrupted_leaves_nothing(error, tmp_path):
     assert list((tmp_path / "tiny/main").iterdir()) == []
 
 
-def test_finished_one_is_kept_unless_made_in_another_way(tiny, capfd):
-    out, before = tiny.parents[2], (tiny / "metadata.json").stat().st_mtime_ns
-    assert prepare(source(pictures()), out) == tiny
-    assert f"{tiny} is kept: it holds exactly these files" in capfd.readouterr().err
-    facts = {"rule": "some", "archives": {"a": "1"}, "new": (1, 2)}
-    with pytest.raises(InputError, match=r"main/1\.0\.0 was .* \(new, rule differ\)"):
-        prepare(source(pictures(), facts=facts), out)
-    assert (tiny / "metadata.json").stat().st_mtime_ns == before
-
-
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
@@ -238,8 +222,7 @@ def test_finished_one_is_kept_unless_made_in_another_way(tiny, capfd):
     ],
 )
 def test_bad_splits(splits, message, tmp_path):
-    with pytest.raises(InputError, match=message):
-        prepare(source(pictures(), splits=splits), tmp_path)
+    refused(message, prepare, source(pictures(), splits=splits), out=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -277,20 +260,6 @@ def test_tfds_is_silent(tmp_path, caplog, capfd):
     SegmentationBuilder(source(pictures(), config="other"), tmp_path)
     assert "custom data configuration" in caplog.text
     logging.set_verbosity(before)
-
-
-def test_check_example_names_image_and_label():
-    label = label_of("png")
-    png = LabelledImage("a", pictures()["png"], label, "a.zip: 1.png", "b.zip: 2.png")
-    counts = check_example(png, classes=2)
-    assert counts.tolist() == [(label == 1).sum(), (label == 2).sum()]
-    for change, classes, message in (
-        ({}, 1, r"^b\.zip: 2\.png: label value 2 is no class"),
-        ({"label": label[:, :39]}, 2, r"^b\.zip: 2\.png: mask of 39x30 pixels"),
-        ({"image": png.image[:-200]}, 2, r"^a\.zip: 1\.png: broken image"),
-    ):
-        with pytest.raises(InputError, match=message):
-            check_example(png._replace(**change), classes)
 
 
 def test_a_user_without_a_name_is_one_line(tmp_path):
