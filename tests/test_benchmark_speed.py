@@ -1,6 +1,7 @@
 """The benchmark at tiny sizes: what it counts, compares, refuses, reports."""
 
 import dataclasses
+import itertools
 import json
 import time
 
@@ -10,13 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qpenet_jax.benchmark import jax_side, runtimes, speed
-from qpenet_jax.benchmark.flop import flop
-from qpenet_jax.benchmark.jax_side import Candidate
+from qpenet_jax.benchmark import jax_side, prediction_speed, speed
+from qpenet_jax.benchmark.jax_side import Candidate, flop, step_flop
 from qpenet_jax.benchmark.made_up import SHARES, made_up_episodes
-from qpenet_jax.benchmark.processes import run_case
 from qpenet_jax.benchmark.settings import Case, Settings
-from qpenet_jax.benchmark.speed_report import bar_chart, benchmark_report
 from qpenet_jax.benchmark.timing import ROUNDS, differences_between, measure
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
@@ -114,9 +112,7 @@ def test_flop_of_resnet50():
     products += bottleneck(b, 256, 128, 1, a) + 3 * bottleneck(b, 512, 128)
     products += bottleneck(b, 512, 256, 1) + 5 * bottleneck(b, 1024, 256)
     case = Case("backbone")
-    inputs = jax_side.random_weights(case), made_up_episodes(case)
-    arguments = jax_side.inputs_of(case, *inputs)
-    found = flop(jax.make_jaxpr(jax_side.step_of(case))(*arguments))
+    found = step_flop(case, jax_side.random_weights(case), made_up_episodes(case))
     assert found == 2 * (2 * products)  # two images, two operations a product
 
 
@@ -139,42 +135,32 @@ def test_made_up_episodes():
         assert 0.7 * low < share < 1.1 * high
 
 
-class Clock:
-    """A clock that goes on by `tick` when it is read, and by what `wait` is given."""
-
-    def __init__(self, tick=0.0):
-        self.now, self.tick = 0.0, tick
-
-    def __call__(self):
-        self.now += self.tick
-        return self.now
-
-    def wait(self, seconds):
-        self.now += seconds
-
-
 def test_candidates_take_turns():
-    clock, calls = Clock(), []
+    now, calls = 0.0, []
 
     def candidate(name, seconds):
-        return lambda: (calls.append(name), clock.wait(seconds))
+        def call():
+            nonlocal now
+            calls.append(name)
+            now += seconds
+
+        return call
 
     both = {"JAX": candidate("A", 0.25), "other": candidate("B", 0.5)}
-    rows = measure(both, clock=clock)
+    rows = measure(both, clock=lambda: now)
     assert "".join(calls) == "AB" * (1 + ROUNDS)  # one round warms up
     assert rows == [
         {"variant": "JAX", "ms": [250.0] * 3, "ratio": [1.0] * 3},
         {"variant": "other", "ms": [500.0] * 3, "ratio": [0.5] * 3},
     ]
     calls.clear()
-    measure({"A": candidate("A", 2.0), "B": candidate("B", 4.0)}, 60.0, clock)
+    measure({"A": candidate("A", 2.0), "B": candidate("B", 4.0)}, 60.0, lambda: now)
     assert "".join(calls) == "AB" * (1 + 10)  # 6 s each
 
 
 def test_short_steps_are_repeated():
-    calls = []
-    call = {"": lambda: calls.append(0)}
-    (row,) = measure(call, seconds=0.035, clock=Clock(tick=0.01))
+    calls, clock = [], itertools.count(0, 0.01).__next__
+    (row,) = measure({"": lambda: calls.append(0)}, seconds=0.035, clock=clock)
     assert len(calls) == 1 + ROUNDS * (1 + 4), "the first of a turn isn't timed"
     np.testing.assert_allclose(row["ms"], 10 / 4)
 
@@ -212,31 +198,34 @@ def test_variants_are_compared_and_a_failing_compiler_is_named():
         raise RuntimeError("no C++ compiler\nand much more")
 
     slow = Candidate(lambda: time.sleep(0.05), lambda result: margins(1.0))
-    at_once = Candidate(lambda: None, lambda result: margins(1.0))
-    makers = {"eager": lambda: slow, "compile": failing}
-    in_jax, eager, compiled = speed.compared_steps(EVAL, at_once, makers, 0.0)
+    both = {"JAX": Candidate(lambda: None, slow.numbers)}
+    in_jax, eager = speed.compared_steps(EVAL, both | {"eager": slow}, 0.0)
     assert (in_jax["variant"], in_jax["ratio"][1]) == ("JAX", 1)
     assert (eager["variant"], eager["margin"], eager["masks"]) == ("eager", 0, 0)
     assert eager["ms"][1] >= 50 > in_jax["ms"][1]
-    assert compiled["failed"] == "no C++ compiler"
-    assert compiled.keys() == {"step", "variant", "failed"}
+    broken = slow._replace(call=failing)
+    with pytest.raises(InputError, match=r"compile fails .* no C.*out with --variants"):
+        speed.compared_steps(EVAL, both | {"compile": broken}, 0.0)
     with pytest.raises(RuntimeError, match="no C"):
-        speed.compared_steps(EVAL, at_once, {"eager": failing}, 0.0)
-    other = Candidate(lambda: None, lambda result: margins(1.1))
+        speed.compared_steps(EVAL, both | {"eager": broken}, 0.0)
+    other = slow._replace(numbers=lambda result: margins(1.1))
     with pytest.raises(InputError, match="margin of JAX and compile differ by"):
-        speed.compared_steps(EVAL, at_once, {"compile": lambda: other}, 0.0)
+        speed.compared_steps(EVAL, both | {"compile": other}, 0.0)
 
 
 @pytest.mark.slow
-def test_a_case_in_a_process_of_its_own(tmp_path):
+def test_a_case_in_processes_of_its_own():
     before = time.time()
-    found = run_case(BACKBONE, "JAX", "", str(tmp_path))
-    assert found.keys() == {"start, s", "MiB", "imports, MiB"}
-    assert 0 < found["start, s"] < time.time() - before
-    assert 20 < found["imports, MiB"] < found["MiB"] < 4000
+    settings = Settings(seconds=0.0)
+    for name, row in zip(
+        ("JAX", "JAX, cached"), speed.process_rows(BACKBONE, settings), strict=True
+    ):
+        assert (row["step"], row["variant"]) == (str(BACKBONE), name)
+        assert 0 < row["start, s"] < time.time() - before
+        assert 20 < row["imports, MiB"] < row["MiB"] < 4000
     unknown = dataclasses.replace(BACKBONE, backbone="nowhere")
-    with pytest.raises(InputError, match=r"benchmark\.processes failed: .*nowhere"):
-        run_case(unknown, "JAX", "", str(tmp_path))
+    with pytest.raises(InputError, match=r"benchmark\.jax_side failed: .*nowhere"):
+        speed.process_rows(unknown, settings)
 
 
 # --- the whole --------------------------------------------------------------------
@@ -273,11 +262,11 @@ def test_markdown_of_known_numbers():
     header = ["step", "variant", "ms", "GFLOP", "failed"]
     parts = ["cpu: A CPU; cores: 2.", "Time of one step.", table(header, cells, True)]
     others = table(["shots", "ratio", "what"], [["5", "0.123", "-"]], True)
-    assert benchmark_report(RESULT) == "\n\n".join([*parts, "Others.", others])
+    assert speed.benchmark_report(RESULT) == "\n\n".join([*parts, "Others.", others])
 
 
 def test_chart_of_known_numbers(tmp_path):
-    assert bar_chart(RESULT, tmp_path / "chart.png")
+    assert speed.bar_chart(RESULT, tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     lengths = [
@@ -285,7 +274,7 @@ def test_chart_of_known_numbers(tmp_path):
         for colour in ((213, 94, 0), (0, 114, 178))
     ]
     assert lengths[0] / lengths[1] == pytest.approx(0.8, abs=0.02)
-    assert not bar_chart({"facts": {}, "tables": []}, tmp_path / "none.png")
+    assert not speed.bar_chart({"facts": {}, "tables": []}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -301,7 +290,6 @@ def test_chart_of_known_numbers(tmp_path):
         ({"workers": (-1,)}, "--workers -1: give 0 or more"),
         ({"photos": 0}, "--photos 0: give 1 or more"),
         ({"seconds": -1.0}, "--seconds -1.0: give 0 or more"),
-        ({"variants": ()}, "--variants is empty: give one value or more"),
         ({"size": 64}, "side=64 must be 8 n"),
         ({"backbone": "vgg16"}, "unknown backbone 'vgg16'"),
         ({"against": "tensorflow"}, "choose torch"),
@@ -335,7 +323,7 @@ def test_the_command_writes_tables_numbers_and_chart(tmp_path, capsys):
         assert row["% of peak"] > 0
     one, two = (row["GFLOP"] for row in steps["rows"])
     assert two == pytest.approx(1.5 * one)
-    page = benchmark_report(result) + "\n"
+    page = speed.benchmark_report(result) + "\n"
     assert files["benchmark.md"].read_text() == page == capsys.readouterr().out
 
 
@@ -376,7 +364,7 @@ def test_against_the_twin(torch_side, backbone, what):
     variants = ("eager", "channels_last")
     options = {"network": NETWORK, "against": "torch", "variants": variants}
     settings = Settings(what=what, backbone=backbone, **SMALL, **options)
-    (one,) = speed.step_tables(settings, new_processes=False)
+    one = next(speed.step_tables(settings))
     assert json.loads(json.dumps(one.rows)) == one.rows
     assert [row["variant"] for row in one.rows] == len(what) * ["JAX", *variants]
     numbers = {"eval": {"margin", "masks"}, "train": {"loss", "gradient"}}
@@ -405,11 +393,12 @@ def test_a_changed_weight_is_refused(torch_side, part):
     weights, episodes = torch_side.random_weights(EVAL), made_up_episodes(EVAL)
     changed = jax.tree.map(lambda x: 1.2 * x, getattr(weights, part))
     weights = weights._replace(**{part: changed})
-    in_jax = jax_side.jax_candidate(EVAL, weights, episodes)
-    twins = torch_side.torch_candidate(EVAL, "eager", "cpu", episodes)
-    numbers = speed.first_numbers(in_jax), speed.first_numbers(twins)
+    both = {
+        "JAX": jax_side.jax_candidate(EVAL, weights, episodes),
+        "eager": torch_side.torch_candidate(EVAL, "eager", "cpu", episodes),
+    }
     with pytest.raises(InputError, match="margin of JAX and eager differ by"):
-        differences_between(*numbers, EVAL, "eager")
+        speed.compared_steps(EVAL, both, 0.0)
 
 
 @pytest.mark.parity
@@ -417,9 +406,9 @@ def test_run_times_of_onnx_compute_the_same_and_are_timed():
     for package in ("onnxruntime", "jax2onnx"):
         pytest.importorskip(package, reason=f"no {package}: see docs/export.md")
     # OpenVINO sends statistics to its makers.
-    sessions = {"onnxruntime": runtimes.RUNTIMES["onnxruntime"]}
+    sessions = {"onnxruntime": prediction_speed.RUNTIMES["onnxruntime"]}
     case = Case("eval", backbone="efficientnet_lite0", size=33, network=NETWORK)
-    rows = runtimes.compare_runtimes(case, sessions, 0.0)
+    rows = prediction_speed.compare_runtimes(case, sessions, 0.0)
     found = [(row["part"], row["variant"]) for row in rows]
     both = ("JAX", "onnxruntime")
     parts = ("encode_query", "decode_1shot")
@@ -434,4 +423,4 @@ def test_run_times_of_onnx_compute_the_same_and_are_timed():
         return lambda inputs: {"margin": np.ones((1, 33, 33), np.float32)}
 
     with pytest.raises(InputError, match="margin of JAX and other differ by"):
-        runtimes.compare_runtimes(case, {"other": other}, 0.0)
+        prediction_speed.compare_runtimes(case, {"other": other}, 0.0)

@@ -13,7 +13,6 @@ from qpenet_jax.data.sources.prepared import Prepared
 from qpenet_jax.data.transforms import binary_mask, fit, fit_label
 
 PHOTOS, CLASSES = 64, 4
-
 NOISE, QUALITY = 16.0, (cv2.IMWRITE_JPEG_QUALITY, 90)
 """Noise, in grey levels, and JPEG quality: files of about 90 kB, VOC's have 115."""
 

@@ -53,7 +53,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure, and how long; `network` is that of `Case`.
+    """What to measure, and how long.
+
+    `network` is that of `Case`. The images of "protocol" and "data" are those of
+    `config`, a complete config; without one they are made up.
 
     Raises:
         InputError: a value that is unknown or too small.
@@ -65,13 +68,14 @@ class Settings:
         False, "measure the network that the authors released, not the paper's"
     )
     network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: Any = None
     what: Sequence[str] = option(("eval", "train"), f"any of {', '.join(WHAT)}")
     shots: Sequence[int] = option((1,), "numbers of support images", least=1)
     batch: Sequence[int] = option((1, 4), "numbers of episodes in one step", least=1)
     dtype: Sequence[str] = option(
         ("float32",), "number formats: float32, tf32, bfloat16"
     )
-    against: str = option("", "also measure the same network in PyTorch")
+    against: str = option("", "also measure the same network in PyTorch: torch")
     variants: Sequence[str] = option(
         VARIANTS, "ways of running PyTorch; compile takes minutes"
     )
@@ -93,18 +97,13 @@ class Settings:
         from qpenet_jax.backbones.registry import backbone
         from qpenet_jax.data.transforms import check_side
 
-        for field in dataclasses.fields(self):
-            given, least = getattr(self, field.name), field.metadata.get("least")
-            if given == ():
-                raise InputError(f"--{field.name} is empty: give one value or more")
-            for value in given if isinstance(given, tuple) else (given,):
-                if least is not None and value < least:
-                    raise InputError(f"--{field.name} {value}: give {least} or more")
-        choices = {"what": WHAT, "dtype": DTYPES, "variants": VARIANTS}
-        for name, known in choices.items():
-            for value in getattr(self, name):
-                check_choice(f"--{name} ", value, known)
-        check_choice("--against ", self.against or "torch", ("torch",))
+        known = {"what": WHAT, "dtype": DTYPES, "variants": VARIANTS}
+        known["against"] = ("torch",)
+        for name, value, least in self._given():
+            if least is not None and value < least:
+                raise InputError(f"--{name} {value}: give {least} or more")
+            if name in known:
+                check_choice(f"--{name} ", value, known[name])
         check_side(self.size)
         backbone(self.backbone)
         if self.released and (self.against or "protocol" in self.what):
@@ -112,6 +111,14 @@ class Settings:
                 "--released is measured by itself, and in single steps: leave out "
                 "--against and protocol"
             )
+
+    def _given(self) -> Iterator[tuple[str, Any, int | None]]:
+        """Yields every value with the name of its field and the smallest allowed."""
+        for field in dataclasses.fields(self):
+            given, least = getattr(self, field.name), field.metadata.get("least")
+            for value in given if isinstance(given, tuple) else (given,):
+                if value != "":
+                    yield field.name, value, least
 
     def cases(self, steps: Sequence[str]) -> Iterator[Case]:
         """Yields these single steps at all sizes and in every dtype."""

@@ -1,19 +1,21 @@
 """Measure speed and memory, on request beside the PyTorch twin: `qpenet benchmark`.
 
-`benchmark` measures; speed_report.py shows its result.
+`benchmark` measures; the tables of single steps, the page and the chart are made here.
 """
 
 import dataclasses
 import datetime
-import functools
 import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,30 +24,29 @@ import numpy as np
 
 from qpenet_jax.backbones.precision import products
 from qpenet_jax.benchmark import jax_side
-from qpenet_jax.benchmark.evaluation_speed import evaluation_speed
-from qpenet_jax.benchmark.flop import flop
-from qpenet_jax.benchmark.jax_side import Candidate
-from qpenet_jax.benchmark.loading_speed import loading_speed
+from qpenet_jax.benchmark.episode_speed import evaluation_speed, loading_speed
+from qpenet_jax.benchmark.jax_side import Candidate, memory_plans, step_flop
 from qpenet_jax.benchmark.made_up import made_up_episodes
-from qpenet_jax.benchmark.memory_plans import memory_plans
-from qpenet_jax.benchmark.prediction_speed import prediction_speed
-from qpenet_jax.benchmark.processes import run_case
-from qpenet_jax.benchmark.runtimes import runtimes
+from qpenet_jax.benchmark.prediction_speed import prediction_speed, runtimes
 from qpenet_jax.benchmark.settings import STEPS, Case, Settings
-from qpenet_jax.benchmark.speed_report import Row, Table
-from qpenet_jax.benchmark.timing import differences_between, measure
+from qpenet_jax.benchmark.timing import (
+    Row,
+    Table,
+    differences_between,
+    measure,
+    run_module,
+)
 from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.markdown import table
 from qpenet_jax.core.runtime import keep_freed_memory, processor
-from qpenet_jax.runs.datasets import build_dataset
 
 PEAK_ROWS = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 """Rows of the square matrices whose product is the peak: some 0.1 s or less."""
 
 
-def benchmark(settings: Settings, config: Any | None = None) -> dict[str, Any]:
-    """Measures the settings' steps; returns numbers and strings alone, for JSON.
+def benchmark(settings: Settings) -> dict[str, Any]:
+    """Measures what the settings name; returns numbers and strings alone, for JSON.
 
-    The images of "protocol" and "data" are the config's; without one they are made up.
     As in training, the process keeps freed memory from then on.
 
     Raises:
@@ -58,21 +59,13 @@ def benchmark(settings: Settings, config: Any | None = None) -> dict[str, Any]:
     keep_freed_memory()
     if "tf32" in settings.dtype and jax.default_backend() != "gpu":
         raise InputError("--dtype tf32 needs an NVIDIA GPU: choose float32")
-    tables = []
-    if set(STEPS) & set(settings.what):
-        tables += step_tables(settings)
-    if "memory" in settings.what:
-        tables.append(memory_plans(settings))
-    if "protocol" in settings.what:
-        tables.append(evaluation_speed(settings, config))
-    if "runtimes" in settings.what:
-        tables.append(runtimes(settings))
-    if "predict" in settings.what:
-        tables += prediction_speed(settings)
-    if "data" in settings.what:
-        images = build_dataset(config, "train") if config else None
-        tables += loading_speed(settings, images)
-    return {"facts": _facts(settings), "tables": [each._asdict() for each in tables]}
+    tables = [
+        each._asdict()
+        for names, measured in TABLES.items()
+        if set(names) & set(settings.what)
+        for each in measured(settings)
+    ]
+    return {"facts": _facts(settings), "tables": tables}
 
 
 def _facts(given: Settings) -> dict[str, Any]:
@@ -111,53 +104,81 @@ PROCESSES = (
 )
 
 
-def step_tables(settings: Settings, new_processes: bool = True) -> list[Table]:
-    """Returns the tables of single steps: in this process, and in new ones if wanted.
+def step_tables(settings: Settings) -> Iterator[Table]:
+    """Yields the table of steps in this process, then of those in new processes.
 
     The backbone alone is measured in this process only.
     """
-    torch_side, device = _torch_side(settings) if settings.against else (None, "")
-    peaks = {dtype: _peak(dtype) for dtype in settings.dtype}
-    measured, started = [], []
-    for case in settings.cases([step for step in STEPS if step in settings.what]):
-        rows = _step_rows(case, settings, torch_side, device)
-        for row in (each for each in rows if "ms" in each):
-            rate = row["GFLOP"] / row["ms"][1] * 1e3
-            row |= {"GFLOP/s": rate, "% of peak": 1e11 * rate / peaks[case.dtype]}
-        measured += rows
-        gc.collect()  # the next case, or a process of its own, may need the memory
-        if new_processes and case.what != "backbone":
-            variants = [row["variant"] for row in rows if "ms" in row]
-            started += _process_rows(case, variants, device)
-    tables = [Table(CAPTION, measured)]
-    return tables + ([Table(PROCESSES, started)] if started else [])
+    cases = [*settings.cases([step for step in STEPS if step in settings.what])]
+    yield Table(CAPTION, [r for case in cases for r in step_rows(case, settings)])
+    trained = [case for case in cases if case.what != "backbone"]
+    if trained:
+        gc.collect()  # the processes may need the memory
+        rows = [r for case in trained for r in process_rows(case, settings)]
+        yield Table(PROCESSES, rows)
 
 
-def _step_rows(
-    case: Case, settings: Settings, torch_side: Any, device: str
-) -> list[Row]:
-    """Returns the rows of JAX and, with `torch_side`, of PyTorch's variants."""
-    weights = (torch_side or jax_side).random_weights(case)
+def step_rows(case: Case, settings: Settings) -> list[Row]:
+    """Returns the rows of JAX and of the settings' variants of PyTorch."""
+    gc.collect()  # the case before may have left memory that this one needs
     episodes = made_up_episodes(case)
-    makers: dict[str, Callable[[], Candidate]] = {}
-    for variant in settings.variants if torch_side else ():
-        makers[variant] = functools.partial(
-            torch_side.torch_candidate, case, variant, device, episodes
-        )
-    single = dataclasses.replace(case, dtype="float32")
-    inputs = jax_side.inputs_of(single, weights, episodes)
-    count = flop(jax.make_jaxpr(jax_side.step_of(single))(*inputs))
+    if settings.against:
+        torch_side, device = _torch_side()
+        weights = torch_side.random_weights(case)
+        candidates = {
+            variant: torch_side.torch_candidate(case, variant, device, episodes)
+            for variant in settings.variants
+        }
+    else:
+        weights, candidates = jax_side.random_weights(case), {}
     in_jax = jax_side.jax_candidate(case, weights, episodes)
-    rows = compared_steps(case, in_jax, makers, settings.seconds)
-    return [row | {"GFLOP": count / 1e9} for row in rows]
+    rows = compared_steps(case, {"JAX": in_jax} | candidates, settings.seconds)
+    gflop, peak = step_flop(case, weights, episodes) / 1e9, _peak(case.dtype)
+    for row in rows:
+        rate = 1e3 * gflop / row["ms"][1]
+        row |= {"GFLOP": gflop, "GFLOP/s": rate, "% of peak": 1e2 * rate / peak}
+    return rows
 
 
-def _torch_side(settings: Settings) -> tuple[Any, str]:
+def compared_steps(
+    case: Case, candidates: Mapping[str, Candidate], seconds: float
+) -> list[Row]:
+    """Returns a row for each candidate; they take turns, and the first is JAX's.
+
+    Raises:
+        InputError: a candidate computes something different from JAX, or
+            torch.compile fails.
+    """
+    numbers = {
+        name: first_numbers(case, name, each) for name, each in candidates.items()
+    }
+    in_jax = numbers.pop("JAX")
+    differences = {
+        name: differences_between(in_jax, found, case, name)
+        for name, found in numbers.items()
+    }
+    calls = {name: each.call for name, each in candidates.items()}
+    return [
+        {"step": str(case)} | row | differences.get(row["variant"], {})
+        for row in measure(calls, seconds)
+    ]
+
+
+def first_numbers(case: Case, name: str, candidate: Candidate) -> dict[str, np.ndarray]:
+    """Does a candidate's first step and returns its numbers."""
+    try:
+        return candidate.numbers(candidate.call())
+    except Exception as error:  # of many types; it needs a C++ compiler, for example
+        if name != "compile":
+            raise
+        raise InputError(
+            f"torch.compile fails for {case}: {error}; leave it out with --variants"
+        ) from error
+
+
+def _torch_side() -> tuple[Any, str]:
     """Returns the module with the twin's steps, which imports PyTorch, and a device."""
-    packages = ["torch", "torchvision"]
-    if settings.backbone == "efficientnet_lite0":
-        packages.append("efficientnet_lite_pytorch")
-    for package in packages:
+    for package in ("torch", "torchvision", "efficientnet_lite_pytorch"):
         if importlib.util.find_spec(package) is None:
             raise InputError(
                 f"--against torch needs {package}, which isn't installed: run "
@@ -168,61 +189,90 @@ def _torch_side(settings: Settings) -> tuple[Any, str]:
 
 
 def _peak(dtype: str) -> float:
-    """Returns the FLOP/s of a product of two large square matrices."""
+    """Returns the GFLOP/s of a product of two large square matrices."""
     rows = PEAK_ROWS[jax.default_backend()]
     kind = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
     matrix, product = jnp.ones((rows, rows), kind), jax.jit(jnp.matmul)
     with products(dtype):
         (row,) = measure({"": lambda: product(matrix, matrix).block_until_ready()})
-    return 2e3 * rows**3 / row["ms"][0]
+    return 2e-6 * rows**3 / row["ms"][0]
 
 
-def compared_steps(
-    case: Case,
-    in_jax: Candidate,
-    makers: Mapping[str, Callable[[], Candidate]],
-    seconds: float,
-) -> list[Row]:
-    """Returns a row for JAX and for each variant of PyTorch, which take turns.
-
-    `makers` return the variants, each of which must compute the numbers of JAX.
-    torch.compile may fail; the reason is then in its row.
-
-    Raises:
-        InputError: a variant computes something different.
-    """
-    expected = first_numbers(in_jax)
-    calls, about = {"JAX": in_jax.call}, {"JAX": {}}
-    for variant, make in makers.items():
-        try:
-            candidate = make()
-            found = first_numbers(candidate)
-        except Exception as error:
-            if variant != "compile" or isinstance(error, InputError):
-                raise
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            about[variant] = {"failed": lines[0][:100]}
-            continue
-        about[variant] = differences_between(expected, found, case, variant)
-        calls[variant] = candidate.call
-    times = {row["variant"]: row for row in measure(calls, seconds)}
-    return [
-        {"step": str(case), "variant": variant} | times.get(variant, {}) | more
-        for variant, more in about.items()
-    ]
-
-
-def first_numbers(candidate: Candidate) -> dict[str, np.ndarray]:
-    """Does a candidate's first step and returns its numbers."""
-    return candidate.numbers(candidate.call())
-
-
-def _process_rows(case: Case, variants: Sequence[str], device: str) -> list[Row]:
+def process_rows(case: Case, settings: Settings) -> list[Row]:
     """Returns time to the first step and peak memory in new processes."""
-    names = {"JAX": "JAX", "JAX, cached": "JAX"} | {v: v for v in variants[1:]}
+    names, device = {"JAX": "JAX", "JAX, cached": "JAX"}, ""
+    if settings.against:
+        names |= {variant: variant for variant in settings.variants}
+        device = _torch_side()[1]
+    rows = []
     with tempfile.TemporaryDirectory() as cache:
-        return [
-            {"step": str(case), "variant": name}
-            | run_case(case, variant, device, cache)
-            for name, variant in names.items()
-        ]
+        for name, variant in names.items():
+            given = [dataclasses.asdict(case), variant, device, time.time()]
+            printed = run_module([jax_side.__name__, json.dumps(given)], cache)
+            row = json.loads(printed.splitlines()[-1])
+            rows.append({"step": str(case), "variant": name} | row)
+    return rows
+
+
+TABLES: dict[tuple[str, ...], Callable[[Settings], Iterable[Table]]] = {
+    STEPS: step_tables,
+    ("memory",): memory_plans,
+    ("protocol",): evaluation_speed,
+    ("runtimes",): runtimes,
+    ("predict",): prediction_speed,
+    ("data",): loading_speed,
+}
+"""What makes the tables of the settings' `what`."""
+
+# --- the report -------------------------------------------------------------------
+
+
+def benchmark_report(result: dict[str, Any]) -> str:
+    """Returns the result of `benchmark` as Markdown: the facts, then every table."""
+    facts = (f"{name}: {value}" for name, value in result["facts"].items())
+    parts = [f"{'; '.join(facts)}."]
+    for each in result["tables"]:
+        caption, rows = Table(**each)
+        headers = list(dict.fromkeys(header for row in rows for header in row))
+        cells = [[as_text(row.get(header)) for header in headers] for row in rows]
+        parts += [caption, table(headers, cells, numbers=True)]
+    return "\n\n".join(parts)
+
+
+def as_text(value: Any) -> str:
+    """Returns a cell's text: of quartiles the median with the others in brackets."""
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        low, median, high = map(as_text, value)
+        return f"{median} ({low}-{high})"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def bar_chart(result: dict[str, Any], path: str | Path) -> bool:
+    """Draws the time of every step as a bar and saves the chart as an image.
+
+    Returns whether there was anything to draw.
+    """
+    rows = [row for each in result["tables"] for row in each["rows"]]
+    rows = [row for row in rows if "step" in row and "ms" in row]
+    if rows:
+        # Matplotlib takes long to import, which the tables shouldn't.
+        from matplotlib.figure import Figure
+
+        figure = Figure((9.0, 1.2 + 0.4 * len(rows)), dpi=100, layout="constrained")
+        axes = figure.subplots()
+        names = [f"{row['step']}: {row['variant']}" for row in rows]
+        # Of Okabe and Ito, which colour-blind readers distinguish, too.
+        colours = ["#d55e00" if r["variant"] == "JAX" else "#0072b2" for r in rows]
+        medians = [row["ms"][1] for row in rows]
+        bars = axes.barh(names, medians, color=colours)
+        axes.bar_label(bars, [as_text(each) for each in medians], padding=6)
+        axes.set_title("Time of a step in ms, less is better")
+        axes.invert_yaxis()
+        axes.margins(x=0.2)  # room for the numbers
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path)
+    return bool(rows)

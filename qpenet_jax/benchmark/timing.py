@@ -1,17 +1,30 @@
 """How things are compared: in turns, in one process, once their results are equal."""
 
 import math
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from qpenet_jax.benchmark.settings import Case
-from qpenet_jax.benchmark.speed_report import Row
 from qpenet_jax.core.errors import InputError
+
+Row = dict[str, Any]
+"""Cells by the header of their column: text, a number, quartiles, or None."""
+
+
+class Table(NamedTuple):
+    """What was measured in the same way, and a sentence about it above the rows."""
+
+    caption: str
+    rows: list[Row]
+
 
 TURN = 1.0
 """Seconds that a turn lasts at least: short calls are repeated. The first call of a
@@ -63,6 +76,31 @@ def _seconds(call: Callable[[], Any], repeats: int, clock: Clock) -> float:
 def quartiles(values: Float[np.ndarray, "n"]) -> list[float]:
     """Returns the first, second and third quartile."""
     return np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+
+
+def run_module(words: Sequence[str], cache: str) -> str:
+    """Runs `python -m` with these words in a new process and returns what it printed.
+
+    The process takes its compilations from the folder `cache` and leaves them there.
+
+    Raises:
+        InputError: it failed, with its last line.
+    """
+    changed = {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "JAX_COMPILATION_CACHE_DIR": cache,
+    }
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **changed},
+    )
+    if done.returncode:
+        killed = "killed; out of memory? Give a smaller --size or --batch"
+        reasons = done.stderr.strip().splitlines() or [killed]
+        raise InputError(f"a process of {words[0]} failed: {reasons[-1]}")
+    return done.stdout
 
 
 # --- are the results equal? -------------------------------------------------------

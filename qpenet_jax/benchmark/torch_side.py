@@ -4,25 +4,19 @@ It needs the `[parity]` extra.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.flatten_util import ravel_pytree
 from torch import Tensor, nn
 
 from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.benchmark import twin
-from qpenet_jax.benchmark.jax_side import (
-    RATE,
-    STEPS,
-    Candidate,
-    Weights,
-    as_vector,
-    network_of,
-)
+from qpenet_jax.benchmark.jax_side import RATE, STEPS, Candidate, Weights, network_of
 from qpenet_jax.benchmark.settings import Case
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.runtime import peak_memory
@@ -30,10 +24,7 @@ from qpenet_jax.core.types import Episode
 
 
 def device_for(platform: str) -> str:
-    """Returns PyTorch's device for a platform of JAX.
-
-    Raises InputError if PyTorch has none.
-    """
+    """Returns PyTorch's device for a platform of JAX; InputError if it has none."""
     if platform == "cpu":
         return "cpu"
     if platform == "gpu" and torch.cuda.is_available():
@@ -49,6 +40,26 @@ def device_memory(device: str) -> int:
     return peak_memory() if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
+def random_weights(case: Case) -> Weights:
+    """Returns the weights that `torch_candidate` starts from."""
+    net, model = _networks(case)
+    tensors = {name: tensor.numpy() for name, tensor in net.net.state_dict().items()}
+    both = to_flax(case.backbone, tensors), twin.to_flax(model.state_dict())
+    return Weights(*jax.tree.map(jnp.asarray, both))
+
+
+def _networks(case: Case) -> tuple[twin.Backbone, twin.TorchQPENet]:
+    """Builds backbone and network, without dropout, with PyTorch's random weights."""
+    torch.manual_seed(0)
+    net, network = twin.backbone(case.backbone), network_of(case)
+    sizes = network.channels, network.heads, network.ffn_features
+    model = twin.TorchQPENet(net.channels, *sizes, network.shared_reducer)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.p = 0.0
+    return net, model.train(case.what == "train")
+
+
 def torch_candidate(
     case: Case, variant: str, device: str, episodes: Episode
 ) -> Candidate:
@@ -59,8 +70,7 @@ def torch_candidate(
     net, model = _networks(case)
     layout: Any = {} if variant == "eager" else {"memory_format": torch.channels_last}
     net, model = net.to(device, **layout), model.to(device, **layout)
-    tensors: Any = (place(x, variant, device) for x in episodes if x is not None)
-    batch = Episode(*tensors)
+    batch = Episode(*(place(array, variant, device) for array in episodes[:4]))
     if case.dtype == "bfloat16":
         net = net.bfloat16()
         model = model if case.what == "train" else model.bfloat16()
@@ -68,42 +78,17 @@ def torch_candidate(
         torch.compiler.reset()
         net.compile()
         model.compile()
-    step, numbers = _step(case, net, model, batch)
+    step = {"train": _train, "eval": _evaluate, "backbone": _features}[case.what]
+    candidate = step(net, model, batch)
 
     def call():
         with precision(case.dtype, device):
-            result = step()
+            result = candidate.call()
             if device == "cuda":
                 torch.cuda.synchronize()
         return result
 
-    return Candidate(call, numbers)
-
-
-def random_weights(case: Case) -> Weights:
-    """Returns the weights that `torch_candidate` starts from."""
-    net, model = _networks(case)
-    tensors = {name: tensor.numpy() for name, tensor in net.net.state_dict().items()}
-    frozen = jax.tree.map(jnp.asarray, to_flax(case.backbone, tensors))
-    return Weights(frozen, jax.tree.map(jnp.asarray, twin.to_flax(model.state_dict())))
-
-
-def _networks(case: Case) -> tuple[twin.Backbone, twin.TorchQPENet]:
-    """Builds backbone and network, without dropout, with PyTorch's random weights."""
-    torch.manual_seed(0)
-    net = twin.backbone(case.backbone)
-    network: Any = network_of(case)
-    model = twin.TorchQPENet(
-        net.channels,
-        network.channels,
-        network.heads,
-        network.ffn_features,
-        network.shared_reducer,
-    )
-    for module in model.modules():
-        if isinstance(module, nn.Dropout | nn.Dropout2d):
-            module.p = 0.0
-    return net, model.train(case.what == "train")
+    return candidate._replace(call=call)
 
 
 def place(array: np.ndarray, variant: str, device: str) -> Tensor:
@@ -120,42 +105,43 @@ def precision(dtype: str, device: str) -> Iterator[None]:
     fast = dtype == "tf32"
     torch.set_float32_matmul_precision("high" if fast else "highest")
     torch.backends.cudnn.allow_tf32 = fast
-    half = dtype == "bfloat16"
-    with torch.autocast(device, torch.bfloat16, enabled=half):
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
         yield
 
 
-def _step(
-    case: Case, net: twin.Backbone, model: twin.TorchQPENet, batch: Any
-) -> tuple[Callable[[], Any], Callable[[Any], dict[str, np.ndarray]]]:
-    """Returns a function that does a step, and one for the numbers of its result."""
-    if case.what == "train":
-        optimizer = twin.build_optimizer(model.parameters(), STEPS, RATE)
+def _train(net: twin.Backbone, model: twin.TorchQPENet, batch: Any) -> Candidate:
+    optimizer = twin.build_optimizer(model.parameters(), STEPS, RATE)
 
-        def numbers(result: Any) -> dict[str, np.ndarray]:
-            state, names = optimizer[0].state, model.named_parameters()
-            momentum = {name: state[p]["momentum_buffer"] for name, p in names}
-            gradient = as_vector(twin.to_flax(momentum))
-            return {"loss": _numpy(result["loss"]), "gradient": gradient}
+    def numbers(result: Any) -> dict[str, np.ndarray]:
+        state, names = optimizer[0].state, model.named_parameters()
+        momentum = {name: state[p]["momentum_buffer"] for name, p in names}
+        gradient, _ = ravel_pytree(twin.to_flax(momentum))
+        return {"loss": _numpy(result["loss"]), "gradient": np.asarray(gradient)}
 
-        return lambda: twin.train_step(model, net, optimizer, batch), numbers
+    return Candidate(lambda: twin.train_step(model, net, optimizer, batch), numbers)
 
+
+def _evaluate(net: twin.Backbone, model: twin.TorchQPENet, batch: Any) -> Candidate:
     b, k = batch.support_images.shape[:2]
-    # Supports and queries as one batch: fewer, larger convolutions.
-    images = torch.cat([batch.support_images.flatten(0, 1), batch.query_image])
-    if case.what == "backbone":
-        return lambda: twin.features(net, images), lambda maps: {
-            "features": _numpy(maps.movedim(1, -1))
-        }
+    features = _features(net, model, batch).call
 
     @torch.no_grad()
     def margin():
-        maps = twin.features(net, images)
+        maps = features()
         supports = maps[: b * k].unflatten(0, (b, k))
         logits, _ = model(supports, batch.support_masks, maps[b * k :])
         return logits[:, 1] - logits[:, 0]
 
-    return margin, lambda result: {"margin": _numpy(result)}
+    return Candidate(margin, lambda result: {"margin": _numpy(result)})
+
+
+def _features(net: twin.Backbone, model: twin.TorchQPENet, batch: Any) -> Candidate:
+    # Supports and queries as one batch: fewer, larger convolutions.
+    images = torch.cat([batch.support_images.flatten(0, 1), batch.query_image])
+    return Candidate(
+        lambda: twin.features(net, images),
+        lambda maps: {"features": _numpy(maps.movedim(1, -1))},
+    )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -6,20 +6,18 @@ tests and benchmark import it. Everything is NCHW, as PyTorch likes.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from qpenet_jax.backbones.torch_layout import listed
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import IGNORE, Array, Episode
+from qpenet_jax.core.types import IGNORE, Episode
 
 # --- the frozen backbones ---------------------------------------------------------
 
@@ -414,7 +412,7 @@ def train_step(
     return {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}
 
 
-# --- weights of the twin <-> parameters of the Flax network -----------------------
+# --- weights of the twin -> parameters of the Flax network ------------------------
 
 
 def _convs(twin: str, flax: str) -> dict[str, str]:
@@ -459,111 +457,25 @@ LAYERS = {
 """Layer of the twin -> module of the Flax network."""
 
 
-class Entry(NamedTuple):
-    """One tensor, by its name and shape in the twin and in the Flax network."""
-
-    twin: str
-    shape: tuple[int, ...]
-    flax: str
-    flax_shape: tuple[int, ...]
-
-
 def to_flax(state_dict: Mapping[str, Tensor]) -> PyTree[Float[np.ndarray, "..."]]:
     """Turns the twin's state_dict into the parameters of the Flax QPENet.
 
-    Missing, extra and misshapen tensors are one InputError that lists them all.
+    KeyError names a layer that the twin doesn't have.
     """
-    arrays = {k: v.detach().cpu().numpy() for k, v in state_dict.items()}
-    shapes = {k: v.shape for k, v in arrays.items()}
-    entries = _entries(
-        _get(shapes, "reduce_support.0.weight", (256, 1536, 1, 1))[1::-1],
-        _get(shapes, "cross.0.ffn.0.weight", (768, 256))[0],
-        shared_reducer="reduce_query.0.weight" not in shapes,
-    )
-    _check("the twin's state_dict", {e.twin: e.shape for e in entries}, shapes)
     flat = {}
-    for entry in entries:
-        array = arrays[entry.twin]
-        if array.ndim > 1:  # [o, i, (k, k)] -> [(k, k), i, o]
+    for name, tensor in state_dict.items():
+        layer, _, field = name.rpartition(".")
+        array = tensor.detach().cpu().numpy()
+        if field == "weight":
+            field = "kernel" if array.ndim > 1 else "scale"
+        if array.ndim > 1:  # [o, i, (k, k)] -> [(k, k), i, o], without 1 x 1 windows
             array = array.transpose(*range(2, array.ndim), 1, 0)
-        if entry.flax == "ffa/activate/kernel":
-            array = array[..., _activate_rows(entry.shape[0]), :]
-        flat[entry.flax] = np.ascontiguousarray(array).reshape(entry.flax_shape)
+            array = array.squeeze((0, 1)) if array.shape[:-2] == (1, 1) else array
+        if layer == "activate.0":  # Flax has the prototype of eq 15's inputs at the end
+            width = array.shape[-1]
+            maps = [2 * width, 2 * width + 1]
+            rows = [*range(width), *maps, *range(width, 2 * width)]
+            array = array[..., rows, :]
+        name = f"{LAYERS[layer]}/{field}" if layer else "gbc/P_global"
+        flat[name] = np.ascontiguousarray(array)
     return unflatten_dict(flat, sep="/")
-
-
-def from_flax(params: PyTree[Float[Array, "..."]]) -> dict[str, Tensor]:
-    """Turns parameters of the Flax QPENet into the twin's state_dict.
-
-    Missing, extra and misshapen arrays are one InputError that lists them all.
-    """
-    flat: dict = flatten_dict(params, sep="/")
-    arrays = {k: np.asarray(v) for k, v in flat.items()}
-    shapes = {k: v.shape for k, v in arrays.items()}
-    entries = _entries(
-        _get(shapes, "reduce_support/kernel", (1536, 256)),
-        _get(shapes, "ffa/cross1/ffn1/kernel", (256, 768))[1],
-        shared_reducer="reduce_query/kernel" not in shapes,
-    )
-    _check("Flax's QPENet", {e.flax: e.flax_shape for e in entries}, shapes)
-    state_dict = {}
-    for entry in entries:
-        array = arrays[entry.flax]
-        if entry.flax == "ffa/activate/kernel":
-            array = array[np.argsort(_activate_rows(entry.shape[0]))]
-        if array.ndim > 1:  # [(k, k), i, o] -> [o, i, (k, k)]
-            array = array.transpose(-1, -2, *range(array.ndim - 2))
-        state_dict[entry.twin] = torch.tensor(array.reshape(entry.shape))
-    return state_dict
-
-
-def _activate_rows(width: int) -> list[int]:
-    """Orders eq 15's inputs as Flax does, the prototype (one a row of c) at the end."""
-    return [*range(width), 2 * width, 2 * width + 1, *range(width, 2 * width)]
-
-
-def _entries(
-    reducer: tuple[int, ...], ffn: int, *, shared_reducer: bool
-) -> list[Entry]:
-    """Lists what a network of these sizes holds; `reducer` is (channels, width)."""
-    channels, width = reducer
-    with torch.device("meta"):  # shapes without memory
-        model = TorchQPENet(channels, width, 1, ffn, shared_reducer)
-    entries = []
-    for name, tensor in model.state_dict().items():
-        shape = tuple(tensor.shape)
-        window = () if shape[2:] == (1, 1) else shape[2:]
-        flax_shape = (*window, *shape[1::-1])
-        entries.append(Entry(name, shape, _flax_name(name, shape), flax_shape))
-    return entries
-
-
-def _flax_name(name: str, shape: tuple[int, ...]) -> str:
-    if name == "p_global":
-        return "gbc/P_global"
-    layer, _, field = name.rpartition(".")
-    if field == "weight":
-        field = "kernel" if len(shape) > 1 else "scale"
-    return f"{LAYERS[layer]}/{field}"
-
-
-def _get(shapes, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of a tensor, from which sizes are read, or `default`."""
-    shape = shapes.get(name, default)
-    return shape if len(shape) == len(default) else default
-
-
-def _check(what: str, expected: dict, found: dict) -> None:
-    """Raises one InputError with what does not fit: first names, and how many more."""
-    problems = {
-        "missing": [k for k in expected if k not in found],
-        "not known": [k for k in found if k not in expected],
-        "wrong shape": [
-            f"{k} {found[k]} instead of {shape}"
-            for k, shape in expected.items()
-            if found.get(k, shape) != shape
-        ],
-    }
-    lists = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
-    if lists:
-        raise InputError(f"these weights do not fit {what}: {'; '.join(lists)}")

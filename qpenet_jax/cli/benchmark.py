@@ -7,7 +7,6 @@ from typing import Any
 
 from qpenet_jax.benchmark.settings import WHAT, Settings
 from qpenet_jax.cli.options import add_overrides, add_path, names, numbers, path
-from qpenet_jax.core.choices import BACKBONES
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
 
@@ -19,9 +18,10 @@ OPTIONS = [field for field in dataclasses.fields(Settings) if "help" in field.me
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument(
-        "kinds",
+        "what",
         nargs="?",
         type=names,
+        default=argparse.SUPPRESS,
         metavar="WHAT",
         help=f"what to measure, separated by commas: {', '.join(WHAT)}; default: "
         "eval,train",
@@ -47,32 +47,29 @@ def _argument(field: dataclasses.Field) -> dict[str, Any]:
         return found | {"action": "store_true"}
     if isinstance(default, tuple):
         kind = numbers if isinstance(default[0], int) else names
-        shown = ",".join(map(str, default))
+        default = ",".join(map(str, default))
     else:
-        kind, shown = type(default) if default != "" else path, default
-    found["type"] = kind
-    if shown:
-        found["help"] = f"{text}; default: {shown}"
-    choices = {"backbone": BACKBONES, "against": ("torch",)}.get(field.name)
-    return found | ({"choices": choices} if choices else {"metavar": "VALUE"})
+        kind = path if default == "" else type(default)
+    if default:
+        found["help"] = f"{text}; default: {default}"
+    return found | {"type": kind, "metavar": "VALUE"}
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints the tables, and writes them if asked to."""
-    from qpenet_jax.benchmark.speed import benchmark
-    from qpenet_jax.benchmark.speed_report import bar_chart, benchmark_report
+    from qpenet_jax.benchmark.speed import bar_chart, benchmark, benchmark_report
     from qpenet_jax.core.files import write_whole
     from qpenet_jax.evaluation.report import write_json
     from qpenet_jax.runs.datasets import files_read
 
     given = {f.name: getattr(args, f.name) for f in OPTIONS if f.name in args}
-    settings = Settings(**given | ({"what": args.kinds} if args.kinds else {}))
     config = _config(args)
+    settings = Settings(**given, config=config)
     if args.out:
         results = [Path(args.out) / name for name in FILES]
         read = [Path(args.config), *files_read(config)] if config else []
         refuse_overwriting(results, read)
-    result = benchmark(settings, config)
+    result = benchmark(settings)
     text = benchmark_report(result)
     if args.out:
         report, table, chart = results
