@@ -144,22 +144,12 @@ def test_preparing_again(root, tmp_path, change, message, capfd):
         prepare_folder(root, tmp_path / "out")
 
 
-def test_a_second_process_is_refused_while_the_first_writes(root, tmp_path, capsys):
+def test_a_second_process_is_refused_while_the_first_writes(root, tmp_path):
     out = tmp_path / "out"
-    words = ["prepare", "folder", str(root), "--out", str(out)]
-    with (
-        locked(out / "folder/.my_photos.lock", "held"),  # as the first holds it
-        pytest.raises(SystemExit) as end,
-    ):
-        main(words)
-    assert end.value.code == 2
-    assert capsys.readouterr().err == (
-        f"error: {out}/folder/my_photos/1.0.0: another process is preparing "
-        "this data set; wait until it has finished, or choose another --out\n"
-    )
-    main(words)
-    [folder] = (out / "folder/my_photos").iterdir()
-    assert Prepared(folder, "train").names == ("sub/a.1", "b")
+    message = "folder/my_photos/1.0.0: another process is preparing this data set; wait"
+    with locked(out / "folder/.my_photos.lock", "held"):  # as the first holds it
+        refused(message, prepare_folder, root, out=out)
+    assert Prepared(prepare_folder(root, out), "train").names == ("sub/a.1", "b")
 
 
 def test_hidden_and_other_files_are_no_images(root, tmp_path, capfd):

@@ -1,12 +1,11 @@
 """Downloads that go on where an earlier try broke off, with a check of the hash."""
 
-import contextlib
 import hashlib
 import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,17 +114,15 @@ def _copy(response, part: Path, have: int, total: int | None) -> None:
     """Writes the response behind the first `have` bytes, until it ends or breaks."""
     bar = tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True)
     with bar, part.open("ab" if have else "wb") as file:
-        for chunk in _chunks(response):
-            file.write(chunk)
+        while True:
+            try:
+                chunk = response.read(CHUNK)
+            except (OSError, http.client.HTTPException):
+                return  # The next attempt goes on from here.
+            if not chunk:
+                return
+            file.write(chunk)  # An error of the disk, say a full one, is raised.
             bar.update(len(chunk))
-
-
-def _chunks(response) -> Iterator[bytes]:
-    # A broken connection leaves a short file: the next attempt goes on from there.
-    # Errors of writing, as of a full disk, aren't caught here.
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        while chunk := response.read(CHUNK):
-            yield chunk
 
 
 def _part(path: Path) -> Path:
