@@ -180,7 +180,7 @@ LEAKED = lines([*VOC_VAL, NAMES[8], NAMES[1]])
 @pytest.mark.parametrize(
     ("half", "member", "data", "message"),
     [
-        (0, JPEG8, None, f"{TAR}: {VOC} has no image JPEGImages/{NAMES[8]}.jpg"),
+        (0, JPEG8, None, f"no image of {NAMES[8]} in"),
         (0, JPEG8, b"\xff\xd8 no more", f"{TAR}: {JPEG8}: not an image"),
         (0, MASK1, b"no png", f"{TAR}: {MASK1}: not an image"),
         (0, f"{VOC}ImageSets/Main/train.txt", None, f"{TAR} has no member {VOC}Image"),
@@ -190,11 +190,16 @@ LEAKED = lines([*VOC_VAL, NAMES[8], NAMES[1]])
         (0, f"{VOC}ImageSets/Segmentation/val.txt", LEAKED, "main: 7 images expected"),
         (1, f"{SBD}val.txt", None, f"{TGZ} has no member {SBD}val.txt"),
         (1, f"{SBD}train.txt", None, f"{TGZ} holds no dataset/train.txt"),
-        (1, MAT9, None, f"no mask of {NAMES[9]}: neither"),
+        (1, MAT9, None, f"no mask of {NAMES[9]} in"),
         (1, MAT9, LARGE, f"{TGZ}: {MAT9}: mask of 40x31 pixels for an image of 40x30"),
         (1, MAT9, STRANGE, f"{TGZ}: {MAT9}: label value 21 is no class"),
         (1, MAT9, STRANGE[:90], f"{TGZ}: {MAT9}: no mask of SBD ("),
-        (1, MAT9, sbd_mat(np.ones((30, 40))), f"{MAT9}: GTcls.Segmentation is float64"),
+        (
+            1,
+            MAT9,
+            sbd_mat(np.ones((30, 40))),
+            f"{MAT9}: no mask of SBD (Segmentation is",
+        ),
     ],
 )
 def test_damaged_contents_are_named(half, member, data, message, files, tmp_path):
@@ -213,8 +218,8 @@ def test_damaged_contents_are_named(half, member, data, message, files, tmp_path
     ("ids", "message"),
     [
         ([NAMES[8], NAMES[6], NAMES[5]], f"{NAMES[5]} is an image of VOC's val (2 are"),
-        ([NAMES[8], "2009_1"], "VOCdevkit/VOC2012/ has no image JPEGImages/2009_1.jpg"),
-        ([NAMES[8], "nomask"], "no mask of nomask: neither"),
+        ([NAMES[8], "2009_1"], "no image of 2009_1 in"),
+        ([NAMES[8], "nomask"], "no mask of nomask in"),
     ],
 )
 def test_bad_pool_files(ids, message, files, tmp_path):

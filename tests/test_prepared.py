@@ -76,7 +76,7 @@ def val_names(images: dict[str, bytes]) -> list[str]:
 def source(images: dict[str, bytes], **changes) -> Source:
     def example(name):
         image = images[name.removeprefix("val ")]
-        return LabelledImage(name, image, label_of(name), name, name)
+        return LabelledImage(image, label_of(name), name, name)
 
     given = {
         "name": "tiny",
@@ -235,7 +235,7 @@ def test_estimate_of_the_disk(tmp_path):
     made = source(
         images,
         splits={"train": list(images)},
-        example=lambda name: LabelledImage(name, data, big, name, name),
+        example=lambda name: LabelledImage(data, big, name, name),
     )
     folder = prepare(made, tmp_path)
     used = sum(path.stat().st_size for path in folder.iterdir())

@@ -52,7 +52,6 @@ class LabelledImage(NamedTuple):
     "archive: member".
     """
 
-    name: str
     image: bytes
     label: UInt8[np.ndarray, "h w"]
     image_from: str
@@ -192,9 +191,9 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
         for position, name in enumerate(names):
             example = self.source.example(name)
             counts = check_example(example, len(self.source.classes))
-            content.add(example.name, example.image, example.label)
+            content.add(name, example.image, example.label)
             shown = np.flatnonzero(counts)
-            index["names"].append(example.name)
+            index["names"].append(name)
             index["counts"].append([[int(c) + 1, int(counts[c])] for c in shown])
             index |= {"photos": content.photos, "sha256": content.hexdigest()}
             if position == len(names) - 1 and not any(index["counts"]):
@@ -202,15 +201,9 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
                     f"no mask of {split} shows a class; data/README.md says what the "
                     "values of a mask mean"
                 )
-            yield (
-                position,
-                {
-                    "name": example.name,
-                    "image": BytesIO(example.image),
-                    "mask": BytesIO(encode_mask(example.label)),
-                    "counts": counts,
-                },
-            )
+            image, mask = BytesIO(example.image), BytesIO(encode_mask(example.label))
+            features = {"name": name, "image": image, "mask": mask, "counts": counts}
+            yield position, features
 
     def _example_writer(self) -> ExampleWriter:
         return _SameBytes(tfds.core.FileFormat.ARRAY_RECORD)
@@ -306,15 +299,13 @@ def _check_same(folder: Path, source: Source) -> None:
     for split, names in source.splits.items():
         content = ContentHash()
         for name in tqdm(names, desc=f"comparing {split}", unit="image"):
-            content.add(*source.example(name)[:3])
+            content.add(name, *source.example(name)[:2])
         old = made["index"][split]
         if content.hexdigest() != old["sha256"]:
             photos = dict(zip(old["names"], old["photos"], strict=True))
             now = zip(names, content.photos, strict=True)
-            other = (
-                f"image {name}" for name, photo in now if photos.get(name) != photo
-            )
+            new = [f"image {name}" for name, photo in now if photos.get(name) != photo]
             raise InputError(
-                f"{folder} was made of other files ({next(other, 'a mask or the list')}"
-                f" of {split} differs): remove it, or choose another --out"
+                f"{folder} was made of other files ({[*new, 'a mask or the list'][0]} "
+                f"of {split} differs): remove it, or choose another --out"
             )

@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from qpenet_jax.core.download import Published
 from qpenet_jax.core.errors import InputError
@@ -91,7 +91,6 @@ def prepare_coco(
             annotated = instances[name]
             image = found[annotated.files[name]]
             return LabelledImage(
-                name,
                 image=image.read(),
                 label=annotated.label(name),
                 image_from=str(image),
@@ -147,7 +146,7 @@ def _find(
 ) -> dict[str, Member]:
     """Returns where every image is, by its file name; `stack` closes the archives."""
     archives = [stack.enter_context(open_archive(path)) for path in paths]
-    members = ((_last(path), m) for a in archives for path, m in a.items())
+    members = ((PurePosixPath(m.path).name, m) for a in archives for m in a.values())
     found = unique((name, member) for name, member in members if name in needed)
     missing = sorted(needed - found.keys())
     if missing:
@@ -157,7 +156,3 @@ def _find(
             "archives that hold them"
         )
     return found
-
-
-def _last(path: str) -> str:
-    return path.rpartition("/")[2]

@@ -60,7 +60,7 @@ def prepare_folder(
     def example(name: str) -> LabelledImage:
         image, mask = images[name], masks[name]
         data, label = image.read_bytes(), read_label(mask)
-        return LabelledImage(name, data, label, str(image), str(mask))
+        return LabelledImage(data, label, str(image), str(mask))
 
     source = Source(
         name="folder",

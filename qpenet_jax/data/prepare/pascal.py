@@ -59,8 +59,6 @@ EXPECTED_IMAGES = {"main": 5953, "trainaug": 10_582, "val": 1449}
 TRAIN_LIST = "ImageSets/Segmentation/train.txt"
 SBD_LIST = "dataset/train.txt"
 
-Ids = tuple[str, ...]
-
 
 def prepare_pascal(
     voc: str | Path,
@@ -105,12 +103,12 @@ def prepare_pascal(
         labels = extra | _by_stem(archive, f"{root}SegmentationClass/", ".png")
         splits = _splits(archive, f"{root}ImageSets", candidates, pool, expected)
         names = [*splits["train"], *splits["val"]]
-        _check_complete(names, images, labels, f"{voc}: {root}")
+        _check_complete(names, images, labels, str(voc))
 
         def example(name: str) -> LabelledImage:
             image, mask = images[name], labels[name]
             label = _read_mask(mask)
-            return LabelledImage(name, image.read(), label, str(image), str(mask))
+            return LabelledImage(image.read(), label, str(image), str(mask))
 
         train_sha256 = hashlib.sha256("\n".join(splits["train"]).encode()).hexdigest()
         source = Source(
@@ -169,19 +167,16 @@ def _splits(
 
 
 def _check_complete(
-    names: Iterable[str], images: Mapping, labels: Mapping, voc: str
+    names: Sequence[str], images: Mapping, labels: Mapping, voc: str
 ) -> None:
     """Refuses what can't be found now, rather than after minutes of writing."""
-    for name in names:
-        if name not in images:
+    for what, files in (("image", images), ("mask", labels)):
+        missing = [name for name in names if name not in files]
+        if missing:
             raise InputError(
-                f"{voc} has no image JPEGImages/{name}.jpg: is the archive whole, and "
-                "the id right?"
-            )
-        if name not in labels:
-            raise InputError(
-                f"no mask of {name}: neither SegmentationClass/{name}.png in {voc} nor "
-                "one of SBD's or the given masks; take it off the list or add its mask"
+                f"no {what} of {missing[0]} in {voc} or what was given with it "
+                f"({len(missing)} of {len(names)} are missing); give the whole "
+                "archives, or take it off the list"
             )
 
 
@@ -223,8 +218,8 @@ def _by_stem(archive: Archive, start: str, ending: str) -> dict[str, Member]:
     )
 
 
-def _ids(file: Member) -> Ids:
-    return tuple(file.read().decode("utf-8-sig", "replace").split())
+def _ids(file: Member) -> Sequence[str]:
+    return file.read().decode("utf-8-sig", "replace").split()
 
 
 def _read_mask(mask: Member) -> UInt8[np.ndarray, "h w"]:
@@ -235,14 +230,13 @@ def _read_mask(mask: Member) -> UInt8[np.ndarray, "h w"]:
     try:
         truth: Any = scipy.io.loadmat(BytesIO(data), variable_names="GTcls")
         label = truth["GTcls"]["Segmentation"][0, 0]
+        if label.ndim != 2 or label.dtype != np.uint8:
+            raise ValueError(
+                f"Segmentation is {label.dtype} of {label.ndim} dimensions"
+            )
     except Exception as error:  # scipy raises a dozen types on damaged files.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{where}: no mask of SBD ({reason}); fetch the archive again"
         ) from None
-    if label.ndim != 2 or label.dtype != np.uint8:
-        raise InputError(
-            f"{where}: GTcls.Segmentation is {label.dtype} of shape {label.shape}, not "
-            "uint8 of height and width; fetch the archive again"
-        )
     return label
