@@ -53,14 +53,7 @@ def draw_twin(channels, seed=0, **sizes):
     if model.reduce_query:  # near the support's, else one image's mask is empty
         query, support = model.reduce_query[0].weight, model.reduce_support[0].weight
         query.data = 0.9 * support + 0.4 * query
-    return without_dropout(model)
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout | torch.nn.Dropout2d):
-            module.p = 0.0
-    return model.train()
+    return twin.without_dropout(model)
 
 
 def draw_backbone(name):
@@ -234,14 +227,18 @@ def assert_same_values(found, expected):
     loss_t, terms_t, logits_t, out_t = expected
     assert error(logits, logits_t) < 1e-4
     assert out.keys() == out_t.keys()
-    for name, value in out_t.items():
-        assert error(out[name], value) < 1e-4, name
-        if name[0] == "y":
-            assert_same_mask(out[name], value)
+    assert_same_maps(out, out_t)
     assert terms.keys() == terms_t.keys()
     for name, value in terms_t.items():
         assert float(terms[name]) == pytest.approx(value, rel=1e-5, abs=1e-7), name
     assert float(loss) == pytest.approx(loss_t, rel=1e-5, abs=1e-7)
+
+
+def assert_same_maps(out, expected):
+    for name, value in expected.items():
+        assert error(out[name], value) < 1e-4, name
+        if name[0] == "y":
+            assert_same_mask(out[name], value)
 
 
 def assert_same_mask(logits, expected):
@@ -335,19 +332,16 @@ def assert_same_evaluation(net, episode, evaluate, features):
     assert error(logits, np.moveaxis(logits_t.numpy(), 1, -1)) < 1e-4
     expected = numpy_out(out_t)
     assert out.keys() - expected.keys() <= {"y_aux"}  # jit drops it in evaluation
-    for name, value in expected.items():
-        assert error(out[name], value) < 1e-4, name
-        if name[0] == "y":
-            assert_same_mask(out[name], value)
-            assert name == "y_final" or np.unique(value.argmax(-1)).size == 2, name
+    assert_same_maps(out, expected)
+    for name in ("y_pre", "y_rev", "y_bg_q"):
+        assert np.unique(expected[name].argmax(-1)).size == 2, name
 
 
 @pytest.mark.parametrize("name", ["resnet101", "efficientnet_lite0"])
 def test_evaluation_at_97_pixels(name):
     net, frozen = draw_backbone(name)
     features = jax.jit(lambda images: backbone.features(name, frozen, images))
-    episode = draw_images(97, 1)
-    assert_same_evaluation(net, episode, jax.jit(FULL_NET.apply), features)
+    assert_same_evaluation(net, draw_images(97, 1), jax.jit(FULL_NET.apply), features)
 
 
 def test_evaluation_at_473_pixels(monkeypatch):
@@ -393,7 +387,7 @@ def test_twenty_steps_of_sgd_on_real_episodes(real_episodes):
     worst = {}
     for seed in (1, 2, 3):  # luck with ReLUs again: another start decides
         torch.manual_seed(seed)
-        model = without_dropout(twin.TorchQPENet(net.channels))
+        model = twin.without_dropout(twin.TorchQPENet(net.channels))
         query, _, supports, masks = map(torch.from_numpy, batches[0][:4])
         balance(model, twin.features(net, supports), masks, twin.features(net, query))
         start = flat(model)
@@ -472,8 +466,61 @@ def test_resize_is_interpolate_with_align_corners(source, target):
     np.testing.assert_allclose(found, reference.permute(0, 2, 3, 1), atol=2e-4)
 
 
-def values_and_gradients(f, f_t, arrays, power=1):
-    """Return what both functions give, and the gradients of the sum of its power."""
+def pooling(model, params, rng):
+    """Masked average pooling: a mask of half the cells, none, all, nearly none."""
+    features = rng.normal(size=(4, 5, 6, 8)).astype(np.float32)
+    masks = rng.random((4, 5, 6)) < np.array([0.5, 0.0, 1.0, 0.03])[:, None, None]
+
+    def pool_t(x):
+        return twin.masked_average_pooling(x.movedim(-1, -3), torch.from_numpy(masks))
+
+    return lambda x: prototypes.masked_average_pool(x, masks), pool_t, [features]
+
+
+def cosine(model, params, rng):
+    """Activation maps, also of zero vectors and of the zero prototype."""
+    features = rng.normal(size=(3, 4, 4, 8)).astype(np.float32)
+    vectors = rng.normal(size=(3, 8)).astype(np.float32)
+    features[0, 1] = features[2] = vectors[1] = vectors[2] = 0
+
+    def cosine_t(x, p):
+        return torch.nn.functional.cosine_similarity(x, p[:, None, None], dim=-1)
+
+    return prototypes.activation_map, cosine_t, [features, vectors]
+
+
+def attention(model, params, rng):
+    """A layer of cross attention; in two of three episodes every key is masked."""
+    x = rng.normal(size=(3, 4, 4, 64)).astype(np.float32)
+    keys = rng.normal(size=(3, 2, 4, 4, 64)).astype(np.float32)
+    masks = rng.random((3, 2, 4, 4)) < np.array([0.5, 0.0, 0.0])[:, None, None, None]
+    cross = CrossAttention(heads=4, ffn_features=96, dropout=0.0)
+    variables = {"params": params["ffa"]["cross1"]}
+
+    def attend_t(x, keys):
+        flat = x.flatten(1, 2), keys.flatten(1, 3), torch.from_numpy(masks).flatten(1)
+        return model.cross1(*flat).unflatten(1, (4, 4))
+
+    return (
+        lambda *x: cross.apply(variables, *x, masks, train=False),
+        attend_t,
+        [x, keys],
+    )
+
+
+@pytest.mark.parametrize(
+    ("pair", "power", "limits", "gradient_limits"),
+    [
+        (pooling, 2, {"rtol": 1e-5, "atol": 1e-6}, {"rtol": 1e-5, "atol": 1e-7}),
+        # as steep at 0 as PyTorch's, 1 / 1e-8
+        (cosine, 1, {"rtol": 1e-7, "atol": 1e-6}, {"rtol": 1e-4, "atol": 1e-4}),
+        (attention, 3, {"largest": 1e-5}, {"largest": 1e-4}),
+    ],
+)
+def test_primitives_and_their_gradients(
+    model, params, pair, power, limits, gradient_limits
+):
+    f, f_t, arrays = pair(model, params, np.random.default_rng(0))
 
     def total(*x):
         y = f(*x)
@@ -484,75 +531,17 @@ def values_and_gradients(f, f_t, arrays, power=1):
     tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
     y_t = f_t(*tensors)
     (y_t**power).sum().backward()
-    for found in gradients:
+    assert_close(y, y_t.detach(), **limits)
+    for found, tensor in zip(gradients, tensors, strict=True):
         assert np.isfinite(found).all()
-    return (y, *gradients), (y_t.detach(), *(tensor.grad for tensor in tensors))
+        assert_close(found, tensor.grad, **gradient_limits)
 
 
-def test_masked_pooling():
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(4, 5, 6, 8)).astype(np.float32)
-    masks = rng.random((4, 5, 6)) < np.array([0.5, 0.0, 1.0, 0.03])[:, None, None]
-
-    def pool_t(x):
-        return twin.masked_average_pooling(x.movedim(-1, -3), torch.from_numpy(masks))
-
-    (pooled, gradient), (expected, gradient_t) = values_and_gradients(
-        lambda x: prototypes.masked_average_pool(x, masks), pool_t, [features], 2
-    )
-    np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(gradient, gradient_t, rtol=1e-5, atol=1e-7)
-    assert not np.asarray(pooled[1]).any()
-    # the paper's mean, but for the 5e-4 that the denominator gets
-    mean = features[0][masks[0]].mean(0)
-    np.testing.assert_allclose(pooled[0], mean, rtol=1e-3)
-
-
-def test_cosine_maps_at_zero_vectors():
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(3, 4, 4, 8)).astype(np.float32)
-    vectors = rng.normal(size=(3, 8)).astype(np.float32)
-    features[0, 1] = features[2] = vectors[1] = vectors[2] = 0
-
-    def cosine_t(x, p):
-        return torch.nn.functional.cosine_similarity(x, p[:, None, None], dim=-1)
-
-    (maps, *gradients), (expected, *gradients_t) = values_and_gradients(
-        prototypes.activation_map, cosine_t, [features, vectors]
-    )
-    np.testing.assert_allclose(maps, expected, atol=1e-6)
-    assert not np.asarray(maps)[0, 1].any()
-    assert not np.asarray(maps)[1:].any()
-    for found, gradient_t in zip(gradients, gradients_t, strict=True):
-        # as steep at 0 as PyTorch's, 1 / 1e-8
-        np.testing.assert_allclose(found, gradient_t, rtol=1e-4, atol=1e-4)
-
-
-def test_attention_with_every_key_masked(model, params):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(3, 4, 4, 64)).astype(np.float32)
-    keys = rng.normal(size=(3, 2, 4, 4, 64)).astype(np.float32)
-    masks = rng.random((3, 2, 4, 4)) < np.array([0.5, 0.0, 0.0])[:, None, None, None]
-    cross = CrossAttention(heads=4, ffn_features=96, dropout=0.0)
-    variables = {"params": params["ffa"]["cross1"]}
-
-    def attend(masks):
-        return lambda x, keys: cross.apply(variables, x, keys, masks, train=False)
-
-    def attend_t(x, keys):
-        flat = x.flatten(1, 2), keys.flatten(1, 3), torch.from_numpy(masks).flatten(1)
-        return model.cross[0](*flat).unflatten(1, (4, 4))
-
-    (y, *gradients), (y_t, *gradients_t) = values_and_gradients(
-        attend(masks), attend_t, [x, keys], 3
-    )
-    assert error(y, y_t) < 1e-5
-    for found, expected in zip(gradients, gradients_t, strict=True):
-        assert error(found, expected) < 1e-4
-
-    everything = masks | (masks.any((1, 2, 3), keepdims=True) == 0)
-    (y_all, *_), _ = values_and_gradients(attend(everything), attend_t, [x, keys], 3)
-    np.testing.assert_array_equal(y_all, y)
+def assert_close(found, expected, largest=None, **limits):
+    if largest is None:
+        np.testing.assert_allclose(found, expected, **limits)
+    else:
+        assert error(found, expected) < largest
 
 
 # --- dropout ----------------------------------------------------------------------
@@ -635,54 +624,26 @@ def dropout_facts(seen):
 
 # --- invariances ------------------------------------------------------------------
 
+ORDER = np.array([3, 0, 4, 1, 2])
 
-def assert_same_step(found, expected, of_supports):
-    """Compare two results of `flax_step`; `of_supports` changes what has supports."""
-    (_, (terms, logits, out)), _ = found
-    (_, (terms_e, logits_e, out_e)), _ = expected
-    assert error(logits, logits_e) < 1e-5
-    for name, value in terms_e.items():
+
+@pytest.mark.parametrize(
+    ("shots", "change"),
+    [(5, lambda x: x[:, ORDER]), (1, lambda x: np.repeat(x, 5, axis=1))],
+    ids=["order of supports", "copies of a support"],
+)
+def test_supports_are_a_set(params, shots, change):
+    support, masks, query, truth = draw_episode("ordinary", 1, shots)
+    changed = change(support), change(masks), query, truth
+    (_, (terms, logits, out)), gradients = flax_step(params, *changed)
+    (_, expected), gradients_e = flax_step(params, support, masks, query, truth)
+    assert error(logits, expected[1]) < 1e-5
+    for name, value in expected[0].items():
         np.testing.assert_allclose(terms[name], value, rtol=1e-4, atol=1e-5)
-    for name, value in out_e.items():
-        if name in PER_SUPPORT:
-            value = of_supports(np.asarray(value))
+    for name, value in expected[2].items():
+        value = change(np.asarray(value)) if name in PER_SUPPORT else value
         assert error(out[name], value) < 1e-5, name
-
-
-def test_order_of_supports(params):
-    support, masks, query, truth = draw_episode("ordinary", 1, 5)
-    expected = flax_step(params, support, masks, query, truth)
-    order = np.array([3, 0, 4, 1, 2])
-    found = flax_step(params, support[:, order], masks[:, order], query, truth)
-    assert_same_step(found, expected, lambda value: value[:, order])
-
-
-def test_copies_of_a_support_are_one_support(params):
-    support, masks, query, truth = draw_episode("ordinary", 1, 1)
-    one = flax_step(params, support, masks, query, truth)
-    five = flax_step(params, support.repeat(5, 1), masks.repeat(5, 1), query, truth)
-    assert_same_step(five, one, lambda value: value.repeat(5, 1))
-    assert max(gradient_errors(five[1], one[1]).values()) < 1e-3
-
-
-def test_two_evaluations_are_bit_identical(params):
-    episode = draw_episode("ordinary", 3, 2)
-    first, second = flax_step(params, *episode), flax_step(params, *episode)
-    jax.tree.map(np.testing.assert_array_equal, first, second)
-
-
-def test_batch_composition(params):
-    episode = draw_episode("ordinary", 3, 2)
-    others = draw_episode("mixed", 3, 2, seed=1)
-    neighbours = [
-        np.concatenate([x[1:2], y[1:]]) for x, y in zip(episode, others, strict=True)
-    ]
-    (_, (_, logits, out)), _ = flax_step(params, *episode)
-    (_, (_, logits2, out2)), _ = flax_step(params, *neighbours)
-    assert error(logits2[0], logits[1]) < 1e-5
-    for name, value in out.items():
-        assert error(out2[name][0], value[1]) < 1e-5, name
-    assert error(logits2[1], logits[1]) > 1e-2
+    assert max(gradient_errors(gradients, gradients_e).values()) < 1e-3
 
 
 # --- the twin itself --------------------------------------------------------------

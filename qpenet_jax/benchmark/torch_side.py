@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.flatten_util import ravel_pytree
-from torch import Tensor, nn
+from torch import Tensor
 
 from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.benchmark import twin
@@ -54,10 +54,7 @@ def _networks(case: Case) -> tuple[twin.Backbone, twin.TorchQPENet]:
     net, network = twin.backbone(case.backbone), network_of(case)
     sizes = network.channels, network.heads, network.ffn_features
     model = twin.TorchQPENet(net.channels, *sizes, network.shared_reducer)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout | nn.Dropout2d):
-            module.p = 0.0
-    return net, model.train(case.what == "train")
+    return net, twin.without_dropout(model).train(case.what == "train")
 
 
 def torch_candidate(

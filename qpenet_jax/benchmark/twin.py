@@ -5,6 +5,7 @@ the authors' released system decides here too. It needs the `[parity]` extra, an
 tests and benchmark import it. Everything is NCHW, as PyTorch likes.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -147,16 +148,12 @@ class TorchResidual(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.block = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.ReLU(),
-        )
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
 
     def forward(self, x):
         """Keeps the shape."""
-        return x + self.block(x)
+        return x + F.relu(self.conv2(F.relu(self.conv1(x))))
 
 
 def reduce(inputs: int, width: int, dropout: float = 0.0) -> nn.Sequential:
@@ -167,20 +164,22 @@ def reduce(inputs: int, width: int, dropout: float = 0.0) -> nn.Sequential:
 
 def head(width: int) -> nn.Sequential:
     """Returns layers that give two logits for each position."""
-    return nn.Sequential(
-        nn.Conv2d(width, width, 3, padding=1, bias=False),
-        nn.ReLU(),
-        nn.Dropout2d(0.1),
-        nn.Conv2d(width, 2, 1),
+    layers = OrderedDict[str, nn.Module](
+        conv=nn.Conv2d(width, width, 3, padding=1, bias=False),
+        relu=nn.ReLU(),
+        dropout=nn.Dropout2d(0.1),
+        classifier=nn.Conv2d(width, 2, 1),
     )
+    return nn.Sequential(layers)
 
 
 class TorchConvs(nn.Sequential):
     """Segments features by a prototype: Convs(Concat(F, BC(P))) of eqs 2, 4, 9, 10."""
 
     def __init__(self, width: int):
-        merge = reduce(2 * width, width, 0.5)
-        super().__init__(merge, TorchResidual(width), head(width))
+        merge, residual = reduce(2 * width, width, 0.5), TorchResidual(width)
+        layers = OrderedDict(merge=merge, residual=residual, head=head(width))
+        super().__init__(layers)
 
 
 class Cross(nn.Module):
@@ -189,15 +188,11 @@ class Cross(nn.Module):
     def __init__(self, width: int, heads: int, ffn: int, dropout: float = 0.1):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.out = (
+        self.query, self.key, self.value, self.out = (
             nn.Linear(width, width, bias=False) for _ in range(4)
         )
-        self.ffn = nn.Sequential(
-            nn.Linear(width, ffn, bias=False),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(ffn, width, bias=False),
-        )
+        self.ffn1 = nn.Linear(width, ffn, bias=False)
+        self.ffn2 = nn.Linear(ffn, width, bias=False)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
@@ -215,11 +210,16 @@ class Cross(nn.Module):
         allowed = (mask | ~mask.any(1, keepdim=True))[:, None, None]
         q, k, v = (
             self.split(layer(t))
-            for layer, t in ((self.q, x), (self.k, context), (self.v, context))
+            for layer, t in (
+                (self.query, x),
+                (self.key, context),
+                (self.value, context),
+            )
         )
         found = F.scaled_dot_product_attention(q, k, v, allowed)
         x = self.norm1(x + self.dropout(self.out(found.transpose(1, 2).flatten(2))))
-        return self.norm2(x + self.dropout(self.ffn(x)))
+        inside = self.dropout(F.relu(self.ffn1(x)))
+        return self.norm2(x + self.dropout(self.ffn2(inside)))
 
 
 class TorchQPENet(nn.Module):
@@ -243,21 +243,21 @@ class TorchQPENet(nn.Module):
         self.segment_foreground = TorchConvs(width)
         self.segment_background = TorchConvs(width)
         self.p_global = nn.Parameter(torch.randn(width))
-        self.gate = nn.Sequential(
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.Dropout(0.5),
-            nn.Sigmoid(),
+        gate = OrderedDict[str, nn.Module](
+            fc1=nn.Linear(width, width),
+            relu=nn.ReLU(),
+            fc2=nn.Linear(width, width),
+            dropout=nn.Dropout(0.5),
+            sigmoid=nn.Sigmoid(),
         )
+        self.gate = nn.Sequential(gate)
         self.suppress = reduce(2 * width, width)
         self.activate = reduce(2 * width + 2, width)
         self.activate_residual = TorchResidual(width)
         self.auxiliary_head = head(width)
-        self.cross = nn.ModuleList(Cross(width, heads, ffn) for _ in range(2))
-        self.final = nn.Sequential(
-            reduce(width, width), TorchResidual(width), head(width)
-        )
+        self.cross1, self.cross2 = (Cross(width, heads, ffn) for _ in range(2))
+        self.reduce, self.reduce_residual = reduce(width, width), TorchResidual(width)
+        self.final_head = head(width)
 
     def forward(
         self,
@@ -329,10 +329,10 @@ class TorchQPENet(nn.Module):
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)
         context = f_s.flatten(3).transpose(2, 3).flatten(1, 2)
-        for cross in self.cross:
+        for cross in (self.cross1, self.cross2):
             x = cross(x, context, prototypes["M_s"].flatten(1))
-        x = x.transpose(1, 2).unflatten(2, grid)
-        return {**out, "y_final": self.final(x)}
+        x = self.reduce_residual(self.reduce(x.transpose(1, 2).unflatten(2, grid)))
+        return {**out, "y_final": self.final_head(x)}
 
 
 # --- training ---------------------------------------------------------------------
@@ -412,70 +412,48 @@ def train_step(
     return {"loss": loss.detach(), **{k: v.detach() for k, v in terms.items()}}
 
 
+def without_dropout(model: TorchQPENet) -> TorchQPENet:
+    """Returns the model, from which nothing is dropped any more in training."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.p = 0.0
+    return model
+
+
 # --- weights of the twin -> parameters of the Flax network ------------------------
 
-
-def _convs(twin: str, flax: str) -> dict[str, str]:
-    return {
-        f"{twin}.0.0": f"{flax}/merge",
-        **_residual(f"{twin}.1", f"{flax}/residual"),
-        **_head(f"{twin}.2", f"{flax}/head"),
-    }
-
-
-def _residual(twin: str, flax: str) -> dict[str, str]:
-    return {f"{twin}.block.0": f"{flax}/conv1", f"{twin}.block.2": f"{flax}/conv2"}
-
-
-def _head(twin: str, flax: str) -> dict[str, str]:
-    return {f"{twin}.0": f"{flax}/conv", f"{twin}.3": f"{flax}/classifier"}
-
-
-def _cross(twin: str, flax: str) -> dict[str, str]:
-    names = {"q": "query", "k": "key", "v": "value", "out": "out"}
-    names |= {"ffn.0": "ffn1", "ffn.3": "ffn2", "norm1": "norm1", "norm2": "norm2"}
-    return {f"{twin}.{ours}": f"{flax}/{theirs}" for ours, theirs in names.items()}
-
-
-LAYERS = {
-    "reduce_support.0": "reduce_support",
-    "reduce_query.0": "reduce_query",
-    **_convs("segment_foreground", "convs"),
-    **_convs("segment_background", "gbc/convs"),
-    "gate.0": "gbc/fc1",
-    "gate.2": "gbc/fc2",
-    "suppress.0": "ffa/filter",
-    "activate.0": "ffa/activate",
-    **_residual("activate_residual", "ffa/activate_residual"),
-    **_head("auxiliary_head", "ffa/auxiliary_head"),
-    **_cross("cross.0", "ffa/cross1"),
-    **_cross("cross.1", "ffa/cross2"),
-    "final.0.0": "ffa/reduce",
-    **_residual("final.1", "ffa/reduce_residual"),
-    **_head("final.2", "ffa/head"),
+PLACES = {
+    "segment_foreground": "convs",
+    "segment_background": "gbc/convs",
+    "p_global": "gbc/P_global",
+    "gate": "gbc",
+    "suppress": "ffa/filter",
+    "final_head": "ffa/head",
+} | {
+    name: f"ffa/{name}"
+    for name in (
+        *("activate", "activate_residual", "auxiliary_head"),
+        *("cross1", "cross2", "reduce", "reduce_residual"),
+    )
 }
-"""Layer of the twin -> module of the Flax network."""
+"""Where the Flax network has parts of the twin; below them all is called the same."""
 
 
 def to_flax(state_dict: Mapping[str, Tensor]) -> PyTree[Float[np.ndarray, "..."]]:
-    """Turns the twin's state_dict into the parameters of the Flax QPENet.
-
-    KeyError names a layer that the twin doesn't have.
-    """
+    """Turns the twin's state_dict into the parameters of the Flax QPENet."""
     flat = {}
     for name, tensor in state_dict.items():
-        layer, _, field = name.rpartition(".")
+        part, *layers = (word for word in name.split(".") if not word.isdigit())
         array = tensor.detach().cpu().numpy()
-        if field == "weight":
-            field = "kernel" if array.ndim > 1 else "scale"
+        if layers and layers[-1] == "weight":
+            layers[-1] = "kernel" if array.ndim > 1 else "scale"
         if array.ndim > 1:  # [o, i, (k, k)] -> [(k, k), i, o], without 1 x 1 windows
             array = array.transpose(*range(2, array.ndim), 1, 0)
             array = array.squeeze((0, 1)) if array.shape[:-2] == (1, 1) else array
-        if layer == "activate.0":  # Flax has the prototype of eq 15's inputs at the end
+        if part == "activate":  # Flax has the prototype of eq 15's inputs at the end
             width = array.shape[-1]
             maps = [2 * width, 2 * width + 1]
-            rows = [*range(width), *maps, *range(width, 2 * width)]
-            array = array[..., rows, :]
-        name = f"{LAYERS[layer]}/{field}" if layer else "gbc/P_global"
-        flat[name] = np.ascontiguousarray(array)
+            array = array[[*range(width), *maps, *range(width, 2 * width)]]
+        path = "/".join([PLACES.get(part, part), *layers])
+        flat[path] = np.ascontiguousarray(array)
     return unflatten_dict(flat, sep="/")
