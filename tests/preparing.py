@@ -41,6 +41,12 @@ def pack(path: Path, members: Files | Iterable[tuple[str, bytes]]) -> Path:
     return path
 
 
+def jpeg(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
 def lines(names: Iterable[str]) -> bytes:
     return "".join(f"{name}\n" for name in names).encode()
 

@@ -4,6 +4,7 @@ Twelve images of 40x30: VOC train is 1-4, VOC val 5-7, SBD 3-5 and 8-12, of whic
 are in ImageSets/Main/train. SBD's masks of 3-5 are all of class 20: VOC's must win.
 """
 
+import functools
 import hashlib
 import io
 import re
@@ -15,7 +16,7 @@ import pytest
 import scipy.io
 from conftest import save_palette
 from PIL import Image
-from preparing import Files, check_split, facts, lines, pack, refused
+from preparing import Files, check_split, facts, jpeg, lines, pack, refused
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.episodes import eligible_pairs
@@ -57,20 +58,18 @@ def sbd_mat(label: np.ndarray) -> bytes:
     return b"MATLAB 5.0 MAT-file".ljust(116) + file.getvalue()[116:]
 
 
-@pytest.fixture(scope="module")
-def official(tmp_path_factory) -> tuple[Files, Files]:
+@pytest.fixture
+def files(tmp_path) -> tuple[Files, Files]:
     """The contents of the two archives, as they are published."""
-    mask = tmp_path_factory.mktemp("masks") / "mask.png"
     rng = np.random.default_rng(0)
     voc, sbd = {}, {}
     for i, name in NAMES.items():
-        jpeg = io.BytesIO()
         pixels = rng.integers(0, 256, (30, 40, 3), np.uint8)
-        Image.fromarray(pixels).save(jpeg, "JPEG")
-        voc[f"{VOC}JPEGImages/{name}.jpg"] = jpeg.getvalue()
+        voc[f"{VOC}JPEGImages/{name}.jpg"] = jpeg(pixels)
         if i <= 7:
-            save_palette(mask, label_of(name, i))
-            voc[f"{VOC}SegmentationClass/{name}.png"] = mask.read_bytes()
+            save_palette(tmp_path / "mask.png", label_of(name, i))
+            mask = (tmp_path / "mask.png").read_bytes()
+            voc[f"{VOC}SegmentationClass/{name}.png"] = mask
         if i in (3, 4, 5, 8, 9, 10, 11, 12):
             label = label_of(name, i if i > 7 else 20)
             sbd[f"{SBD}cls/{name}.mat"] = sbd_mat(np.where(label == 255, 0, label))
@@ -79,12 +78,6 @@ def official(tmp_path_factory) -> tuple[Files, Files]:
         files = voc if member.startswith(VOC) else sbd
         files[member] = lines(NAMES[i] for i in numbers)
     return voc, sbd
-
-
-@pytest.fixture
-def files(official) -> tuple[Files, Files]:
-    """Copies for a test to damage before they are packed."""
-    return dict(official[0]), dict(official[1])
 
 
 def pack_both(folder: Path, files: tuple[Files, Files]) -> tuple[Path, Path]:
@@ -194,12 +187,7 @@ LEAKED = lines([*VOC_VAL, NAMES[8], NAMES[1]])
         (1, MAT9, LARGE, f"{TGZ}: {MAT9}: mask of 40x31 pixels for an image of 40x30"),
         (1, MAT9, STRANGE, f"{TGZ}: {MAT9}: label value 21 is no class"),
         (1, MAT9, STRANGE[:90], f"{TGZ}: {MAT9}: no mask of SBD ("),
-        (
-            1,
-            MAT9,
-            sbd_mat(np.ones((30, 40))),
-            f"{MAT9}: no mask of SBD (Segmentation is",
-        ),
+        (1, MAT9, sbd_mat(np.ones((30, 40))), f"{MAT9}: no mask of SBD (it is "),
     ],
 )
 def test_damaged_contents_are_named(half, member, data, message, files, tmp_path):
@@ -343,18 +331,14 @@ def stand_ins(lists: Path, masks: Path) -> Files:
         "Segmentation/val": "all_val_1449",
         "Main/train": "sbd_5623",
     }
-    jpegs: dict[tuple[int, int], bytes] = {}
+    plain = functools.cache(lambda size: jpeg(np.zeros((*size[::-1], 3), np.uint8)))
     voc = {
         f"{VOC}ImageSets/{member}.txt": (lists / f"{name}.txt").read_bytes()
         for member, name in names.items()
     }
     for member, data in contents(masks).items():
-        size = Image.open(io.BytesIO(data)).size
-        if size not in jpegs:
-            file = io.BytesIO()
-            Image.new("RGB", size).save(file, "JPEG")
-            jpegs[size] = file.getvalue()
-        voc[f"{VOC}JPEGImages/{Path(member).stem}.jpg"] = jpegs[size]
+        image = plain(Image.open(io.BytesIO(data)).size)
+        voc[f"{VOC}JPEGImages/{Path(member).stem}.jpg"] = image
     return voc
 
 

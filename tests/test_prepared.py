@@ -81,7 +81,6 @@ def source(images: dict[str, bytes], **changes) -> Source:
     given = {
         "name": "tiny",
         "config": "main",
-        "description": "Small images made by the tests.",
         "classes": ("cat", "dog"),
         "splits": {"train": list(images), "val": val_names(images)},
         "example": example,

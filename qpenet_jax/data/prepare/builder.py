@@ -69,7 +69,6 @@ class Source:
 
     name: str
     config: str
-    description: str
     classes: tuple[str, ...]
     splits: dict[str, Sequence[str]]
     example: Callable[[str], LabelledImage]
@@ -160,7 +159,7 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
         )
         return tfds.core.DatasetInfo(
             builder=self,
-            description=self.source.description,
+            description="Images and label maps, made by `qpenet prepare`.",
             features=features,
             metadata=tfds.core.MetadataDict(
                 classes=list(self.source.classes),

@@ -100,8 +100,6 @@ def prepare_coco(
         source = Source(
             name="coco20i",
             config=release,
-            description="COCO images with the 80 classes of their instance annotations "
-            "as label maps.",
             classes=COCO_CLASSES,
             splits={split: list(file.files) for split, file in files.items()},
             example=example,

@@ -65,7 +65,6 @@ def prepare_folder(
     source = Source(
         name="folder",
         config=_identifier(name or root.resolve().name),
-        description="Images and masks of the user's own.",
         classes=classes,
         splits=splits,
         example=example,

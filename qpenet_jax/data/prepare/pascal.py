@@ -114,8 +114,6 @@ def prepare_pascal(
         source = Source(
             name="pascal5i",
             config=str(pool) if rule else f"pool-{train_sha256[:8]}",
-            description="PASCAL VOC 2012 with 20 classes, its training images extended "
-            "by SBD.",
             classes=PASCAL_CLASSES,
             splits=splits,
             example=example,
@@ -231,9 +229,7 @@ def _read_mask(mask: Member) -> UInt8[np.ndarray, "h w"]:
         truth: Any = scipy.io.loadmat(BytesIO(data), variable_names="GTcls")
         label = truth["GTcls"]["Segmentation"][0, 0]
         if label.ndim != 2 or label.dtype != np.uint8:
-            raise ValueError(
-                f"Segmentation is {label.dtype} of {label.ndim} dimensions"
-            )
+            raise ValueError(f"it is {label.dtype} of {label.ndim} dimensions")
     except Exception as error:  # scipy raises a dozen types on damaged files.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
