@@ -59,6 +59,18 @@ def change_a_byte(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def write(path: str, content: bytes) -> Callable[[Path], object]:
+    return lambda root: (root / path).write_bytes(content)
+
+
+def cut_off(path: str, end: int) -> Callable[[Path], object]:
+    return lambda root: (root / path).write_bytes((root / path).read_bytes()[:end])
+
+
+def without(path: str) -> Callable[[Path], object]:
+    return lambda root: (root / path).rename(root / "elsewhere")
+
+
 def facts(folder: Path) -> dict:
     return json.loads((folder / "metadata.json").read_text())["facts"]
 

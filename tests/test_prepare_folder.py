@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import no_file_above
 from PIL import Image
-from preparing import change_a_byte, check_split, facts, refused
+from preparing import change_a_byte, check_split, facts, refused, without, write
 
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
@@ -118,10 +118,6 @@ def turn_a_mask(root: Path) -> None:
 
 def change_a_photo(root: Path) -> None:
     change_a_byte(root / "images" / "b.jpg")
-
-
-def write(path: str, content: bytes):
-    return lambda root: (root / path).write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -305,14 +301,6 @@ def test_the_name_becomes_an_identifier(root, tmp_path):
 # --- What can be wrong, each said in one line ---
 
 
-def remove(path: str):
-    return lambda root: (root / path).unlink()
-
-
-def without(folder: str):
-    return lambda root: (root / folder).rename(root / "elsewhere")
-
-
 def empty(root: Path) -> None:
     for path in [*(root / "images").rglob("*.*"), *(root / "masks").rglob("*.*")]:
         path.unlink()
@@ -337,8 +325,8 @@ MANY = "\n".join(map(str, range(255))).encode()
         (without("masks"), r"folder .*masks doesn't exist"),
         (without("classes.txt"), r"classes\.txt: no such text file"),
         (empty, r"images holds no image"),
-        (remove("masks/sub/a.1.png"), r"a\.1\.JPG has no mask .*masks/sub/a\.1\.png;"),
-        (remove("images/b.jpg"), r"masks/b\.png has no image"),
+        (without("masks/sub/a.1.png"), r"a\.1\.JPG has no mask .*masks/sub/a\.1\.png;"),
+        (without("images/b.jpg"), r"masks/b\.png has no image"),
         (blank, r"no mask of val shows a class"),
         (write("images/b.png", b"x"), r"images/b\.jpg and .*/b\.png share a name"),
         (write("classes.txt", b" \n\n"), r"classes\.txt is empty"),

@@ -24,7 +24,6 @@ from qpenet_jax.data.images import encode_mask
 from qpenet_jax.data.prepare import builder
 from qpenet_jax.data.prepare.builder import (
     LabelledImage,
-    SegmentationBuilder,
     Source,
     check_user,
     prepare,
@@ -255,9 +254,6 @@ def test_tfds_is_silent(tmp_path, caplog, capfd):
     assert out == ""
     assert {bar.partition(" ")[0] for bar in bars.split("\r") if bar} == {"writing"}
     assert logging.get_verbosity() == logging.WARNING
-    # What is kept silent:
-    SegmentationBuilder(source(pictures(), config="other"), tmp_path)
-    assert "custom data configuration" in caplog.text
     logging.set_verbosity(before)
 
 

@@ -149,7 +149,7 @@ def _find(
     missing = sorted(needed - found.keys())
     if missing:
         raise InputError(
-            f"no image {missing[0]} in {', '.join(map(str, paths)) or 'no folder'} "
+            f"no image {missing[0]} in {', '.join(map(str, paths))} "
             f"({len(missing)} of {len(needed)} are missing); give the folders or "
             "archives that hold them"
         )
