@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, TypeVar
 
 from tqdm import tqdm
@@ -40,14 +40,14 @@ DAMAGE_ERRORS = (
 
 
 class Member(NamedTuple):
-    """A file in a folder or in an archive; as a string, how messages name it."""
+    """A file in a folder or in an archive: its path there ("a/b.png") and its bytes.
+
+    As a string, how messages name it: a file's whole path, or "archive: a/b.png".
+    """
 
     path: str
-    """In the folder or archive: "a/b.png"."""
     size: int
-    """Bytes."""
     where: str
-    """The whole path of a file, "archive: a/b.png" of a member."""
     load: Callable[[], bytes]
 
     def read(self) -> bytes:
@@ -65,17 +65,9 @@ class Member(NamedTuple):
 
 
 class Archive(dict[str, Member]):
-    """The files of a folder or an archive by their paths ("a/b.png")."""
+    """The files of a folder or an archive by their paths."""
 
-    def __init__(self, path: Path, members: Iterable[Member]):
-        """Keeps what isn't hidden (macOS adds "._x.png" beside "x.png").
-
-        Raises:
-            InputError: two members of one path.
-        """
-        self.path = path
-        shown = (m for m in members if not m.path.rpartition("/")[2].startswith("."))
-        super().__init__(unique((member.path, member) for member in shown))
+    path: Path
 
     def __missing__(self, path: str) -> Member:
         """Refuses a path that isn't there.
@@ -107,7 +99,8 @@ def open_archive(path: str | Path) -> Iterator[Archive]:
     """Opens a folder, .tar, .tar.gz/.tgz or .zip; its files are read when asked for.
 
     All are read by random access. A compressed tar has none: it is uncompressed into
-    a temporary file, with a progress bar.
+    a temporary file, with a progress bar. Hidden files are left out (macOS adds
+    "._x.png" beside "x.png").
 
     Raises:
         InputError: nothing there; no archive; cut off or damaged; two members of one
@@ -116,7 +109,10 @@ def open_archive(path: str | Path) -> Iterator[Archive]:
     path = Path(path)
     with contextlib.ExitStack() as stack:
         with _damage_named(str(path)):
-            archive = Archive(path, _members(path, stack))
+            named = ((member.path, member) for member in _members(path, stack))
+            shown = ((n, m) for n, m in named if PurePosixPath(n).name[:1] != ".")
+            archive = Archive(unique(shown))
+        archive.path = path
         yield archive
 
 

@@ -108,7 +108,8 @@ def _split(root: Path, names: Sequence[str], val_share: float) -> tuple[Splits, 
         return {**given}, "train.txt and val.txt list the splits"
     [(split, ids)] = given.items()
     [other] = lists.keys() - given
-    rest = [name for name in names if name not in set(ids)]
+    listed = set(ids)
+    rest = [name for name in names if name not in listed]
     return {**given, other: rest}, f"{split}.txt lists {split}, {other} the rest"
 
 
