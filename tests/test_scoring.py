@@ -19,13 +19,11 @@ from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
 from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import binary_mask
-from qpenet_jax.evaluation.metrics import mean_iou
 from qpenet_jax.evaluation.predictor import Predictor, qpenet_predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import (
-    AT_ONCE,
-    groups_of,
     keep_latest,
+    plan_episodes,
     score,
     score_episodes,
 )
@@ -48,43 +46,30 @@ def draw_ids(count, shots=2, images=12, seed=0):
     return found
 
 
-def image_numbers(*images):
-    return EpisodeIds(0, images[0], 1, images[1:])
-
-
 def test_the_least_recently_used_image_goes_first():
     cache = {}
     for used in ((0, 1), (2, 0), (3, 4)):
         keep_latest(cache, dict.fromkeys(used), 3)
     assert list(cache) == [0, 3, 4]
-    same_class = [(0, 1), (2, 0), (3, 4), (0, 1)]
-    found = groups_of([image_numbers(*images) for images in same_class], 1, 3)
-    # Ordered by query: 0 1, 0 1, 2 0, 3 4.
-    assert [group.missing for group in found] == [[0, 1], [], [2], [3, 4]]
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3, 5, 12, 100])
-def test_what_stays_is_what_was_used_last(capacity, at_once):
+def test_what_stays_is_what_was_used_last(capacity):
     episodes = draw_ids(100)
-    groups = groups_of(episodes, at_once, capacity)
-    order = [n for group in groups for n in group.positions]
-    assert sorted(order) == list(range(100))
-    sought = [(episodes[n].class_id, episodes[n].query) for n in order]
+    plan = plan_episodes(episodes, capacity)
+    assert sorted(planned.position for planned in plan) == list(range(100))
+    sought = [(planned.ids.class_id, planned.ids.query) for planned in plan]
     assert len(list(itertools.groupby(sought))) == len(set(sought)), "neighbours share"
     used = []
-    for group in groups:
-        assert group.episodes == [episodes[n] for n in group.positions]
+    for planned in plan:
+        assert planned.ids == episodes[planned.position]
         kept = list(dict.fromkeys(reversed(used)))[:capacity]
-        assert set(group.missing) == set(group.images) - set(kept)
-        assert len(group.missing) == len(set(group.missing))
-        used += group.images
-    loads = Counter(image for group in groups for image in group.missing)
-    if capacity >= 12:
-        assert set(loads.values()) == {1}, "room for all"
-    elif capacity >= 4:
-        # A class has 4 images; a group may lie between two classes.
-        assert sum(loads.values()) <= 12 + 4 * (at_once > 1)
+        images = planned.ids.query, *planned.ids.supports
+        assert planned.missing == [image for image in images if image not in kept]
+        used += images
+    loads = Counter(image for planned in plan for image in planned.missing)
+    if capacity >= 4:  # a class has 4 images of the 12
+        assert set(loads.values()) == {1}
 
 
 class Patches(nn.Module):
@@ -191,14 +176,14 @@ def check(predict, step, params, shots):
     protocol, samplers = setting(shots)
     drawn = [(s.seed, s(i)) for s in samplers for i in range(protocol.episodes)]
     episodes = [ids for _, ids in drawn]
-    groups = groups_of(episodes, 1, 1)
-    order = [n for group in groups for n in group.positions]
+    plan = plan_episodes(episodes, 1)
+    order = [planned.position for planned in plan]
     size = bytes_of(predict)
     for limit, encoded in (
         (100 * size, len(images_of(episodes))),
         (0, len(drawn) * (shots + 1)),
         # Room for an episode's images and for one that stays.
-        (size * (shots + 2), sum(len(group.missing) for group in groups)),
+        (size * (shots + 2), sum(len(planned.missing) for planned in plan)),
     ):
         spy = Spy(predict)
         scores = score_episodes(spy, data(), protocol, samplers, cache_bytes=limit)
@@ -312,41 +297,12 @@ def test_frozen_episodes_and_workers_change_nothing():
     assert (score_episodes(predict, data(), padded, samplers).rows != drawn).any()
 
 
-@pytest.mark.parametrize(("shots", "at_once"), [(1, 5), (3, 3)])
-def test_episodes_at_once_score_the_same(shots, at_once):
-    """With room for all images, for some and for none; 14 episodes leave a rest."""
-    model = QPENet(**SMALL)
-    predict = qpenet_predictor(model, BACKBONE, draw_params(model), weights())
-    protocol, samplers = setting(shots)
-    alone = Spy(predict)
-    expected = score_episodes(alone, data(), protocol, samplers, at_once=1)
-    size = bytes_of(predict)
-    running = at_once * (shots + 1)
-    for limit in (100 * size, (running + 2) * size, 0):
-        spy = Spy(predict)
-        options = {"cache_bytes": limit, "at_once": at_once}
-        scores = score_episodes(spy, data(), protocol, samplers, **options)
-        rest = 14 % at_once
-        assert [len(m) for m in spy.margins] == [at_once] * (14 // at_once) + [rest]
-        together = np.concatenate(spy.margins)
-        np.testing.assert_allclose(together, np.concatenate(alone.margins), atol=1e-5)
-        np.testing.assert_array_equal(scores.rows[:, :4], expected.rows[:, :4])
-        ours, theirs = (100 * mean_iou(s, CLASSES) for s in (scores, expected))
-        assert abs(ours - theirs) <= 1e-4
-        if limit == 100 * size:
-            assert spy.encoded < alone.encoded, "several images at once"
-    assert [AT_ONCE[kind] for kind in ("cpu", "gpu", "tpu")] == [1, 4, 4]
-
-
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_devices_share_the_episodes(at_once):
+def test_devices_share_the_episodes():
     """One device stands for several; 14 episodes leave parts of other lengths."""
     predict = cosine_predictor(BACKBONE, weights())
     protocol, samplers = setting(shots=2)
     inputs = predict, data(), protocol, samplers
-    alone = score_episodes(*inputs, at_once=1).rows
+    alone = score_episodes(*inputs).rows
     for count in (2, 20):  # of 20 some have nothing to do
-        many = jax.devices() * count
-        rows = score_episodes(*inputs, at_once=at_once, devices=many).rows
-        same = rows[:, :4] if at_once > 1 else rows
-        np.testing.assert_array_equal(same, alone[:, : same.shape[1]])
+        rows = score_episodes(*inputs, devices=jax.devices() * count).rows
+        np.testing.assert_array_equal(rows, alone)
