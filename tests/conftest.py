@@ -172,6 +172,17 @@ def optimised_code():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """PyTorch's threads wait by spinning, and take the cores from XLA's meanwhile."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A finished run of tests/tiny.py, not to be changed, and what it printed."""

@@ -28,7 +28,10 @@ from qpenet_jax.training.step import TrainState, make_train_step
 torch = pytest.importorskip("torch")
 pytest.importorskip("torchvision")
 twin = pytest.importorskip("qpenet_jax.benchmark.twin")
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("optimised_code")]
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.usefixtures("optimised_code", "one_torch_thread"),
+]
 
 FEATURES, GRID = 48, 7
 SIDE = 8 * GRID - 7
@@ -177,15 +180,6 @@ def twin_step(model, support, support_masks, query, query_masks):
     logits = np.moveaxis(logits.detach().numpy(), 1, -1)
     gradients = twin.to_flax({k: p.grad for k, p in model.named_parameters()})
     return (loss.item(), (terms, logits, numpy_out(out))), gradients
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """PyTorch's threads wait by spinning, and take the cores from XLA's meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
