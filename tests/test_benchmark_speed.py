@@ -286,9 +286,9 @@ def test_report_of_known_numbers(tmp_path):
         ({"seconds": -1.0}, "--seconds -1.0: give 0 or more"),
         ({"size": 64}, "side=64 must be 8 n"),
         ({"backbone": "vgg16"}, "unknown backbone 'vgg16'"),
-        ({"against": "tensorflow"}, "choose torch"),
+        ({"against": ("tensorflow",)}, "--against 'tensorflow': choose torch"),
         ({"variants": ("jit",)}, "--variants 'jit': choose eager, channels_last"),
-        ({"released": True, "against": "torch"}, "--released is measured by itself"),
+        ({"released": True, "against": ("torch",)}, "--released is measured by itself"),
     ],
 )
 def test_refused_values(options, message):
@@ -297,7 +297,7 @@ def test_refused_values(options, message):
 
 
 def test_the_command_writes_tables_numbers_and_chart(tmp_path, capsys):
-    words = "benchmark backbone --shots 1,2 --batch 1 --size 33 --seconds 0"
+    words = "benchmark --what backbone --shots 1,2 --batch 1 --size 33 --seconds 0"
     words += f" --backbone efficientnet_lite0 --out {tmp_path / 'out'}"
     main(words.split())
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
@@ -323,7 +323,7 @@ def test_the_command_writes_tables_numbers_and_chart(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"against": "torch"}, r"needs torch, .*pip install -e .\[parity\]"),
+        ({"against": ("torch",)}, r"needs torch, .*pip install -e .\[parity\]"),
         ({"what": ("runtimes",)}, r"docs/export.md says how to install them"),
     ],
 )
@@ -348,7 +348,7 @@ def torch_side(one_torch_thread):
 )
 def test_against_the_twin(torch_side, backbone, what):
     variants = ("eager", "channels_last")
-    options = {"network": NETWORK, "against": "torch", "variants": variants}
+    options = {"network": NETWORK, "against": ("torch",), "variants": variants}
     settings = Settings(what=what, backbone=backbone, **SMALL, **options)
     one = next(speed.step_tables(settings))
     assert json.loads(json.dumps(one.rows)) == one.rows

@@ -21,10 +21,13 @@ VARIANTS = ("eager", "channels_last", "compile")
 and compiled by torch.compile."""
 
 
-def option(default: Any, text: str, least: int | None = None) -> Any:
-    """Returns a field with its help text and the smallest number that it can have."""
-    metadata = {"help": text, "least": least}
-    return dataclasses.field(default=default, metadata=metadata)
+LEAST = {"shots": 1, "batch": 1, "photos": 1, "seconds": 0, "episodes": 0, "workers": 0}
+"""The smallest number that a field of the settings can have."""
+
+
+def option(default: Any, text: str) -> Any:
+    """Returns a field with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,32 +67,24 @@ class Settings:
 
     backbone: str = option("resnet50", "name of the backbone")
     size: int = option(473, "side of the images in pixels")
-    released: bool = option(
-        False, "measure the network that the authors released, not the paper's"
-    )
+    released: bool = option(False, "measure the authors' released network")
     network: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: Any = None
     what: Sequence[str] = option(("eval", "train"), f"any of {', '.join(WHAT)}")
-    shots: Sequence[int] = option((1,), "numbers of support images", least=1)
-    batch: Sequence[int] = option((1, 4), "numbers of episodes in one step", least=1)
-    dtype: Sequence[str] = option(
-        ("float32",), "number formats: float32, tf32, bfloat16"
+    shots: Sequence[int] = option((1,), "numbers of support images")
+    batch: Sequence[int] = option((1, 4), "numbers of episodes in one step")
+    dtype: Sequence[str] = option(("float32",), "of float32, tf32, bfloat16")
+    against: Sequence[str] = option(
+        (), "torch: measure the same network in PyTorch too"
     )
-    against: str = option("", "also measure the same network in PyTorch: torch")
     variants: Sequence[str] = option(
         VARIANTS, "ways of running PyTorch; compile takes minutes"
     )
-    seconds: float = option(20.0, "shortest time for comparing one case", least=0)
-    episodes: int = option(
-        0,
-        "protocol: number of episodes for each seed, or 0 for the protocol's",
-        least=0,
-    )
-    workers: Sequence[int] = option(
-        (0, 1, 2), "data: numbers of loading processes; 0 is a thread", least=0
-    )
+    seconds: float = option(20.0, "shortest time for comparing one case")
+    episodes: int = option(0, "protocol: episodes for each seed; 0: the protocol's")
+    workers: Sequence[int] = option((0, 1, 2), "data: loading processes; 0: a thread")
     workdir: str = option("", "predict: folder of a run, by default the starter")
-    photos: int = option(100, "predict: number of made-up photos", least=1)
+    photos: int = option(100, "predict: number of made-up photos")
 
     def __post_init__(self):
         """Refuses values with which a measurement would fail later."""
@@ -98,12 +93,14 @@ class Settings:
         from qpenet_jax.data.transforms import check_side
 
         known = {"what": WHAT, "dtype": DTYPES, "variants": VARIANTS}
-        known["against"] = ("torch",)
-        for name, value, least in self._given():
-            if least is not None and value < least:
-                raise InputError(f"--{name} {value}: give {least} or more")
-            if name in known:
-                check_choice(f"--{name} ", value, known[name])
+        for name, values in (known | {"against": ("torch",)}).items():
+            for value in getattr(self, name):
+                check_choice(f"--{name} ", value, values)
+        for name, least in LEAST.items():
+            given = getattr(self, name)
+            lowest = min(given) if isinstance(given, tuple) else given
+            if lowest < least:
+                raise InputError(f"--{name} {lowest}: give {least} or more")
         check_side(self.size)
         backbone(self.backbone)
         if self.released and (self.against or "protocol" in self.what):
@@ -111,14 +108,6 @@ class Settings:
                 "--released is measured by itself, and in single steps: leave out "
                 "--against and protocol"
             )
-
-    def _given(self) -> Iterator[tuple[str, Any, int | None]]:
-        """Yields every value with the name of its field and the smallest allowed."""
-        for field in dataclasses.fields(self):
-            given, least = getattr(self, field.name), field.metadata.get("least")
-            for value in given if isinstance(given, tuple) else (given,):
-                if value != "":
-                    yield field.name, value, least
 
     def cases(self, steps: Sequence[str]) -> Iterator[Case]:
         """Yields these single steps at all sizes and in every dtype."""

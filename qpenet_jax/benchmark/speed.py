@@ -251,28 +251,23 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
-def bar_chart(result: dict[str, Any], path: str | Path) -> bool:
-    """Draws the time of every step as a bar and saves the chart as an image.
-
-    Returns whether there was anything to draw.
-    """
+def bar_chart(result: dict[str, Any], path: str | Path) -> None:
+    """Draws the time of every step, if there are any, as a bar into an image file."""
     rows = [row for each in result["tables"] for row in each["rows"]]
     rows = [row for row in rows if "step" in row and "ms" in row]
-    if rows:
-        # Matplotlib takes long to import, which the tables shouldn't.
-        from matplotlib.figure import Figure
+    if not rows:
+        return
+    # Matplotlib takes long to import, which the tables shouldn't.
+    from matplotlib.figure import Figure
 
-        figure = Figure((9.0, 1.2 + 0.4 * len(rows)), dpi=100, layout="constrained")
-        axes = figure.subplots()
-        names = [f"{row['step']}: {row['variant']}" for row in rows]
-        # Of Okabe and Ito, which colour-blind readers distinguish, too.
-        colours = ["#d55e00" if r["variant"] == "JAX" else "#0072b2" for r in rows]
-        medians = [row["ms"][1] for row in rows]
-        bars = axes.barh(names, medians, color=colours)
-        axes.bar_label(bars, [as_text(each) for each in medians], padding=6)
-        axes.set_title("Time of a step in ms, less is better")
-        axes.invert_yaxis()
-        axes.margins(x=0.2)  # room for the numbers
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path)
-    return bool(rows)
+    figure = Figure((9.0, 1.2 + 0.4 * len(rows)), dpi=100, layout="constrained")
+    title = "Time of a step in ms, less is better"
+    axes = figure.subplots(subplot_kw={"title": title, "xmargin": 0.2})
+    names = [f"{row['step']}: {row['variant']}" for row in rows]
+    # Of Okabe and Ito, which colour-blind readers distinguish, too.
+    colours = ["#d55e00" if r["variant"] == "JAX" else "#0072b2" for r in rows]
+    medians = [row["ms"][1] for row in rows]
+    bars = axes.barh(names, medians, color=colours)
+    axes.bar_label(bars, [as_text(each) for each in medians], padding=6)
+    axes.invert_yaxis()
+    figure.savefig(path)

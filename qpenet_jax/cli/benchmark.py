@@ -18,10 +18,9 @@ OPTIONS = [field for field in dataclasses.fields(Settings) if "help" in field.me
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument(
-        "what",
+        "kinds",
         nargs="?",
         type=names,
-        default=argparse.SUPPRESS,
         metavar="WHAT",
         help=f"what to measure, separated by commas: {', '.join(WHAT)}; default: "
         "eval,train",
@@ -46,7 +45,7 @@ def _argument(field: dataclasses.Field) -> dict[str, Any]:
     if default is False:
         return found | {"action": "store_true"}
     if isinstance(default, tuple):
-        kind = numbers if isinstance(default[0], int) else names
+        kind = numbers if default and isinstance(default[0], int) else names
         default = ",".join(map(str, default))
     else:
         kind = path if default == "" else type(default)
@@ -63,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.runs.datasets import files_read
 
     given = {f.name: getattr(args, f.name) for f in OPTIONS if f.name in args}
+    given |= {"what": args.kinds} if args.kinds else {}
     config = _config(args)
     settings = Settings(**given, config=config)
     if args.out:
