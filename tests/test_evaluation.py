@@ -7,7 +7,7 @@ import pytest
 from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import fit, fit_label, unpad
-from qpenet_jax.evaluation.metrics import fb_iou, mean_iou
+from qpenet_jax.evaluation.metrics import estimate, mean_iou
 from qpenet_jax.evaluation.predictor import Predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import score, score_episodes
@@ -149,7 +149,7 @@ def test_a_perfect_prediction_scores_100_percent_and_its_inverse_0(loop):
         (s.seed, i, s(i).query, s(i).class_id) for s in samplers for i in range(6)
     ]
     assert [tuple(row) for row in scores.rows[:, :4].tolist()] == expected
-    assert fb_iou(scores) == 1
+    assert estimate(scores, classes).fb_iou.value == 1
     shown = np.unique(scores.column("class_id"))
     assert mean_iou(scores, shown.tolist()) > 0.49  # a class may miss in one seed
     np.testing.assert_array_equal(
@@ -157,4 +157,5 @@ def test_a_perfect_prediction_scores_100_percent_and_its_inverse_0(loop):
     )
     p = protocol(scoring="input")
     scores = score_episodes(oracle(dataset, sign=-1), dataset, p, samplers[:1])
-    assert mean_iou(scores, classes) == fb_iou(scores) == 0
+    found = estimate(scores, classes)
+    assert found.miou.value == found.fb_iou.value == 0

@@ -9,15 +9,13 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.metrics import (
     SCORE_COLUMNS,
     Scores,
-    class_iou,
     common_episodes,
     count_pixels,
     estimate,
     estimate_difference,
-    fb_iou,
     load_scores,
     mean_iou,
-    seed_iou,
+    seed_mean_iou,
 )
 
 CLASSES = (6, 7, 8, 9, 10)  # 9 is in the label maps but never drawn
@@ -109,21 +107,6 @@ def test_counts_by_hand():
     assert count_pixels(found, np.full_like(mask, 255)) == (0, 0, 0, 0)
 
 
-def test_class_iou_and_its_means(experiment):
-    scores, episodes = experiment
-    expected, fb = by_hand(episodes)(np.ones(IMAGES))
-    assert expected[:, 3].max() == expected[2, 4] == 0, "never drawn"
-    assert (expected[:2, [0, 1, 2, 4]] > 0).all()
-    np.testing.assert_allclose(class_iou(scores, CLASSES), expected.mean(axis=0))
-    np.testing.assert_allclose(mean_iou(scores, CLASSES), expected.mean())
-    by_seed = seed_iou(scores, CLASSES)
-    assert list(by_seed) == list(SEEDS)
-    np.testing.assert_allclose(list(by_seed.values()), expected)
-    reordered = class_iou(scores, (10, 6))
-    np.testing.assert_allclose(reordered, expected.mean(axis=0)[[4, 0]])
-    np.testing.assert_allclose(fb_iou(scores), fb.mean())
-
-
 def plain_intervals(statistic):
     """Return `[measures, 2]`: 95 % intervals over exponential weights of the images."""
     draws = np.random.default_rng(0).exponential(size=(SAMPLES, IMAGES))
@@ -138,6 +121,15 @@ def flat(estimates):
 def test_all_intervals_are_those_of_a_plain_bootstrap(experiment):
     scores, episodes = experiment
     measures, found = plain_measures(episodes), flat(estimate(scores, CLASSES))
+    by_seed, _ = by_hand(episodes)(np.ones(IMAGES))
+    assert by_seed[:, 3].max() == by_seed[2, 4] == 0, "never drawn"
+    assert (by_seed[:2, [0, 1, 2, 4]] > 0).all()
+    means = seed_mean_iou(scores, CLASSES)
+    assert list(means) == list(SEEDS)
+    np.testing.assert_allclose(list(means.values()), by_seed.mean(axis=1))
+    assert mean_iou(scores, CLASSES) == found[5, 0]
+    reordered = flat(estimate(scores, (10, 6)))
+    np.testing.assert_array_equal(reordered[[0, 1]], found[[4, 0]])
     np.testing.assert_allclose(found[:, 0], measures(np.ones(IMAGES)))
     np.testing.assert_allclose(found[:, 1:], plain_intervals(measures))
     np.testing.assert_array_equal(found[3], 0)
@@ -294,5 +286,5 @@ def test_interval_keeps_classes_with_few_images():
     rare[:, 2] += 200
     rare[:, 3] = 2
     scores = Scores(np.concatenate([common, rare]))
-    worst = class_iou(scores, [1])[0] - 0.05, rare[:, 6].min() / 1000
+    worst = mean_iou(scores, [1]) - 0.05, rare[:, 6].min() / 1000
     assert estimate(scores, [1, 2]).miou.low > np.mean(worst)

@@ -24,9 +24,6 @@ EPISODES = "episodes_qpenet.csv"
 DERIVED = {"text", "name", "preset"}
 """Entries of a protocol that only repeat the others in words."""
 
-IDENTITY = {"version"}
-"""If these differ, an index means another image, so no episode can be common."""
-
 ROUNDING = 0.011
 """results.json holds percent with two decimals."""
 
@@ -54,22 +51,26 @@ def compare_results(
     """
     (a, _), (b, _) = files_of(a), files_of(b)
     first, second = _read(a), _read(b)
-    differs = _differences(first["protocol"], second["protocol"])
+    protocols = first["protocol"], second["protocol"]
+    differs = _differences(*protocols)
     _refuse(differs, f"{a} and {b}", different_protocols)
     all_a, all_b = episode_scores(a, first), episode_scores(b, second)
     try:
-        common_a, common_b = common_episodes(all_a, all_b)
+        common = common_episodes(all_a, all_b)
     except InputError as error:
         raise InputError(f"{a} and {b}: {error}") from None
-    rows = (common_a.rows, all_a.rows, all_b.rows)
+    # Of different folds no episode is common, so there is one class at least.
+    names = dict(zip(first["class_ids"], protocols[0]["classes"], strict=True))
+    names = {i: name for i, name in names.items() if i in second["class_ids"]}
+    counts = [len(scores.rows) for scores in (common[0], all_a, all_b)]
     return {
         "a": str(a),
         "b": str(b),
         "selection": [result.get("selection", "") for result in (first, second)],
-        "protocol": first["protocol"]["text"],
+        "protocol": protocols[0]["text"],
         "differs": differs,
-        "episodes": dict(zip(("common", "a", "b"), map(len, rows), strict=True)),
-        **_paired(common_a, common_b, _common_classes(first, second)),
+        "episodes": dict(zip(("common", "a", "b"), counts, strict=True)),
+        **_paired(*common, names),
     }
 
 
@@ -161,29 +162,20 @@ def episode_scores(path: Path, results: Mapping[str, Any]) -> Scores:
     return scores
 
 
-def _common_classes(a: dict[str, Any], b: dict[str, Any]) -> dict[int, str]:
-    """Returns names by id, in the order of A.
-
-    Of different folds no episode is common, so there is one class at least.
-    """
-    names = zip(a["class_ids"], a["protocol"]["classes"], strict=True)
-    return {i: name for i, name in names if i in b["class_ids"]}
-
-
-def _paired(first: Scores, second: Scores, names: dict[int, str]) -> dict[str, Any]:
+def _paired(a: Scores, b: Scores, names: dict[int, str]) -> dict[str, Any]:
     """Returns the rows of the comparison: each class, mIoU and FB-IoU."""
-    a, b = estimate(first, list(names)), estimate(second, list(names))
-    difference = estimate_difference(second, first, list(names))
-    per_class = map(_row, a.per_class, b.per_class, difference.per_class)
-    class_ids = first.column("class_id")
-    return {
-        "per_class": {
-            name: row | {"episodes": int((class_ids == i).sum())}
-            for (i, name), row in zip(names.items(), per_class, strict=True)
-        },
-        "miou": _row(a.miou, b.miou, difference.miou),
-        "fb_iou": _row(a.fb_iou, b.fb_iou, difference.fb_iou),
-    }
+    found = (
+        estimate(a, list(names)),
+        estimate(b, list(names)),
+        estimate_difference(b, a, list(names)),
+    )
+    columns = [(*each.per_class, each.miou, each.fb_iou) for each in found]
+    *per_class, miou, fb_iou = map(_row, *columns)
+    class_ids = a.column("class_id")
+    for row, i in zip(per_class, names, strict=True):
+        row["episodes"] = int((class_ids == i).sum())
+    by_name = dict(zip(names.values(), per_class, strict=True))
+    return {"per_class": by_name, "miou": miou, "fb_iou": fb_iou}
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> Differences:
@@ -193,11 +185,11 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> Differences:
 
 def _refuse(differs: Differences, files: str, different_protocols: bool) -> None:
     """Refuses protocols that differ more than they may."""
-    other_data = {key: differs[key] for key in differs if key in IDENTITY}
-    if other_data:
+    if "version" in differs:  # an index means another image
+        version = _listed({"version": differs["version"]})
         raise InputError(
-            f"{files}: different data ({_listed(other_data)}), so no episode is "
-            "common; evaluate both on the same data set"
+            f"{files}: different data ({version}), so no episode is common; evaluate "
+            "both on the same data set"
         )
     if differs and not different_protocols:
         raise InputError(

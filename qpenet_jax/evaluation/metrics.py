@@ -102,42 +102,28 @@ class Estimates(NamedTuple):
     fb_iou: Interval
 
 
-def class_iou(scores: Scores, classes: Sequence[int]) -> Float[np.ndarray, " classes"]:
-    """Returns IoU per class: summed intersections over summed unions, 0..1.
-
-    Summed over the episodes of a seed, then averaged over the seeds. A class
-    without an episode of a seed counts 0 for this seed; both are the field's custom.
-    """
-    return _whole(scores, classes)[:-2]
-
-
 def mean_iou(scores: Scores, classes: Sequence[int]) -> float:
-    """Returns mIoU, the mean of `class_iou` over the classes, in 0..1."""
-    return float(_whole(scores, classes)[-2])
+    """Returns mIoU, the mean IoU of the classes, in 0..1; see `estimate`."""
+    measures, images = _measures(scores, classes)
+    return float(measures(np.ones((1, images)))[0, -2])
 
 
-def fb_iou(scores: Scores) -> float:
-    """Returns the mean of foreground and background IoU, in 0..1.
-
-    Each is summed over all episodes of a seed, whatever their class, then averaged
-    over the seeds.
-    """
-    return float(_whole(scores, classes=())[-1])
-
-
-def seed_iou(
-    scores: Scores, classes: Sequence[int]
-) -> dict[int, Float[np.ndarray, " classes"]]:
-    """Returns IoU per class for each seed on its own, 0..1."""
+def seed_mean_iou(scores: Scores, classes: Sequence[int]) -> dict[int, float]:
+    """Returns mIoU for each seed on its own, 0..1."""
     seed = scores.column("seed")
     return {
-        int(s): class_iou(Scores(scores.rows[seed == s]), classes)
+        int(s): mean_iou(Scores(scores.rows[seed == s]), classes)
         for s in np.unique(seed)
     }
 
 
 def estimate(scores: Scores, classes: Sequence[int]) -> Estimates:
     """Returns all IoUs, 0..1, with 95 % intervals by Rubin's Bayesian bootstrap.
+
+    The IoU of a class is its summed intersections over its summed unions. They are
+    summed over the episodes of a seed, then averaged over the seeds; a class without an
+    episode of a seed counts 0 for this seed. Both are the field's custom. FB-IoU is the
+    mean of foreground and background IoU, each over all episodes, whatever their class.
 
     Query images are weighted, not episodes: episodes of one query are not independent,
     and counting them so would make the interval too narrow. The weights are exponential
@@ -192,12 +178,6 @@ Measures = Callable[
 """From weights of the query images to IoU of each class, mIoU, FB-IoU."""
 
 
-def _whole(scores: Scores, classes: Sequence[int]) -> Float[np.ndarray, " measures"]:
-    """Returns the measures with every image counted once."""
-    measures, images = _measures(scores, classes)
-    return measures(np.ones((1, images)))[0]
-
-
 def _measures(scores: Scores, classes: Sequence[int]) -> tuple[Measures, int]:
     """Sums the counts of each image; returns the measures and the number of images."""
     from scipy import sparse  # Here: whoever only predicts does without it.
@@ -223,8 +203,7 @@ def _measures(scores: Scores, classes: Sequence[int]) -> tuple[Measures, int]:
         iou = iou.reshape(len(weights), len(seeds), len(classes)).mean(axis=1)
         sums = weights @ overall  # of background and foreground in turn, per seed
         fb = _ratio(sums[:, ::2], sums[:, 1::2])
-        miou = iou.mean(axis=1) if len(classes) else np.zeros(len(weights))
-        return np.column_stack([iou, miou, fb.mean(axis=1)])
+        return np.column_stack([iou, iou.mean(axis=1), fb.mean(axis=1)])
 
     return measures, len(queries)
 

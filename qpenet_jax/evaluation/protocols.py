@@ -55,6 +55,18 @@ PRESETS_ON_COCO: dict[str, dict[str, Any]] = {
 }
 
 
+CHOICES = {
+    "scoring": get_args(Scoring),
+    "order": get_args(Order),
+    "targets": get_args(Targets),
+    "resize": get_args(Resize),
+    "preset": tuple(PRESETS),
+}
+
+OF_A_RUN = {"release", "version", "shots", "ignore", "preset"}
+"""Fields that have a default but that no preset fixes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """What was measured and how: two results compare only if these are equal.
@@ -94,13 +106,7 @@ class Protocol:
 
     def __post_init__(self):
         """Refuses values that name no protocol."""
-        for name, choices in (
-            ("scoring", get_args(Scoring)),
-            ("order", get_args(Order)),
-            ("targets", get_args(Targets)),
-            ("resize", get_args(Resize)),
-            ("preset", tuple(PRESETS)),
-        ):
+        for name, choices in CHOICES.items():
             check_choice(f"{name} ", getattr(self, name), choices)
         repeated = len(set(self.seeds)) < len(self.seeds)
         if self.episodes < 1 or not self.seeds or repeated or min(self.seeds) < 0:
@@ -113,12 +119,10 @@ class Protocol:
     @property
     def name(self) -> str:
         """The preset and whatever differs from it."""
-        preset = preset_fields(self.preset, self.split)
-        fields = [f.name for f in dataclasses.fields(self) if f.name in PRESET_FIELDS]
         changes = [
             f"{field}={_short(getattr(self, field))}"
-            for field in fields
-            if getattr(self, field) != preset[field]
+            for field, value in preset_fields(self.preset, self.split).items()
+            if getattr(self, field) != value
         ]
         return ", but ".join([self.preset, *([" ".join(changes)] if changes else [])])
 
@@ -145,20 +149,6 @@ class Protocol:
         )
 
 
-PRESET_FIELDS = (
-    "episodes",
-    "seeds",
-    "order",
-    "targets",
-    "side",
-    "resize",
-    "scoring",
-    "min_pixels",
-    "exclude_novel",
-    "episode_list",
-)
-
-
 def preset_fields(preset: str, split: str) -> dict[str, Any]:
     """Returns all fields that a preset fixes, on the family of folds `split`.
 
@@ -166,8 +156,11 @@ def preset_fields(preset: str, split: str) -> dict[str, Any]:
         InputError: there is no such preset.
     """
     check_choice("protocol ", preset, PRESETS)
-    defaults = {f.name: f.default for f in dataclasses.fields(Protocol)}
-    fields = {name: defaults[name] for name in PRESET_FIELDS}
+    fields = {
+        field.name: field.default
+        for field in dataclasses.fields(Protocol)
+        if field.default is not dataclasses.MISSING and field.name not in OF_A_RUN
+    }
     on_coco = PRESETS_ON_COCO.get(preset, {}) if split.startswith("coco") else {}
     return fields | PRESETS[preset] | on_coco
 

@@ -42,8 +42,8 @@ def summarize(
     """
     found = metrics.estimate(scores, class_ids)
     per_class = dict(zip(protocol.classes, found.per_class, strict=True))
-    by_seed = metrics.seed_iou(scores, class_ids)
-    mious = [iou.mean() for iou in by_seed.values()]
+    by_seed = metrics.seed_mean_iou(scores, class_ids)
+    mious = list(by_seed.values())
     std = _percent(float(np.std(mious, ddof=1))) if len(mious) > 1 else None
     result = {
         **_mean(found.miou),
@@ -51,7 +51,7 @@ def summarize(
         "fb_iou_interval": _ends(found.fb_iou),
         "per_class": {name: _percent(iou.value) for name, iou in per_class.items()},
         "per_class_interval": {name: _ends(iou) for name, iou in per_class.items()},
-        "per_seed": {str(s): _percent(v.mean()) for s, v in by_seed.items()},
+        "per_seed": {str(s): _percent(miou) for s, miou in by_seed.items()},
         "seed_spread": {
             "std": std,
             "min": _percent(min(mious)),

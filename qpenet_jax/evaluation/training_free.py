@@ -127,31 +127,11 @@ _features = jax.jit(features, static_argnums=0)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class CosinePredictor(Predictor):
-    """The training-free baseline: the nearest of two prototypes (`training_free`)."""
+class TrainingFreePredictor(Predictor):
+    """`nearest_prototype` or, with `mixes`, `self_supported`; margins times `scale`."""
 
     backbone: Backbone = dataclasses.field(metadata=STATIC)
-    weights: PyTree[Array]
-
-    def encode(self, images, roles=ROLES, padding=None):
-        """Returns the features, which don't depend on roles and padding."""
-        del roles, padding
-        return _features(self.backbone, self.weights, images)
-
-    @functools.partial(jax.jit, static_argnames="named")
-    def decode(self, supports, masks, query, *, named=False):
-        """Returns the margin; see `Predictor`."""
-        logits, out = nearest_prototype(jnp.stack(supports, axis=1), masks, query)
-        margin = foreground_margin(logits)
-        return (margin, out) if named else margin
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class SelfSupportPredictor(Predictor):
-    """What segments best without training (`training_free`); margins times `scale`."""
-
-    backbone: Backbone = dataclasses.field(metadata=STATIC)
+    mixes: bool = dataclasses.field(metadata=STATIC)
     scale: float = dataclasses.field(metadata=STATIC)
     weights: PyTree[Array]
 
@@ -167,7 +147,10 @@ class SelfSupportPredictor(Predictor):
     def decode(self, supports, masks, query, *, named=False):
         """Returns the margin; see `Predictor`."""
         maps = jnp.stack([support["maps"] for support in supports], axis=1)
-        logits, out = self_supported(maps, masks, query["maps"], query["photo"])
+        if self.mixes:
+            logits, out = self_supported(maps, masks, query["maps"], query["photo"])
+        else:
+            logits, out = nearest_prototype(maps, masks, query["maps"])
         margin = self.scale * foreground_margin(logits)
         return (margin, out) if named else margin
 
@@ -182,7 +165,7 @@ class MeanPredictor(Predictor):
     """
 
     network: NetworkPredictor
-    training_free: SelfSupportPredictor
+    training_free: TrainingFreePredictor
 
     def encode(self, images, roles=ROLES, padding=None):
         """Returns what each of the two makes of images."""
@@ -215,21 +198,17 @@ def mean_margin(*margins: Float[Array, "..."]) -> Float[Array, "..."]:
     return log_p - log_q
 
 
-def cosine_predictor(
-    backbone: Backbone, weights: PyTree[Array], dtype: str = "float32"
-) -> CosinePredictor:
-    """Returns the training-free baseline over the features of a backbone."""
-    return CosinePredictor(backbone_in_dtype(backbone, dtype), weights)
-
-
-def self_support_predictor(
+def training_free_predictor(
     backbone: Backbone,
     weights: PyTree[Array],
     dtype: str = "float32",
+    *,
+    mixes: bool = False,
     scale: float = 1.0,
-) -> SelfSupportPredictor:
-    """Returns what segments best without training, over the features of a backbone."""
-    return SelfSupportPredictor(backbone_in_dtype(backbone, dtype), scale, weights)
+) -> TrainingFreePredictor:
+    """Returns the cosine baseline, or with `mixes` what segments best untrained."""
+    net = backbone_in_dtype(backbone, dtype)
+    return TrainingFreePredictor(net, mixes, scale, weights)
 
 
 def mean_predictor(
@@ -249,5 +228,5 @@ def mean_predictor(
     whole = backbone._replace(stages=(*backbone.stages, *others))
     return MeanPredictor(
         qpenet_predictor(model, backbone, params, weights, dtype),
-        self_support_predictor(whole, weights, dtype, SHARPNESS),
+        training_free_predictor(whole, weights, dtype, mixes=True, scale=SHARPNESS),
     )

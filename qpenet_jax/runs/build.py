@@ -26,9 +26,8 @@ from qpenet_jax.core.runtime import refuse_64_bits
 from qpenet_jax.core.types import BATCH_STATISTICS
 from qpenet_jax.evaluation.predictor import Predictor, qpenet_predictor
 from qpenet_jax.evaluation.training_free import (
-    cosine_predictor,
     mean_predictor,
-    self_support_predictor,
+    training_free_predictor,
 )
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.network import NAME as RELEASED
@@ -227,7 +226,9 @@ def build_predictor(
 
 def build_cosine_predictor(config: Any, weights: PyTree[Array]) -> Predictor:
     """Returns the training-free baseline, on all stages, where it scores best."""
-    return cosine_predictor(backbone(config.backbone.name), weights, config.dtype)
+    return training_free_predictor(
+        backbone(config.backbone.name), weights, config.dtype
+    )
 
 
 def build_self_support_predictor(
@@ -238,7 +239,7 @@ def build_self_support_predictor(
     Its margins are differences of cosines times `scale`.
     """
     net = backbone(config.backbone.name)
-    return self_support_predictor(net, weights, config.dtype, scale)
+    return training_free_predictor(net, weights, config.dtype, mixes=True, scale=scale)
 
 
 def build_mean_predictor(
