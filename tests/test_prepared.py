@@ -143,30 +143,6 @@ def test_moved_and_pickled(tiny, tmp_path):
         np.testing.assert_array_equal(copy.label(index), data.label(index))
 
 
-WITHOUT_TENSORFLOW = """
-import sys
-from qpenet_jax.data.sources.prepared import Prepared
-data = Prepared(sys.argv[1], "train")
-data.counts, data.image(0), data.label(0)
-print([name for name in sys.modules if name.startswith("tensorflow.")
-       or name == "tensorflow"])
-"""
-
-
-def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-
-
-def test_no_tensorflow(tiny):
-    assert python(WITHOUT_TENSORFLOW, tiny).stdout == "[]\n"
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -184,7 +160,10 @@ prepare(source(pictures(), example=example), Path(sys.argv[1]))
 
 @pytest.mark.slow
 def test_killed_and_run_again(tmp_path):
-    assert python(KILLED, tmp_path).returncode == -signal.SIGKILL
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = [sys.executable, "-c", KILLED, tmp_path]
+    killed = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths})
+    assert killed.returncode == -signal.SIGKILL
     left = list((tmp_path / "tiny/main").iterdir())
     assert [path.name[:11] for path in left] == ["incomplete."]
     with pytest.raises(InputError, match="no prepared data set"):

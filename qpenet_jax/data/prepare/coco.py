@@ -57,6 +57,9 @@ ARCHIVES = {
 }
 """Images of both splits and annotations, with the SHA-256 that TFDS publishes."""
 
+ANNOTATIONS = r"instances_(train|val)(2014|2017)\.json"
+"""Names of the files with annotations: split and release."""
+
 LABEL_RULES = (
     "all polygons as pycocotools draws them; crowds skipped, and images that show "
     "nothing else; later annotations over earlier ones, in the order of the file; "
@@ -123,20 +126,16 @@ def unpack_annotations(archive: Path) -> list[Path]:
 
 def _release(annotations: Sequence[Path]) -> tuple[str, dict[str, Path]]:
     """Returns the year and the file of each split, as the files' names say."""
-    releases, splits = set(), []
-    for path in map(Path, annotations):
-        match = re.fullmatch(r"instances_(train|val)(2014|2017)\.json", path.name)
-        if not match:
-            raise InputError(
-                f"{path}: annotation files are instances_train2014.json and "
-                "instances_val2014.json, or those of 2017"
-            )
-        splits.append((match[1], path))
-        releases.add(match[2])
-    if len(releases) != 1:
-        given = ", ".join(map(str, annotations)) or "none given"
-        raise InputError(f"annotation files of one release are needed: {given}")
-    return releases.pop(), unique(sorted(splits))
+    paths = [*map(Path, annotations)]
+    matches = [re.fullmatch(ANNOTATIONS, path.name) for path in paths]
+    found = {m[1]: path for m, path in zip(matches, paths, strict=True) if m}
+    releases = {match[2] for match in matches if match}
+    if len(found) < len(paths) or len(releases) != 1:
+        raise InputError(
+            f"annotations {', '.join(map(str, paths)) or '(none)'}: give "
+            "instances_train2014.json and instances_val2014.json, or those of 2017"
+        )
+    return releases.pop(), dict(sorted(found.items()))
 
 
 def _find(
