@@ -205,7 +205,7 @@ def test_damaged_contents_are_named(half, member, data, message, files, tmp_path
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([NAMES[8], NAMES[6], NAMES[5]], f"{NAMES[5]} is an image of VOC's val (2 are"),
+        ([NAMES[8], NAMES[6]], f"image {NAMES[6]} is listed for train and for val"),
         ([NAMES[8], "2009_1"], "no image of 2009_1 in"),
         ([NAMES[8], "nomask"], "no mask of nomask in"),
     ],
