@@ -28,6 +28,7 @@ from qpenet_jax.benchmark.settings import Settings
 from qpenet_jax.benchmark.timing import Row, Table, measure
 from qpenet_jax.config import default_config
 from qpenet_jax.core.types import SegmentationDataset
+from qpenet_jax.data import loader
 from qpenet_jax.data.augmentation import Augmentation, augment, draw
 from qpenet_jax.data.episodes import (
     AUGMENT_STREAM,
@@ -35,23 +36,11 @@ from qpenet_jax.data.episodes import (
     EpisodeSampler,
     generator,
 )
-from qpenet_jax.data.loader import (
-    canvas_side,
-    load_episode,
-    load_raw_episode,
-    training_batches,
-)
 from qpenet_jax.data.sources.decoded import Decoded
 from qpenet_jax.data.transforms import binary_mask
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import score_episodes
-from qpenet_jax.runs.build import (
-    build_backbone,
-    build_predictor,
-    complete,
-    is_released,
-    params_like,
-)
+from qpenet_jax.runs import build
 from qpenet_jax.runs.datasets import build_dataset, build_eval_samplers, build_protocol
 
 BATCH = 4
@@ -120,11 +109,11 @@ def ways_to_load(data: SegmentationDataset, side: int, folder: Path) -> dict[str
     """Returns the loading in float32, and that for augmenting on host and device."""
     options = {"side": side, "augmentation": Augmentation(), "seed": 0}
     decoded = Decoded(data, folder)
-    raw = {"canvas": canvas_side(decoded.sizes, side)} | options
+    raw = {"canvas": loader.canvas_side(decoded.sizes, side)} | options
     return {
         "float32": functools.partial(load_float32, data, **options),
-        "host": functools.partial(load_episode, data, **options),
-        "device": functools.partial(load_raw_episode, decoded, **raw),
+        "host": functools.partial(loader.load_episode, data, **options),
+        "device": functools.partial(loader.load_raw_episode, decoded, **raw),
     }
 
 
@@ -177,7 +166,7 @@ def throughput(
     clock: Callable[[], float] = perf_counter,
 ) -> Row:
     """Counts the episodes of a stream from when its workers and buffers run."""
-    stream = training_batches(load, sampler, batch_size=BATCH, workers=workers)
+    stream = loader.training_batches(load, sampler, batch_size=BATCH, workers=workers)
     with contextlib.closing(stream) as batches:
         for _ in range(WARM_UP * max(workers, 1)):
             next(batches)
@@ -228,7 +217,7 @@ def made_up_configs(settings: Settings) -> Iterator[Any]:
         config.dataset.update(kind="shapes", name="Shapes", side=settings.size)
         config.dataset.update(val_images=64, on_few="drop", min_pixels=64)
         config.eval.update(protocol="default", episodes=100)
-        yield complete(config)
+        yield build.complete(config)
 
 
 def timed_evaluation(config: Any, shots: int, episodes: int = 0) -> Row:
@@ -237,16 +226,16 @@ def timed_evaluation(config: Any, shots: int, episodes: int = 0) -> Row:
     protocol = build_protocol(config, shots=shots, **changes)
     dataset, rng = build_dataset(config, "val"), np.random.default_rng(0)
     samplers = build_eval_samplers(config, dataset, protocol)
-    shapes = weight_shapes(build_backbone(config), deep=is_released(config))
-    predictor = build_predictor(
-        config, random_params(params_like(config), rng), random_params(shapes, rng)
+    net, deep = build.build_backbone(config), build.is_released(config)
+    params = random_params(build.params_like(config), rng)
+    frozen = random_params(weight_shapes(net, deep=deep), rng)
+    predictor = build.build_predictor(config, params, frozen)
+    ids = [samplers[0](i) for i in range(min(PREDICTIONS, protocol.episodes))]
+    loaded = (
+        loader.load_episode(dataset, each, protocol.side, resize=protocol.resize)
+        for each in ids
     )
-
-    batches = [
-        load_episode(dataset, samplers[0](i), protocol.side, resize=protocol.resize)
-        for i in range(min(PREDICTIONS, protocol.episodes))
-    ]
-    batches = [jax.tree.map(lambda x: jnp.asarray(x)[None], each) for each in batches]
+    batches = [jax.tree.map(lambda x: jnp.asarray(x)[None], each) for each in loaded]
 
     def evaluate(protocol: Protocol) -> None:
         score_episodes(predictor, dataset, protocol, samplers, workers=config.workers)

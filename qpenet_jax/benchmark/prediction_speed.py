@@ -19,17 +19,11 @@ import numpy as np
 from tqdm import tqdm
 
 from qpenet_jax.backbones.registry import backbone
+from qpenet_jax.benchmark import timing
 from qpenet_jax.benchmark.jax_side import network_of, random_weights
 from qpenet_jax.benchmark.made_up import Files, made_up_episodes, write_photo
 from qpenet_jax.benchmark.settings import Case, Settings
-from qpenet_jax.benchmark.timing import (
-    Row,
-    Table,
-    differences_between,
-    measure,
-    quartiles,
-    run_module,
-)
+from qpenet_jax.benchmark.timing import Row, Table
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.predictor import qpenet_predictor
 from qpenet_jax.masks.annotations import parse_support, read_supports
@@ -61,10 +55,10 @@ def prediction_speed(
         supports = [
             write_photo(folder / "supports", i, megapixels[0]) for i in range(most)
         ]
-        sizes = itertools.islice(itertools.cycle(megapixels), settings.photos)
+        sizes = itertools.cycle(megapixels)
         queries = [
-            write_photo(folder, number, size)[0]
-            for number, size in enumerate(tqdm([*sizes], "making photos"), 1000)
+            write_photo(folder, 1000 + i, next(sizes))[0]
+            for i in tqdm(range(settings.photos), "making photos")
         ]
         words = side or [f"--workdir={settings.workdir}"]
         cold, *cached = (
@@ -74,10 +68,10 @@ def prediction_speed(
         yield Table(
             f"{method}: from the start of a process to its first mask, without "
             f"compilations from before and with them ({starts} processes).",
-            [{"cold, s": cold, "cached, s": quartiles(np.array(cached))}],
+            [{"cold, s": cold, "cached, s": timing.quartiles(np.array(cached))}],
         )
         segmenter = load(settings.workdir or None, side)
-        tasks = {k: tasks_of(segmenter, supports[:k]) for k in settings.shots}
+        tasks = {k: tasks_of(segmenter, supports[:k]) for k in sorted(settings.shots)}
         yield Table(
             f"{settings.photos} photos of {megapixels[0]} to {megapixels[-1]} "
             "megapixels; medians, and the rate of all.",
@@ -92,7 +86,7 @@ def first_mask(
     out, marked = folder / "first", f"{support[0]}:{support[1]}"
     words = ["predict", *words, f"--out={out}", f"--query={query}"]
     start = time.time()
-    run_module(
+    timing.run_module(
         ["qpenet_jax.cli", *words, f"--support={marked}"], str(folder / "compilations")
     )
     return (out / f"{query.stem}.png").stat().st_mtime - start
@@ -107,9 +101,10 @@ def tasks_of(segmenter: Segmenter, supports: Sequence[Files]) -> Tasks:
 def each_photo(
     tasks: Mapping[int, Tasks], photos: Sequence[Path], out: Path
 ) -> list[Row]:
-    """Returns a row for each number of shots; these take turns at every photo.
+    """Returns a row for each number of shots, the fewest first.
 
-    Masks are written to folders of `out` as `qpenet predict` does.
+    They take turns at every photo, and write masks as `qpenet predict` does, below
+    `out`.
     """
     writers = {k: MaskWriter(out / str(k), ("object",), ("png",)) for k in tasks}
     queries = find_queries(photos, recursive=False)
@@ -121,12 +116,12 @@ def each_photo(
             for query in tqdm(queries, "segmenting", unit="photo")
         ]
     )
-    fewest = times[:, 0].sum(-1)
+    fewest = min(tasks)
     return [
         {"shots": k}
         | {f"{part}, ms": 1e3 * np.median(each[:, i]) for i, part in enumerate(PARTS)}
         | {"masks/s": len(each) / each.sum()}
-        | {f"time of {min(tasks)} shot": np.median(each.sum(1) / fewest)}
+        | {f"time of {fewest} shot": np.median(each.sum(1) / times[:, 0].sum(1))}
         for k, each in zip(tasks, times.swapaxes(0, 1), strict=True)
     ]
 
@@ -199,7 +194,7 @@ def compare_runtimes(
     )
     query, masks = encode(), episode.support_masks
     decode = functools.partial(predict.decode, supports, masks, query)
-    arrays = {"image": episode.query_image, "masks": masks}
+    arrays: dict[str, Any] = {"image": episode.query_image, "masks": masks}
     arrays |= {f"query_{name}": array for name, array in query.items()}
     for name in supports[0]:
         arrays[f"support_{name}"] = jnp.stack([each[name] for each in supports], 1)
@@ -210,14 +205,12 @@ def compare_runtimes(
         inputs = {n: np.asarray(arrays[n]) for n in parts[name].inputs}
         others = {n: functools.partial(f(model), inputs) for n, f in sessions.items()}
         found = {}
-        if call is decode:
-            margin = {"margin": np.asarray(decode())}
-            for other, run in others.items():
-                its = {"margin": run()["margin"]}
-                found[other] = differences_between(margin, its, case, other)["margin"]
+        for other, run in others.items() if call is decode else ():
+            both = {"margin": np.asarray(decode())}, {"margin": run()["margin"]}
+            found[other] = timing.differences_between(*both, case, other)["margin"]
         calls = {"JAX": lambda call=call: jax.block_until_ready(call()), **others}
-        by_clock = measure(calls, seconds / 2)
-        of_cores = measure(calls, seconds / 2, time.process_time)
+        by_clock = timing.measure(calls, seconds / 2)
+        of_cores = timing.measure(calls, seconds / 2, time.process_time)
         for row, cores in zip(by_clock, of_cores, strict=True):
             row |= {f"{key} of cores": cores[key] for key in ("ms", "ratio")}
             rows.append({"part": name, **row, "difference": found.get(row["variant"])})

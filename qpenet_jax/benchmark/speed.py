@@ -23,19 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qpenet_jax.backbones.precision import products
-from qpenet_jax.benchmark import jax_side
+from qpenet_jax.benchmark import jax_side, timing
 from qpenet_jax.benchmark.episode_speed import evaluation_speed, loading_speed
 from qpenet_jax.benchmark.jax_side import Candidate, memory_plans, step_flop
 from qpenet_jax.benchmark.made_up import made_up_episodes
 from qpenet_jax.benchmark.prediction_speed import prediction_speed, runtimes
 from qpenet_jax.benchmark.settings import STEPS, Case, Settings
-from qpenet_jax.benchmark.timing import (
-    Row,
-    Table,
-    differences_between,
-    measure,
-    run_module,
-)
+from qpenet_jax.benchmark.timing import Row, Table
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.markdown import table
 from qpenet_jax.core.runtime import keep_freed_memory, processor
@@ -154,13 +148,13 @@ def compared_steps(
     }
     in_jax = numbers.pop("JAX")
     differences = {
-        name: differences_between(in_jax, found, case, name)
+        name: timing.differences_between(in_jax, found, case, name)
         for name, found in numbers.items()
     }
     calls = {name: each.call for name, each in candidates.items()}
     return [
         {"step": str(case)} | row | differences.get(row["variant"], {})
-        for row in measure(calls, seconds)
+        for row in timing.measure(calls, seconds)
     ]
 
 
@@ -194,7 +188,9 @@ def _peak(dtype: str) -> float:
     kind = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
     matrix, product = jnp.ones((rows, rows), kind), jax.jit(jnp.matmul)
     with products(dtype):
-        (row,) = measure({"": lambda: product(matrix, matrix).block_until_ready()})
+        (row,) = timing.measure(
+            {"": lambda: product(matrix, matrix).block_until_ready()}
+        )
     return 2e-6 * rows**3 / row["ms"][0]
 
 
@@ -208,7 +204,7 @@ def process_rows(case: Case, settings: Settings) -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:
         for name, variant in names.items():
             given = [dataclasses.asdict(case), variant, device, time.time()]
-            printed = run_module([jax_side.__name__, json.dumps(given)], cache)
+            printed = timing.run_module([jax_side.__name__, json.dumps(given)], cache)
             row = json.loads(printed.splitlines()[-1])
             rows.append({"step": str(case), "variant": name} | row)
     return rows

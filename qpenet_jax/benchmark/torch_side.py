@@ -67,7 +67,8 @@ def torch_candidate(
     net, model = _networks(case)
     layout: Any = {} if variant == "eager" else {"memory_format": torch.channels_last}
     net, model = net.to(device, **layout), model.to(device, **layout)
-    batch = Episode(*(place(array, variant, device) for array in episodes[:4]))
+    tensors: Any = (place(array, variant, device) for array in episodes[:4])
+    batch = Episode(*tensors)
     if case.dtype == "bfloat16":
         net = net.bfloat16()
         model = model if case.what == "train" else model.bfloat16()

@@ -177,8 +177,11 @@ class TorchConvs(nn.Sequential):
     """Segments features by a prototype: Convs(Concat(F, BC(P))) of eqs 2, 4, 9, 10."""
 
     def __init__(self, width: int):
-        merge, residual = reduce(2 * width, width, 0.5), TorchResidual(width)
-        layers = OrderedDict(merge=merge, residual=residual, head=head(width))
+        layers = OrderedDict[str, nn.Module](
+            merge=reduce(2 * width, width, 0.5),
+            residual=TorchResidual(width),
+            head=head(width),
+        )
         super().__init__(layers)
 
 
