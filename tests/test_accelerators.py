@@ -111,10 +111,10 @@ def test_cudnns_arguments_mean_the_same_as_the_mask(monkeypatch):
         jnp.asarray(rng.normal(size=(2, n, 2, 8)), jnp.bfloat16) for n in (5, 7, 7)
     )
     mask = jnp.array([[0, 1, 0, 0, 1, 1, 0], [1] * 7], bool)
-    expected = ops._attention_default(query, key, value, mask)
+    expected = ops.library_attention(query, key, value, mask)
     monkeypatch.setattr(jax.nn, "dot_product_attention", answered)
     monkeypatch.setattr(ops, "from_ampere_on", lambda: True)
-    result = ops._attention_default(query, key, value, mask)
+    result = ops.library_attention(query, key, value, mask)
     assert found == ["cudnn"]
     np.testing.assert_allclose(
         result.astype(np.float32), expected.astype(np.float32), atol=0.02

@@ -20,7 +20,7 @@ from qpenet_jax.data.folds import PASCAL_CLASSES
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.data.transforms import fit, fit_label, unpad
 from qpenet_jax.models import ops
-from qpenet_jax.models.ops.devices import default_formulations
+from qpenet_jax.models.ops.devices import only_defaults
 from qpenet_jax.runs.build import build_predictor
 from qpenet_jax.runs.export import Part, export
 from qpenet_jax.runs.export import onnx as onnx_model
@@ -198,7 +198,7 @@ def test_the_plain_formulations_know_no_platforms():
         return str(jax.make_jaxpr(lambda *given: ops.conv3x3(*given))(x, kernel))
 
     assert "platform_index" in traced()
-    with default_formulations():
+    with only_defaults(True):
         assert "platform_index" not in traced()
     assert "platform_index" in traced()
 

@@ -38,32 +38,39 @@ def assert_equal(results, references, tolerance=1e-5):
         assert error <= tolerance * np.abs(np.asarray(reference)).max()
 
 
-def library_conv3x3(x, kernel, dilation=1):
+def plain(x, kernel, *, stride=1, dilation=1):
     """XLA's own convolution, spelled out here once more as the reference."""
+    pad = dilation * (kernel.shape[0] // 2)
     return jax.lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=(1, 1),
-        padding=((dilation, dilation), (dilation, dilation)),
+        window_strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] // kernel.shape[2],
     )
 
 
 @pytest.mark.parametrize(
-    ("function", "height", "width", "dilation"),
-    [(ops.conv3x3, 31, 30, 1), (winograd._conv3x3_dilated, 11, 7, 2)],
+    ("function", "size", "dilation"),
+    [
+        (ops.conv3x3, (31, 30), 1),
+        (winograd.conv3x3, (11, 7), 2),
+        (winograd.conv3x3, (10, 5), 4),
+    ],
 )
-def test_winograd_equals_convolution(function, height, width, dilation):
-    """Dilation 1 through the public function, on a grid that takes the fast path."""
-    x, kernel = normal(2, height, width, 64), normal(3, 3, 64, 8, seed=1)
-    cotangent = normal(2, height, width, 8, seed=2)
-    fast = functools.partial(function, dilation=dilation)
-    plain = functools.partial(library_conv3x3, dilation=dilation)
-    assert_equal(
-        value_and_gradients(fast, cotangent, x, kernel),
-        value_and_gradients(plain, cotangent, x, kernel),
+def test_winograd_equals_convolution(function, size, dilation):
+    """Dilation 1 through the room's function, on a grid that takes the fast path."""
+    x, kernel = normal(2, *size, 64), normal(3, 3, 64, 8, seed=1)
+    cotangent = normal(2, *size, 8, seed=2)
+    fast, slow = (
+        value_and_gradients(
+            functools.partial(f, dilation=dilation), cotangent, x, kernel
+        )
+        for f in (function, plain)
     )
+    assert_equal(fast, slow)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -73,17 +80,13 @@ def test_conv3x3_in_bfloat16(dilation):
     cotangent = normal(1, 30, 31, 8, seed=2)
     half = [a.astype(jnp.bfloat16) for a in (cotangent, x, kernel)]
     fast = functools.partial(ops.conv3x3, dilation=dilation)
-    plain = functools.partial(library_conv3x3, dilation=dilation)
     results = value_and_gradients(fast, *half)
     assert {r.dtype for r in results} == {jnp.dtype(jnp.bfloat16)}
-    exact = value_and_gradients(plain, *(a.astype(jnp.float32) for a in half))
+    exact = value_and_gradients(
+        functools.partial(plain, dilation=dilation),
+        *(a.astype(jnp.float32) for a in half),
+    )
     assert_equal([r.astype(jnp.float32) for r in results], exact, tolerance=2**-8)
-
-
-def test_winograd_with_dilation_4_on_an_odd_grid():
-    x, kernel = normal(1, 10, 5, 64), normal(3, 3, 64, 3, seed=1)
-    fast = jax.jit(functools.partial(winograd._conv3x3_dilated, dilation=4))
-    assert_equal([fast(x, kernel)], [library_conv3x3(x, kernel, 4)])
 
 
 @pytest.mark.parametrize(
@@ -125,25 +128,18 @@ def test_conv1x1_is_a_product_over_channels():
 )
 def test_depthwise_equals_grouped_convolution(size, stride, dilation, height, width):
     x, kernel = normal(2, height, width, 6), normal(size, size, 6, seed=1)
-    pad = dilation * (size // 2)
-
-    def grouped(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel[:, :, None],
-            window_strides=(stride, stride),
-            padding=((pad, pad), (pad, pad)),
-            rhs_dilation=(dilation, dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=6,
-        )
-
-    function = functools.partial(ops.depthwise_conv, stride=stride, dilation=dilation)
-    rows, cols = -(-height // stride), -(-width // stride)
-    cotangent = normal(2, rows, cols, 6, seed=2)
+    options = {"stride": stride, "dilation": dilation}
+    cotangent = normal(2, -(-height // stride), -(-width // stride), 6, seed=2)
     assert_equal(
-        value_and_gradients(function, cotangent, x, kernel),
-        value_and_gradients(grouped, cotangent, x, kernel),
+        value_and_gradients(
+            functools.partial(ops.depthwise_conv, **options), cotangent, x, kernel
+        ),
+        value_and_gradients(
+            lambda x, kernel: plain(x, kernel[:, :, None], **options),
+            cotangent,
+            x,
+            kernel,
+        ),
     )
 
 
@@ -195,6 +191,23 @@ MASKS = {
 }
 
 
+def with_gradients(attend):
+    def run(query, key, value, mask, cotangent):
+        partial = functools.partial(attend, mask=mask)
+        output, pull_back = jax.vjp(partial, query, key, value)
+        return output, *pull_back(cotangent)
+
+    return run
+
+
+def drawn(mask):
+    """Query, key, value, mask and cotangent of two images and two heads."""
+    query, key, value, cotangent = (
+        normal(2, n, 2, 4, seed=i) for i, n in enumerate((5, KEYS, KEYS, 5))
+    )
+    return query, key, value, np.array(mask, bool), cotangent
+
+
 @pytest.fixture(scope="module", params=[3, 5, 450])
 def attentions(request):
     """The public attention and the library's, each with its pull-back.
@@ -207,40 +220,30 @@ def attentions(request):
             query, key, value, mask=mask[:, None, None, :]
         )
 
-    def with_gradients(function):
-        @jax.jit
-        def run(query, key, value, mask, cotangent):
-            partial = functools.partial(function, mask=mask)
-            output, pull_back = jax.vjp(partial, query, key, value)
-            return output, *pull_back(cotangent)
-
-        return run
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "KEY_BLOCK", request.param)
-        yield with_gradients(ops.attention), with_gradients(library)
+        yield jax.jit(with_gradients(ops.attention)), jax.jit(with_gradients(library))
 
 
 @pytest.mark.standard_promotion
 def test_attention_of_bfloat16_is_as_exact_as_its_inputs(attentions):
     """Scores and softmax are in float32, whose result is rounded once."""
-    arrays = [normal(2, n, 2, 4, seed=i) for i, n in enumerate((5, KEYS, KEYS, 5))]
-    half = [a.astype(jnp.bfloat16) for a in arrays]
-    mask = np.array([MASKS["seven"]] * 2, bool)
-    results = attentions[0](*half[:3], mask, half[3])
+
+    def cast(arrays, dtype):
+        return [a if a.dtype == bool else a.astype(dtype) for a in arrays]
+
+    half = cast(drawn([MASKS["seven"]] * 2), jnp.bfloat16)
+    results = attentions[0](*half)
     assert {r.dtype for r in results} == {jnp.dtype(jnp.bfloat16)}
-    full = [a.astype(jnp.float32) for a in half]
-    exact = attentions[1](*full[:3], mask, full[3])
+    exact = attentions[1](*cast(half, jnp.float32))
     assert_equal([r.astype(jnp.float32) for r in results], exact, tolerance=2**-8)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_at_every_number_of_true_keys(attentions, name):
     mine, library = attentions
-    query, cotangent = normal(2, 5, 2, 4), normal(2, 5, 2, 4, seed=3)
-    key, value = normal(2, KEYS, 2, 4, seed=1), normal(2, KEYS, 2, 4, seed=2)
     one = [0] * 7 + [1] + [0] * 4  # the second row's count differs from the first's
-    args = query, key, value, np.array([MASKS[name], one], bool), cotangent
+    args = drawn([MASKS[name], one])
     # One row has a single key: its query and key gradients are 0 up to rounding.
     for result, reference in zip(mine(*args), library(*args), strict=True):
         np.testing.assert_allclose(result, reference, atol=3e-6)
@@ -250,25 +253,18 @@ def test_attention_at_every_number_of_true_keys(attentions, name):
 def test_attention_off_the_cpu_is_the_same_in_blocks(rows, at_once, monkeypatch):
     """Five queries in blocks of `rows`, with a remainder; the plain one at once."""
 
-    def with_gradients(query, key, value, mask, cotangent):
-        attend = functools.partial(ops._attention_default, mask=mask)
-        output, pull_back = jax.vjp(attend, query, key, value)
-        return output, *pull_back(cotangent)
+    attend = with_gradients(ops.library_attention)
+    args = drawn([MASKS["seven"], MASKS["one key"]])
 
     def loops():
-        traced = jax.make_jaxpr(lambda *args: with_gradients(*args))(*args)
-        return str(traced).count("scan[")
+        return str(jax.make_jaxpr(lambda *args: attend(*args))(*args)).count("scan[")
 
-    query, cotangent = normal(2, 5, 2, 4), normal(2, 5, 2, 4, seed=3)
-    key, value = normal(2, KEYS, 2, 4, seed=1), normal(2, KEYS, 2, 4, seed=2)
-    mask = np.array([MASKS["seven"], MASKS["one key"]], bool)
-    args = query, key, value, mask, cotangent
-    plain = with_gradients(*args)
+    at_once_all = attend(*args)
     assert loops() == 0
     monkeypatch.setattr(devices, "AT_ONCE", at_once)
     assert devices.rows_at_once(5, 2 * 2 * KEYS) == rows
     assert loops() == 2, "one there, one back"
-    for result, reference in zip(with_gradients(*args), plain, strict=True):
+    for result, reference in zip(attend(*args), at_once_all, strict=True):
         np.testing.assert_allclose(result, reference, atol=1e-6)
 
 
@@ -282,10 +278,7 @@ def test_rounds_are_even_and_as_large_as_may_be(count, row_size, rows):
 
 
 def test_attention_to_one_key_returns_its_value_and_masked_keys_get_nothing(attentions):
-    query, cotangent = normal(2, 5, 2, 4), normal(2, 5, 2, 4, seed=3)
-    key, value = normal(2, KEYS, 2, 4, seed=1), normal(2, KEYS, 2, 4, seed=2)
-    mask = np.zeros((2, KEYS), bool)
-    mask[:, 4] = True
+    query, key, value, mask, cotangent = drawn(np.arange(KEYS)[None] == [[4], [4]])
     output, _, _, d_value = attentions[0](query, key, value, mask, cotangent)
     np.testing.assert_allclose(output, np.repeat(value[:, 4:5], 5, axis=1), rtol=1e-6)
     np.testing.assert_allclose(d_value[:, 4], cotangent.sum(axis=1), rtol=1e-5)
@@ -295,5 +288,8 @@ def test_attention_to_one_key_returns_its_value_and_masked_keys_get_nothing(atte
 @pytest.mark.parametrize("at_once", [1, 3, 4, 8])
 def test_rows_at_once_are_the_same_rows(at_once):
     x = normal(8, 5)
-    found = devices.row_by_row(lambda row: row @ row * row, x, at_once=at_once)
+    with devices.only_defaults(True):
+        found = devices.row_by_row(
+            lambda row: row @ row * row, x, at_once=at_once, cpu=lambda row: 0 * row
+        )
     np.testing.assert_allclose(found, (x * x).sum(1, keepdims=True) * x, rtol=1e-5)

@@ -59,15 +59,7 @@ class Conv(nn.Module):
             return ops.conv1x1(x[:, :: self.stride, :: self.stride], kernel)
         if self.size == 3 and self.stride == 1:
             return ops.conv3x3(x, kernel, dilation=self.dilation)
-        pad = self.size // 2 * self.dilation
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=((pad, pad), (pad, pad)),
-            rhs_dilation=(self.dilation, self.dilation),
-            dimension_numbers=ops.NHWC,
-        )
+        return ops.convolve(x, kernel, stride=self.stride, dilation=self.dilation)
 
 
 class DepthwiseConv(nn.Module):

@@ -1,6 +1,5 @@
 """FEM: the decoder of PFENet (Tian et al., TPAMI 2020), of rows 1 to 3 of Table III."""
 
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -11,8 +10,8 @@ from jaxtyping import Bool, Float
 
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.layers import Conv1x1, Head, MergePrototype, Residual
-from qpenet_jax.models.ops import resize_align_corners
-from qpenet_jax.models.ops.devices import by_platform, row_by_row, rows_at_once
+from qpenet_jax.models.ops import along_sides, resize_align_corners
+from qpenet_jax.models.ops.devices import row_by_row, rows_at_once
 
 LEVELS = 4
 """Grids of the pyramid, each half as fine as the one before: 60, 30, 15 and 8."""
@@ -75,10 +74,7 @@ def adaptive_average_pool(
     x: Float[Array, "b h w c"], size: tuple[int, int]
 ) -> Float[Array, "b h2 w2 c"]:
     """Averages `x` over a grid of `size` windows, as two small matrix products."""
-    rows = pooling_matrix(x.shape[1], size[0])
-    cols = pooling_matrix(x.shape[2], size[1])
-    along_rows = jnp.einsum("yh,bhwc->bywc", rows, x, precision="highest")
-    return jnp.einsum("xw,bywc->byxc", cols, along_rows, precision="highest")
+    return along_sides(pooling_matrix, x, size)
 
 
 PRIOR_EPSILON = 1e-7
@@ -103,11 +99,7 @@ def prior_mask(
         jnp.repeat(query_features.reshape(b, -1, query_features.shape[-1]), k, axis=0),
     )
     at_once = rows_at_once(b * k, each[0].shape[1] * each[2].shape[1])
-    best = by_platform(
-        *each,
-        cpu=functools.partial(row_by_row, _best_cosine_in_blocks),
-        default=functools.partial(row_by_row, _best_cosine, at_once=at_once),
-    )
+    best = row_by_row(_best_cosine, *each, at_once=at_once, cpu=_best_cosine_in_blocks)
     low, high = (f(best, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
     stretched = (best - low) / (high - low + PRIOR_EPSILON)
     return stretched.reshape(b, k, *query_features.shape[1:3]).mean(axis=1)

@@ -16,7 +16,7 @@ from qpenet_jax.models.layers import (
     Head,
     MergePrototype,
     Residual,
-    kernel_init,
+    linear,
 )
 
 
@@ -91,11 +91,6 @@ class CrossAttention(nn.Module):
         queries, keys = x.reshape(b, h * w, c), F_s.reshape(b, -1, c)
         mask = M_s.reshape(b, -1)
         mask = mask | ~mask.any(axis=1, keepdims=True)
-
-        def linear(features, name):
-            return nn.Dense(
-                features, use_bias=False, kernel_init=kernel_init, name=name
-            )
 
         def heads(t, name):
             return linear(c, name)(t).reshape(b, -1, self.heads, c // self.heads)

@@ -11,25 +11,51 @@ from qpenet_jax.models.layers import Convs, bias_init, kernel_init
 from qpenet_jax.models.prototypes import predicted
 
 
-class GBC(nn.Module):
-    """Cleanses the learned global background prototype for one query.
+class LearnedBackground(nn.Module):
+    """The global background prototype, which learns by segmenting all images.
 
-    Without `cleanse`, P_bg is P_global itself (rows of Table III without BGPE).
     P_global starts from N(0, init_scale^2); at 0 it starts from zeros.
     """
 
     channels: int
     make_convs: Callable[..., Convs]
-    gate_dropout: float
-    cleanse: bool
-    init_scale: float = 1.0
+    init_scale: float
 
     def setup(self):
-        """Makes P_global and the layers."""
+        """Makes P_global and the layers that segment by it."""
         # One vector for all images: what the backgrounds of the training set share.
         start = nn.initializers.normal(self.init_scale)
         self.P_global = self.param("P_global", start, (self.channels,))
         self.convs = self.make_convs()
+
+    def segment(
+        self, features: Float[Array, "b h w c"], *, train: bool
+    ) -> Float[Array, "b h w 2"]:
+        """Returns the logits of eqs 9 and 10 by P_global; class 1 is background."""
+        shape = (features.shape[0], self.channels)
+        return self.convs(features, jnp.broadcast_to(self.P_global, shape), train=train)
+
+    def supports(
+        self, F_s: Float[Array, "b k h w c"], *, train: bool
+    ) -> Float[Array, "b k h w 2"]:
+        """Returns the supports' background logits, which only teach P_global (eq 9)."""
+        b, k = F_s.shape[:2]
+        y_bg_s = self.segment(F_s.reshape(b * k, *F_s.shape[2:]), train=train)
+        return y_bg_s.reshape(b, k, *y_bg_s.shape[1:])
+
+
+class GBC(LearnedBackground):
+    """Cleanses the learned global background prototype for one query.
+
+    Without `cleanse`, P_bg is P_global itself (rows of Table III without BGPE).
+    """
+
+    gate_dropout: float
+    cleanse: bool
+
+    def setup(self):
+        """Makes P_global and the layers."""
+        super().setup()
         if self.cleanse:
             self.fc1, self.fc2 = self._fc(), self._fc()
             # Named as Flax would: dropout's draws depend on it.
@@ -39,7 +65,7 @@ class GBC(nn.Module):
         self, F_q: Float[Array, "b h w c"], *, train: bool
     ) -> dict[str, Array]:
         """Returns `P_bg` [b, c] and the query's background logits `y_bg_q`."""
-        y_bg_q = self.segment(F_q, self.P_global, train=train)  # eq 10
+        y_bg_q = self.segment(F_q, train=train)  # eq 10
         if not self.cleanse:
             P_bg = jnp.tile(self.P_global, (F_q.shape[0], 1))
             return {"y_bg_q": y_bg_q, "P_bg": P_bg}
@@ -47,26 +73,6 @@ class GBC(nn.Module):
         pooled = jnp.mean(F_q * background, axis=(1, 2))
         P_bg = self.P_global[None] * self._cleaner(pooled, train=train)  # eq 11
         return {"y_bg_q": y_bg_q, "P_bg": P_bg}
-
-    def supports(
-        self, F_s: Float[Array, "b k h w c"], *, train: bool
-    ) -> Float[Array, "b k h w 2"]:
-        """Returns the supports' background logits, which only teach P_global (eq 9)."""
-        b, k = F_s.shape[:2]
-        folded = F_s.reshape(b * k, *F_s.shape[2:])
-        y_bg_s = self.segment(folded, self.P_global, train=train)
-        return y_bg_s.reshape(b, k, *y_bg_s.shape[1:])
-
-    def segment(
-        self,
-        features: Float[Array, "b h w c"],
-        prototype: Float[Array, "*b c"],
-        *,
-        train: bool,
-    ) -> Float[Array, "b h w 2"]:
-        """Returns the logits of eqs 9 and 10 by a prototype; class 1 is background."""
-        shape = (features.shape[0], self.channels)
-        return self.convs(features, jnp.broadcast_to(prototype, shape), train=train)
 
     def _fc(self):
         return nn.Dense(

@@ -57,6 +57,11 @@ def bias_init(fan_in: int) -> Callable[..., Array]:
     return traced_once(init)
 
 
+def linear(features: int, name: str) -> nn.Dense:
+    """Returns a linear layer without bias, as the transformers of all networks have."""
+    return nn.Dense(features, use_bias=False, kernel_init=kernel_init, name=name)
+
+
 class Conv1x1(nn.Module):
     """1x1 convolution without bias, then ReLU."""
 

@@ -81,9 +81,9 @@ class QPENet(nn.Module):
         self.gbc = GBC(
             self.channels,
             make_convs,
+            self.background_scale,
             self.gate_dropout,
             self.bgpe,
-            self.background_scale,
         )
         if self.decoder == "ffa":
             make_cross = functools.partial(

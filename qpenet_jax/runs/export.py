@@ -25,7 +25,7 @@ from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path, new_folder, write_whole
 from qpenet_jax.core.types import Array
 from qpenet_jax.evaluation.report import write_json
-from qpenet_jax.models.ops.devices import default_formulations
+from qpenet_jax.models.ops.devices import only_defaults
 from qpenet_jax.models.prototypes import foreground_margin
 from qpenet_jax.models.qpenet import Role
 from qpenet_jax.runs.build import build_backbone, build_model, identity
@@ -194,7 +194,7 @@ def onnx(part: Part, name: str) -> bytes:
 
     names, outputs = list(part.inputs), sorted(part.outputs)  # as a dict is flattened
     try:
-        with default_formulations():
+        with only_defaults(True):
             model: Any = to_onnx(
                 lambda *arrays: part.function(**dict(zip(names, arrays, strict=True))),
                 list(part.inputs.values()),

@@ -7,6 +7,7 @@ runs. GPU and TPU take XLA's operations, and attention in blocks.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,8 +26,6 @@ from qpenet_jax.models.ops.devices import (
     rows_at_once,
 )
 
-NHWC = ("NHWC", "HWIO", "NHWC")
-
 
 def conv1x1(
     x: Float[Array, "*b c"], kernel: Float[Array, "c o"]
@@ -39,7 +38,7 @@ def conv3x3(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c o"], dilation: int = 1
 ) -> Float[Array, "b h w o"]:
     """Convolves with a 3x3 kernel at stride 1, padded to keep the size."""
-    default = functools.partial(_conv3x3_default, dilation=dilation)
+    default = functools.partial(convolve, dilation=dilation)
     if math.prod(x.shape[:3]) < WINOGRAD_FROM_CELLS or x.shape[3] < 64:
         return default(x, kernel)
     fast = functools.partial(winograd.conv3x3, dilation=dilation)
@@ -50,14 +49,23 @@ def conv3x3(
 WINOGRAD_FROM_CELLS = 400
 
 
-def _conv3x3_default(x, kernel, dilation):
+def convolve(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "k k g o"],
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+) -> Float[Array, "b h2 w2 o"]:
+    """Convolves groups of g channels by XLA's own operation, padded symmetrically."""
+    pad = kernel.shape[0] // 2 * dilation
     return jax.lax.conv_general_dilated(
         x,
         kernel,
-        (1, 1),
-        [(dilation, dilation)] * 2,
+        (stride, stride),
+        [(pad, pad)] * 2,
         rhs_dilation=(dilation, dilation),
-        dimension_numbers=NHWC,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] // kernel.shape[2],
     )
 
 
@@ -74,8 +82,13 @@ def depthwise_conv(
     convolutions more than ten times slower than this.
     """
     shifted = functools.partial(_depthwise_shifted, stride=stride, dilation=dilation)
-    default = functools.partial(_depthwise_default, stride=stride, dilation=dilation)
-    return by_platform(x, kernel, cpu=shifted, default=default)
+    grouped = functools.partial(convolve, stride=stride, dilation=dilation)
+    return by_platform(
+        x,
+        kernel,
+        cpu=shifted,
+        default=lambda x, kernel: grouped(x, kernel[:, :, None]),
+    )
 
 
 def _depthwise_shifted(x, kernel, *, stride, dilation):
@@ -94,19 +107,6 @@ def _depthwise_shifted(x, kernel, *, stride, dilation):
 
     products = [product(u, v) for u in range(k) for v in range(k)]
     return functools.reduce(jnp.add, products)
-
-
-def _depthwise_default(x, kernel, *, stride, dilation):
-    pad = kernel.shape[0] // 2 * dilation
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel[:, :, None],
-        (stride, stride),
-        [(pad, pad)] * 2,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=NHWC,
-        feature_group_count=x.shape[-1],
-    )
 
 
 def interpolation_matrix(source: int, target: int) -> np.ndarray:
@@ -129,8 +129,16 @@ def resize_align_corners(
     """
     if not x.size:  # no maps; ONNX Runtime fails on products of nothing
         return jnp.zeros((x.shape[0], *size, x.shape[3]), x.dtype)
-    rows = interpolation_matrix(x.shape[1], size[0])
-    cols = interpolation_matrix(x.shape[2], size[1])
+    return along_sides(interpolation_matrix, x, size)
+
+
+def along_sides(
+    matrix: Callable[[int, int], np.ndarray],
+    x: Float[Array, "b h w c"],
+    size: tuple[int, int],
+) -> Float[Array, "b h2 w2 c"]:
+    """Multiplies height and width by `matrix(source, target)`, at full precision."""
+    rows, cols = (matrix(n, m) for n, m in zip(x.shape[1:3], size, strict=True))
     along_rows = jnp.einsum("yh,bhwc->bywc", rows, x, precision="highest")
     return jnp.einsum("xw,bywc->byxc", cols, along_rows, precision="highest")
 
@@ -145,17 +153,20 @@ def attention(
 
     The scores are scaled by 1 / sqrt(d); the softmax is in float32.
     """
-    return by_platform(
-        query, key, value, mask, cpu=_attention_in_blocks, default=_attention_default
-    )
+    in_blocks = functools.partial(on_each_device, attend_in_blocks)
+    inputs = query, key, value, mask
+    return by_platform(*inputs, cpu=in_blocks, default=library_attention)
 
 
-def _attention_in_blocks(*inputs):
-    return on_each_device(lambda _, *ours: attend_in_blocks(*ours), *inputs)
-
-
-def _attention_default(query, key, value, mask):
-    attend: Any = _written_out if only_defaults() else jax.nn.dot_product_attention
+def library_attention(
+    query: Float[Array, "b q n d"],
+    key: Float[Array, "b k n d"],
+    value: Float[Array, "b k n d"],
+    mask: Bool[Array, "b k"],
+) -> Float[Array, "b q n d"]:
+    """Attends as `attention` does, by what JAX has for it on a GPU or TPU."""
+    written_out = only_defaults.value
+    attend: Any = _written_out if written_out else jax.nn.dot_product_attention
     if query.dtype == jnp.bfloat16 and from_ampere_on():
         # Where the true keys end is all that cuDNN needs to know; a mask it would want
         # for every pair of query and key.

@@ -3,10 +3,9 @@
 Each device goes through its part of a batch, as many rows at once as fit.
 """
 
-import contextlib
-import contextvars
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +15,10 @@ BATCH_AXIS = "data"
 """Name of the mesh's axis over which batches are split."""
 
 
-def on_each_device(f: Callable[..., Any], *batches: Any, shared: Any = ()) -> Any:
-    """Returns `f(shared, *batches)`, every device taking its part of the batches.
+def on_each_device(
+    f: Callable[..., Any], *batches: Any, shared: tuple[Any, ...] = ()
+) -> Any:
+    """Returns `f(*shared, *batches)`, every device taking its part of the batches.
 
     It serves functions that loop over the images of a batch: XLA would gather a batch
     that is split over devices before it takes one image out. Without a mesh of several
@@ -25,52 +26,42 @@ def on_each_device(f: Callable[..., Any], *batches: Any, shared: Any = ()) -> An
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape.get(BATCH_AXIS, 1) == 1:
-        return f(shared, *batches)
+        return f(*shared, *batches)
     split, whole = PartitionSpec(BATCH_AXIS), PartitionSpec()
-    specs = (whole, *(split for _ in batches))
+    specs = (*(whole for _ in shared), *(split for _ in batches))
     mapped = jax.shard_map(f, in_specs=specs, out_specs=split, check_vma=False)
-    return mapped(shared, *batches)
+    return mapped(*shared, *batches)
 
 
-def row_by_row(f: Callable[..., Any], *batches: Any, at_once: int = 1) -> Any:
+def row_by_row(
+    f: Callable[..., Any], *batches: Any, at_once: int, cpu: Callable[..., Any]
+) -> Any:
     """Returns `f(*rows)` for every row of the batches, `at_once` of them at once.
 
-    Every device goes through its own part, as in `on_each_device`.
+    A CPU computes `cpu(*rows)`, one row after the other. Every device goes through its
+    own part, as in `on_each_device`.
     """
 
-    def one_device(_, *parts):
-        size = None if at_once == 1 else at_once
-        return jax.lax.map(lambda row: f(*row), parts, batch_size=size)
+    def rounds(f, size):
+        def one_device(*parts):
+            return jax.lax.map(lambda row: f(*row), parts, batch_size=size)
 
-    return on_each_device(one_device, *batches)
+        return functools.partial(on_each_device, one_device)
+
+    size = None if at_once == 1 else at_once
+    return by_platform(*batches, cpu=rounds(cpu, None), default=rounds(f, size))
 
 
-_ONLY_DEFAULTS = contextvars.ContextVar("only_defaults", default=False)
+only_defaults: Any = jax.make_user_context(False)
+"""Whether `by_platform` traces its default alone, for formats that know no platforms:
+`only_defaults.value`, which is true within `with only_defaults(True)`."""
 
 
 def by_platform(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]):
     """Returns the result of `cpu` on a CPU and of `default` on other devices."""
-    if only_defaults():
+    if only_defaults.value:
         return default(*operands)
     return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
-
-
-def only_defaults() -> bool:
-    """Returns whether the default is traced alone; see `default_formulations`."""
-    return _ONLY_DEFAULTS.get()
-
-
-@contextlib.contextmanager
-def default_formulations() -> Iterator[None]:
-    """Traces only the default of `by_platform`, for formats that know no platforms.
-
-    Functions that were jitted before aren't traced again.
-    """
-    before = _ONLY_DEFAULTS.set(True)
-    try:
-        yield
-    finally:
-        _ONLY_DEFAULTS.reset(before)
 
 
 AT_ONCE = 2**26

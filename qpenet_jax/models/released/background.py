@@ -1,14 +1,12 @@
 """The released background branch: a convolution that is mixed for every query."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from qpenet_jax.core.types import Array
-from qpenet_jax.models.layers import Convs
+from qpenet_jax.models.gbc import LearnedBackground
 from qpenet_jax.models.prototypes import predicted
 
 KERNELS = 4
@@ -17,19 +15,13 @@ TEMPERATURE = 34
 """Temperature of the softmax over the kernels; upstream never lowers it, as planned."""
 
 
-class Background(nn.Module):
+class Background(LearnedBackground):
     """Segments the background by the learned prototype and adapts that to the query."""
-
-    channels: int
-    make_convs: Callable[..., Convs]
-    init_scale: float
 
     def setup(self):
         """Makes P_global and the layers."""
+        super().setup()
         c = self.channels
-        start = nn.initializers.normal(self.init_scale)
-        self.P_global = self.param("P_global", start, (c,))
-        self.convs = self.make_convs()
         by_outputs = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         # Upstream's hidden layer has a quarter of the channels and one more.
         self.fc1 = nn.Dense(c // 4 + 1, use_bias=False, kernel_init=by_outputs)
@@ -58,13 +50,6 @@ class Background(nn.Module):
         rows, columns = rows.astype(taps.dtype), columns.astype(taps.dtype)
         P_bg = jnp.einsum("iu,jv,buvo->bijo", rows, columns, taps)
         return {"y_bg_q": y_bg_q, "P_bg": P_bg, "pi": pi}
-
-    def segment(
-        self, features: Float[Array, "b h w c"], *, train: bool
-    ) -> Float[Array, "b h w 2"]:
-        """Returns the logits by P_global; class 1 is background."""
-        shape = (features.shape[0], self.channels)
-        return self.convs(features, jnp.broadcast_to(self.P_global, shape), train=train)
 
 
 def _has_neighbour(cells: int) -> np.ndarray:

@@ -137,8 +137,7 @@ class ReleasedQPENet(nn.Module):
         query = self.encode(query_features, query_padding, ("query",), train=train)
         logits, out = self.decode(supports, support_masks, query, draws, train=train)
         if train:
-            y_bg_s = self.gbc.segment(folded(out["F_s"]), train=train)
-            out["y_bg_s"] = y_bg_s.reshape(b, k, *y_bg_s.shape[1:])
+            out["y_bg_s"] = self.gbc.supports(out["F_s"], train=train)
         return logits, out
 
     def encode(

@@ -5,7 +5,7 @@ foreground and half background if there are enough. Upstream draws new ones at e
 call.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,24 +59,25 @@ def largest_budget(shots: int, *, train: bool) -> int:
     return int(BUDGET * shots * (SCALES[shots == 1][1] if train else 1))
 
 
-def draw(key: Array, size: tuple[int, int], shots: int, *, train: bool) -> Draws:
-    """Draws a layer's tokens for `size` = (episodes, cells of all supports)."""
+def draw(
+    key: Array | None, size: tuple[int, int], shots: int, behaviour: Behaviour
+) -> Draws:
+    """Draws a layer's tokens for `size` = (episodes, cells of all supports).
+
+    Training has a key, and everything is random. Without one, all episodes get the same
+    draw, so that a prediction depends on nothing else: "fixed" thins evenly; "released"
+    permutes as upstream does, but by one fixed key.
+    """
+    if key is None and behaviour == "fixed":
+        return Draws(jnp.array(BUDGET * shots))
+    (low, high), count = SCALES[shots == 1], size[0]
+    if key is None:
+        key, low, high, count = jax.random.key(INFERENCE_SEED), 1.0, 1.0, 1
     scale, *keys = jax.random.split(key, 3)
-    low, high = SCALES[shots == 1] if train else (1.0, 1.0)
     factor = jax.random.uniform(scale, (), minval=low, maxval=high)
     budget = jnp.floor(BUDGET * shots * factor).astype(jnp.int32)
-    return Draws(budget, *(jax.random.uniform(k, size) for k in keys))
-
-
-def inference_draws(size: tuple[int, int], shots: int, behaviour: Behaviour) -> Draws:
-    """Returns one draw for all episodes, so that a prediction depends on nothing else.
-
-    "fixed" thins evenly; "released" permutes as upstream does, but by one fixed key.
-    """
-    if behaviour == "fixed":
-        return Draws(jnp.array(BUDGET * shots))
-    drawn: Any = draw(jax.random.key(INFERENCE_SEED), (1, size[1]), shots, train=False)
-    return Draws(drawn.budget, *(jnp.broadcast_to(order, size) for order in drawn[1:]))
+    orders = (jax.random.uniform(k, (count, size[1])) for k in keys)
+    return Draws(budget, *(jnp.broadcast_to(order, size) for order in orders))
 
 
 def flags_on_grid(
@@ -99,18 +100,11 @@ def flags_on_grid(
 def never_one_sided(foreground: Bool[Array, "*b h w"]) -> Bool[Array, "*b h w"]:
     """Marks 2 x 2 central cells of an empty support, unmarks corners of a full one."""
     h, w = foreground.shape[-2:]
-    centre = jnp.zeros((h, w), bool)
-    centre = centre.at[h // 2 - 1 : h // 2 + 1, w // 2 - 1 : w // 2 + 1].set(True)
-    corners = jnp.zeros((h, w), bool)
-    corners = corners.at[jnp.array([0, 0, -1, -1]), jnp.array([0, -1, 0, -1])].set(True)
-    empty = ~foreground.any((-2, -1), keepdims=True)
-    foreground = foreground | (empty & _like(centre, foreground))
-    full = foreground.all((-2, -1), keepdims=True)
-    return foreground & ~(full & _like(corners, foreground))
-
-
-def _like(mask, batch):
-    return mask.reshape((1,) * (batch.ndim - 2) + mask.shape)
+    centre, corners = np.zeros((2, *[1] * (foreground.ndim - 2), h, w), bool)
+    centre[..., h // 2 - 1 : h // 2 + 1, w // 2 - 1 : w // 2 + 1] = True
+    corners[..., [0, 0, -1, -1], [0, -1, 0, -1]] = True
+    foreground |= ~foreground.any((-2, -1), keepdims=True) & centre
+    return foreground & ~(foreground.all((-2, -1), keepdims=True) & corners)
 
 
 def choose(
@@ -124,10 +118,8 @@ def choose(
     budget = draws.budget
     members = foreground.sum(axis=1), (~foreground).sum(axis=1)
     quotas = _quotas(*members, budget)
-    take_all = (
-        members[0] < budget,
-        (members[0] >= budget) & (members[1] < budget),
-    )
+    few = members[0] < budget
+    take_all = few, ~few & (members[1] < budget)
     parts = []
     for i, inside in enumerate((foreground, ~foreground)):
         compact = jnp.argsort(~inside, axis=1, stable=True)
@@ -147,17 +139,11 @@ def choose(
         wrong = (behaviour == "released") & ~take_all[i][:, None]
         parts.append((index, jnp.where(wrong, order, index)))
     # Slot t holds the t-th foreground token, or else the background's.
-    slot = jnp.arange(slots)[None]
-    from_foreground = slot < quotas[0][:, None]
-    place = jnp.where(from_foreground, slot, slot - quotas[0][:, None])
-    place = place.clip(0, foreground.shape[1] - 1)
+    slot, quota, n = jnp.arange(slots)[None], quotas[0][:, None], foreground.shape[1]
+    place = jnp.where(slot < quota, slot, n + (slot - quota).clip(max=n - 1))
     index, read_at = (
-        jnp.where(
-            from_foreground,
-            jnp.take_along_axis(of_foreground, place, axis=1),
-            jnp.take_along_axis(of_background, place, axis=1),
-        )
-        for of_foreground, of_background in zip(*parts, strict=True)
+        jnp.take_along_axis(jnp.concatenate(lists, axis=1), place, axis=1)
+        for lists in zip(*parts, strict=True)
     )
     return Tokens(
         index,
@@ -170,12 +156,6 @@ def choose(
 def _quotas(foreground, background, budget):
     """Returns how many tokens each set gives; the other fills up a short one."""
     total = 2 * budget
-    few = foreground < budget
-    short = ~few & (background < budget)
-    from_foreground = jnp.where(few, foreground, jnp.minimum(budget, foreground))
-    from_background = jnp.where(few, jnp.minimum(total - foreground, background), 0)
-    from_background = jnp.where(few, from_background, jnp.minimum(budget, background))
-    from_foreground = jnp.where(
-        short, jnp.minimum(total - background, foreground), from_foreground
-    )
+    from_foreground = jnp.minimum(foreground, jnp.maximum(budget, total - background))
+    from_background = jnp.minimum(background, jnp.maximum(budget, total - foreground))
     return from_foreground, from_background

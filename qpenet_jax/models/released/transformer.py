@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 
 from qpenet_jax.core.types import Array
 from qpenet_jax.models.ffa import LAYER_NORM_EPSILON
-from qpenet_jax.models.layers import kernel_init
-from qpenet_jax.models.ops.devices import by_platform, row_by_row, rows_at_once
+from qpenet_jax.models.layers import linear
+from qpenet_jax.models.ops.devices import row_by_row, rows_at_once
 from qpenet_jax.models.released.sampling import sample
 from qpenet_jax.models.released.tokens import (
     Behaviour,
@@ -26,7 +26,6 @@ from qpenet_jax.models.released.tokens import (
     Tokens,
     choose,
     draw,
-    inference_draws,
     largest_budget,
 )
 
@@ -65,16 +64,11 @@ class Transformer(nn.Module):
         layer.
         """
         b, h, w, c = x.shape
-        shots, size = tokens.shape[1], (b, tokens.shape[1] * h * w)
         level = self.param("level_embed", nn.initializers.xavier_uniform(), (1, c))
         code = position_code(query_padded, c)
         position = code + level[:, None, None]
-        cells, foreground, padded = (
-            t.reshape(b, -1, *t.shape[4:]) for t in (tokens, foreground, padded)
-        )
-        slots = min(2 * largest_budget(shots, train=train), cells.shape[1])
+        supports = tokens, foreground, padded
         parts: dict[str, Array] = {"pos": code}
-        chosen = None
         norms = iter(range(4 * LAYERS))
         q = x.reshape(b, h * w, c)
 
@@ -87,8 +81,8 @@ class Transformer(nn.Module):
             return nn.Dropout(self.dropout)(t, deterministic=not train)
 
         def ffn(t, name):
-            hidden = nn.relu(_linear(self.ffn_features, f"{name}_1")(t))
-            return dropped(_linear(c, f"{name}_2")(dropped(hidden)))
+            hidden = nn.relu(linear(self.ffn_features, f"{name}_1")(t))
+            return dropped(linear(c, f"{name}_2")(dropped(hidden)))
 
         for i in range(LAYERS):
             deform = DeformableAttention(self.heads, self.dropout, name=f"deform{i}")
@@ -96,10 +90,9 @@ class Transformer(nn.Module):
             parts[f"deform{i}"] = found = found.reshape(b, h * w, c)
             q = norm(q + dropped(found), f"norm{i}_deform")
             q = norm(q + ffn(q, f"ffn{i}_deform"), f"norm{i}_ffn1")
-            if chosen is None or train:
-                order = self._order(draws, i, size, shots, behaviour, train)
-                chosen = choose(foreground, padded, order, slots, behaviour)
-                rows = jnp.take_along_axis(cells, chosen.index[..., None], axis=1)
+            if train or i == 0:
+                order = draws[i] if draws else None
+                rows, chosen = self._tokens(supports, order, behaviour, train=train)
                 parts |= {f"tokens{i}": rows, f"token_fg{i}": chosen.foreground}
                 parts[f"token_padded{i}"] = chosen.padded
             cross = CycleAttention(
@@ -110,17 +103,19 @@ class Transformer(nn.Module):
             q = norm(q + ffn(q, f"ffn{i}_cross"), f"norm{i}_ffn2")
         return q.reshape(x.shape), parts
 
-    def _order(self, draws, i, size, shots, behaviour, train):
-        """Returns the draws of layer i: given ones, random in training, else fixed."""
-        if draws:
-            return draws[i]
-        if train:
-            return draw(self.make_rng("dropout"), size, shots, train=True)
-        return inference_draws(size, shots, behaviour)
+    def _tokens(self, supports, draws, behaviour, *, train):
+        """Returns the support cells that a layer attends to, and what each one is.
 
-
-def _linear(features: int, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, kernel_init=kernel_init, name=name)
+        They are drawn by `draws`, or without these at random in training, else fixed.
+        """
+        b, shots = supports[0].shape[:2]
+        cells, foreground, padded = (t.reshape(b, -1, *t.shape[4:]) for t in supports)
+        if draws is None:
+            key = self.make_rng("dropout") if train else None
+            draws = draw(key, foreground.shape, shots, behaviour)
+        slots = min(2 * largest_budget(shots, train=train), cells.shape[1])
+        chosen = choose(foreground, padded, draws, slots, behaviour)
+        return jnp.take_along_axis(cells, chosen.index[..., None], axis=1), chosen
 
 
 def position_code(
@@ -221,15 +216,15 @@ class CycleAttention(nn.Module):
         c = x.shape[-1]
 
         def heads(t, name):
-            split = _linear(c, name)(t).reshape(*t.shape[:2], self.heads, -1)
+            split = linear(c, name)(t).reshape(*t.shape[:2], self.heads, -1)
             return split.swapaxes(1, 2)
 
         q, k, v = heads(x, "query"), heads(rows, "key"), heads(rows, "value")
         shape = (*q.shape[:2], rows.shape[1])
-        said = {name: t for name, t in tokens._asdict().items() if name != "index"}
-        head = {n: jnp.repeat(t, self.heads, axis=0) for n, t in said.items()}
-        head |= {"q": q.reshape(-1, *q.shape[2:])}
-        head |= {n: t.reshape(-1, *t.shape[2:]) for n, t in (("k", k), ("v", v))}
+        flags = {n: getattr(tokens, n) for n in ("foreground", "padded", "used")}
+        head = {n: jnp.repeat(t, self.heads, axis=0) for n, t in flags.items()}
+        q_k_v = {"q": q, "k": k, "v": v}
+        head |= {n: jax.lax.collapse(t, 0, 2) for n, t in q_k_v.items()}
         if train:
             cleared = jax.random.bernoulli(
                 self.make_rng("dropout"), self.dropout, shape
@@ -246,13 +241,9 @@ class CycleAttention(nn.Module):
         policy = jax.checkpoint_policies.save_only_these_names(INCONSISTENT)
         attend = jax.checkpoint(attend, policy=policy)
         at_once = rows_at_once(self.heads, q.shape[2] * rows.shape[1])
-        found = by_platform(
-            head,
-            cpu=functools.partial(row_by_row, attend),
-            default=functools.partial(row_by_row, attend, at_once=at_once),
-        )
+        found = row_by_row(attend, head, at_once=at_once, cpu=attend)
         found = found.reshape(q.shape).swapaxes(1, 2).reshape(x.shape)
-        found = _linear(c, "out")(found)
+        found = linear(c, "out")(found)
         return nn.Dropout(self.dropout)(found, deterministic=not train)
 
 
