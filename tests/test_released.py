@@ -109,7 +109,7 @@ def test_training_leaves_slots_empty_that_the_budget_does_not_fill():
 @pytest.mark.parametrize(("shots", "low", "high"), [(1, 180, 1200), (5, 900, 2100)])
 def test_budgets_in_training(shots, low, high):
     keys = jax.random.split(jax.random.key(0), 300)
-    budgets = jax.vmap(lambda k: draw(k, (1, 4), shots, train=True).budget)(keys)
+    budgets = jax.vmap(lambda k: draw(k, (1, 4), shots, "fixed").budget)(keys)
     least, most = int(budgets.min()), int(budgets.max())
     assert low <= least < low * 1.1
     assert high * 0.95 < most <= high
