@@ -46,7 +46,10 @@ def write_run(folder, *, gain=0, name="episodes_qpenet.csv", facts=None, **chang
 
 
 def test_a_run_against_itself_is_0(tmp_path):
-    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    """Also where a preset gives the same protocol another name."""
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", preset="bam")
+    names = [json.loads(p.read_text())["protocol"]["name"] for p in (a, b)]
+    assert names[0] != names[1]
     found = compare_results(a, b)
     assert found["differs"] == {}
     assert found["episodes"] == {"common": 80, "a": 80, "b": 80}
@@ -149,21 +152,23 @@ def test_other_protocols_are_refused_then_paired_where_asked(tmp_path):
     assert "Common episodes: 30, of 80 in A and 60 in B" in text
 
 
-def test_names_of_a_protocol_do_not_make_it_another(tmp_path):
-    a = write_run(tmp_path / "a")
-    b = write_run(tmp_path / "b", preset="bam")
-    results = json.loads(b.read_text())
-    preset = results["protocol"]
-    assert preset["name"] != json.loads(a.read_text())["protocol"]["name"]
-    assert compare_results(a, b)["differs"] == {}
-
-
-@pytest.mark.parametrize("forced", [False, True])
-def test_other_data_is_always_refused(forced, tmp_path):
-    a = write_run(tmp_path / "a")
-    b = write_run(tmp_path / "b", side=33, version="1.1 def")
-    match = r"different data \(version 1.0 abc / 1.1 def\), so no episode is common"
-    with pytest.raises(InputError, match=match):
+@pytest.mark.parametrize(
+    ("changes", "forced", "message"),
+    [
+        *[
+            (
+                {"side": 33, "version": "1.1 def"},
+                forced,
+                r"different data \(version 1.0 abc / 1.1 def\), so no episode is",
+            )
+            for forced in (False, True)
+        ],
+        ({"seeds": (5,)}, True, "no episode in common"),
+    ],
+)
+def test_results_without_a_common_episode(changes, forced, message, tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", **changes)
+    with pytest.raises(InputError, match=f"^{a} and {b}: .*{message}"):
         compare_results(a, b, different_protocols=forced)
 
 
@@ -184,14 +189,6 @@ def test_a_class_that_only_one_scored_is_left_out(tmp_path):
     assert found["episodes"] == {"common": 40, "a": 80, "b": 40}
 
 
-def test_no_common_episode(tmp_path):
-    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", seeds=(5,))
-    with pytest.raises(InputError) as error:
-        compare_results(a, b, different_protocols=True)
-    assert str(error.value).startswith(f"{a} and {b}: ")
-    assert "no episode in common" in str(error.value)
-
-
 def test_missing_broken_and_foreign_scores(tmp_path):
     """Foreign as when an evaluation is killed between its two files."""
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", gain=1)
@@ -209,10 +206,6 @@ def test_missing_broken_and_foreign_scores(tmp_path):
         compare_results(a, b)
 
 
-def change(results, **changes):
-    return json.dumps(results | changes)
-
-
 @pytest.mark.parametrize(
     "broken",
     [
@@ -220,12 +213,12 @@ def change(results, **changes):
         lambda results: json.dumps(results)[:-20],
         lambda results: "[]",
         lambda results: b"\xff\xfe\x00{",
-        lambda results: change(results, protocol="toy"),
-        lambda results: change(results, protocol=None),
-        lambda results: change(results, class_ids=[3]),
-        lambda results: change(results, class_ids=[[3], [8]]),
-        lambda results: change(results, miou="high"),
-        lambda results: change(results, episodes_file=3),
+        lambda results: json.dumps(results | {"protocol": "toy"}),
+        lambda results: json.dumps(results | {"protocol": None}),
+        lambda results: json.dumps(results | {"class_ids": [3]}),
+        lambda results: json.dumps(results | {"class_ids": [[3], [8]]}),
+        lambda results: json.dumps(results | {"miou": "high"}),
+        lambda results: json.dumps(results | {"episodes_file": 3}),
         lambda results: json.dumps({k: results[k] for k in results if k != "miou"}),
     ],
 )

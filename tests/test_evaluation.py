@@ -1,16 +1,12 @@
-"""Scoring at three sizes, and the evaluation loop."""
+"""Scoring at three sizes."""
 
 import cv2
 import numpy as np
 import pytest
 
-from qpenet_jax.data.episodes import EpisodeSampler
-from qpenet_jax.data.sources.shapes import Shapes
-from qpenet_jax.data.transforms import fit, fit_label, unpad
-from qpenet_jax.evaluation.metrics import estimate, mean_iou
-from qpenet_jax.evaluation.predictor import Predictor
+from qpenet_jax.data.transforms import unpad
 from qpenet_jax.evaluation.protocols import Protocol
-from qpenet_jax.evaluation.scoring import score, score_episodes
+from qpenet_jax.evaluation.scoring import score
 
 NAMES = ("one", "two", "three")
 
@@ -104,58 +100,3 @@ def test_unpad_returns_every_size_and_keeps_the_ends(size):
     np.testing.assert_allclose(middle, (rows - 1) / 2, atol=0.6)
     assert content[0, 0] >= 0
     assert content[-1, 0] <= rows - 1
-
-
-@pytest.fixture(scope="module")
-def loop():
-    """A small data set and the samplers of two seeds."""
-    dataset = Shapes("val", size=40, side=65)
-    classes = (1, 2, 3)
-    samplers = [
-        EpisodeSampler(dataset.counts, classes, 1, seed, min_pixels=1)
-        for seed in (0, 5)
-    ]
-    return dataset, classes, samplers
-
-
-def oracle(dataset, sign=1):
-    """A predictor that looks the truth up: images by their pixels, the class by mask.
-
-    It is right only where evaluation passes the images and masks of one episode.
-    """
-    fitted = {fit(dataset.image(i), 33).tobytes(): i for i in range(len(dataset))}
-
-    def label_of(image):
-        return fit_label(dataset.label(fitted[np.asarray(image).tobytes()]), 33)
-
-    class Oracle(Predictor):
-        def encode(self, images, roles=(), padding=None):
-            return images
-
-        def decode(self, supports, masks, query, *, named=False):
-            assert query.shape == (1, 33, 33, 3)
-            assert masks.shape == (1, 1, 33, 33)
-            (class_id,) = np.unique(label_of(supports[0])[masks[0, 0] == 1])
-            return np.where(label_of(query) == class_id, sign, -float(sign))[None]
-
-    return Oracle()
-
-
-def test_a_perfect_prediction_scores_100_percent_and_its_inverse_0(loop):
-    dataset, classes, samplers = loop
-    p = protocol(scoring="input", seeds=(0, 5))
-    scores = score_episodes(oracle(dataset), dataset, p, samplers)
-    expected = [
-        (s.seed, i, s(i).query, s(i).class_id) for s in samplers for i in range(6)
-    ]
-    assert [tuple(row) for row in scores.rows[:, :4].tolist()] == expected
-    assert estimate(scores, classes).fb_iou.value == 1
-    shown = np.unique(scores.column("class_id"))
-    assert mean_iou(scores, shown.tolist()) > 0.49  # a class may miss in one seed
-    np.testing.assert_array_equal(
-        scores.column("foreground_intersection"), scores.column("foreground_union")
-    )
-    p = protocol(scoring="input")
-    scores = score_episodes(oracle(dataset, sign=-1), dataset, p, samplers[:1])
-    found = estimate(scores, classes)
-    assert found.miou.value == found.fb_iou.value == 0

@@ -100,15 +100,11 @@ def test_grid_cells_take_the_pixel_they_are_centred_on(side):
     for i, j in ((0, 0), (1, grid - 1), (grid - 1, 1), (grid - 1, grid - 1)):
         np.testing.assert_array_equal(result[:, i, j], mask[:, 8 * i, 8 * j] == 1)
     np.testing.assert_array_equal(result, mask[:, ::8, ::8] == 1)
-
-
-def test_grid_of_a_rectangle_and_of_ignored_pixels():
-    mask = np.full((17, 33), 255, np.int32)
+    mask = np.full((17, 33), 255, np.int32)  # a rectangle of ignored pixels
     assert not foreground_on_grid(mask, (3, 5)).any()
     mask[8, 32] = 1
-    np.testing.assert_array_equal(
-        foreground_on_grid(mask, (3, 5)), np.arange(15).reshape(3, 5) == 9
-    )
+    found = foreground_on_grid(mask, (3, 5))
+    np.testing.assert_array_equal(found, np.arange(15).reshape(3, 5) == 9)
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 17), (17, 18), (473, 472), (18, 9)])

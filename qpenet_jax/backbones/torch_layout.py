@@ -131,8 +131,8 @@ def _flax_kernel(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return weight.transpose(2, 3, 1, 0).reshape(shape)
 
 
-NAMED, NAME_CHARACTERS = 3, 120
-"""How many names of a kind an error lists, and how much of each."""
+NAMED = 3
+"""How many names of a kind an error lists."""
 
 
 def check_tensors(
@@ -157,16 +157,15 @@ def check_tensors(
             if name.endswith(("running_var", "/var")) and (tensors[name] < 0).any()
         ],
     }
-    found = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
+    found = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise InputError(f"{what}: {'; '.join(found)}")
 
 
-def listed(names: list[str]) -> str:
-    """Returns the first names, each in one short line, and how many more there are."""
-    first = (" ".join(name.split())[:NAME_CHARACTERS] for name in names[:NAMED])
+def _listed(names: list[str]) -> str:
+    """Returns the first names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(first) + more
+    return ", ".join(names[:NAMED]) + more
 
 
 def under_prefix(tensors: Tensors, expected: Collection[str]) -> Tensors:

@@ -87,26 +87,19 @@ class Predictor(abc.ABC):
         """Returns the margin and every named intermediate."""
         return self.decode(*self._encoded(episode), named=True)
 
-    def in_both_roles(self, episode: Episode) -> Margin:
-        """Returns the margin by what is compiled for scoring: images in every role."""
-        return self.decode(*self._encoded(episode, ROLES, ROLES))
+    def _encoded(self, episode: Episode):
+        """Returns what `decode` needs; images are encoded in both roles, as in scoring.
 
-    def _encoded(
-        self,
-        episode: Episode,
-        support_roles: tuple[Role, ...] = ("support",),
-        query_roles: tuple[Role, ...] = ("query",),
-    ):
+        So one compiled program serves supports and queries.
+        """
         images, padding = episode.support_images, episode.support_padding
         supports = tuple(
             self.encode(
-                images[:, k],
-                support_roles,
-                None if padding is None else padding[:, k],
+                images[:, k], padding=None if padding is None else padding[:, k]
             )
             for k in range(images.shape[1])
         )
-        query = self.encode(episode.query_image, query_roles, episode.query_padding)
+        query = self.encode(episode.query_image, padding=episode.query_padding)
         return supports, episode.support_masks, query
 
 

@@ -255,10 +255,8 @@ class Evaluator:
             self.val,
             [self.samplers[0](i) for i in range(count)],
             {
-                "cosine": self.cosine.in_both_roles,
-                build.network_name(
-                    self.config, self.protocol.shots
-                ): predict.in_both_roles,
+                "cosine": self.cosine,
+                build.network_name(self.config, self.protocol.shots): predict,
             },
             self.protocol.side,
             self.protocol.resize,
