@@ -22,6 +22,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -201,11 +202,7 @@ def check_fields(config: Any) -> None:
     """
     given, known = flat(config.to_dict()), flat(default_config().to_dict())
     for name in given.keys() - known.keys():
-        alike = " or ".join(fields_like(name, default_config()))
-        raise InputError(
-            f"no such config field: {name}; {f'is it {alike}?' if alike else ''} "
-            "qpenet_jax/config.py lists all fields"
-        )
+        raise no_such_field(name, default_config())
     for name, default in known.items():
         if name not in given or (given[name] is None and default is not None):
             raise InputError(
@@ -280,22 +277,22 @@ def _check_tuples(config: Any) -> None:
             raise InputError(f"config.{name}={values}: give each one once")
 
 
-def fields_like(name: str, config: Any) -> list[str]:
-    """Returns the fields of `config` that a wrong name may stand for.
+def no_such_field(name: str, config: Any) -> InputError:
+    """Returns the error of a name that no field of `config` has.
 
-    Those of the same name in other parts, or else those that are spelt alike.
+    It names the fields that may be meant: those of the same name in other parts, or
+    else those that are spelt alike.
     """
     known, leaf = list(flat(config.to_dict())), name.rpartition(".")[2]
     alike = [field for field in known if field.rpartition(".")[2] == leaf]
-    return alike or difflib.get_close_matches(name, known, n=3)
+    alike = alike or difflib.get_close_matches(name, known, n=3)
+    hint = f": did you mean {' or '.join(alike)}?" if alike else ";"
+    return InputError(
+        f"no such config field: {name}{hint} qpenet_jax/config.py lists all fields"
+    )
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns fields by their dotted names."""
-    found = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        found |= (
-            flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-        )
+    found: dict[str, Any] = flatten_dict(dict(tree), sep=".")
     return found

@@ -122,8 +122,8 @@ def test_a_config_elsewhere_finds_the_configs_of_the_current_folder(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("config.model.channles = 8", "model.channles; is it model.channels"),
-        ("config.sead = 3", "no such config field: sead; is it seed"),
+        ("config.model.channles = 8", "model.channles: did you mean model.channels"),
+        ("config.sead = 3", "no such config field: sead: did you mean seed"),
         ("config.model.head_dropout = None", "config.model.head_dropout has no value"),
         ("del config.epochs", "config.epochs has no value; start from"),
         ("config.loss.alpha = float('nan')", "config.loss.alpha=nan: give finite"),

@@ -1,9 +1,8 @@
 """Configs are read from a file with `get_config()` or from a run, and changed."""
 
 import contextlib
-import importlib.machinery
-import importlib.util
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qpenet_jax.config import VERSION, default_config, fields_like, flat
+from qpenet_jax.config import VERSION, default_config, flat, no_such_field
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path
 
@@ -33,15 +32,8 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     if not path.is_file():
         raise InputError(f"{file}: no such config file; configs/ holds examples")
     with _importable_from(path), _errors_with_line(path):
-        loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        assert spec  # of a loader that is given, never None
-        module = importlib.util.module_from_spec(spec)
-        # Not `exec_module`, which keeps bytecode beside the file: it overlooks an edit
-        # within the same second, and the folder may be one of data.
-        code = loader.source_to_code(loader.get_data(str(path)), str(path))
-        exec(code, module.__dict__)
-        config = module.get_config()
+        # Imported, it would leave bytecode beside it, which overlooks quick edits.
+        config = runpy.run_path(str(path))["get_config"]()
     if not isinstance(config, ConfigDict):
         raise InputError(
             f"{file}: get_config() must return an ml_collections.ConfigDict"
@@ -87,32 +79,20 @@ def saved_config(saved: Mapping[str, Any], source: str) -> ConfigDict:
             f"knows {VERSION}: use the qpenet_jax that the run was made with"
         )
     config = default_config()
-    _fill(config, saved, source)
-    return config
-
-
-def _fill(config: Any, saved: Mapping[str, Any], source: str, prefix: str = "") -> None:
-    """Puts saved values over defaults, part by part."""
-    for name, value in saved.items():
-        where = f"{prefix}{name}"
-        if name not in config:
-            known = " or ".join(
-                f"{prefix}{field}" for field in fields_like(name, config)
-            )
-            hint = f": is it {known}?" if known else ""
-            raise InputError(f"{source} has an unknown field {where}{hint}")
-        default = config[name]
-        if isinstance(default, ConfigDict):
-            if not isinstance(value, Mapping):
-                raise InputError(f"{source}: {where} must hold fields, not {value!r}")
-            _fill(default, value, source, f"{where}.")
-            continue
+    defaults = flat(config.to_dict())
+    for name, value in flat(saved).items():
+        if name not in defaults:
+            raise InputError(f"{source}: {no_such_field(name, config)}")
+        default = defaults[name]
         try:
-            config[name] = tuple(value) if isinstance(default, tuple) else value
+            if isinstance(default, tuple):
+                value = tuple(value)
+            config.update_from_flattened_dict({name: value})
         except TypeError:
             raise InputError(
-                f"{source}: {where}={value!r} is not of the type of {default!r}"
+                f"{source}: {name}={value!r} is not of the type of {default!r}"
             ) from None
+    return config
 
 
 def refuse_others(overrides: Sequence[str], fields: Sequence[str], why: str) -> None:
@@ -128,15 +108,10 @@ def refuse_others(overrides: Sequence[str], fields: Sequence[str], why: str) -> 
 
 
 def _check_field(name: str, config: ConfigDict) -> None:
-    """Refuses a name that is no field, and names those that are spelt alike."""
+    """Refuses a name that is neither a field nor a part."""
     known = flat(config.to_dict())
-    if any(field == name or field.startswith(f"{name}.") for field in known):
-        return
-    alike = " or ".join(fields_like(name, config))
-    hint = f": did you mean {alike}?" if alike else ";"
-    raise InputError(
-        f"no such config field: {name}{hint} qpenet_jax/config.py lists all fields"
-    )
+    if not any(f"{field}.".startswith(f"{name}.") for field in known):
+        raise no_such_field(name, config)
 
 
 @contextlib.contextmanager
