@@ -24,8 +24,7 @@ from preparing import (
 from pycocotools import mask as rle
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.episodes import eligible_pairs
-from qpenet_jax.data.folds import COCO_CLASSES, coco_fold
+from qpenet_jax.data.folds import COCO_CLASSES
 from qpenet_jax.data.prepare.coco import Instances, prepare_coco, unpack_annotations
 from qpenet_jax.data.sources.prepared import Prepared
 
@@ -307,21 +306,15 @@ def test_names_of_annotation_files(tmp_path, names):
 # --- Real COCO images and annotations ---
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory) -> tuple[dict, Prepared]:
-    """The annotation file's content, and what was prepared from it."""
+@calls_pycocotools
+def test_real_masks_agree_with_pycocotools(tmp_path):
+    """Each polygon is decoded on its own; overlaps belong to the later annotation."""
     root = SHARED_DATA / "coco"
     if not root.is_dir():
         pytest.skip(f"no real COCO data at {root}")
     path = root / "annotations" / "instances_train2017.json"
-    folder = prepare_coco([root / "train2017"], [path], tmp_path_factory.mktemp("out"))
-    return json.loads(path.read_text()), Prepared(folder, "train")
-
-
-@calls_pycocotools
-def test_real_masks_agree_with_pycocotools(real):
-    """Each polygon is decoded on its own; overlaps belong to the later annotation."""
-    content, data = real
+    data = Prepared(prepare_coco([root / "train2017"], [path], tmp_path), "train")
+    content = json.loads(path.read_text())
     assert len(content["annotations"]) == 929
     of_image = defaultdict(list)
     for item in content["annotations"]:
@@ -340,18 +333,3 @@ def test_real_masks_agree_with_pycocotools(real):
         np.testing.assert_array_equal(data.label(index), label)
         np.testing.assert_array_equal(data.counts[index], pixels_of_classes(label, 80))
     assert overlaps > 10_000  # else nothing was said about them
-
-
-@pytest.mark.parametrize("split", ["fwb", "panet"])
-def test_real_lists_come_from_the_counts_alone(real, split):
-    content, data = real
-    assert len(data) == len({a["image_id"] for a in content["annotations"]})
-    listed = np.zeros(80, np.int64)
-    for fold in range(4):
-        base, novel = coco_fold(fold, split)
-        listed[np.subtract(novel, 1)] = eligible_pairs(data.counts, novel).sum(axis=0)
-        unfiltered = eligible_pairs(data.counts, base).any(axis=1)
-        filtered = eligible_pairs(data.counts, base, exclude=novel).any(axis=1)
-        free = ~data.counts[:, np.subtract(novel, 1)].any(axis=1)
-        np.testing.assert_array_equal(filtered, unfiltered & free)
-    np.testing.assert_array_equal(listed, (data.counts >= 2048).sum(axis=0))
