@@ -46,7 +46,7 @@ def torch_resnet(depth, deep_stem):
     net = getattr(torchvision.models, f"resnet{depth}")(weights=None)
     net.layer4, net.fc = torch.nn.Identity(), torch.nn.Identity()
     if deep_stem:
-        _deepen(net)
+        deepen(net)
     for block in net.layer3:
         block.conv2.stride, block.conv2.dilation = (1, 1), (2, 2)
         block.conv2.padding = (2, 2)
@@ -55,7 +55,8 @@ def torch_resnet(depth, deep_stem):
     return net.eval()
 
 
-def _deepen(net):
+def deepen(net):
+    """Put the three 3x3 convolutions of PSPNet in place of the 7x7."""
     from torch import nn
 
     for i, (cin, cout, stride) in enumerate(((3, 64, 2), (64, 64, 1), (64, 128, 1)), 1):

@@ -11,7 +11,7 @@ import safetensors.numpy
 from commands import ROOT, overrides
 from conftest import stopped_after
 from flax.traverse_util import flatten_dict
-from make_backbone_goldens import _deepen, random_tensor
+from make_backbone_goldens import deepen, random_tensor
 
 from qpenet_jax.backbones import convert, registry, torch_layout
 from qpenet_jax.backbones.convert import load_weights
@@ -260,7 +260,7 @@ def pytorchs(tensors, batches):
 
     net = TorchResNet(Bottleneck, [1, 1, 1, 1])
     net.fc = torch.nn.Identity()
-    _deepen(net)
+    deepen(net)
     for (block,), dilation in ((net.layer3, 2), (net.layer4, 4)):
         block.conv2.stride = block.downsample[0].stride = (1, 1)
         block.conv2.dilation = block.conv2.padding = (dilation, dilation)

@@ -28,8 +28,8 @@ from qpenet_jax.evaluation.scoring import (
     score_episodes,
 )
 from qpenet_jax.evaluation.training_free import (
+    TrainingFreePredictor,
     nearest_prototype,
-    training_free_predictor,
 )
 from qpenet_jax.models.qpenet import ROLES, QPENet
 from qpenet_jax.training.step import episode_features
@@ -233,7 +233,7 @@ def test_the_cache_changes_no_bit_of_qpenet(name):
 
 def test_the_cache_changes_no_bit_of_the_baseline():
     step = make_eval_step(lambda _, *inputs: nearest_prototype(*inputs))
-    check(training_free_predictor(BACKBONE, weights()), step, {}, shots=5)
+    check(TrainingFreePredictor(BACKBONE, weights()), step, {}, shots=5)
 
 
 class Counting(Predictor):
@@ -288,7 +288,7 @@ def test_other_parameters_need_no_compilation():
 
 def test_frozen_episodes_and_workers_change_nothing():
     protocol, samplers = setting(shots=2, scoring="input", resize="squash")
-    predict = training_free_predictor(BACKBONE, weights())
+    predict = TrainingFreePredictor(BACKBONE, weights())
     drawn = score_episodes(predict, data(), protocol, samplers).rows
     frozen = [
         FrozenEpisodes(s.seed, tuple(map(s, range(protocol.episodes))))
@@ -302,7 +302,7 @@ def test_frozen_episodes_and_workers_change_nothing():
 
 def test_devices_share_the_episodes():
     """One device stands for several; 14 episodes leave parts of other lengths."""
-    predict = training_free_predictor(BACKBONE, weights())
+    predict = TrainingFreePredictor(BACKBONE, weights())
     protocol, samplers = setting(shots=2)
     inputs = predict, data(), protocol, samplers
     alone = score_episodes(*inputs).rows

@@ -4,11 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpenet_jax.evaluation.training_free import (
-    FEWEST,
-    nearest_prototype,
-    self_supported,
-)
+from qpenet_jax.evaluation.training_free import FEWEST, self_supported
 
 GRID, SIDE, CHANNELS = 9, 65, 6
 
@@ -97,28 +93,3 @@ def test_a_support_without_object_or_background_gives_finite_logits(value):
     masks = np.full_like(masks, value)
     logits, _ = self_supported(supports[None], masks[None], query[None], photo)
     assert np.isfinite(logits).all()
-
-
-def test_what_the_query_shows_of_itself_corrects_the_support():
-    """An object that is less like its support than like the rest of itself."""
-    rng = np.random.default_rng(0)
-    background, shared = np.eye(CHANNELS)[:2]
-    of_query = 0.6 * shared + 0.8 * np.eye(CHANNELS)[2]
-    inside = np.zeros((GRID, GRID), bool)
-    inside[2:7, 2:7] = True
-    noise = 0.45 * rng.normal(size=(2, GRID, GRID, CHANNELS))
-
-    def image(colour, noise):
-        return (np.where(inside[..., None], colour, background) + noise).astype("f4")
-
-    support, query = image(shared, noise[0]), image(of_query, noise[1])
-    mask = np.kron(inside, np.ones((8, 8), np.uint8))[:SIDE, :SIDE]
-    photo = np.ones((1, GRID, GRID), bool)
-
-    def wrong(cosines):
-        return (np.asarray(cosines[0, ..., 1] > cosines[0, ..., 0]) != inside).sum()
-
-    supports = support[None, None], mask[None, None]
-    _, out = self_supported(*supports, query[None], photo)
-    _, first = nearest_prototype(*supports, query[None])
-    assert wrong(out["cosines"]) < wrong(first["cosines"])

@@ -97,11 +97,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def _table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
-    named = {
-        **comparison["per_class"],
-        "mIoU": comparison["miou"],
-        "FB-IoU": comparison["fb_iou"],
-    }
+    means = {"mIoU": comparison["miou"], "FB-IoU": comparison["fb_iou"]}
     return [
         [
             name,
@@ -110,7 +106,7 @@ def _table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
             with_interval(row["difference"], row["interval"], "+"),
             str(row.get("episodes", comparison["episodes"]["common"])),
         ]
-        for name, row in named.items()
+        for name, row in (comparison["per_class"] | means).items()
     ]
 
 

@@ -10,21 +10,14 @@ Segmentation, ECCV 2022, without its background of each pixel, which finds less 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Integer, PyTree
 
-from qpenet_jax.backbones.precision import backbone_in_dtype
 from qpenet_jax.backbones.registry import Backbone, features
 from qpenet_jax.core.types import FEATURE_STRIDE, Array
-from qpenet_jax.evaluation.predictor import (
-    STATIC,
-    NetworkPredictor,
-    Predictor,
-    qpenet_predictor,
-)
+from qpenet_jax.evaluation.predictor import STATIC, NetworkPredictor, Predictor
 from qpenet_jax.models.ops import resize_align_corners
 from qpenet_jax.models.prototypes import (
     NORM_EPSILON,
@@ -33,7 +26,7 @@ from qpenet_jax.models.prototypes import (
     foreground_on_grid,
     masked_average_pool,
 )
-from qpenet_jax.models.qpenet import ROLES, QPENet
+from qpenet_jax.models.qpenet import ROLES
 
 SHARPNESS = 10.0
 """What differences of cosines are multiplied by, before they are taken for logits."""
@@ -131,9 +124,9 @@ class TrainingFreePredictor(Predictor):
     """`nearest_prototype` or, with `mixes`, `self_supported`; margins times `scale`."""
 
     backbone: Backbone = dataclasses.field(metadata=STATIC)
-    mixes: bool = dataclasses.field(metadata=STATIC)
-    scale: float = dataclasses.field(metadata=STATIC)
     weights: PyTree[Array]
+    mixes: bool = dataclasses.field(default=False, metadata=STATIC)
+    scale: float = dataclasses.field(default=1.0, metadata=STATIC)
 
     def encode(self, images, roles=ROLES, padding=None):
         """Returns the features, and which cells hold the photo."""
@@ -160,8 +153,10 @@ class TrainingFreePredictor(Predictor):
 class MeanPredictor(Predictor):
     """The mean of two probabilities: of a network, and of self-support.
 
-    The backbone of the second has the stages of the first and others after them; an
-    image passes it once for both.
+    Each finds what the other misses: the network, where it has seen the like in
+    training; features alone, where it hasn't (docs/starter.md). The backbone of the
+    second has the stages of the first and others after them; an image passes it once
+    for both.
     """
 
     network: NetworkPredictor
@@ -196,37 +191,3 @@ def mean_margin(*margins: Float[Array, "..."]) -> Float[Array, "..."]:
         for sign in (1, -1)
     )
     return log_p - log_q
-
-
-def training_free_predictor(
-    backbone: Backbone,
-    weights: PyTree[Array],
-    dtype: str = "float32",
-    *,
-    mixes: bool = False,
-    scale: float = 1.0,
-) -> TrainingFreePredictor:
-    """Returns the cosine baseline, or with `mixes` what segments best untrained."""
-    net = backbone_in_dtype(backbone, dtype)
-    return TrainingFreePredictor(net, mixes, scale, weights)
-
-
-def mean_predictor(
-    model: QPENet,
-    backbone: Backbone,
-    params: PyTree[Array],
-    weights: PyTree[Array],
-    others: Sequence[str],
-    dtype: str = "float32",
-) -> MeanPredictor:
-    """Returns the mean of a network and self-support.
-
-    Each finds what the other misses: the network, where it has seen the like in
-    training; features alone, where it hasn't (docs/starter.md). Self-support takes
-    the `others` of the backbone's stages as well.
-    """
-    whole = backbone._replace(stages=(*backbone.stages, *others))
-    return MeanPredictor(
-        qpenet_predictor(model, backbone, params, weights, dtype),
-        training_free_predictor(whole, weights, dtype, mixes=True, scale=SHARPNESS),
-    )

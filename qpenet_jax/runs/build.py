@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.convolutions import fold_statistics
+from qpenet_jax.backbones.precision import backbone_in_dtype
 from qpenet_jax.backbones.registry import DEEP, Backbone, backbone, choose_stages
 from qpenet_jax.backbones.torch_layout import no_statistics
 from qpenet_jax.config import check, check_fields, flat
@@ -26,8 +27,9 @@ from qpenet_jax.core.runtime import refuse_64_bits
 from qpenet_jax.core.types import BATCH_STATISTICS
 from qpenet_jax.evaluation.predictor import Predictor, qpenet_predictor
 from qpenet_jax.evaluation.training_free import (
-    mean_predictor,
-    training_free_predictor,
+    SHARPNESS,
+    MeanPredictor,
+    TrainingFreePredictor,
 )
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.network import NAME as RELEASED
@@ -226,9 +228,8 @@ def build_predictor(
 
 def build_cosine_predictor(config: Any, weights: PyTree[Array]) -> Predictor:
     """Returns the training-free baseline, on all stages, where it scores best."""
-    return training_free_predictor(
-        backbone(config.backbone.name), weights, config.dtype
-    )
+    net = backbone_in_dtype(backbone(config.backbone.name), config.dtype)
+    return TrainingFreePredictor(net, weights)
 
 
 def build_self_support_predictor(
@@ -238,14 +239,16 @@ def build_self_support_predictor(
 
     Its margins are differences of cosines times `scale`.
     """
-    net = backbone(config.backbone.name)
-    return training_free_predictor(net, weights, config.dtype, mixes=True, scale=scale)
+    net = backbone_in_dtype(backbone(config.backbone.name), config.dtype)
+    return TrainingFreePredictor(net, weights, mixes=True, scale=scale)
 
 
 def build_mean_predictor(
     config: Any, params: PyTree[Array], weights: PyTree[Array]
 ) -> Predictor:
     """Returns the mean of the network and of the predictor without training.
+
+    Self-support takes the network's stages of the backbone, then all others.
 
     Raises InputError for the released network, which is made of other features.
     """
@@ -256,6 +259,9 @@ def build_mean_predictor(
             "choose a run of another variant"
         )
     params, weights = fold_statistics(params, weights)
-    known = backbone(config.backbone.name).stages
-    others = [stage for stage in known if stage not in net.stages]
-    return mean_predictor(model, net, params, weights, others, config.dtype)
+    stages = dict.fromkeys((*net.stages, *backbone(config.backbone.name).stages))
+    whole = backbone_in_dtype(net._replace(stages=tuple(stages)), config.dtype)
+    return MeanPredictor(
+        qpenet_predictor(model, net, params, weights, config.dtype),
+        TrainingFreePredictor(whole, weights, mixes=True, scale=SHARPNESS),
+    )
