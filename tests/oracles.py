@@ -81,19 +81,6 @@ DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16"
 DTYPES |= {"I8": "i1", "U8": "u1", "BOOL": "?"}
 
 
-def safetensors_file(tensors: dict[str, np.ndarray]) -> bytes:
-    """Write float32 tensors."""
-    header, content = {}, b""
-    for name, array in tensors.items():
-        data = array.astype("f4").tobytes()
-        span = [len(content), len(content) + len(data)]
-        shape = list(array.shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": span}
-        content += data
-    head = json.dumps(header).encode()
-    return len(head).to_bytes(8, "little") + head + content
-
-
 def tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a file of weights, by PyTorch unless it is .safetensors."""
     data = path.read_bytes()

@@ -105,23 +105,6 @@ def test_conv3x3_is_transformed_from_400_cells_on(images, side, channels, transf
     assert traced.count("conv_general_dilated[") == 1
 
 
-def test_conv3x3_by_hand():
-    """A kernel that picks the neighbour above and left shifts the image."""
-    x = normal(1, 4, 5, 1)
-    kernel = np.zeros((3, 3, 1, 1), np.float32)
-    kernel[0, 0] = 1
-    shifted = np.zeros_like(x)
-    shifted[:, 1:, 1:] = x[:, :-1, :-1]
-    np.testing.assert_array_equal(ops.conv3x3(x, kernel), shifted)
-
-
-def test_conv1x1_is_a_product_over_channels():
-    x, kernel = normal(2, 3, 4, 5), normal(5, 6, seed=1)
-    np.testing.assert_allclose(
-        ops.conv1x1(x, kernel), np.einsum("bhwc,co->bhwo", x, kernel), rtol=1e-4
-    )
-
-
 @pytest.mark.parametrize(
     ("size", "stride", "dilation", "height", "width"),
     [(3, 2, 1, 9, 8), (5, 1, 2, 9, 7), (3, 1, 4, 7, 10)],
@@ -141,14 +124,6 @@ def test_depthwise_equals_grouped_convolution(size, stride, dilation, height, wi
             kernel,
         ),
     )
-
-
-def test_resize_by_hand():
-    """Corners stay, and what lies between is linear: 2 x 2 to 3 x 5."""
-    x = np.array([[0.0, 4.0], [8.0, 16.0]], np.float32)
-    expected = [[0, 1, 2, 3, 4], [4, 5.5, 7, 8.5, 10], [8, 10, 12, 14, 16]]
-    resized = ops.resize_align_corners(x[None, :, :, None], (3, 5))
-    np.testing.assert_allclose(resized[0, :, :, 0], expected, rtol=1e-6)
 
 
 def test_resize_keeps_samples_and_is_linear_between():

@@ -8,25 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from test_released import NO_DROPOUT, WEIGHTS
 
 from qpenet_jax.backbones.registry import DEEP, backbone
 from qpenet_jax.backbones.torch_layout import to_flax
-from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.models.released.network import ReleasedQPENet
 from qpenet_jax.models.released.released_loss import released_loss
 from qpenet_jax.models.released.tokens import Draws
-from qpenet_jax.recipes import RECIPES
 from qpenet_jax.runs.released_checkpoint import STEM
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
-NO_DROPOUT = {f"{k}_dropout": 0.0 for k in ("channel", "head", "gate", "attention")}
 DEEPSTEM = backbone("resnet50_deepstem")
-WEIGHTS = LossWeights(
-    **{k[5:]: v for k, v in RECIPES["released"].items() if k.startswith("loss.")}
-)
-
 ROUNDING = 2e-5
 """Of a tensor's largest value, or of 1. On a CPU with AVX-512 differences are below
 1e-5; on one without it, which sums in another order, the prior's was 1.4e-5."""

@@ -59,8 +59,8 @@ def convolve(
     """Convolves groups of g channels by XLA's own operation, padded symmetrically."""
     pad = kernel.shape[0] // 2 * dilation
     return jax.lax.conv_general_dilated(
-        x,
-        kernel,
+        jnp.asarray(x),
+        jnp.asarray(kernel),
         (stride, stride),
         [(pad, pad)] * 2,
         rhs_dilation=(dilation, dilation),
