@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qpenet_jax.backbones import convert as weights
 from qpenet_jax.backbones import registry as backbone
+from qpenet_jax.benchmark.jax_side import NO_DROPOUT
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episodes import EpisodeSampler
@@ -37,9 +38,6 @@ FEATURES, GRID = 48, 7
 SIDE = 8 * GRID - 7
 SMALL = {"width": 64, "heads": 4, "ffn": 96}  # for the many cases on random features
 LOSSES = LossWeights(alpha=0.7, beta=0.3)
-NO_DROPOUT = {
-    f"{kind}_dropout": 0.0 for kind in ("channel", "head", "gate", "attention")
-}
 NET = QPENet(channels=64, heads=4, ffn_features=96, **NO_DROPOUT)
 FULL_NET = QPENet(**NO_DROPOUT)
 
@@ -110,36 +108,30 @@ def error(value, reference, floor=0.0):
     return deviation / largest if largest else deviation
 
 
+MARKED = {
+    "full": [(np.s_[:], 1)],
+    "ignore": [(np.s_[:], 255)],
+    "one pixel": [(np.s_[..., 16, 24], 1)],
+    "one pixel between cells": [(np.s_[..., 17, 27], 1)],
+    "border": [(np.s_[..., :9, :], 1), (np.s_[..., -1], 1)],
+    "padded": [(np.s_[..., SIDE // 2 :], 255)],
+}
+KINDS = ("ordinary", "empty", *MARKED, "mixed")
+
+
 def draw_masks(kind, batch, shots, rng):
     """Query masks [b, H, W] and support masks [b, k, H, W]; all alike but `mixed`."""
     if kind == "mixed":
-        rows = [
-            draw_masks(one, 1, shots, rng)
-            for one in ("ordinary", "empty", "ignore")[:batch]
-        ]
+        kinds = ("ordinary", "empty", "ignore")[:batch]
+        rows = [draw_masks(one, 1, shots, rng) for one in kinds]
         return tuple(map(np.concatenate, zip(*rows, strict=True)))
-    shape = batch, shots + 1, SIDE, SIDE
-    masks = np.zeros(shape, np.uint8)
+    masks = np.zeros((batch, shots + 1, SIDE, SIDE), np.uint8)
     if kind in ("ordinary", "padded"):
         coarse = rng.choice([0, 0, 1, 1, 255], (batch, shots + 1, GRID, GRID))
         masks[:] = np.kron(coarse, np.ones((8, 8)))[..., :SIDE, :SIDE]
-    if kind == "padded":
-        masks[..., SIDE // 2 :] = 255
-    if kind in ("full", "ignore"):
-        masks[:] = 1 if kind == "full" else 255
-    if kind == "one pixel":
-        masks[..., 16, 24] = 1
-    if kind == "one pixel between cells":
-        masks[..., 17, 27] = 1
-    if kind == "border":
-        masks[..., :9, :] = masks[..., -1] = 1
+    for region, label in MARKED.get(kind, ()):
+        masks[region] = label
     return masks[:, 0], masks[:, 1:]
-
-
-KINDS = (
-    *("ordinary", "empty", "full", "ignore", "one pixel", "one pixel between cells"),
-    *("border", "padded", "mixed"),
-)
 
 
 def draw_episode(kind="ordinary", batch=1, shots=1, seed=0, channels=FEATURES):

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import export
-from jax.extend import core
 from jax.flatten_util import ravel_pytree
 from jax.interpreters import partial_eval
 from jaxtyping import Array, PyTree
@@ -169,7 +168,7 @@ def step_flop(case: Case, weights: Weights, episodes: Episode) -> int:
     return flop(jax.make_jaxpr(step_of(single))(*inputs))
 
 
-def flop(closed: core.ClosedJaxpr) -> int:
+def flop(jaxpr: Any) -> int:
     """Returns the FLOP of the convolutions and matrix products that a jaxpr needs.
 
     A multiplication and an addition are two. Padding counts, zeros put between pixels
@@ -177,13 +176,9 @@ def flop(closed: core.ClosedJaxpr) -> int:
     then show as speed, not as less work. XLA's own `cost_analysis()` counts the body of
     a loop once, and the formulation that the platform takes.
     """
-    everything = [True] * len(closed.jaxpr.outvars)
-    needed, _ = partial_eval.dce_jaxpr(closed.jaxpr, everything)
-    return _flop_of_all(needed)
-
-
-def _flop_of_all(jaxpr: Any) -> int:
-    return sum(map(_equation_flop, getattr(jaxpr, "jaxpr", jaxpr).eqns))
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return sum(map(_equation_flop, needed.eqns))
 
 
 def _equation_flop(equation: Any) -> int:
@@ -202,12 +197,12 @@ def _equation_flop(equation: Any) -> int:
         branches = params["branches"]
         if params.get("branches_platforms"):
             branches = [branches[params["branches_platforms"].index(None)]]
-        return max(map(_flop_of_all, branches))
+        return max(map(flop, branches))
     # Of a `while` the number of rounds isn't known: one.
     names = ("jaxpr", "call_jaxpr", "body_jaxpr")
     inner = next((params[key] for key in names if key in params), None)
     rounds = params["length"] if name == "scan" else 1
-    return rounds * _flop_of_all(inner) if inner is not None else 0
+    return rounds * flop(inner) if inner is not None else 0
 
 
 # --- memory -----------------------------------------------------------------------
