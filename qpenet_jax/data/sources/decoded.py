@@ -5,7 +5,6 @@ import io
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -36,8 +35,8 @@ SAMPLED_IMAGES = 16
 class Decoded:
     """A `SegmentationDataset` with the images of another, decoded.
 
-    Processes that open the same file share its pages. What `image` and `label` return
-    can't be written to.
+    `sizes` are the height and width of every image. Processes that open the same file
+    share its pages. What `image` and `label` return can't be written to.
     """
 
     def __init__(
@@ -60,16 +59,10 @@ class Decoded:
         self.version = getattr(dataset, "version", "")
         self.content = dataset_content(dataset)
         self.folder = Path(folder) / f"{dataset_version(dataset)}-{self.content[:16]}"
-        if self._up_to_date(dataset):
+        if self._opens(dataset):
             print(f"{self.folder}: decoded images are kept, unchanged", file=sys.stderr)
         else:
             self._make(dataset, limit)
-        _ = self.sizes  # Pickled with the rest, if another run remakes the file.
-
-    @functools.cached_property
-    def sizes(self) -> Int[np.ndarray, "images 2"]:
-        """Height and width of every image."""
-        return np.load(self.folder / SIZES_FILE)
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -89,11 +82,6 @@ class Decoded:
         return self._pixels[start : start + height * width].reshape(height, width)
 
     @functools.cached_property
-    def _starts(self) -> Int[np.ndarray, " images"]:
-        areas = self.sizes.prod(axis=1)
-        return CHANNELS * (np.cumsum(areas) - areas)
-
-    @functools.cached_property
     def _pixels(self) -> UInt8[np.ndarray, " bytes"]:
         return np.asarray(np.memmap(self.folder / PIXELS_FILE, np.uint8, "r"))
 
@@ -101,24 +89,21 @@ class Decoded:
         """Leaves the mapped file out of pickles: a worker maps it by itself."""
         return {k: v for k, v in vars(self).items() if k != "_pixels"}
 
-    def _up_to_date(self, dataset: SegmentationDataset) -> bool:
-        """Returns whether the file is complete and a sample of it is the data set's."""
-        self._forget()
+    def _opens(self, dataset: SegmentationDataset) -> bool:
+        """Opens the file; returns whether it is whole and a sample of it is right."""
+        vars(self).pop("_pixels", None)  # The file may be another one by now.
         try:
             written = (self.folder / PIXELS_FILE).stat().st_size
-            expected = CHANNELS * int(self.sizes.prod(axis=1).sum())
+            self.sizes: Int[np.ndarray, "images 2"] = np.load(self.folder / SIZES_FILE)
         except (OSError, ValueError, EOFError):
             return False
-        return written == expected and all(
+        areas = self.sizes.prod(axis=1)
+        self._starts = CHANNELS * (np.cumsum(areas) - areas)
+        return written == CHANNELS * int(areas.sum()) and all(
             np.array_equal(self.image(i), dataset.image(i))
             and np.array_equal(self.label(i), dataset.label(i))
             for i in _sample(len(self))
         )
-
-    def _forget(self) -> None:
-        """Drops what was read: the file may be another one by now."""
-        for name in ("sizes", "_starts", "_pixels"):
-            vars(self).pop(name, None)
 
     def _make(self, dataset: SegmentationDataset, limit: int) -> None:
         """Writes the file, or waits for another process that does."""
@@ -133,9 +118,9 @@ class Decoded:
         try:
             lock = self.folder.with_name(f".{self.folder.name}.lock")
             with locked(lock, busy, wait=True):
-                if not self._up_to_date(dataset):
+                if not self._opens(dataset):
                     _write(dataset, self.folder, needed)
-                    self._forget()
+                    self._opens(dataset)
         except OSError as error:
             raise InputError(
                 f"{self.folder}: can't be written ({error.strerror}); {REMEDY}"
@@ -158,9 +143,21 @@ def _write(dataset: SegmentationDataset, folder: Path, needed: int) -> None:
     part = folder / f"{PIXELS_FILE}.part"
     part.unlink(missing_ok=True)  # The lock was free: whoever began it is gone.
     check_room(folder, needed, REMEDY)
+    bar = tqdm(
+        range(len(dataset)),
+        desc=f"decoding images ({needed / 1e9:.1f} GB)",
+        unit="image",
+        disable=None,  # Where there is no terminal.
+    )
+    sizes = []
     try:
         with part.open("wb") as file:
-            sizes = _write_pixels(dataset, file, needed)
+            for index in bar:
+                image, label = dataset.image(index), dataset.label(index)
+                check_same_size(label.shape, image.shape[:2], dataset.names[index])
+                file.write(np.ascontiguousarray(image).data)
+                file.write(np.ascontiguousarray(label).data)
+                sizes.append(label.shape)
         (folder / SIZES_FILE).unlink(missing_ok=True)
         part.replace(folder / PIXELS_FILE)
     finally:
@@ -168,23 +165,3 @@ def _write(dataset: SegmentationDataset, folder: Path, needed: int) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.array(sizes, np.int64))
     write_whole(folder / SIZES_FILE, buffer.getvalue())
-
-
-def _write_pixels(
-    dataset: SegmentationDataset, file: BinaryIO, needed: int
-) -> list[tuple[int, ...]]:
-    """Writes image and label of every item; returns their heights and widths."""
-    sizes = []
-    bar = tqdm(
-        range(len(dataset)),
-        desc=f"decoding images ({needed / 1e9:.1f} GB)",
-        unit="image",
-        disable=None,  # Where there is no terminal.
-    )
-    for index in bar:
-        image, label = dataset.image(index), dataset.label(index)
-        check_same_size(label.shape, image.shape[:2], dataset.names[index])
-        file.write(np.ascontiguousarray(image).data)
-        file.write(np.ascontiguousarray(label).data)
-        sizes.append(label.shape)
-    return sizes
