@@ -8,10 +8,7 @@ from predictors import picture
 from qpenet_jax import load
 from qpenet_jax.backbones.registry import backbone
 from qpenet_jax.data.transforms import unpad
-from qpenet_jax.evaluation.predictor import (
-    around_foreground,
-    qpenet_predictor,
-)
+from qpenet_jax.evaluation.predictor import around_foreground, qpenet_predictor
 from qpenet_jax.models.layers import Convs
 from qpenet_jax.models.qpenet import QPENet
 
@@ -78,19 +75,6 @@ def test_a_logit_sees_so_many_cells_and_no_more():
     np.testing.assert_array_equal(seen, reached)
 
 
-def test_windows_hold_the_features_around_the_foreground():
-    masks = np.stack([mask_of(box) for box in BOXES.values()])[None]
-    place = np.arange(31 * 31, dtype=np.float32).reshape(1, 31, 31, 1)
-    parts = around_foreground([{"F_s": place}] * len(BOXES), masks)
-    for (top, bottom, left, right), part in zip(BOXES.values(), parts, strict=True):
-        expected = place[0, top:bottom, left:right, 0].ravel()
-        np.testing.assert_array_equal(part["F_s"][..., 0][part["M_s"]], expected)
-    # A window reaches from one object to another.
-    masks = np.stack([mask_of(BOXES["corner"], BOXES["last"])] * 2)[None]
-    supports = [{"F_s": np.ones((1, 31, 31, 4), np.float32)}] * 2
-    assert around_foreground(supports, masks)[0]["M_s"].shape == (1, 31, 31)
-
-
 def test_the_starter_crops_its_networks_part_alone():
     images, masks = zip(*(picture(64, n) for n in (40, 80)), strict=True)
     corner = [mask * (np.indices(mask.shape) < 20).all(axis=0) for mask in masks]
@@ -112,6 +96,9 @@ def test_supports_that_stay_whole():
     for part in (slice(0, 1), slice(0, 2)):
         supports = [features] * len(masks[0, part])
         assert around_foreground(supports, masks[:, part]) is supports
+    # A window reaches from one object to another.
+    far = np.stack([mask_of(BOXES["corner"], BOXES["last"])] * 2)[None]
+    assert sizes(around_foreground([features] * 2, far)) == {(31, 31)}
 
     class Other(QPENet):
         """A network of others may depend on all of a support."""

@@ -22,7 +22,6 @@ from qpenet_jax.data.transforms import binary_mask
 from qpenet_jax.evaluation.predictor import Predictor, qpenet_predictor
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import (
-    keep_latest,
     plan_episodes,
     score,
     score_episodes,
@@ -47,13 +46,6 @@ def draw_ids(count, shots=2, images=12, seed=0):
         query, *supports = rng.choice(members, shots + 1, replace=False).tolist()
         found.append(EpisodeIds(index, query, class_id, tuple(supports)))
     return found
-
-
-def test_the_least_recently_used_image_goes_first():
-    cache = {}
-    for used in ((0, 1), (2, 0), (3, 4)):
-        keep_latest(cache, dict.fromkeys(used), 3)
-    assert list(cache) == [0, 3, 4]
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3, 5, 12, 100])

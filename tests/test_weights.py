@@ -44,18 +44,6 @@ def wheel():
     return weights.wheel_file()
 
 
-def test_norm_is_folded_into_the_layer_before(resnet):
-    params = to_flax("resnet50", resnet)
-    layer, norm = params["layer2_0"]["downsample"], "layer2.0.downsample.1"
-    gamma, beta, mean, var = (
-        resnet[f"{norm}.{f}"] for f in ("weight", "bias", "running_mean", "running_var")
-    )
-    x = np.random.default_rng(0).normal(size=(5, 256)).astype(np.float32)
-    y = x @ resnet["layer2.0.downsample.0.weight"][:, :, 0, 0].T
-    expected = (y - mean) / np.sqrt(var + 1e-5) * gamma + beta
-    np.testing.assert_allclose(x @ layer["kernel"] + layer["bias"], expected, atol=2e-5)
-
-
 def test_efficientnet_wheel_is_folded_with_its_own_epsilon(wheel):
     tensors = read_tensors(wheel)
     params = to_flax("efficientnet_lite0", tensors)

@@ -5,6 +5,7 @@ colour means the same on every sheet.
 """
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -207,7 +208,9 @@ def sheet(
     font, step = ImageFont.load_default(17), TILE + GAP
     left = 20 + max((_width(label, font) for label, _ in rows), default=0)
     foot = HEADER + step * len(rows)
-    words = (_legend_width(legend, font), *(20 + _width(note, font) for note in notes))
+    swatches = [SWATCH + _width(name, font) + 30 for name in legend]
+    starts = list(itertools.accumulate(swatches, initial=10))
+    words = (starts[-1], *(20 + _width(note, font) for note in notes))
     size = max(left + step * len(columns), *words), foot + LINE * (1 + len(notes)) + GAP
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
@@ -219,7 +222,9 @@ def sheet(
         draw.text((10, top + 4), label, INK, font=font)
         for i, (_, square) in enumerate(zip(columns, tiles, strict=True)):
             page.paste(square, (left + step * i, top))
-    _draw_legend(draw, legend, foot, font)
+    for x, (name, colour) in zip(starts, legend.items(), strict=False):
+        draw.rectangle((x, foot + 4, x + SWATCH, foot + 4 + SWATCH), fill=colour)
+        draw.text((x + SWATCH + 6, foot + 1), name, INK, font=font)
     for k, note in enumerate(notes, start=1):
         draw.text((10, foot + LINE * k), note, INK, font=font)
     return np.asarray(page)
@@ -231,20 +236,5 @@ def _width(text, font) -> int:
 
 def _fitting_font(title):
     """Returns the largest font, up to 17 pixels, in which a title fits its tile."""
-    fonts = (ImageFont.load_default(size) for size in range(17, 7, -1))
-    return next(
-        (f for f in fonts if _width(title, f) <= TILE), ImageFont.load_default(8)
-    )
-
-
-def _legend_width(legend, font) -> int:
-    return 10 + sum(SWATCH + _width(name, font) + 30 for name in legend)
-
-
-def _draw_legend(draw, legend, top, font) -> None:
-    """Draws swatches and names from left to right."""
-    x = 10
-    for name, colour in legend.items():
-        draw.rectangle((x, top + 4, x + SWATCH, top + 4 + SWATCH), fill=colour)
-        draw.text((x + SWATCH + 6, top + 1), name, INK, font=font)
-        x += SWATCH + _width(name, font) + 30
+    fonts = [ImageFont.load_default(size) for size in range(17, 7, -1)]
+    return next((font for font in fonts if _width(title, font) <= TILE), fonts[-1])
