@@ -5,7 +5,6 @@ original file.
 """
 
 import functools
-import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,6 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree, UInt8
 
-from qpenet_jax.backbones.convolutions import Norm
 from qpenet_jax.backbones.efficientnet import EfficientNetLite0
 from qpenet_jax.backbones.registry import DEEP, backbone
 from qpenet_jax.backbones.torch_files import read_tensors
@@ -132,30 +130,16 @@ def _from_converted(
             f"{source}: is '{metadata.get('format')}' for {metadata['backbone']}, not "
             f"'{FORMAT}' for {name}: convert the original again or name its backbone"
         )
-    tensors = read_tensors(source)
-    for asked, pattern, needed in (
-        (
-            deep and backbone(name).deep,
-            f"{DEEP}/",
-            f"{DEEP}, which the released network",
-        ),
-        (
-            norms,
-            rf".*/({'|'.join(Norm._fields)})$",
-            "batch norm, which config.backbone.drift",
-        ),
-    ):
-        part = {path for path in tensors if re.match(pattern, path)}
-        if asked and not part:
-            raise InputError(
-                f"{source} was converted without {needed} needs: run `qpenet convert "
-                f"--backbone {name}` again on the original file"
-            )
-        if not asked:
-            tensors = {k: v for k, v in tensors.items() if k not in part}
+    tensors, known = read_tensors(source), shapes_of(name, True, True)
     expected = shapes_of(name, deep, norms)
-    check_tensors(f"{source}: the weights do not fit {name}", expected, tensors)
-    return unflatten_dict(tensors, sep="/")
+    used = {k: v for k, v in tensors.items() if k in expected or k not in known}
+    check_tensors(
+        f"{source}: the weights do not fit {name} (run `qpenet convert --backbone "
+        f"{name}` again on the original file)",
+        expected,
+        used,
+    )
+    return unflatten_dict(used, sep="/")
 
 
 def _metadata(path: Path) -> dict[str, str]:
