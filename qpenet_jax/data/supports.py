@@ -39,9 +39,6 @@ FULL_SCALE = 255
 LISTED = 8
 """Values that a message names."""
 
-LARGEST = 2**31
-"""Beyond it no float is taken for a label."""
-
 
 def as_image(given: Any, name: str) -> UInt8[np.ndarray, "h w 3"]:
     """Returns an array or PIL image as RGB in 0..255; `name` is for messages.
@@ -78,7 +75,14 @@ def as_mask(given: Any, size: tuple[int, int], name: str) -> UInt8[np.ndarray, "
     if values.dtype == bool:
         values = values.astype(np.uint8)
     elif np.issubdtype(values.dtype, np.floating):
-        values = _whole(values, name)
+        with np.errstate(invalid="ignore"):  # of what no integer can hold
+            whole = values.astype(np.int64)
+        if (fractions := values[whole != values]).size:
+            raise InputError(
+                f"{name} holds {fractions[0]:g}, which is no label: give booleans, "
+                "such as mask > 0.5"
+            )
+        values = whole
     elif not np.issubdtype(values.dtype, np.integer):
         raise InputError(f"{name} is {values.dtype}: give booleans or whole numbers")
     return support_mask(values, name)
@@ -116,9 +120,11 @@ def support_mask(
             f"{name}: the mask has no foreground; paint the object with 1 or 255"
         )
     if len(foreground) > 1:
+        listed = ", ".join(map(str, sorted(foreground)[:LISTED]))
+        more = ", ..." if len(foreground) > LISTED else ""
         raise InputError(
-            f"{name}: the mask has several foreground values, {_listed(foreground)}; "
-            "keep one object class and set the rest to 0"
+            f"{name}: the mask has several foreground values, {listed}{more}; keep one "
+            "object class and set the rest to 0"
         )
     mask = np.where(label == IGNORE, np.uint8(IGNORE), np.uint8(0))
     mask[label == foreground.pop()] = 1
@@ -137,18 +143,6 @@ def _array(given: Any, name: str, *, colour: bool) -> Shaped[np.ndarray, "..."]:
                 f"{name}: its metadata turn it; give PIL.ImageOps.exif_transpose(it)"
             )
         return np.array(rgb(given, name) if colour else given)
-
-
-def _whole(values, name):
-    """Returns floats that are whole numbers as integers."""
-    with np.errstate(invalid="ignore"):  # infinity less itself
-        fractions = values[~((values == np.rint(values)) & (abs(values) < LARGEST))]
-    if fractions.size:
-        raise InputError(
-            f"{name} holds {fractions[0]:g}, which is no label: give booleans, such as "
-            "mask > 0.5"
-        )
-    return values.astype(np.int64)
 
 
 SHARE = 8
@@ -233,10 +227,3 @@ def _around(first: int, last: int, length: int, room: int) -> slice:
     """Returns `length` places around those from `first` to `last`, or all there are."""
     start = min((first + last + 1 - length) // 2, room - length)
     return slice(max(start, 0), max(start, 0) + length)
-
-
-def _listed(values: set[int]) -> str:
-    shown = ", ".join(map(str, sorted(values)[:LISTED]))
-    return (
-        shown if len(values) <= LISTED else f"{shown} and {len(values) - LISTED} more"
-    )
