@@ -27,7 +27,7 @@ from qpenet_jax.models.ops.devices import only_defaults
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.optimizer import Optimizer
-from qpenet_jax.paper.results import ABLATION_RESULTS, rows_of
+from qpenet_jax.paper.plan import VARIANT_RESULTS, VARIANT_ROWS
 from qpenet_jax.training.step import init_state, make_train_step
 
 NO_DROPOUT = {f"{name}_dropout": 0.0 for name in ("channel", "head", "gate")}
@@ -257,11 +257,8 @@ def test_rows_are_the_papers():
         5: [61.6, 63.5, 65.2],
     }
     for table, values in printed.items():
-        results = [r for r in ABLATION_RESULTS.values() if table in r.rows]
-        rows = {result.rows[table]: result.miou for result in results}
-        assert rows == dict(enumerate(values, start=1))
-        in_order = [ABLATION_RESULTS[name].miou for name in rows_of(f"table{table}")]
-        assert in_order == values
+        rows = VARIANT_ROWS[f"table{table}"]
+        assert [VARIANT_RESULTS[name][0] for name in rows] == values
 
 
 @pytest.mark.parametrize(

@@ -4,24 +4,16 @@ confidence intervals."""
 import argparse
 from pathlib import Path
 
-from qpenet_jax.cli.options import add_path
+from qpenet_jax.cli.options import add_flag, add_path
 from qpenet_jax.core.files import refuse_overwriting
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    add_path(
-        parser,
-        "results",
-        "results.json",
-        "file that training or `qpenet evaluate` has written",
-        nargs=2,
-    )
-    parser.add_argument(
-        "--different-protocols",
-        action="store_true",
-        help="allow results of different protocols",
-    )
+    text = "file that training or `qpenet evaluate` has written"
+    add_path(parser, "results", "results.json", text, nargs=2)
+    text = "allow results of different protocols"
+    add_flag(parser, "--different-protocols", text)
     add_path(parser, "--out", "FILE", "also write the comparison to this JSON file")
 
 

@@ -7,44 +7,27 @@ With --as-run the file is a checkpoint of the released QPENet, which becomes a r
 
 import argparse
 
-from qpenet_jax.cli.options import add_overrides, add_path, path
+from qpenet_jax.cli.options import add, add_overrides, add_path
 from qpenet_jax.core.choices import BACKBONES, CHECKPOINT_DATASETS
 from qpenet_jax.core.errors import InputError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument(
-        "weights",
-        nargs="?",
-        type=path,
-        help="a .pth or .safetensors file; without it the official file of the "
-        "backbone is downloaded",
+    text = (
+        "a .pth or .safetensors file; without it the official file of the backbone is "
+        "downloaded"
     )
-    parser.add_argument("--backbone", choices=BACKBONES)
-    add_path(
-        parser,
-        "--out",
-        "FOLDER",
-        "folder for the converted file; default: data/weights",
-    )
-    add_path(
-        parser,
-        "--as-run",
-        "FOLDER",
-        "folder of the run to be made of an authors' checkpoint",
-    )
-    parser.add_argument(
-        "--fold",
-        type=int,
-        choices=range(4),
-        help="fold that the checkpoint was trained on, with --as-run",
-    )
-    parser.add_argument(
-        "--dataset",
-        choices=CHECKPOINT_DATASETS,
-        help="data set of the checkpoint, with --as-run; default: pascal",
-    )
+    add_path(parser, "weights", "FILE", text, nargs="?")
+    add(parser, "--backbone", "what the weights belong to", choices=BACKBONES)
+    text = "folder for the converted file; default: data/weights"
+    add_path(parser, "--out", "FOLDER", text)
+    text = "folder of the run to be made of an authors' checkpoint"
+    add_path(parser, "--as-run", "FOLDER", text)
+    text = "fold that the checkpoint was trained on, with --as-run"
+    add(parser, "--fold", text, int, choices=range(4))
+    text = "data set of the checkpoint, with --as-run; default: pascal"
+    add(parser, "--dataset", text, choices=CHECKPOINT_DATASETS)
     add_overrides(parser)
 
 

@@ -8,6 +8,8 @@ import argparse
 
 from qpenet_jax.cli.options import (
     about_segmenter,
+    add,
+    add_flag,
     add_overrides,
     add_segmenter,
     load_segmenter,
@@ -18,12 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     add_segmenter(parser)
     group = parser.add_argument_group("page")
-    group.add_argument(
-        "--port", type=port, default=7860, metavar="N", help="default: 7860"
-    )
-    group.add_argument(
-        "--open", action="store_true", help="open the page in the browser"
-    )
+    add(group, "--port", "where the page is", port, default=7860, metavar="N")
+    add_flag(group, "--open", "open the page in the browser")
     add_overrides(parser)
 
 

@@ -2,33 +2,22 @@
 
 import argparse
 
-from qpenet_jax.cli.options import add_shots
+from qpenet_jax.cli.options import add, add_shots
 from qpenet_jax.core.choices import BACKBONES
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument(
-        "--backbone",
-        default="resnet50",
-        choices=BACKBONES,
-        help="the frozen network below it; default: %(default)s",
+    text = "the frozen network below it"
+    add(parser, "--backbone", text, default="resnet50", choices=BACKBONES)
+    text = (
+        "full, released (its authors' network), or a row of the paper's Tables III to "
+        "V, such as baseline"
     )
-    parser.add_argument(
-        "--variant",
-        default="full",
-        metavar="NAME",
-        help="full, released (its authors' network), or a row of the paper's Tables "
-        "III to V, such as baseline; default: %(default)s",
-    )
+    add(parser, "--variant", text, default="full")
     add_shots(parser)
-    parser.add_argument(
-        "--side",
-        type=int,
-        default=473,
-        metavar="PIXELS",
-        help="side of the square input, 8 n + 1; default: %(default)s",
-    )
+    text = "side of the square input, 8 n + 1"
+    add(parser, "--side", text, int, default=473, metavar="PIXELS")
 
 
 def run(args: argparse.Namespace) -> None:

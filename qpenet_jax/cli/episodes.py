@@ -20,12 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["export"])
     source = parser.add_mutually_exclusive_group(required=True)
     add_path(source, "--workdir", "FOLDER", WORKDIR)
-    add_path(
-        source,
-        "--config",
-        "FILE",
-        "a config instead of a run, such as configs/pascal_fold0.py",
-    )
+    text = "a config instead of a run, such as configs/pascal_fold0.py"
+    add_path(source, "--config", "FILE", text)
     add_shots(parser)
     add_path(parser, "--out", "FILE", "file to write", required=True)
     add_protocol(parser)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from qpenet_jax.cli.options import (
+    add,
     add_checkpoint,
     add_cluster,
+    add_flag,
     add_overrides,
     add_path,
     add_protocol,
@@ -22,31 +24,18 @@ from qpenet_jax.core.files import refuse_overwriting
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     add_workdir(parser)
-    parser.add_argument(
-        "--shots",
-        type=numbers,
-        metavar="K,...",
-        help="numbers of support images, such as 1,5; default: 1",
+    text = "numbers of support images, such as 1,5; default: 1"
+    add(parser, "--shots", text, numbers)
+    text = (
+        "score exactly the episodes of this file, written by `qpenet episodes export`, "
+        "instead of drawing them"
     )
-    add_path(
-        parser,
-        "--episode-list",
-        "FILE",
-        "score exactly the episodes of this file, written by `qpenet episodes "
-        "export`, instead of drawing them",
-    )
+    add_path(parser, "--episode-list", "FILE", text)
     add_checkpoint(parser)
-    parser.add_argument(
-        "--references",
-        action="store_true",
-        help="also score the untrained network and the training-free cosine baseline",
-    )
-    add_path(
-        parser,
-        "--out",
-        "FOLDER",
-        "folder for the results; default: the folder evaluate/ of the run",
-    )
+    text = "also score the untrained network and the training-free cosine baseline"
+    add_flag(parser, "--references", text)
+    text = "folder for the results; default: the folder evaluate/ of the run"
+    add_path(parser, "--out", "FOLDER", text)
     add_protocol(parser)
     add_cluster(parser)
     add_overrides(parser)

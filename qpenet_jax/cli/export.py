@@ -6,6 +6,7 @@ docs/export.md shows how the files are used.
 import argparse
 
 from qpenet_jax.cli.options import (
+    add,
     add_new_folder,
     add_overrides,
     add_workdir,
@@ -17,19 +18,10 @@ from qpenet_jax.core.choices import EXPORT_FORMATS
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     add_workdir(parser)
-    parser.add_argument(
-        "--format",
-        required=True,
-        choices=EXPORT_FORMATS,
-        help="stablehlo, which JAX alone runs on CPU, GPU and TPU, or onnx",
-    )
-    parser.add_argument(
-        "--shots",
-        type=numbers,
-        default=(1,),
-        metavar="K,...",
-        help="numbers of support images; each has a file of its own; default: 1",
-    )
+    text = "stablehlo, which JAX alone runs on CPU, GPU and TPU, or onnx"
+    add(parser, "--format", text, required=True, choices=EXPORT_FORMATS)
+    text = "numbers of support images; each has a file of its own"
+    add(parser, "--shots", text, numbers, default=(1,))
     add_new_folder(parser)
     add_overrides(parser)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qpenet_jax.cli.options import (
     WORKDIR,
+    add,
     add_overrides,
     add_path,
     add_shots,
@@ -15,33 +16,12 @@ from qpenet_jax.cli.options import (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    add_path(
-        parser,
-        "--workdir",
-        "FOLDER",
-        f"{WORKDIR}; several runs are drawn side by side",
-        required=True,
-        nargs="+",
-    )
-    parser.add_argument(
-        "--episodes",
-        type=numbers,
-        metavar="N,...",
-        help="which episodes, such as 3,17; default: random ones",
-    )
-    parser.add_argument(
-        "--count",
-        type=int,
-        default=6,
-        metavar="N",
-        help="how many random episodes; default: %(default)s",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed for choosing random episodes; default: %(default)s",
-    )
+    text = f"{WORKDIR}; several runs are drawn side by side"
+    add_path(parser, "--workdir", "FOLDER", text, required=True, nargs="+")
+    text = "which episodes, such as 3,17; default: random ones"
+    add(parser, "--episodes", text, numbers)
+    add(parser, "--count", "how many random episodes", int, default=6)
+    add(parser, "--seed", "seed for choosing random episodes", int, default=0)
     add_shots(parser)
     add_path(parser, "--out", "FOLDER", "folder for the figures", required=True)
     add_overrides(parser)

@@ -6,7 +6,7 @@ Only light modules are imported here and at the top of the commands: with JAX, `
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from qpenet_jax.core import choices
@@ -32,6 +32,46 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Returns whole numbers that are separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give whole numbers such as 1,5"
+        ) from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Returns words that are separated by commas."""
+    return tuple(text.split(","))
+
+
+METAVARS = {int: "N", float: "SHARE", str: "NAME", numbers: "N,...", names: "NAME,..."}
+
+
+def add(
+    parser: argparse._ActionsContainer,
+    name: str,
+    text: str,
+    kind: Callable[[str], Any] = str,
+    **more: Any,
+) -> None:
+    """Adds an option or argument; the help also shows its default, where it has one."""
+    default = more.get("default", ())
+    if default not in ((), [], ""):
+        words = default if isinstance(default, tuple) else (default,)
+        text += f"; default: {','.join(map(str, words))}"
+    if "choices" not in more:
+        more = {"metavar": METAVARS.get(kind)} | more
+    parser.add_argument(name, type=kind, help=text, **more)
+
+
+def add_flag(parser: argparse._ActionsContainer, name: str, text: str) -> None:
+    """Adds an option without a value."""
+    parser.add_argument(name, action="store_true", help=text)
+
+
 def add_path(
     parser: argparse._ActionsContainer,
     name: str,
@@ -40,7 +80,7 @@ def add_path(
     **options: Any,
 ) -> None:
     """Adds an option, or an argument, whose value is a file or folder."""
-    parser.add_argument(name, type=path, metavar=metavar, help=text, **options)
+    add(parser, name, text, path, metavar=metavar, **options)
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:
@@ -50,63 +90,48 @@ def add_workdir(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds the choice of a run's checkpoint."""
-    parser.add_argument(
-        "--checkpoint",
-        metavar="NAME",
-        help="last, or another selection that config.select_on names, such as novel; "
-        "default: the checkpoint that is the run's result",
+    text = (
+        "last, or another selection that config.select_on names, such as novel; "
+        "default: the checkpoint that is the run's result"
     )
+    add(parser, "--checkpoint", text)
 
 
 def add_shots(parser: argparse.ArgumentParser) -> None:
     """Adds the number of support images of one episode."""
-    parser.add_argument(
-        "--shots",
-        type=int,
-        default=1,
-        metavar="K",
-        help="number of support images; default: %(default)s",
-    )
+    add(parser, "--shots", "number of support images", int, default=1)
 
 
 def add_new_folder(parser: argparse.ArgumentParser) -> None:
     """Adds the option that names a folder which the command makes."""
-    add_path(
-        parser,
-        "--out",
-        "FOLDER",
-        "folder to write; it must be empty or new",
-        required=True,
-    )
+    text = "folder to write; it must be empty or new"
+    add_path(parser, "--out", "FOLDER", text, required=True)
 
 
 def add_segmenter(parser: argparse.ArgumentParser) -> None:
     """Adds the choice of what segments: a run's network, the starter, prototypes."""
     group = parser.add_argument_group("what segments")
     add_path(group, "--workdir", "FOLDER", f"{WORKDIR}; default: none")
-    group.add_argument(
-        "--method",
-        choices=choices.METHODS,
-        help="qpenet, the trained network of a run, the default with --workdir; "
-        "starter, the default without, a small network that comes with this program, "
-        "in the mean with prototype; or prototype, which needs no training: a pixel is "
-        "of the object if its feature is closer to the mean of the marked pixels than "
-        "to the mean of the others",
+    methods = (
+        "qpenet, the trained network of a run, the default with --workdir; starter, "
+        "the default without, a small network that comes with this program, in the "
+        "mean with prototype; or prototype, which needs no training: a pixel is of the "
+        "object if its feature is closer to the mean of the marked pixels than to the "
+        "mean of the others"
+    )
+    add(group, "--method", methods, choices=choices.METHODS)
+    backbones = (
+        "without --workdir, of method prototype: the network that the features are of: "
+        f"{', '.join(choices.BACKBONES)} (the last is the default)"
     )
     group.add_argument(
-        "--backbone",
-        choices=choices.BACKBONES,
-        metavar="NAME",
-        help="without --workdir, of method prototype: the network that the "
-        f"features are of: {', '.join(choices.BACKBONES)} (the last is the default)",
+        "--backbone", choices=choices.BACKBONES, metavar="NAME", help=backbones
     )
-    add_path(
-        group,
-        "--weights",
-        "FILE",
+    weights = (
         "the weights of --backbone, as `qpenet convert` writes them; "
-        "efficientnet_lite0 has its own",
+        "efficientnet_lite0 has its own"
     )
+    add_path(group, "--weights", "FILE", weights)
 
 
 def load_segmenter(args: argparse.Namespace) -> "Segmenter":
@@ -134,67 +159,33 @@ def about_segmenter(args: argparse.Namespace) -> dict[str, str | None]:
     return about
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """Returns whole numbers that are separated by commas."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: give whole numbers such as 1,5"
-        ) from None
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Returns words that are separated by commas."""
-    return tuple(text.split(","))
-
-
 def add_protocol(parser: argparse.ArgumentParser) -> None:
     """Adds the choice of an evaluation protocol, and of its fields."""
     group = parser.add_argument_group(
         "evaluation protocol", "how episodes are drawn and scored"
     )
-    group.add_argument(
-        "--protocol",
-        choices=choices.PROTOCOLS,
-        help="a published protocol; default: config.eval.protocol of the run",
-    )
-    group.add_argument(
-        "--episodes", type=int, metavar="N", help="number of episodes for each seed"
-    )
-    group.add_argument(
-        "--seeds",
-        type=numbers,
-        metavar="N,...",
-        help="seeds for drawing the episodes, such as 0,1,2,3,4",
-    )
-    group.add_argument(
-        "--scoring",
-        choices=get_args(choices.Scoring),
-        help="image size at which pixels are counted",
-    )
-    group.add_argument(
-        "--order",
-        choices=get_args(choices.Order),
-        help="order in which query images are drawn",
-    )
-    group.add_argument(
-        "--targets",
-        choices=get_args(choices.Targets),
-        help="which classes of a query image may be asked for: those with many pixels "
-        "(large), or any",
-    )
-    group.add_argument(
-        "--resize",
-        choices=get_args(choices.Resize),
-        help="how an image is made square: by padding it, or by squashing it",
-    )
-    group.add_argument(
-        "--side",
-        type=int,
-        metavar="PIXELS",
-        help="side of the network's square input, 8 n + 1, such as 473",
-    )
+    text = "a published protocol; default: config.eval.protocol of the run"
+    add(group, "--protocol", text, choices=choices.PROTOCOLS)
+    add(group, "--episodes", "number of episodes for each seed", int)
+    text = "seeds for drawing the episodes, such as 0,1,2,3,4"
+    add(group, "--seeds", text, numbers)
+    chosen = {
+        "--scoring": ("image size at which pixels are counted", choices.Scoring),
+        "--order": ("order in which query images are drawn", choices.Order),
+        "--targets": (
+            "which classes of a query image may be asked for: those with many pixels "
+            "(large), or any",
+            choices.Targets,
+        ),
+        "--resize": (
+            "how an image is made square: by padding it, or by squashing it",
+            choices.Resize,
+        ),
+    }
+    for name, (text, literal) in chosen.items():
+        add(group, name, text, choices=get_args(literal))
+    text = "side of the network's square input, 8 n + 1, such as 473"
+    add(group, "--side", text, int, metavar="PIXELS")
 
 
 def protocol_changes(args: argparse.Namespace) -> dict[str, Any]:
@@ -220,15 +211,10 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
         "started by SLURM, Open MPI, on a TPU pod or as a job of Kubernetes, they find "
         "each other; elsewhere each is given all three (docs/scale.md)",
     )
-    group.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="host of process 0, and a port that is free there",
-    )
-    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
-    group.add_argument(
-        "--process", type=int, metavar="I", help="number of this one, from 0 on"
-    )
+    text = "host of process 0, and a port that is free there"
+    add(group, "--coordinator", text, metavar="HOST:PORT")
+    add(group, "--processes", "number of processes", int)
+    add(group, "--process", "number of this one, from 0 on", int, metavar="I")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

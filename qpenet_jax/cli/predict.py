@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from qpenet_jax.cli.options import (
     about_segmenter,
+    add,
+    add_flag,
     add_overrides,
     add_path,
     add_segmenter,
@@ -26,13 +28,6 @@ if TYPE_CHECKING:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     add_segmenter(parser)
-    _add_examples(parser)
-    _add_images(parser)
-    _add_results(parser)
-    add_overrides(parser)
-
-
-def _add_examples(parser) -> None:
     parser.add_argument_group("examples").add_argument(
         "--support",
         required=True,
@@ -46,65 +41,45 @@ def _add_examples(parser) -> None:
         "polygon=X,Y,X,Y,...; or box=X,Y,WIDTH,HEIGHT. Polygon and box are in pixels "
         "from the top left corner of the image",
     )
+    _add_images(parser.add_argument_group("images to segment"))
+    _add_results(parser.add_argument_group("results"))
+    add_overrides(parser)
 
 
-def _add_images(parser) -> None:
-    group = parser.add_argument_group("images to segment")
-    add_path(
-        group,
-        "--query",
-        "PATH",
-        "images to segment, folders of images, or videos (mp4, avi, mov, mkv), "
-        "whose frames are segmented one by one",
-        required=True,
-        nargs="+",
+def _add_images(group) -> None:
+    text = (
+        "images to segment, folders of images, or videos (mp4, avi, mov, mkv), whose "
+        "frames are segmented one by one"
     )
-    group.add_argument(
-        "--recursive",
-        action="store_true",
-        help="also segment what lies in subfolders, into subfolders of --out",
+    add_path(group, "--query", "PATH", text, required=True, nargs="+")
+    text = "also segment what lies in subfolders, into subfolders of --out"
+    add_flag(group, "--recursive", text)
+    text = (
+        "for large images with small objects: segment overlapping squares of so many "
+        "pixels of the image, instead of the whole image scaled down"
     )
-    group.add_argument(
-        "--tiles",
-        type=int,
-        metavar="PIXELS",
-        help="for large images with small objects: segment overlapping squares of so "
-        "many pixels of the image, instead of the whole image scaled down",
-    )
-    group.add_argument(
-        "--tile-overlap",
-        type=float,
-        default=0.25,
-        metavar="SHARE",
-        help="how much of its side a tile shares with the next; default: 0.25",
-    )
+    add(group, "--tiles", text, int, metavar="PIXELS")
+    text = "how much of its side a tile shares with the next"
+    add(group, "--tile-overlap", text, float, default=0.25)
 
 
-def _add_results(parser) -> None:
-    group = parser.add_argument_group("results")
+def _add_results(group) -> None:
     add_path(group, "--out", "FOLDER", "folder for masks and overlays", required=True)
-    group.add_argument(
-        "--format",
-        type=names,
-        default=("png",),
-        metavar="NAME,...",
-        help="png: NAME.png with 0 and 255, or of several classes a palette image, "
-        "class i in the order of --support (the default); voc: a palette image in "
-        "VOC's colours, in the folder SegmentationClass; coco: coco.json for all "
-        "images, with run lengths; coco_polygons: coco_polygons.json, the same with "
-        "polygons; labelme: NAME.json with polygons. Several may be given: png,coco",
+    text = (
+        "png: NAME.png with 0 and 255, or of several classes a palette image, class i "
+        "in the order of --support; voc: a palette image in VOC's colours, in the "
+        "folder SegmentationClass; coco: coco.json for all images, with run lengths; "
+        "coco_polygons: coco_polygons.json, the same with polygons; labelme: NAME.json "
+        "with polygons. Several may be given: png,coco"
     )
-    group.add_argument(
-        "--refine",
-        action="store_true",
-        help="let masks follow the edges of the image, by a guided filter on colours",
+    add(group, "--format", text, names, default=("png",))
+    text = "let masks follow the edges of the image, by a guided filter on colours"
+    add_flag(group, "--refine", text)
+    text = (
+        "also write how probable each class is at every pixel, as grey images of 16 "
+        "bits (65535 is 1)"
     )
-    group.add_argument(
-        "--probability",
-        action="store_true",
-        help="also write how probable each class is at every pixel, as grey images of "
-        "16 bits (65535 is 1)",
-    )
+    add_flag(group, "--probability", text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qpenet_jax.cli.options import add_path, path
+from qpenet_jax.cli.options import add, add_flag, add_path
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
 from qpenet_jax.core.markdown import table
+
+DOWNLOAD = "first download the official archives into FOLDER/archives"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,85 +28,45 @@ def _add_pascal(kinds) -> None:
     parser = _add_kind(kinds, "pascal", "PASCAL-5i from VOC 2012 and SBD")
     add_path(parser, "--voc", "PATH", "VOCtrainval_11-May-2012.tar, or its folder")
     add_path(parser, "--sbd", "PATH", "benchmark.tgz, or its folder")
-    add_path(
-        parser,
-        "--masks",
-        "PATH",
-        "SegmentationClassAug as a folder or an archive, instead of SBD's masks",
+    text = "SegmentationClassAug as a folder or an archive, instead of SBD's masks"
+    add_path(parser, "--masks", "PATH", text)
+    text = (
+        "training images: main (5,953 images), trainaug (10,582 images), or a text "
+        "file with one image name per line"
     )
-    parser.add_argument(
-        "--pool",
-        type=path,
-        default="main",
-        help="training images: main (5,953 images), trainaug (10,582 images), or a "
-        "text file with one image name per line; default: %(default)s",
-    )
-    _add_download(parser)
+    add_path(parser, "--pool", "POOL", text, default="main")
+    add_flag(parser, "--download", DOWNLOAD)
 
 
 def _add_coco(kinds) -> None:
     parser = _add_kind(kinds, "coco", "COCO-20i from COCO's images")
-    add_path(
-        parser,
-        "--images",
-        "PATH",
-        "folders or zip archives with the images",
-        nargs="+",
-        default=[],
-    )
-    add_path(
-        parser,
-        "--annotations",
-        "FILE",
-        "the files instances_train*.json and instances_val*.json",
-        nargs="+",
-        default=[],
-    )
-    parser.add_argument(
-        "--release",
-        choices=("2014", "2017"),
-        default="2014",
-        help="which release --download fetches; default: %(default)s",
-    )
-    _add_download(parser)
+    text = "folders or zip archives with the images"
+    add_path(parser, "--images", "PATH", text, nargs="+", default=[])
+    text = "the files instances_train*.json and instances_val*.json"
+    add_path(parser, "--annotations", "FILE", text, nargs="+", default=[])
+    text = "which release --download fetches"
+    add(parser, "--release", text, default="2014", choices=("2014", "2017"))
+    add_flag(parser, "--download", DOWNLOAD)
 
 
 def _add_folder(kinds) -> None:
-    text = "your own images, masks and class names"
-    parser = _add_kind(kinds, "folder", text)
-    parser.add_argument(
-        "folder", type=path, help="it holds images/, masks/ and classes.txt"
+    parser = _add_kind(kinds, "folder", "your own images, masks and class names")
+    text = "it holds images/, masks/ and classes.txt"
+    add_path(parser, "folder", "FOLDER", text)
+    add(parser, "--name", "name of the data set; default: the folder's")
+    text = (
+        "share of the images for validation if the folder has neither train.txt nor "
+        "val.txt"
     )
-    parser.add_argument("--name", help="name of the data set; default: the folder's")
-    parser.add_argument(
-        "--val-share",
-        type=float,
-        default=0.2,
-        metavar="SHARE",
-        help="share of the images for validation if the folder has neither train.txt "
-        "nor val.txt; default: %(default)s",
-    )
+    add(parser, "--val-share", text, float, default=0.2)
 
 
 def _add_kind(kinds, name: str, text: str) -> argparse.ArgumentParser:
     description = f"Make {text} into a data set."
     parser = kinds.add_parser(name, help=text, description=description)
-    add_path(
-        parser,
-        "--out",
-        "FOLDER",
-        "folder below which the data set is written; default: %(default)s",
-        default="data",
-    )
+    text = "folder below which the data set is written"
+    add_path(parser, "--out", "FOLDER", text, default="data")
     return parser
-
-
-def _add_download(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--download",
-        action="store_true",
-        help="first download the official archives into FOLDER/archives",
-    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,7 +6,13 @@ Every command takes the folder as its --workdir.
 
 import argparse
 
-from qpenet_jax.cli.options import add_checkpoint, add_new_folder, add_workdir
+from qpenet_jax.cli.options import (
+    add,
+    add_checkpoint,
+    add_flag,
+    add_new_folder,
+    add_workdir,
+)
 from qpenet_jax.core.choices import STORED_DTYPES
 
 
@@ -14,27 +20,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     add_workdir(parser)
     add_new_folder(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=STORED_DTYPES,
-        default="float32",
-        help="how the parameters are stored; default: %(default)s, which is exact. In "
-        "16 bits they take half the room and are rounded",
+    text = (
+        "how the parameters are stored: float32 is exact; in 16 bits they take half "
+        "the room and are rounded"
     )
+    add(parser, "--dtype", text, default="float32", choices=STORED_DTYPES)
     add_checkpoint(parser)
-    parser.add_argument(
-        "--with-backbone",
-        action="store_true",
-        help="also put the backbone's weights into the folder; default: their hash, "
-        "unless the run has its own",
+    text = (
+        "also put the backbone's weights into the folder; default: their hash, unless "
+        "the run has its own"
     )
-    parser.add_argument(
-        "--license",
-        default="",
-        metavar="NAME",
-        help="licence of the parameters as the hub calls it, such as apache-2.0; "
-        "default: the card says that none is stated",
+    add_flag(parser, "--with-backbone", text)
+    text = (
+        "licence of the parameters as the hub calls it, such as apache-2.0; default: "
+        "the card says that none is stated"
     )
+    add(parser, "--license", text, default="")
 
 
 def run(args: argparse.Namespace) -> None:

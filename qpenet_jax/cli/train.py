@@ -7,39 +7,26 @@ import argparse
 import sys
 from pathlib import Path
 
-from qpenet_jax.cli.options import add_cluster, add_overrides, add_path
+from qpenet_jax.cli.options import add, add_cluster, add_flag, add_overrides, add_path
 from qpenet_jax.core.errors import InputError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    add_path(
-        parser,
-        "--config",
-        "FILE",
-        "Python file that describes the run, such as configs/quickstart.py",
-        required=True,
+    text = "Python file that describes the run, such as configs/quickstart.py"
+    add_path(parser, "--config", "FILE", text, required=True)
+    text = "folder for checkpoints and results; default: runs/NAME-OF-THE-CONFIG"
+    add_path(parser, "--workdir", "FOLDER", text)
+    text = (
+        "only train for 200 steps, write nothing, and say whether a long run may "
+        "start: exit code 0 for yes, 1 for no"
     )
-    add_path(
-        parser,
-        "--workdir",
-        "FOLDER",
-        "folder for checkpoints and results; default: runs/NAME-OF-THE-CONFIG",
+    add_flag(parser, "--check", text)
+    text = (
+        "also write a trace of so many steps into the workdir, which TensorBoard (its "
+        "profile plugin) or xprof opens"
     )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="only train for 200 steps, write nothing, and say whether a long run may "
-        "start: exit code 0 for yes, 1 for no",
-    )
-    parser.add_argument(
-        "--profile",
-        type=int,
-        default=0,
-        metavar="STEPS",
-        help="also write a trace of so many steps into the workdir, which TensorBoard "
-        "(its profile plugin) or xprof opens",
-    )
+    add(parser, "--profile", text, int, default=0, metavar="STEPS")
     add_cluster(parser)
     add_overrides(parser)
 

@@ -1,24 +1,24 @@
 """`qpenet figures`: what QPENet's parts do on chosen episodes (paper, Figs 4-6)."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Float
 from PIL import Image
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path, refuse_overwriting, write_whole
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episodes import EpisodeIds
-from qpenet_jax.evaluation.pictures import RGB, load_batch_of_one, read_scene, sheet
+from qpenet_jax.evaluation.pictures import load_batch_of_one, read_scene, sheet
 from qpenet_jax.evaluation.protocols import Protocol
+from qpenet_jax.models.prototypes import foreground_margin
 from qpenet_jax.paper.sheets import (
-    Out,
+    Maps,
     ShownEpisode,
+    at_input_size,
     background_sheet,
     evolution_sheet,
     predictions_sheet,
@@ -34,8 +34,6 @@ from qpenet_jax.runs.folder import TrainedRun, open_run, read_inputs
 
 MAX_ROWS = 200
 """A JPEG is at most 65,535 pixels high, a row of a sheet takes 232."""
-
-QUALITY = 92
 
 SHEETS = {
     "predictions": predictions_sheet,
@@ -81,30 +79,26 @@ def draw_figures(
     check_choices(opened, protocol, indices)
     val = build_dataset(config, "val")
     sampler = build_eval_samplers(config, val, protocol)[0]
-    runs = dict(zip(names_of(opened), opened, strict=True))
+    runs = by_name(opened)
     shown = [show(runs, val, sampler(i), protocol) for i in indices]
     return write_sheets(shown, protocol, files)
 
 
 def write_sheets(
-    shown: Sequence[ShownEpisode], protocol: Protocol, files: dict[str, Path]
+    shown: Sequence[ShownEpisode], protocol: Protocol, files: Mapping[str, Path]
 ) -> list[Path]:
     """Writes all sheets, or none if one can't be drawn."""
     pages = {}
     for name, path in files.items():
-        content = SHEETS[name](shown, protocol.resize)
+        content, page = SHEETS[name](shown, protocol.resize), io.BytesIO()
         notes = [*protocol_notes(protocol), *content.notes]
-        pages[path] = _jpeg(sheet(*content._replace(notes=notes)))
+        image = Image.fromarray(sheet(*content._replace(notes=notes)))
+        # Thinned out, the colours would blur text and contours.
+        image.save(page, "JPEG", quality=92, subsampling=0)
+        pages[path] = page.getvalue()
     for path, page in pages.items():
         write_whole(path, page)
     return list(pages)
-
-
-def _jpeg(page: RGB) -> bytes:
-    """Encodes without thinning out the colours, which would blur text and contours."""
-    content = io.BytesIO()
-    Image.fromarray(page).save(content, "JPEG", quality=QUALITY, subsampling=0)
-    return content.getvalue()
 
 
 def protocol_notes(protocol: Protocol) -> list[str]:
@@ -148,14 +142,13 @@ def check_choices(
             f"{len(indices)} episodes of {len(runs)} run(s) make a sheet of more than "
             f"{MAX_ROWS} rows: choose fewer"
         )
-    first, *others = ((run.folder, _facts(run)) for run in runs)
-    for folder, facts in others:
-        for name, value in facts.items():
-            if value != first[1][name]:
-                raise InputError(
-                    f"{folder} has other {name} than {first[0]}: figures compare "
-                    "runs of one data set, fold and input size"
-                )
+    first = _facts(runs[0])
+    for run in runs:
+        if differ := [k for k, value in _facts(run).items() if value != first[k]]:
+            raise InputError(
+                f"{run.folder} has other {differ[0]} than {runs[0].folder}: figures "
+                "compare runs of one data set, fold and input size"
+            )
 
 
 def _facts(run: TrainedRun) -> dict[str, Any]:
@@ -167,36 +160,40 @@ def _facts(run: TrainedRun) -> dict[str, Any]:
     }
 
 
-def names_of(runs: Sequence[TrainedRun]) -> list[str]:
-    """Returns the runs' variants if they differ, or else their folders."""
-    for names in ([r.config.variant for r in runs], [str(r.folder) for r in runs]):
-        if len(set(names)) == len(runs):
-            return names
-    raise InputError(f"{runs[0].folder} and the others: give every run once")
+def by_name(runs: Sequence[TrainedRun]) -> dict[str, TrainedRun]:
+    """Returns the runs by their variants if these differ, or else by their folders."""
+    variants = {run.config.variant: run for run in runs}
+    if len(variants) == len(runs):
+        return variants
+    return {str(run.folder): run for run in runs}
 
 
 def show(
-    runs: dict[str, TrainedRun], val: Any, ids: EpisodeIds, protocol: Protocol
+    runs: Mapping[str, TrainedRun], val: Any, ids: EpisodeIds, protocol: Protocol
 ) -> ShownEpisode:
     """Returns an episode with what the baseline and every run predict for it."""
     episode = load_batch_of_one(val, ids, protocol.side, protocol.resize)
     first = next(iter(runs.values()))
     cosine = build_cosine_predictor(first.config, first.weights)(episode)
-    found = {name: network_view(run, episode) for name, run in runs.items()}
+    found = {name: network_maps(run, episode) for name, run in runs.items()}
     return ShownEpisode(read_scene(val, ids), np.asarray(cosine)[0], found)
 
 
-def network_view(
-    run: TrainedRun, episode: Episode
-) -> tuple[Float[np.ndarray, "s s"], Out]:
-    """Returns the margin of a batch of one, and the network's `Out`."""
+def network_maps(run: TrainedRun, episode: Episode) -> Maps:
+    """Returns what a run finds in a batch of one."""
     config, params, weights = run.config, run.params, run.weights
     predict = build_predictor(config, params, weights)
     margin, out = predict.with_intermediates(episode)
+    logits = {name: out[name] for name in ("y_pre", "y_bg_q") if name in out}
+    if "y_rev" in out:
+        logits["y_rev"] = out["y_rev"][:, 0]
     if build_model(config).bgpe:
         # The head of eq 10 segments by whatever stands at P_global's place.
         gbc = params["gbc"] | {"P_global": out["P_bg"][0]}
         clean = build_predictor(config, params | {"gbc": gbc}, weights)
         query = clean.encode(episode.query_image, ("query",))
-        out = out | {"y_bg_clean": query["y_bg_q"]}
-    return jax.tree.map(lambda x: np.asarray(x[0]), (margin, out))
+        logits["y_bg_clean"] = query["y_bg_q"]
+    grids = {name: foreground_margin(values) for name, values in logits.items()}
+    grids |= {name: out[name] for name in ("A_main", "A_aux") if name in out}
+    maps = {name: at_input_size(np.asarray(grid[0])) for name, grid in grids.items()}
+    return maps | {"prediction": np.asarray(margin[0])}

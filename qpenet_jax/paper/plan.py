@@ -1,4 +1,7 @@
-"""Which runs a table of the paper is made of, and what is there of each."""
+"""The paper's tables as rows with its own numbers, and the runs that make them again.
+
+All numbers are QPENet's, in percent.
+"""
 
 import dataclasses
 import shlex
@@ -11,31 +14,105 @@ from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path
 from qpenet_jax.evaluation.report import RESULTS
 from qpenet_jax.models.released.network import NAME as RELEASED
-from qpenet_jax.paper.results import TABLES, rows_of
 from qpenet_jax.recipes import released_epochs
 from qpenet_jax.runs.build import complete, identity
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.datasets import build_dataset, build_train_sampler, training_steps
 from qpenet_jax.runs.folder import read_config
 
+FOLD_COLUMNS = ("Fold-0", "Fold-1", "Fold-2", "Fold-3", "mIoU", "FB-IoU")
+"""Columns of Tables I and II; mIoU is the mean of the folds."""
+
+FOLD_RESULTS: Mapping[str, Mapping[tuple[int, str], tuple[float, ...]]] = {
+    "table1": {
+        (1, "resnet50"): (65.2, 71.9, 64.1, 59.5, 65.2, 76.7),
+        (5, "resnet50"): (68.4, 74.0, 67.4, 65.2, 68.8, 80.0),
+        (1, "resnet101"): (67.0, 73.2, 63.7, 60.1, 66.0, 77.1),
+        (5, "resnet101"): (69.8, 75.5, 66.8, 66.3, 69.6, 81.1),
+    },
+    "table2": {
+        (1, "resnet50"): (41.5, 47.3, 40.9, 39.4, 42.3, 67.4),
+        (5, "resnet50"): (47.3, 52.4, 44.3, 44.9, 47.2, 69.5),
+        (1, "resnet101"): (39.8, 45.4, 40.5, 40.0, 41.4, 67.8),
+        (5, "resnet101"): (47.2, 54.9, 43.4, 45.4, 47.7, 70.6),
+    },
+}
+"""Tables I (PASCAL-5i) and II (COCO-20i) by shots and backbone; see FOLD_COLUMNS."""
+
 SPLITS = {"table1": "pascal", "table2": "coco"}
 
+VARIANT_ROWS = {
+    "table3": ("baseline", "fgpe", "fgpe_bgpe", "fgpe_ffa", "full"),
+    "table4": ("pre", "main", "aux", "main_aux", "full"),
+    "table5": ("without_maps", "sgm", "full"),
+}
+"""Rows of Tables III to V from the top down, by names of `models.variants.VARIANTS`."""
+
+TICKS = {
+    "table3": {
+        "FGPE": lambda net: net.fgpe,
+        "BGPE": lambda net: net.bgpe,
+        "FFA": lambda net: net.decoder == "ffa",
+    },
+    "table4": {
+        f"P_{name}": lambda net, name=name: name in net.prototypes
+        for name in ("pre", "main", "aux")
+    },
+    "table5": {
+        "activation maps": lambda net: net.activation_maps,
+        "SGM": lambda net: net.sgm,
+    },
+}
+"""What a variant of QPENet has, by the columns of Tables III to V."""
+
+VARIANT_RESULTS = {
+    "baseline": (62.4, 74.1),
+    "fgpe": (64.1, 75.7),
+    "fgpe_bgpe": (64.5, 76.2),
+    "fgpe_ffa": (64.8, 76.3),
+    "full": (65.2, 76.7),
+    "pre": (63.3, 74.6),
+    "main": (61.8, 72.0),
+    "aux": (58.1, 69.4),
+    "main_aux": (64.1, 74.7),
+    "without_maps": (61.6, 73.0),
+    "sgm": (63.5, 75.6),
+}
+"""mIoU and FB-IoU of the rows of Tables III to V: PASCAL-5i, mean of the folds, 1 shot,
+ResNet-50."""
+
 PROGRAM = (sys.executable, "-m", "qpenet_jax.cli")
+
+
+def paper_results(table: str, shots: int, row: str) -> dict[str, float]:
+    """Returns the paper's numbers of a row by column; none where it has no such row."""
+    if table in VARIANT_ROWS:
+        return dict(zip(("mIoU", "FB-IoU"), VARIANT_RESULTS[row], strict=True))
+    values = FOLD_RESULTS[table].get((shots, row.removesuffix("_deepstem")), ())
+    return dict(zip(FOLD_COLUMNS, values, strict=False))
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
     """One training and its evaluations; the training itself scores `shots[0]`.
 
-    `row` is the table's row that it is of: a variant or a backbone.
+    `row` is the table's row that it is of: a variant or a backbone. `words` are those
+    of `qpenet train`.
     """
 
     name: str
     row: str
     folder: Path
     config: Any
-    command: list[str]
+    words: list[str]
     shots: tuple[int, ...]
+
+    def command(self, shots: int) -> list[str]:
+        """Returns what scores with `shots`: training for the first number of them."""
+        if shots == self.shots[0]:
+            return [*PROGRAM, "train", *self.words]
+        words = ["--workdir", str(self.folder), "--shots", str(shots)]
+        return [*PROGRAM, "evaluate", *words, "--out", f"{self.folder}/{shots}shot"]
 
     @property
     def steps(self) -> int:
@@ -55,15 +132,11 @@ class PlannedRun:
         """Returns the results.json of this very config, if it is there."""
         where = RESULTS if shots == self.shots[0] else f"{shots}shot/*/{RESULTS}"
         found = sorted(self.folder.glob(where))
-        return found[0] if found and self.has_same_config() else None
-
-    def has_same_config(self) -> bool:
-        """Returns whether the folder holds a run of the same config."""
         try:
-            before = complete(read_config(self.folder))
+            same = identity(complete(read_config(self.folder))) == identity(self.config)
         except InputError:
-            return False
-        return identity(before) == identity(self.config)
+            return None
+        return found[0] if found and same else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +149,7 @@ class Plan:
     """
 
     table: str
-    config_file: str | Path
+    config: str | Path
     workdir: str | Path
     seeds: Sequence[int] = ()
     overrides: Sequence[str] = ()
@@ -85,28 +158,26 @@ class Plan:
     folds: Sequence[int] = (0, 1, 2, 3)
 
     @property
-    def is_ablation(self) -> bool:
+    def of_variants(self) -> bool:
         """Whether the rows are variants of QPENet, as in Tables III to V."""
-        return self.table not in SPLITS
+        return self.table in VARIANT_ROWS
 
     @property
     def training_seeds(self) -> list[int]:
         """The seeds, each once."""
-        return list(
-            dict.fromkeys(self.seeds or ((0, 1, 2) if self.is_ablation else (0,)))
-        )
+        return list(dict.fromkeys(self.seeds or range(3 if self.of_variants else 1)))
 
     @property
     def command(self) -> str:
         """The command line that makes this table."""
-        options = ("rows",) if self.is_ablation else ("backbones", "folds")
+        given = {"seeds": self.training_seeds, "rows": self.rows}
+        if not self.of_variants:
+            given |= {"rows": (), "backbones": self.backbones, "folds": self.folds}
         words = ["qpenet", "reproduce", self.table]
-        words += ["--config", self.config_file, "--workdir", self.workdir]
-        words += ["--seeds", ",".join(map(str, self.training_seeds))]
-        for option in options:
-            if values := getattr(self, option):
-                words += [f"--{option}", ",".join(map(str, values))]
-        return shlex.join(map(str, [*words, *self.overrides]))
+        words += ["--config", str(self.config), "--workdir", str(self.workdir)]
+        for option, values in given.items():
+            words += [f"--{option}", ",".join(map(str, values))] if values else []
+        return shlex.join([*words, *self.overrides])
 
     def runs(self) -> list[PlannedRun]:
         """Returns the runs from the table's top row down; nothing is trained yet.
@@ -114,8 +185,8 @@ class Plan:
         Raises:
             InputError: the config, an override or a choice can't be used.
         """
-        check_choice("table ", self.table, TABLES)
-        rows = self._variants() if self.is_ablation else self._backbones_and_folds()
+        check_choice("table ", self.table, (*FOLD_RESULTS, *VARIANT_ROWS))
+        rows = self._variants() if self.of_variants else self._backbones_and_folds()
         return [
             self._run(f"{name}/seed{seed}", fields | {"seed": seed})
             for name, fields in rows.items()
@@ -124,14 +195,11 @@ class Plan:
 
     def _variants(self) -> dict[str, dict[str, Any]]:
         """Returns the fields that each row sets, by its folder."""
-        order = rows_of(self.table)
+        order = VARIANT_ROWS[self.table]
         for name in self.rows:
             check_choice(f"row of {self.table}: ", name, order)
-        return {
-            name: {"variant": name}
-            for name in order
-            if not self.rows or name in self.rows
-        }
+        chosen = self.rows or order
+        return {name: {"variant": name} for name in order if name in chosen}
 
     def _backbones_and_folds(self) -> dict[str, dict[str, Any]]:
         config, split = self._config(self.overrides), SPLITS[self.table]
@@ -161,18 +229,13 @@ class Plan:
         words = [f"--config.{field}={value}" for field, value in fields.items()]
         words = [*self.overrides, *words]
         config, folder = self._config(words), local_path(self.workdir) / name
-        files = ["--config", str(self.config_file), "--workdir", str(folder)]
-        return PlannedRun(
-            name.replace("/", " "),
-            name.partition("/")[0],
-            folder,
-            config,
-            [*PROGRAM, "train", *files, *words],
-            (config.shots,) if self.is_ablation else (1, 5),
-        )
+        files = ["--config", str(self.config), "--workdir", str(folder)]
+        shots = (config.shots,) if self.of_variants else (1, 5)
+        row, *_ = parts = name.split("/")
+        return PlannedRun(" ".join(parts), row, folder, config, [*files, *words], shots)
 
     def _config(self, words: Sequence[str]) -> Any:
-        return complete(load_config(self.config_file, words))
+        return complete(load_config(self.config, words))
 
 
 def _epochs(config: Any, backbone: str, fold: int) -> dict[str, int]:

@@ -4,22 +4,40 @@ Each run is trained and scored in a process and a folder of its own. So a run ca
 stopped and resumed as any training can, and has the device's whole memory.
 """
 
+import contextlib
+import dataclasses
+import itertools
+import math
+import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import BinaryIO, NamedTuple
 
+from qpenet_jax.config import selections
+from qpenet_jax.core import markdown
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path, refuse_overwriting, write_whole
+from qpenet_jax.evaluation.protocols import of_dataset
 from qpenet_jax.evaluation.report import RESULTS, write_json
-from qpenet_jax.paper.cost import print_plan
-from qpenet_jax.paper.plan import PROGRAM, Plan, PlannedRun
+from qpenet_jax.evaluation.scoring import score_episodes
+from qpenet_jax.paper.plan import Plan, PlannedRun
 from qpenet_jax.paper.tables import page, table_content
-from qpenet_jax.runs.datasets import files_read
+from qpenet_jax.runs.build import build_predictor, build_weights
+from qpenet_jax.runs.datasets import (
+    build_dataset,
+    build_eval_samplers,
+    build_protocol,
+    files_read,
+    selection_protocols,
+)
 from qpenet_jax.runs.folder import read_json
+from qpenet_jax.training.preflight import first_steps
 
 LOG = "train.log"
 """All that a run's processes print."""
+
+MEASURED_STEPS, MEASURED_EPISODES = 20, 10
 
 RunProcess = Callable[[Sequence[str], BinaryIO], int]
 """Runs a command with its output in a file and returns its exit code."""
@@ -61,11 +79,26 @@ def reproduce(
     file = local_path(plan.workdir) / f"{plan.table}.md"
     read = [path for run in runs for path in files_read(run.config)]
     written = [file, file.with_suffix(".json")]
-    refuse_overwriting(written, [local_path(plan.config_file), *read])
-    try:
-        execute(runs, run_process)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped: the same command goes on") from None
+    refuse_overwriting(written, [local_path(plan.config), *read])
+    failed = 0
+    for number, run in enumerate(runs, 1):
+        print(f"[{number}/{len(runs)}] {run.name}:", end=" ", flush=True)
+        if run.is_done:
+            print(f"done before, {_scores(run)}")
+            continue
+        start = time.monotonic()
+        try:
+            error = _execute(run, run_process)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped: the same command goes on") from None
+        minutes = (time.monotonic() - start) / 60
+        print(f"{error or _scores(run)}, {minutes:.1f} min", flush=True)
+        failed += bool(error)
+    if failed:
+        raise InputError(
+            f"{failed} of {len(runs)} runs failed, see their logs; the same command "
+            "tries them again"
+        )
     content = table_content(plan, runs)
     text = page(content)
     write_whole(file, text)
@@ -73,40 +106,14 @@ def reproduce(
     print(f"\n{text}\nwritten to {file} and .json")
 
 
-def execute(runs: Sequence[PlannedRun], run_process: RunProcess = run_process) -> None:
-    """Trains and scores what isn't yet, and prints a line for every run.
-
-    Raises:
-        InputError: runs failed: see their logs.
-    """
-    failed = 0
-    for number, run in enumerate(runs, 1):
-        print(f"[{number}/{len(runs)}] {run.name}:", end=" ", flush=True)
-        if run.is_done:
-            print(f"done before, {scores_line(run)}")
-            continue
-        start = time.monotonic()
-        error = _execute_one(run, run_process)
-        minutes = (time.monotonic() - start) / 60
-        print(f"{error or scores_line(run)}, {minutes:.1f} min", flush=True)
-        failed += bool(error)
-    if failed:
-        raise InputError(
-            f"{failed} of {len(runs)} runs failed, see their logs; the same command "
-            "tries them again"
-        )
-
-
-def _execute_one(run: PlannedRun, run_process: RunProcess) -> str:
-    """Trains and scores; returns an error in one line, empty if there is none."""
+def _execute(run: PlannedRun, run_process: RunProcess) -> str:
+    """Trains and scores what isn't yet; returns an error in one line, or ""."""
     log = run.folder / LOG
     run.folder.mkdir(parents=True, exist_ok=True)
-    for shots in run.shots:
-        if run.results_file(shots):
-            continue
+    for shots in [shots for shots in run.shots if not run.results_file(shots)]:
         with log.open("ab") as file:
             before = file.tell()
-            code = run_process(_command(run, shots), file)
+            code = run_process(run.command(shots), file)
         if code:
             printed = log.read_bytes()[before:].decode(errors="replace")
             error = last_error(printed) or f"exit code {code}"
@@ -121,16 +128,81 @@ def last_error(printed: str) -> str:
     return lines[-1][start:].strip()
 
 
-def _command(run: PlannedRun, shots: int) -> list[str]:
-    """Returns what scores with `shots`: training for the first number of them."""
-    if shots == run.shots[0]:
-        return run.command
-    words = ["--workdir", run.folder, "--shots", shots]
-    words += ["--out", run.folder / f"{shots}shot"]
-    return [*PROGRAM, "evaluate", *map(str, words)]
-
-
-def scores_line(run: PlannedRun) -> str:
-    """Returns the scores of a finished run for one line of text."""
+def _scores(run: PlannedRun) -> str:
     results = read_json(run.folder / RESULTS)
     return f"mIoU {results['miou']:.1f}, FB-IoU {results['fb_iou']:.1f}"
+
+
+# The dry run.
+
+
+class Cost(NamedTuple):
+    """Seconds of a training step, and of a scored episode by its number of shots."""
+
+    step: float
+    episode: Mapping[int, float]
+
+
+def measured_cost(run: PlannedRun) -> Cost:
+    """Measures some steps and episodes of a run, once they are compiled."""
+    config = run.config
+    with contextlib.closing(first_steps(config)) as stream:
+        steps = list(itertools.islice(stream, 1 + MEASURED_STEPS))
+    per_step = statistics.mean(step.took for step in steps[1:])  # the first compiles
+    predict = build_predictor(config, steps[-1].state.params, build_weights(config))
+    val = build_dataset(config, "val")
+
+    def per_episode(shots):
+        protocol = of_dataset(build_protocol(config, shots=shots), val)
+        samplers = build_eval_samplers(config, val, protocol)[:1]
+        start = 0.0
+        for count in (1, MEASURED_EPISODES):  # the first compiles
+            start = time.perf_counter()
+            few = dataclasses.replace(protocol, episodes=count)
+            score_episodes(predict, val, few, samplers, label=f"{shots} shot(s)")
+        return (time.perf_counter() - start) / MEASURED_EPISODES
+
+    return Cost(per_step, {shots: per_episode(shots) for shots in run.shots})
+
+
+def print_plan(
+    runs: Sequence[PlannedRun],
+    measure: Callable[[PlannedRun], Cost] = measured_cost,
+) -> None:
+    """Prints every run, whether it is done, and the time of all that are not.
+
+    One of each backbone is measured, its last, which of the ablations is `full`.
+    """
+    last = {run.config.backbone.name: run for run in runs}
+    costs = {backbone: measure(run) for backbone, run in last.items()}
+    rows, seconds = [], []
+    for run in runs:
+        (step, episode), steps = costs[run.config.backbone.name], run.steps
+        counts = _episodes(run, steps)
+        scoring = sum(episode[shots] * count for shots, count in counts.items())
+        seconds += [] if run.is_done else [steps * step + scoring]
+        state = "done" if run.is_done else "to do"
+        rows.append([run.name, f"{steps:,}", f"{sum(counts.values()):,}", state])
+    print(markdown.table(("run", "steps", "episodes scored", "state"), rows))
+    for backbone, (step, episode) in costs.items():
+        each = (f"{s:.2f} s an episode of {k} shot(s)" for k, s in episode.items())
+        print(f"{last[backbone].name}: {step:.2f} s a step, {', '.join(each)}")
+    print(
+        f"(measured on {MEASURED_STEPS} steps and {MEASURED_EPISODES} episodes)\n"
+        f"{len(runs)} runs, {len(seconds)} to do: about {sum(seconds) / 3600:.1f} h, "
+        "without start-up and compilation; nothing was written"
+    )
+
+
+def _episodes(run: PlannedRun, steps: int) -> dict[int, int]:
+    """Returns how many episodes a run scores by shots, selection included."""
+    config, (first, *_) = run.config, run.shots
+    names, protocol = selections(config), build_protocol(config)
+    own = protocol.episodes * len(protocol.seeds)
+    counts = dict.fromkeys(run.shots, own)
+    # Once for each selection, and without training by two references.
+    counts[first] *= len(names) + (2 if config.eval.references else 0)
+    times = math.ceil(steps / config.eval.every)
+    for of in selection_protocols(config, names).values():
+        counts[first] += times * of.episodes * len(of.seeds)
+    return counts

@@ -4,7 +4,7 @@ First the sheets, then the tiles on them, then the heat maps.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -34,7 +34,6 @@ from qpenet_jax.evaluation.pictures import (
     tile,
 )
 from qpenet_jax.models.ops import interpolation_matrix
-from qpenet_jax.models.prototypes import foreground_margin
 
 MAIN, AUX, BACKGROUND = (240, 228, 66), (204, 121, 167), (86, 180, 233)
 
@@ -50,19 +49,20 @@ FLAT = 1e-6
 CONTOUR_SHARE = 100
 """The truth's contour on a prediction: the picture's longer side over its width."""
 
-Out = Mapping[str, Any]
-"""QPENet's `out` of one episode as arrays without the batch axis, and `y_bg_clean`."""
+Maps = Mapping[str, Float[np.ndarray, "s s"]]
+"""What a run finds in an episode, at the size of the network's input.
+
+Margins: "prediction", "y_pre", "y_rev" (of the first support), "y_bg_q", "y_bg_clean";
+cosines: "A_main", "A_aux". What the run's variant lacks is left out.
+"""
 
 
 class ShownEpisode(NamedTuple):
-    """An episode, and what the baseline and every run predict for it.
-
-    `runs` holds the margin and the network's `Out` by the run's name.
-    """
+    """An episode, the margin of the baseline, and the maps of every run by its name."""
 
     scene: Scene
     cosine: Float[np.ndarray, "s s"]
-    runs: Mapping[str, tuple[Float[np.ndarray, "s s"], Out]]
+    runs: Mapping[str, Maps]
 
 
 class Sheet(NamedTuple):
@@ -81,7 +81,7 @@ def predictions_sheet(shown: Sequence[ShownEpisode], resize: Resize = "pad") -> 
     """
     rows = []
     for scene, cosine, runs in shown:
-        margins = [cosine, *(margin for margin, _ in runs.values())]
+        margins = [cosine, *(maps["prediction"] for maps in runs.values())]
         rows.append(prediction_row(scene, margins, resize))
     columns = ("support", "query", "truth", "cosine", *shown[0].runs)
     return Sheet(columns, rows, LEGEND, [])
@@ -93,12 +93,11 @@ def evolution_sheet(shown: Sequence[ShownEpisode], resize: Resize = "pad") -> Sh
     Runs without foreground prototype evolution are named in a note instead.
     """
     names, without = _split_by("y_rev", shown)
-    rows: list[Row] = []
-    for scene, _, runs in shown:
-        for name in names:
-            margin, out = runs[name]
-            tiles = evolution_tiles(scene, margin, out, resize)
-            rows.append((f"{scene.label}\n{name}", tiles))
+    rows = [
+        (f"{scene.label}\n{name}", evolution_tiles(scene, runs[name], resize))
+        for scene, _, runs in shown
+        for name in names
+    ]
     columns = (
         "query by P_pre (y_pre)",
         "support: main, aux (y_rev)",
@@ -130,8 +129,9 @@ def background_sheet(shown: Sequence[ShownEpisode], resize: Resize = "pad") -> S
     rows: list[Row] = []
     for scene, _, runs in shown:
         support, _, truth = annotated(scene)
-        found = (background_tiles(scene, runs[name][1], resize) for name in names)
-        tiles = [support, truth, *(tile for pair in found for tile in pair)]
+        tiles = [support, truth]
+        for name in names:
+            tiles += background_tiles(scene, runs[name], resize)
         rows.append((scene.label, tiles))
     titles = (f"{name}: {p}" for name in names for p in ("P_global", "P_bg"))
     legend = {
@@ -145,67 +145,62 @@ def background_sheet(shown: Sequence[ShownEpisode], resize: Resize = "pad") -> S
 
 
 def _split_by(entry: str, shown: Sequence[ShownEpisode]) -> tuple[list[str], list[str]]:
-    """Returns the names of the runs whose `out` has an entry, and of all others."""
-    outs = {name: out for name, (_, out) in shown[0].runs.items()}
-    names = [name for name, out in outs.items() if entry in out]
-    return names, [name for name in outs if name not in names]
+    """Returns the names of the runs that have a map, and of all others."""
+    runs = shown[0].runs
+    names = [name for name, maps in runs.items() if entry in maps]
+    return names, [name for name in runs if name not in names]
 
 
 # Tiles.
 
 
 def evolution_tiles(
-    scene: Scene,
-    margin: Float[np.ndarray, "s s"],
-    out: Out,
-    resize: Resize = "pad",
+    scene: Scene, maps: Maps, resize: Resize = "pad"
 ) -> list[Image.Image]:
     """Returns tiles of y_pre, the support's regions, A_main, A_aux and the prediction.
 
     A map that the variant lacks is an empty tile.
     """
-    main, aux = support_regions(scene, out, resize)
+    main, aux = support_regions(scene, maps, resize)
     regions = overlay(overlay(scene.support, main, MAIN), aux, AUX)
     share = main.sum() / max(main.sum() + aux.sum(), 1)
-    heats, (height, width) = [], scene.truth.shape
+    heats = []
     for name, colour in (("A_main", MAIN), ("A_aux", AUX)):
         drawn = tile(np.full((TILE, TILE, 3), 255, np.uint8), "not in this variant")
-        if name in out:
-            values = unpad(at_input_size(out[name]), height, width, resize)
+        if name in maps:
+            values = unpad(maps[name], *scene.truth.shape, resize)
             drawn = heat_tile(scene.query, values, colour)
         heats.append(drawn)
-    return [
-        _prediction_tile(scene, _found(out["y_pre"], scene.truth, resize)),
-        tile(regions, f"main {100 * share:.0f} %"),
-        *heats,
-        _prediction_tile(scene, found_mask(margin, scene.truth, resize)),
-    ]
+    predictions = []
+    for name in ("y_pre", "prediction"):
+        found = found_mask(maps[name], scene.truth, resize)
+        note = iou_note(found, scene.truth)
+        predictions.append(_outlined(scene, found, PREDICTION, note))
+    first, last = predictions
+    return [first, tile(regions, f"main {100 * share:.0f} %"), *heats, last]
 
 
 def support_regions(
-    scene: Scene, out: Out, resize: Resize = "pad"
+    scene: Scene, maps: Maps, resize: Resize = "pad"
 ) -> tuple[Mask, Mask]:
     """Returns the shown support's main and auxiliary regions (eqs 5 and 6).
 
     Every pixel of the annotated object is in exactly one of them.
     """
-    found = _found(out["y_rev"][0], scene.support_mask, resize)
+    found = found_mask(maps["y_rev"], scene.support_mask, resize)
     inside = (scene.support_mask == 1).astype(np.uint8)
     return inside & found, inside & (1 - found)
 
 
 def background_tiles(
-    scene: Scene, out: Out, resize: Resize = "pad"
+    scene: Scene, maps: Maps, resize: Resize = "pad"
 ) -> list[Image.Image]:
     """Returns the background by P_global and by P_bg, with the truth's contour."""
     tiles = []
     for name in ("y_bg_q", "y_bg_clean"):
-        found = _found(out[name], scene.truth, resize)
-        picture = overlay(scene.query, found, BACKGROUND)
+        found = found_mask(maps[name], scene.truth, resize)
         note = background_note(found == 1, scene.truth)
-        tiles.append(
-            tile(draw_contour(picture, scene.truth, TRUTH, CONTOUR_SHARE), note)
-        )
+        tiles.append(_outlined(scene, found, BACKGROUND, note))
     return tiles
 
 
@@ -216,17 +211,13 @@ def background_note(found: Bool[np.ndarray, "h w"], truth: Mask) -> str:
     return f"IoU {100 * both / max(either, 1):.0f}, lost {100 * lost:.0f} %"
 
 
-def _prediction_tile(scene: Scene, found: Mask) -> Image.Image:
-    """Returns a prediction with the truth's contour and the IoU."""
-    picture = overlay(scene.query, found, PREDICTION)
-    picture = draw_contour(picture, scene.truth, TRUTH, CONTOUR_SHARE)
-    return tile(picture, iou_note(found, scene.truth))
+def _outlined(scene: Scene, found: Mask, colour: Colour, note: str) -> Image.Image:
+    """Returns a mask over the query, with the truth's contour and a note."""
+    picture = overlay(scene.query, found, colour)
+    return tile(draw_contour(picture, scene.truth, TRUTH, CONTOUR_SHARE), note)
 
 
-def _found(logits, like: Mask, resize: Resize) -> Mask:
-    """Returns where a head on the feature grid finds its class, at an image's size."""
-    margin = np.asarray(foreground_margin(logits))
-    return found_mask(at_input_size(margin), like, resize)
+# Heat maps.
 
 
 def at_input_size(values: Float[np.ndarray, "h h"]) -> Float[np.ndarray, "s s"]:
@@ -234,9 +225,6 @@ def at_input_size(values: Float[np.ndarray, "h h"]) -> Float[np.ndarray, "s s"]:
     size = FEATURE_STRIDE * (values.shape[0] - 1) + 1
     stretch = interpolation_matrix(values.shape[0], size)
     return stretch @ values @ stretch.T
-
-
-# Heat maps.
 
 
 def heat_tile(

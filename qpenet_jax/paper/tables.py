@@ -6,7 +6,7 @@ it, then the Markdown page.
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +19,7 @@ from qpenet_jax.evaluation.metrics import Scores
 from qpenet_jax.evaluation.report import RESULTS, with_interval
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.variants import VARIANTS
-from qpenet_jax.paper.plan import Plan, PlannedRun
-from qpenet_jax.paper.results import TABLES, TICKS, paper_results
+from qpenet_jax.paper.plan import TICKS, Plan, PlannedRun, paper_results
 from qpenet_jax.runs.folder import INPUTS_FILE, read_json
 
 OF_VARIANTS = (
@@ -32,6 +31,8 @@ OF_FOLDS = (
     "The weights were trained with 1 shot. mIoU and FB-IoU: over the folds shown (the "
     "paper's: over all four); their intervals take the folds for independent."
 )
+
+ORDER = "## Does the paper's order hold? Paired differences on the same episodes"
 
 GENERATED = {"version", "text", "training images", "validation images"}
 """What may differ between training seeds: generated images depend on the seed."""
@@ -49,8 +50,8 @@ Measured = dict[str, Any]
 class Found(NamedTuple):
     """What one evaluation of a run left behind.
 
-    `means` holds mIoU, that of `config.eval.subset`, and FB-IoU, in percent; `classes`
-    the ids behind each mIoU; `facts` the protocol and hashes of the inputs.
+    `means` holds mIoU, the mIoU of the config's subset, and FB-IoU, in percent;
+    `classes` the ids behind each mIoU; `facts` the protocol and hashes of the inputs.
     """
 
     scores: Scores
@@ -68,12 +69,6 @@ def found_in(run: PlannedRun, shots: int) -> Found:
     path = run.results_file(shots)
     assert path  # only finished runs are read
     results = read_json(path)
-    try:
-        scores = episode_scores(path, results)
-    except InputError as error:
-        raise InputError(
-            f"{error}, or delete {path} and give the same command again"
-        ) from None
     ids, protocol = results["class_ids"], results["protocol"]
     means, classes = {"mIoU": results["miou"]}, {"mIoU": ids}
     if subset := results.get("subset"):
@@ -82,7 +77,7 @@ def found_in(run: PlannedRun, shots: int) -> Found:
         classes[name] = [ids[protocol["classes"].index(c)] for c in subset["classes"]]
     means["FB-IoU"] = results["fb_iou"]
     facts = protocol | read_json(run.folder / INPUTS_FILE)
-    return Found(scores, means, classes, facts)
+    return Found(episode_scores(path, results), means, classes, facts)
 
 
 def pooled(found: Sequence[Found]) -> Scores:
@@ -139,9 +134,9 @@ def mean_over_folds(folds: Sequence[Measured]) -> Measured:
 
 
 def _rounded(interval, by_seed) -> Measured:
-    value, *ends = (round(float(x), 2) for x in interval)
+    value, *ends = np.round(interval, 2).tolist()
     std = round(float(np.std(by_seed, ddof=1)), 2) if len(by_seed) > 1 else None
-    by_seed = [round(float(x), 2) for x in by_seed]
+    by_seed = np.round(by_seed, 2).tolist()
     return {"ours": value, "interval": ends, "std": std, "by_seed": by_seed}
 
 
@@ -189,23 +184,22 @@ def _section(plan: Plan, runs: Sequence[PlannedRun], shots: int) -> dict[str, An
         folds.setdefault(run.config.dataset.fold, []).append(found_in(run, shots))
     groups = [group for folds in found.values() for group in folds.values()]
     for of_seed in zip(*groups, strict=True):
-        free = set() if plan.is_ablation else OF_FOLD
+        free = set() if plan.of_variants else OF_FOLD
         _check_alike(of_seed, free, "the rows of a training seed")
     _check_alike(groups[0], GENERATED, "the training seeds")
     return {
         "protocol": groups[0][0].facts["text"],
         "rows": {row: _row(plan, shots, row, folds) for row, folds in found.items()},
-        "differences": _differences(plan, found) if plan.is_ablation else {},
+        "differences": _differences(plan, found) if plan.of_variants else {},
     }
 
 
 def _check_alike(found: Iterable[Found], free: set[str], what: str) -> None:
     """Refuses results whose protocols or inputs differ in more than `free`."""
-    first, *others = found
-    for other in others:
-        keys = (first.facts.keys() | other.facts.keys()) - free
-        differ = sorted(k for k in keys if first.facts.get(k) != other.facts.get(k))
-        if differ:
+    first, *others = (one.facts for one in found)
+    for facts in others:
+        keys = (first.keys() | facts.keys()) - free
+        if differ := sorted(k for k in keys if first.get(k) != facts.get(k)):
             raise InputError(
                 f"{what} were not trained and scored alike ({', '.join(differ)} "
                 "differ): choose a new --workdir"
@@ -218,13 +212,13 @@ def _row(
     """Returns the mean over the folds, in Tables I and II after each fold's mIoU."""
     of_folds = {fold: measured(found) for fold, found in folds.items()}
     columns: dict[str, Measured] = {}
-    if not plan.is_ablation:
+    if not plan.of_variants:
         columns = {f"Fold-{fold}": of["mIoU"] for fold, of in of_folds.items()}
     for measure in next(iter(of_folds.values())):
         columns[measure] = mean_over_folds([of[measure] for of in of_folds.values()])
-    paper = paper_results(plan.table, shots, row)
-    for column in columns.keys() & paper.keys():
-        columns[column]["paper"] = paper[column]
+    for column, value in paper_results(plan.table, shots, row).items():
+        if column in columns:
+            columns[column]["paper"] = value
     return columns
 
 
@@ -256,9 +250,17 @@ def _differences(
 def page(content: Mapping[str, Any]) -> str:
     """Returns a table as a Markdown page, with its protocol and command."""
     table, seeds = content["table"], content["seeds"]
-    parts = [f"# {TABLES[table]}, reproduced"]
+    numeral = ("I", "II", "III", "IV", "V")[int(table[-1]) - 1]
+    parts = [f"# Table {numeral}, reproduced"]
     for shots, section in content["sections"].items():
-        parts += _section_parts(table, shots, section)
+        parts += [
+            f"## {shots}-shot",
+            _rows_table(table, section["rows"]),
+            f"Protocol: {section['protocol']}. Other folds differ in their classes; "
+            "all rows of one fold and training seed were scored on the same episodes.",
+        ]
+        if section["differences"]:
+            parts += [ORDER, _orders_table(section["differences"])]
     steps = ", ".join(map(str, content["steps"]))
     parts += [
         OF_VARIANTS if table in TICKS else OF_FOLDS,
@@ -272,18 +274,6 @@ def page(content: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _section_parts(table: str, shots: int, section: Mapping[str, Any]) -> Iterator[str]:
-    yield f"## {shots}-shot"
-    yield _rows_table(table, section["rows"])
-    yield (
-        f"Protocol: {section['protocol']}. Other folds differ in their classes; all "
-        "rows of one fold and training seed were scored on the same episodes."
-    )
-    if section["differences"]:
-        yield "## Does the paper's order hold? Paired differences on the same episodes"
-        yield _orders_table(section["differences"])
-
-
 def _rows_table(table: str, rows: Mapping[str, Mapping[str, Measured]]) -> str:
     ticks = TICKS.get(table, {})
     header, body = ["row", *ticks], []
@@ -291,10 +281,11 @@ def _rows_table(table: str, rows: Mapping[str, Mapping[str, Measured]]) -> str:
         header += [column, "paper"] if "paper" in value else [column]
     for name, row in rows.items():
         net = QPENet(**VARIANTS[name].fields) if ticks else None
-        body.append([name, *("✓" if has(net) else "" for has in ticks.values())])
+        cells = [name, *("✓" if has(net) else "" for has in ticks.values())]
         for value in row.values():
-            paper = [str(value["paper"])] if "paper" in value else []
-            body[-1] += [_cell(value), *paper]
+            cells.append(_cell(value))
+            cells += [str(value["paper"])] if "paper" in value else []
+        body.append(cells)
     return markdown.table(header, body)
 
 
