@@ -23,7 +23,7 @@ import pytest
 
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.evaluation.metrics import Scores, estimate, fb_iou, mean_iou
+from qpenet_jax.evaluation.metrics import Scores, estimate
 from qpenet_jax.evaluation.report import summarize, write_json
 from qpenet_jax.paper.plan import (
     FOLD_COLUMNS,
@@ -259,7 +259,7 @@ def test_runs_that_do_not_compare_are_refused(finished, tmp_path):
     refused("results.json", lambda r: r["protocol"].update(other), rows, "scoring")
     refused("inputs.json", lambda r: r.update(weights), rows, "backbone weights")
     file = str(run / "results.json")
-    refused("results.json", lambda r: r.update(miou=r["miou"] + 1), file, "delete")
+    refused("results.json", lambda r: r.update(miou=r["miou"] + 1), file)
 
 
 def test_a_run_of_another_config_fails_by_name(finished, tmp_path, capsys):
@@ -358,8 +358,8 @@ def test_tables_1_and_2_plan_folds_backbones_and_weights(tmp_path, capsys):
     assert {file.parts[-3:-1] for file in files} == {("data", "weights")}
     start = [sys.executable, "-m", "qpenet_jax.cli", "train", "--config", str(config)]
     for run in runs:  # no train.py of a checkout: the installed package trains
-        assert run.command[:6] == start
-        assert run.command[-1] == "--config.seed=0"
+        assert run.command(1)[:6] == start
+        assert run.command(1)[-1] == "--config.seed=0"
         assert run.config.shots == 1
 
 
@@ -458,7 +458,8 @@ def synthetic(gain=0.0, noise=0.0, version="v", seed=0):
     columns = (0, index, index % 20, index % 2 + 1, 8000, 9000, found, 1000)
     rows = np.stack(np.broadcast_arrays(*columns), 1).astype(np.int64)
     scores = Scores(rows)
-    means = {"mIoU": 100 * mean_iou(scores, [1, 2]), "FB-IoU": 100 * fb_iou(scores)}
+    of = estimate(scores, [1, 2])
+    means = {"mIoU": 100 * of.miou.value, "FB-IoU": 100 * of.fb_iou.value}
     return Found(scores, means, {"mIoU": [1, 2]}, {"version": version})
 
 

@@ -238,7 +238,7 @@ def count(model, features=1536):
 
 
 def test_every_variant_has_an_exact_parameter_count():
-    assert COUNTS.keys() == VARIANTS.keys() == ABLATION_RESULTS.keys()
+    assert COUNTS.keys() == VARIANTS.keys() == VARIANT_RESULTS.keys()
     for name, (by_hand, written) in COUNTS.items():
         model = QPENet(**VARIANTS[name].fields)
         assert count(model) == COMMON + by_hand == written, name
