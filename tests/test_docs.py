@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qpenet_jax.cli.main import _parsed
+from qpenet_jax.cli.main import parse
 from qpenet_jax.config import default_config, flat
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ def test_commands_in_the_documents_are_taken(page):
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors):
             try:
-                args = _parsed(words)
+                args = parse(words)
             except SystemExit:
                 pytest.fail(f"{' '.join(words)}: {errors.getvalue()}")
         for word in args.overrides:

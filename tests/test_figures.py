@@ -19,6 +19,7 @@ from qpenet_jax.paper.sheets import (
     DARK,
     MAIN,
     ShownEpisode,
+    at_input_size,
     background_note,
     background_sheet,
     background_tiles,
@@ -27,7 +28,7 @@ from qpenet_jax.paper.sheets import (
     predictions_sheet,
     support_regions,
 )
-from qpenet_jax.runs.build import build_backbone, complete
+from qpenet_jax.runs.build import build_backbone, build_predictor, complete
 from qpenet_jax.runs.datasets import build_dataset, build_eval_samplers, build_protocol
 from qpenet_jax.runs.folder import TrainedRun, claim, inputs_of, open_run
 from qpenet_jax.training.step import episode_features
@@ -43,11 +44,10 @@ MIDDLE = 36 * SCALE  # between the last column of "left" and the first of "right
 
 
 def half(where):
-    """Logits whose class 1 wins in the grid's left or right half."""
+    """A margin that is positive in the grid's left or right half."""
     left = np.arange(GRID) <= GRID // 2
     wins = np.tile(left if where == "left" else ~left, (GRID, 1))
-    logits = np.stack([np.zeros((GRID, GRID)), np.where(wins, 5.0, -5.0)], -1)
-    return logits.astype(np.float32)
+    return at_input_size(np.where(wins, 5.0, -5.0).astype(np.float32))
 
 
 def scene():
@@ -57,17 +57,18 @@ def scene():
     return Scene("dog\n#3", black, mask, black + 40, mask)
 
 
-def out_of(**changes):
+def maps_of(*without, **changes):
     ramp = np.tile(np.linspace(0.2, 0.9, GRID, dtype=np.float32), (GRID, 1))
-    out = {
+    maps = {
+        "prediction": MARGIN,
         "y_pre": half("left"),
-        "y_rev": half("left")[None],
-        "A_main": ramp,
-        "A_aux": np.zeros((GRID, GRID), np.float32),
+        "y_rev": half("left"),
+        "A_main": at_input_size(ramp),
+        "A_aux": np.zeros((SIDE, SIDE), np.float32),
         "y_bg_q": half("right"),
         "y_bg_clean": half("left"),
     }
-    return {k: v for k, v in (out | changes).items() if v is not None}
+    return {k: v for k, v in (maps | changes).items() if k not in without}
 
 
 MARGIN = np.tile(np.where(np.arange(SIDE) < 32, -1.0, 1.0), (SIDE, 1)).astype("f4")
@@ -83,29 +84,25 @@ def tint(colour, grey=0):
 
 def test_regions_of_the_support():
     shown = scene()
-    main, aux = support_regions(shown, out_of())
+    main, aux = support_regions(shown, maps_of())
     np.testing.assert_array_equal(main + aux, shown.support_mask == 1)
     columns = [np.flatnonzero(region.any(axis=0))[[0, -1]] for region in (main, aux)]
     np.testing.assert_allclose(columns, [[28, MIDDLE], [MIDDLE, 195]], atol=2)
     assert (columns[0][0], columns[1][1]) == (28, 195)
     shown.support_mask[14:98, 28:60] = 255
-    main, aux = support_regions(shown, out_of())
+    main, aux = support_regions(shown, maps_of())
     assert not (main + aux)[:, :60].any()  # ignored pixels are in none
     assert main[20:90, 60:100].all()
-    below = out_of(y_rev=half("right").swapaxes(0, 1)[None])
+    below = maps_of(y_rev=half("right").T)
     assert not support_regions(scene(), below)[0].any()  # in the padding
     # Squashed, the picture's 112 rows fill the square.
     main, _ = support_regions(scene(), below, "squash")
     first = np.flatnonzero(main.any(axis=1))[0]
     assert first == pytest.approx(36 / SIDE * 112, abs=2)
-    rev = np.stack([half("right"), half("left"), half("left")])  # the first is shown
-    main, _ = support_regions(scene(), out_of(y_rev=rev))
-    assert main[20:90, 140:190].all()
-    assert not main[:, :110].any()
 
 
 def test_colours_of_the_evolution():
-    pre, regions, a_main, a_aux, final = evolution_tiles(scene(), MARGIN, out_of())
+    pre, regions, a_main, a_aux, final = evolution_tiles(scene(), maps_of())
     assert pixel(pre, 60, 80) == tint(PREDICTION)
     assert pixel(pre, 160, 80) == (0, 0, 0)
     assert pixel(regions, 60, 80) == tint(MAIN, 40)
@@ -124,7 +121,7 @@ def test_colours_of_the_evolution():
     assert np.abs(between - MAIN).sum(1).min() < 10
     assert pixel(a_aux, 100, 80) == (0, 0, 0)
     grey = scene()._replace(query=np.full((TILE // 2, TILE, 3), 200, np.uint8))
-    *_, a_aux, _ = evolution_tiles(grey, MARGIN, out_of())  # darkened, not black
+    *_, a_aux, _ = evolution_tiles(grey, maps_of())  # darkened, not black
     assert pixel(a_aux, 100, 80) == (int(200 * DARK),) * 3
 
 
@@ -140,7 +137,7 @@ def test_a_picture_keeps_its_shape_on_white():
 
 
 def test_colours_and_notes_of_the_background():
-    by_global, by_clean = background_tiles(scene(), out_of())
+    by_global, by_clean = background_tiles(scene(), maps_of())
     assert pixel(by_global, 160, 80) == tint(BACKGROUND)
     assert pixel(by_global, 60, 80) == (0, 0, 0)
     assert pixel(by_clean, 60, 80) == tint(BACKGROUND)
@@ -171,16 +168,12 @@ def test_tints_are_the_same_on_every_picture():
     assert blue == tint(SUPPORT, 76)[2]  # 0.299 * 255
 
 
-def shown_episodes(**outs):
-    runs = {name: (MARGIN, out) for name, out in outs.items()}
-    return [
-        ShownEpisode(scene(), MARGIN, runs),
-        ShownEpisode(scene(), -MARGIN, runs),
-    ]
+def shown_episodes(**runs):
+    return [ShownEpisode(scene(), margin, runs) for margin in (MARGIN, -MARGIN)]
 
 
 def test_one_column_a_run_after_the_baseline():
-    content = predictions_sheet(shown_episodes(baseline=out_of(), full=out_of()))
+    content = predictions_sheet(shown_episodes(baseline=maps_of(), full=maps_of()))
     page = pictures.sheet(*content)
     columns, rows, legend, _ = content
     assert columns == ("support", "query", "truth", "cosine", "baseline", "full")
@@ -198,8 +191,8 @@ def test_one_column_a_run_after_the_baseline():
 
 
 def test_runs_without_evolution_are_left_out_with_a_note():
-    baseline = out_of(y_pre=None, y_rev=None, A_main=None, A_aux=None, y_bg_clean=None)
-    episodes = shown_episodes(baseline=baseline, full=out_of())
+    baseline = maps_of("y_pre", "y_rev", "A_main", "A_aux", "y_bg_clean")
+    episodes = shown_episodes(baseline=baseline, full=maps_of())
     columns, rows, _, notes = evolution_sheet(episodes)
     titles, backgrounds, _, more = background_sheet(episodes)
     assert len(columns) == 5
@@ -208,12 +201,10 @@ def test_runs_without_evolution_are_left_out_with_a_note():
     assert titles == ("support", "truth", "full: P_global", "full: P_bg")
     assert [len(tiles) for _, tiles in backgrounds] == [4, 4]
     assert more[-1] == "baseline: no cleaner, P_bg is P_global"
-
-
-def test_sheets_that_no_run_can_fill_are_drawn():
-    *_, a_aux, _ = evolution_tiles(scene(), MARGIN, out_of(A_aux=None))
-    assert pixel(a_aux, 100, 80) == pictures.PAPER  # a map that the variant lacks
-    only = shown_episodes(baseline=out_of(y_rev=None, y_bg_clean=None))
+    # A map that the variant lacks is empty; a sheet that no run can fill is drawn.
+    *_, a_aux, _ = evolution_tiles(scene(), maps_of("A_aux"))
+    assert pixel(a_aux, 100, 80) == pictures.PAPER
+    only = shown_episodes(baseline=baseline)
     evolution, background = evolution_sheet(only), background_sheet(only)
     assert evolution.rows == []
     assert background.columns == ("support", "truth")
@@ -295,7 +286,9 @@ def test_the_background_by_p_bg_is_the_heads_output_for_it(runs):
         rng.integers(0, 256, (1, 2, SIDE, SIDE, 3), np.uint8),
         rng.integers(0, 2, (1, 2, SIDE, SIDE), np.uint8),
     )
-    margin, out = figures.network_view(run, episode)
+    maps = figures.network_maps(run, episode)
+    predict = build_predictor(run.config, params, run.weights)
+    _, out = jax.tree.map(np.asarray, predict.with_intermediates(episode))
 
     @jax.jit
     def expected():
@@ -303,22 +296,25 @@ def test_the_background_by_p_bg_is_the_heads_output_for_it(runs):
         reducer = {"params": params["reduce_query"]}
         F_q = Conv1x1(16).apply(reducer, unit_rms(query))
         head = {"params": params["gbc"]["convs"]}
-        prototypes = {"y_bg_q": params["gbc"]["P_global"], "y_bg_clean": out["P_bg"]}
+        prototypes = {"y_bg_q": params["gbc"]["P_global"], "y_bg_clean": out["P_bg"][0]}
         return {
-            name: Convs().apply(head, F_q, prototype[None], train=False)[0]
+            name: Convs().apply(head, F_q, prototype[None], train=False)
             for name, prototype in prototypes.items()
         }
 
-    for name, logits in expected().items():
-        np.testing.assert_allclose(out[name], logits, rtol=1e-4, atol=1e-5)
-    assert np.abs(out["y_bg_clean"] - out["y_bg_q"]).max() > 1e-3
-    on_grid = out["y_final"][..., 1] - out["y_final"][..., 0]
-    np.testing.assert_allclose(margin[::8, ::8], on_grid, rtol=1e-4, atol=1e-5)
+    logits = expected() | {"y_pre": out["y_pre"], "prediction": out["y_final"]}
+    logits["y_rev"] = out["y_rev"][:, 0]  # the first support is shown
+    for name, values in logits.items():
+        on_grid = values[0, ..., 1] - values[0, ..., 0]
+        np.testing.assert_allclose(maps[name][::8, ::8], on_grid, rtol=1e-4, atol=1e-5)
+    for name in ("A_main", "A_aux"):
+        np.testing.assert_allclose(maps[name][::8, ::8], out[name][0], atol=1e-5)
+    assert np.abs(maps["y_bg_clean"] - maps["y_bg_q"]).max() > 1e-3
 
 
 def test_nothing_is_written_if_a_sheet_fails(tmp_path):
     files = {name: tmp_path / "out" / f"{name}.jpg" for name in figures.SHEETS}
-    shown = shown_episodes(run=out_of(y_bg_q=None))
+    shown = shown_episodes(run=maps_of("y_bg_q"))
     with pytest.raises(KeyError, match="y_bg_q"):
         figures.write_sheets(shown, build_protocol(shrunk()), files)
     assert not (tmp_path / "out").exists()
@@ -369,12 +365,11 @@ def pair_of(folder, **changes):
 
 def test_names_of_runs(tmp_path):
     one, two = pair_of(tmp_path)
-    assert figures.names_of([one, two]) == [str(one.folder), str(two.folder)]
+    assert list(figures.by_name([one, two])) == [str(one.folder), str(two.folder)]
     (tmp_path / "more").mkdir()
     others = pair_of(tmp_path / "more", variant="baseline")
-    assert figures.names_of(list(others)) == ["full", "baseline"]
-    with pytest.raises(InputError, match="give every run once"):
-        figures.names_of([one, one])
+    assert list(figures.by_name(list(others))) == ["full", "baseline"]
+    assert len(figures.by_name([one, one])) == 1  # it is drawn once
 
 
 @pytest.mark.parametrize(

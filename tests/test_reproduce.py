@@ -259,7 +259,7 @@ def test_runs_that_do_not_compare_are_refused(finished, tmp_path):
     refused("results.json", lambda r: r["protocol"].update(other), rows, "scoring")
     refused("inputs.json", lambda r: r.update(weights), rows, "backbone weights")
     file = str(run / "results.json")
-    refused("results.json", lambda r: r.update(miou=r["miou"] + 1), file)
+    refused("results.json", lambda r: r.update(miou=r["miou"] + 1), file, "delete")
 
 
 def test_a_run_of_another_config_fails_by_name(finished, tmp_path, capsys):

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _set_up_terminal()
     try:
         with exit_on_input_error():
-            args = _parsed(sys.argv[1:] if argv is None else argv)
+            args = parse(sys.argv[1:] if argv is None else argv)
             _set_up_process(args)
             args.run(args)
     except KeyboardInterrupt as stop:
@@ -71,7 +71,8 @@ def program(argv: Sequence[str] | None = None) -> None:
             cluster.leave(status)
 
 
-def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns a command line's options; bad ones are one line and exit code 2."""
     words, overrides = split_overrides(argv)
     parser = _parser(words)
     args = parser.parse_args(words)

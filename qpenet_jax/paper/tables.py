@@ -69,6 +69,11 @@ def found_in(run: PlannedRun, shots: int) -> Found:
     path = run.results_file(shots)
     assert path  # only finished runs are read
     results = read_json(path)
+    try:
+        scores = episode_scores(path, results)
+    except InputError as error:
+        again = f"or delete {path} and give the same command again"
+        raise InputError(f"{error}, {again}") from None
     ids, protocol = results["class_ids"], results["protocol"]
     means, classes = {"mIoU": results["miou"]}, {"mIoU": ids}
     if subset := results.get("subset"):
@@ -77,7 +82,7 @@ def found_in(run: PlannedRun, shots: int) -> Found:
         classes[name] = [ids[protocol["classes"].index(c)] for c in subset["classes"]]
     means["FB-IoU"] = results["fb_iou"]
     facts = protocol | read_json(run.folder / INPUTS_FILE)
-    return Found(episode_scores(path, results), means, classes, facts)
+    return Found(scores, means, classes, facts)
 
 
 def pooled(found: Sequence[Found]) -> Scores:
