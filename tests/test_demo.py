@@ -1,6 +1,5 @@
 """What the page of `qpenet demo` calls: no browser and no Gradio is needed here."""
 
-import base64
 import io
 import itertools
 import json
@@ -8,6 +7,7 @@ import os
 import re
 import threading
 import zipfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,13 +19,12 @@ from test_cli import refused
 from qpenet_jax import InputError
 from qpenet_jax.cli.main import main
 from qpenet_jax.data.images import read_image
-from qpenet_jax.demo import examples, marks, page, photos, segmenting
+from qpenet_jax.demo import page, photos, segmenting
 from qpenet_jax.demo.grabcut import object_around
 from qpenet_jax.demo.intermediates import intermediate_pictures
-from qpenet_jax.demo.page import RunningCalls
-from qpenet_jax.demo.photos import shrunk
+from qpenet_jax.demo.page import Closing
 from qpenet_jax.demo.segmenting import Calls
-from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT
+from qpenet_jax.evaluation.pictures import PREDICTION
 from qpenet_jax.paper.sheets import AUX, BACKGROUND, MAIN
 
 ABOUT = {"version": "1", "method": "prototype", "run": None, "backbone": "x"}
@@ -43,20 +42,11 @@ def save(path, pixels, **options):
     return str(path)
 
 
-def red_marked(files):
-    """Return what the page sends if the red ring is painted over in every file."""
-    masks = {}
-    for file in files:
-        picture = shrunk(photos.read_photo(file), marks.CANVAS)
-        masks[str(file)] = (picture[..., 0] > 200) & (picture[..., 1] < 60)
-    return marks.canvases(files, masks)
-
-
 @pytest.fixture
 def ring(tmp_path):
-    """A photo with a red ring, and what the page sends with the ring marked."""
+    """A photo with a red ring, and the editor's value with the ring marked."""
     file = save(tmp_path / "given/ring.png", scene()[0])
-    return [file], red_marked([tmp_path / "given/ring.png"])
+    return [file], [photos.editor_value(Path(file), scene()[1] == 1)]
 
 
 def opened(archive):
@@ -66,12 +56,12 @@ def opened(archive):
 
 def test_a_zip_holds_what_predict_writes(calls, ring, tmp_path, monkeypatch):
     """Byte for byte, as if the photos lay beside the masks."""
-    files, text = ring
+    files, values = ring
     folder = tmp_path / "photos"
     for name, size in {"a.jpg": (90, 120), "b.jpg": (700, 500)}.items():
         save(folder / name, scene(*size)[0])
     queries = [str(folder / "a.jpg"), str(folder / "b.jpg")]
-    archive, *_ = calls.segment(files, text, queries, "", False)
+    archive, *_ = calls.segment(files, values, queries, "", False)
 
     save(tmp_path / "mask.png", 255 * (scene()[1] == 1).astype(np.uint8))
     monkeypatch.setattr("qpenet_jax.segmenter.load", lambda *_, **__: calls.segmenter)
@@ -101,11 +91,11 @@ def test_a_zip_holds_what_predict_writes(calls, ring, tmp_path, monkeypatch):
 
 
 def test_all_that_is_shown(calls, ring, tmp_path):
-    files, text = ring
+    files, values = ring
     none = np.full((30, 40, 3), 128, np.uint8)
     queries = [files[0], save(tmp_path / "none.png", none)]
     archive, masks, probabilities, inside, marked = calls.segment(
-        files, text, queries, "a ring", True
+        files, values, queries, "a ring", True
     )
     share = round(100 * (scene()[1] == 1).mean())
     assert re.search(
@@ -138,22 +128,21 @@ def test_photos_of_any_kind_are_read_as_predict_reads_them(tmp_path):
         path = tmp_path / name
         pixels = read_image(path)
         np.testing.assert_array_equal(photos.read_photo(path), pixels)
-        (shown,) = json.loads(marks.canvases([path], {}))
         height, width = pixels.shape[:2]
-        assert (shown["name"], shown["mask"]) == (name, "")
-        assert shown["width"] / shown["height"] == pytest.approx(width / height, 0.01)
-        assert max(shown["width"], shown["height"]) == min(max(height, width), 640)
-        mask = np.zeros((shown["height"], shown["width"]), bool)
-        mask[: shown["height"] // 2] = True
-        sent = marks.canvases([path], {str(path): mask})
-        (support,) = marks.supports_of([path], sent)
+        mask = np.zeros((height, width), bool)
+        mask[: height // 2] = True
+        value = photos.editor_value(path, mask)
+        shown = value["background"].shape[:2]
+        assert shown[1] / shown[0] == pytest.approx(width / height, 0.01)
+        assert max(shown) == min(max(height, width), 640)
+        (support,) = photos.supports_of([path], [value])
         np.testing.assert_array_equal(support.pixels, pixels)
-        assert support.mask[: height // 2].all()
+        assert support.mask[: height // 2 - 2].all()
         assert not support.mask[height // 2 + 2 :].any()
 
 
 def test_what_is_missing_is_one_line(calls, ring, tmp_path):
-    files, text = ring
+    files, values = ring
 
     def error(*given):
         with pytest.raises(InputError) as caught:
@@ -164,18 +153,18 @@ def test_what_is_missing_is_one_line(calls, ring, tmp_path):
 
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff\xe0" + 99 * b"x")
-    assert "add one, and mark it" in error([], "[]", files, "")
-    assert "ring.png: nothing is marked" in error(files, "[]", files, "")
-    assert "no photos to segment: add 1 to 50" in error(files, text, None, "")
-    assert "51 photos to segment" in error(files, text, 51 * files, "")
-    assert "broken.jpg" in error(files, text, [str(broken)], "")
-    assert "a name of 99 signs" in error(files, text, files, 99 * "x")
-    assert "on one line" in error(files, text, files, "a\x07b")
+    assert "add one, and mark it" in error([], [], files, "")
+    assert "ring.png: nothing is marked" in error(files, [None], files, "")
+    assert "no photos to segment: add 1 to 50" in error(files, values, None, "")
+    assert "51 photos to segment" in error(files, values, 51 * files, "")
+    assert "broken.jpg" in error(files, values, [str(broken)], "")
+    assert "a name of 99 signs" in error(files, values, files, 99 * "x")
+    assert "on one line" in error(files, values, files, "a\x07b")
     assert "gone.png: no such file" in error(
-        files, text, [str(tmp_path / "gone.png")], ""
+        files, values, [str(tmp_path / "gone.png")], ""
     )
     with pytest.raises(InputError, match="6 photos to mark: give 5"):
-        calls.show_marks(6 * files, "[]")
+        calls.show_marks(6 * files, [])
     assert (
         not list(tmp_path.rglob("masks.zip")) or not broken.with_suffix(".png").exists()
     )
@@ -190,80 +179,15 @@ def test_a_huge_photo_is_refused_by_its_header(tmp_path, monkeypatch):
         photos.read_photo(path)
 
 
-def url(pixels):
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "PNG")
-    return marks.START + base64.b64encode(content.getvalue()).decode()
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        "no JSON",
-        "7",
-        "[7]",
-        '[{"key": 1}]',
-        '[{"key": "a", "mask": "data:text/html,hello"}]',
-        '[{"key": "a", "mask": "file:///etc/passwd"}]',
-        json.dumps([{"key": "a", "mask": marks.START + "eA=="}]),
-        json.dumps([{"key": "a", "mask": url(np.zeros((641, 1, 4), np.uint8))}]),
-        "[" * 100_000,
-    ],
-)
-def test_what_no_page_sends_is_refused(sent):
-    with pytest.raises(InputError, match="the marks of this page"):
-        marks.read_marks(sent)
-
-
-@pytest.mark.parametrize(
-    "stroke",
-    [
-        {"points": [["a", "b"]], "width": 3},
-        {"points": [[1, 2, 3]], "width": 3},
-        {"points": [], "width": 3},
-        {"points": [[1, 2]], "width": None},
-        {"points": [[1e999, 2]], "width": 3},
-        {"points": 7, "width": 3},
-        7,
-    ],
-)
-def test_a_stroke_that_no_page_draws_is_refused(ring, stroke, calls):
-    files, text = ring
-    (sent,) = json.loads(text)
-    with pytest.raises(InputError, match="the marks of this page"):
-        calls.find_object(files, json.dumps([sent | {"stroke": stroke}]))
-
-
-def test_only_marked_files_are_read(calls, ring, tmp_path):
-    """A key is compared, never opened: the page may send any."""
-    secret = save(tmp_path / "secret.png", scene()[0])
-    (sent,) = json.loads(ring[1])
-    sent |= {"key": secret, "stroke": {"points": [[5, 5]], "width": 3}}
-    assert calls.find_object([], json.dumps([sent])) == "[]"
-    assert calls.show_marks([], json.dumps([sent])) == "[]"
-
-
-def test_a_stroke_goes_where_it_is_drawn():
-    dot = marks.stroke([[20, 10]], 6, (40, 60))
-    assert dot[10, 20]
-    assert 20 <= dot.sum() <= 60
-    line = marks.stroke([[5, 5], [50, 5], [900, 900]], 3, (40, 60))
-    assert line[5, 5:51].all()
-    assert line[39, 59], "what leaves the picture ends at its edge"
-    assert not line[30, :20].any()
-
-
-def test_a_click_marks_what_it_touches(calls, ring):
-    """The blue disc beside the ring; the ring stays marked."""
-    files, text = ring
-    (sent,) = json.loads(text)
-    sent["stroke"] = {"points": [[102, 45]], "width": 5}
-    marked = marks.read_marks(calls.find_object(files, json.dumps([sent])))[files[0]]
-    truth = scene()[1] > 0
+def test_edges_are_found_around_what_is_painted(calls, ring):
+    """The blue disc beside the ring."""
+    files, _ = ring
+    dot = np.zeros(scene()[1].shape, bool)
+    dot[43:48, 100:105] = True
+    value = calls.find_object(0, files, photos.editor_value(Path(files[0]), dot))
+    marked, truth = photos.read_marks(value), scene()[1] == 2
     assert (marked & truth).sum() / (marked | truth).sum() > 0.9
-    sent["stroke"] = None
-    same = marks.read_marks(calls.find_object(files, json.dumps([sent])))[files[0]]
-    np.testing.assert_array_equal(same, scene()[1] == 1)
+    assert photos.read_marks(calls.find_object(0, files, None)) is None
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 300), (300, 2), (700, 500)])
@@ -279,19 +203,21 @@ def test_objects_are_found_in_photos_of_any_shape(size):
     np.testing.assert_array_equal(found, object_around(picture, touched))
 
 
-def test_strokes_stay_with_their_photo(calls, ring, tmp_path):
-    files, text = ring
+def test_marks_stay_with_their_photo(calls, ring, tmp_path):
+    files, values = ring
     other = save(tmp_path / "other/ring.png", scene(60, 60)[0])
-    both = calls.show_marks([other, *files], text)
-    assert [bool(shown["mask"]) for shown in json.loads(both)] == [False, True]
-    (left,) = json.loads(calls.show_marks([other], both))
-    assert not left["mask"]
+    both = calls.show_marks([other, *files], files, *values)
+    np.testing.assert_array_equal(photos.read_marks(both[1]), scene()[1] == 1)
+    (left,) = calls.show_marks([other], [other, *files], *both)
+    assert photos.read_marks(both[0]) is photos.read_marks(left) is None
 
 
 def test_results_have_names_of_their_own(tmp_path):
     given = ["a.jpg", "A.png", "a.png", "a_probability.jpg", "coco.jpg"]
     given += ["predictions.png", "x_overlay.png", "x.jpg", "image.jpg", "image.jpg"]
-    names = [str(name) for name in photos.result_names([tmp_path / g for g in given])]
+    names = [
+        str(name) for name in segmenting.result_names([tmp_path / g for g in given])
+    ]
     assert names[:3] == ["a", "A_2", "a_3"]
     assert names[3:6] == ["a_probability_2", "coco_2", "predictions_2"]
     assert names[-2:] == ["image", "image_2"]
@@ -312,8 +238,8 @@ def on_grid(where, side=9):
 
 
 def test_inside_shows_what_the_parts_found(ring):
-    files, text = ring
-    (support,) = marks.supports_of([photos.Path(f) for f in files], text)
+    files, values = ring
+    (support,) = photos.supports_of([Path(f) for f in files], values)
     query = np.full((40, 40, 3), 128, np.uint8)
     ramp = np.linspace(0, 1, 81, dtype=np.float32).reshape(9, 9)
     out = {"y_pre": on_grid(LEFT), "A_main": ramp, "A_aux": ramp}
@@ -344,8 +270,8 @@ def test_a_network_is_looked_into(ring, tmp_path):
     calls = Calls(
         Network().segmenter, ABOUT | {"method": "qpenet", "run": "r"}, tmp_path
     )
-    files, text = ring
-    *_, inside, _ = calls.segment(files, text, 4 * files, "", False)
+    files, values = ring
+    *_, inside, _ = calls.segment(files, values, 4 * files, "", False)
     captions = [picture.caption for picture in inside]
     assert len(captions) == segmenting.MOST_INTERMEDIATES
     assert all("GBC. What P_global" in caption for caption in captions)
@@ -353,12 +279,15 @@ def test_a_network_is_looked_into(ring, tmp_path):
 
 
 def test_an_example_fills_everything_in(calls):
-    name = examples.CHOSEN[0]
-    files, text, queries, preview, label = calls.show_example(name)
-    supports = marks.supports_of([photos.Path(f) for f in files], text)
-    assert (len(supports), len(queries)) == (examples.SUPPORTS, examples.QUERIES)
-    assert all((s.mask == 1).mean() >= examples.LEAST for s in supports)
-    assert len(preview) == examples.QUERIES
+    name = segmenting.CHOSEN[0]
+    files, values, queries, preview, label = calls.show_example(name)
+    supports = photos.supports_of([Path(f) for f in files], values)
+    assert (len(supports), len(queries)) == (
+        segmenting.EXAMPLE_SUPPORTS,
+        segmenting.EXAMPLE_QUERIES,
+    )
+    assert all((s.mask == 1).mean() >= segmenting.LEAST for s in supports)
+    assert len(preview) == 4
     assert label == name
     assert all(os.path.dirname(f).startswith(str(calls.cache)) for f in files)
 
@@ -370,33 +299,27 @@ def test_the_page_says_what_segments():
     assert "network of `runs/a`" in page.introduction(run | {"method": "qpenet"})
 
 
-def test_the_brush_has_the_colour_of_supports():
-    assert f"rgb{SUPPORT}" in page._read("brush.js")
-
-
 def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'qpenet-jax[demo]'" in refused(capsys, "demo")
     assert "from 1 to 65535" in refused(capsys, "demo", "--port", "0")
 
 
-def test_the_end_waits_for_calls_under_way():
-    work, begun, told = RunningCalls(), threading.Event(), []
+def test_the_end_waits_for_the_call_under_way():
+    work, begun, errors = Closing(), threading.Event(), []
 
     def long_call():
-        with work.call():
+        with work.segmenting:
             begun.set()
             try:
                 for _ in work.while_open(itertools.repeat(0)):
                     pass
             except InputError as error:
-                told.append(str(error))
+                errors.append(str(error))
 
     thread = threading.Thread(target=long_call)
     thread.start()
     assert begun.wait(20)
     work.close()
-    assert told == ["the page has been closed"]
+    assert errors == ["the page has been closed"]
     thread.join(20)
-    with pytest.raises(InputError, match="closed"), work.call():
-        pass

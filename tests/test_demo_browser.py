@@ -22,8 +22,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qpenet_jax.demo.photos import data_url
-
 pytest.importorskip("gradio", reason="no gradio: pip install -e .[demo]")
 httpx = pytest.importorskip("httpx")
 sync = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -95,7 +93,7 @@ def tab(chromium, address):
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.on("dialog", lambda dialog: errors.append(dialog.message))
     tab.goto(address)
-    tab.wait_for_selector("#board .tools")
+    tab.get_by_role("button", name="Segment", exact=True).wait_for()
     yield tab
     context.close()
     elsewhere = (address, "data:", "blob:")
@@ -113,15 +111,39 @@ def picture(folder, name, left, size=(160, 120)):
 
 
 def give(tab, number, *files):
-    tab.locator("input[type=file]").nth(number).set_input_files(files)
+    tab.locator("input[type=file][multiple]").nth(number).set_input_files(files)
 
 
-def place(tab, x, y):
-    """Return where a pixel of the photo to mark is on the screen."""
-    canvas = tab.locator("#board canvas")
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    return box["x"] + box["width"] * x / 160, box["y"] + box["height"] * y / 120
+def stroke(tab, *points):
+    """Draws a line through pixels of the photo of 160 x 120 that is to be marked."""
+    editor = tab.locator(".mark").first
+    editor.scroll_into_view_if_needed()
+    box = editor.locator("canvas").first.bounding_box()
+    zoom = int(re.search(r"(\d+)%", editor.inner_text())[1]) / 100
+    left = box["x"] + box["width"] / 2 - 80 * zoom
+    top = box["y"] + box["height"] / 2 - 60 * zoom
+    (x, y), *_ = points
+    tab.mouse.move(left + x * zoom, top + y * zoom)
+    tab.mouse.down()
+    for x, y in points:
+        tab.mouse.move(left + x * zoom, top + y * zoom, steps=5)
+    tab.mouse.up()
+
+
+def show(tab, folder):
+    """Gives a photo to mark and waits until it can be painted on."""
+    give(tab, 0, picture(folder, "marked.png", 20))
+    tab.wait_for_function("document.querySelector('.mark')?.innerText.includes('%')")
+    tab.wait_for_timeout(1000)
+
+
+def shown_share(tab):
+    """Returns the share of marked pixels by the caption of the result."""
+    segment(tab)
+    tab.wait_for_selector("#masks img", timeout=120_000)
+    tab.get_by_role("tab", name="Marked").click()
+    caption = tab.locator("#marked").inner_text()
+    return float(re.search(r"([\d.]+) % of the photo", caption)[1])
 
 
 def segment(tab):
@@ -137,16 +159,11 @@ def downloaded(tab):
 
 
 def test_brush_segment_download(tab, tmp_path):
-    give(tab, 0, picture(tmp_path, "marked.png", 20))
+    show(tab, tmp_path)
     give(tab, 1, picture(tmp_path, "a.png", 60), picture(tmp_path, "b.jpg", 80))
-    tab.wait_for_selector("#board canvas")
     tab.wait_for_function("document.querySelectorAll('#preview img').length == 2")
-    tab.locator("#board .breadth").fill("60")
-    for y in (42, 60, 78):
-        tab.mouse.move(*place(tab, 32, y))
-        tab.mouse.down()
-        tab.mouse.move(*place(tab, 68, y), steps=5)
-        tab.mouse.up()
+    for y in range(35, 90, 8):
+        stroke(tab, (26, y), (74, y))
     segment(tab)
     tab.wait_for_selector("#masks img", timeout=120_000)
     assert "a.png" in tab.locator("#masks").inner_text()
@@ -161,36 +178,30 @@ def test_brush_segment_download(tab, tmp_path):
     summary = json.loads(files["predictions.json"])
     assert [image["file"] for image in summary["images"]] == ["a.png", "b.jpg"]
     tab.get_by_role("tab", name="Intermediates").click()
-    tab.wait_for_selector("#inside img")
-    told = tab.locator("#inside").inner_text()
-    assert all(part in told for part in ("PPG.", "DPE.", "GBC."))
+    tab.wait_for_selector("#intermediates img")
+    captions = tab.locator("#intermediates").inner_text()
+    assert all(part in captions for part in ("PPG.", "DPE.", "GBC."))
 
 
-def test_click_erase_undo_clear(tab, tmp_path):
-    give(tab, 0, picture(tmp_path, "marked.png", 20))
-    tab.wait_for_selector("#board canvas")
-    share = """() => {
-        const canvas = document.querySelector('#board canvas');
-        const data = canvas.getContext('2d').getImageData(0, 0, 160, 120).data;
-        return data.filter((_, i) => i % 4 == 3 && data[i] > 127).length / 19200;
-    }"""
-    assert tab.evaluate(share) == 0
-    tab.get_by_label("Click the object").check()
-    tab.mouse.click(*place(tab, 50, 60))
-    tab.wait_for_function(f"({share})() > 0.15")
-    found = tab.evaluate(share)
-    assert found == pytest.approx(60 * 60 / 19200, abs=0.03)
-    tab.get_by_label("Erase").check()
-    tab.mouse.click(*place(tab, 50, 60))
-    assert tab.evaluate(share) < found
-    board = tab.locator("#board")
-    board.get_by_role("button", name="Undo").click()
-    assert tab.evaluate(share) == found
-    board.get_by_role("button", name="Clear").click()
-    assert tab.evaluate(share) == 0
-    tab.get_by_label("Brush").check()
-    tab.mouse.click(*place(tab, 50, 60))
-    assert 0 < tab.evaluate(share) < 0.02, "a dot"
+def test_edges_are_found_and_marks_taken_back(tab, tmp_path):
+    """Each share is of what is sent directly after the mouse was released."""
+    show(tab, tmp_path)
+    give(tab, 1, picture(tmp_path, "a.png", 60))
+    tab.wait_for_selector("#preview img")
+    square = 100 * 60 * 60 / 19200
+    stroke(tab, (45, 60), (50, 60))
+    line = shown_share(tab)
+    assert 0 < line < 0.5 * square
+    tab.get_by_role("button", name="Find its edges").first.click()
+    tab.wait_for_timeout(3000)
+    found = shown_share(tab)
+    assert found == pytest.approx(square, abs=3)
+    mark = tab.locator(".mark").first
+    mark.get_by_label("Erase").click()
+    stroke(tab, (50, 45), (50, 60))
+    assert shown_share(tab) < found
+    mark.get_by_label("Undo").click()
+    assert shown_share(tab) == found
 
 
 def test_an_example_takes_two_clicks(tab):
@@ -202,7 +213,7 @@ def test_an_example_takes_two_clicks(tab):
     assert any(b'"star"' in content for content in downloaded(tab).values())
 
 
-def told(tab):
+def error_shown(tab):
     """Return the error that the page shows, and take it away."""
     toast = tab.locator(".toast-body")
     toast.first.wait_for()
@@ -214,17 +225,16 @@ def told(tab):
 
 def test_mistakes_are_one_line_on_the_page(tab, tmp_path):
     segment(tab)
-    assert "no photo shows the object yet" in told(tab)
+    assert "no photo shows the object yet" in error_shown(tab)
     attack = tmp_path / "<img src=x onerror=alert(1)>.png"
     attack.write_bytes(b"no image")
     give(tab, 1, str(attack))
-    message = told(tab)
+    message = error_shown(tab)
     assert "not an image; replace the file" in message
     assert "Traceback" not in message
-    give(tab, 0, picture(tmp_path, "marked.png", 20))
-    tab.wait_for_selector("#board canvas")
+    show(tab, tmp_path)
     segment(tab)
-    assert "marked.png: nothing is marked in this photo" in told(tab)
+    assert "marked.png: nothing is marked in this photo" in error_shown(tab)
 
 
 def test_names_of_files_do_no_harm_on_the_page(tab, tmp_path):
@@ -240,17 +250,21 @@ def stored(client, file):
     return {"path": answer.json()[0], "meta": {"_type": "gradio.FileData"}}
 
 
-def called(client, *data):
+def called(client, file, mask):
     """Segment without a page; return how that ended and what came back."""
+    editor = {"background": None, "layers": [mask], "composite": None}
+    data = [[file], [file], "", False, editor, *[None] * 4]
     event = client.post("/gradio_api/call/segment", json={"data": data}).json()
     stream = client.get(f"/gradio_api/call/segment/{event['event_id']}").text
     return re.findall(r"^event: (\w+)\ndata: (.*)$", stream, re.MULTILINE)[-1]
 
 
-def marked(file, left):
+def painted(folder, left):
+    """Writes a layer of the editor in which the red square is painted over."""
     mask = np.zeros((120, 160, 4), np.uint8)
     mask[30:90, left : left + 60] = 255
-    return json.dumps([{"key": file["path"], "mask": data_url(mask, "png")}])
+    Image.fromarray(mask).save(folder / "layer.png")
+    return folder / "layer.png"
 
 
 def test_fifty_requests_at_once(address, tmp_path):
@@ -264,7 +278,8 @@ def test_fifty_requests_at_once(address, tmp_path):
         with httpx.Client(base_url=address, timeout=300, trust_env=False) as client:
             file = stored(client, photo)
             ready.wait(60)
-            end, data = called(client, [file], marked(file, 2 * number), [file], "", 0)
+            mask = stored(client, painted(folder, 2 * number))
+            end, data = called(client, file, mask)
             assert end == "complete", data
             archive = client.get(json.loads(data)[1]["url"]).content
         with zipfile.ZipFile(io.BytesIO(archive)) as files:
@@ -287,7 +302,7 @@ def test_other_files_of_the_machine_are_out_of_reach(address, tmp_path):
             answer = client.get(f"/gradio_api/file={path}")
             assert answer.status_code in (403, 404), path
         file = {"path": secret, "meta": {"_type": "gradio.FileData"}}
-        end, data = called(client, [file], marked(file, 20), [file], "", False)
+        end, data = called(client, file, stored(client, painted(tmp_path, 20)))
         assert end == "error", data
 
 

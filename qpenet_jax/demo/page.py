@@ -1,59 +1,50 @@
 """The page of `qpenet demo`: Gradio's components, and which calls they make."""
 
-import contextlib
 import functools
 import html
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import IMAGE_SUFFIXES
-from qpenet_jax.demo.examples import CHOSEN
-from qpenet_jax.demo.marks import MOST_SUPPORTS
-from qpenet_jax.demo.segmenting import LONGEST_LABEL, MOST_INTERMEDIATES, Calls
+from qpenet_jax.demo.photos import MOST_SUPPORTS, OPACITY
+from qpenet_jax.demo.segmenting import (
+    CHOSEN,
+    LONGEST_LABEL,
+    MOST_INTERMEDIATES,
+    Calls,
+)
+from qpenet_jax.evaluation.pictures import SUPPORT
 
 
-class RunningCalls:
-    """Counts calls, lets those that take long stop early, and waits for the last."""
+class Closing:
+    """Ends the call that segments before its files go."""
 
     def __init__(self):
-        self._changed = threading.Condition()
-        self._calls, self._closed = 0, False
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """Counts what is done meanwhile; raises InputError after `close`."""
-        with self._changed:
-            self._refuse_if_closed()
-            self._calls += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._calls -= 1
-                self._changed.notify_all()
+        self._closed, self.segmenting = threading.Event(), threading.Lock()
 
     def while_open(self, steps: Iterable[int]) -> Iterator[int]:
         """Yields steps of a call; raises InputError before the next one once closed."""
         for step in steps:
-            self._refuse_if_closed()
+            if self._closed.is_set():
+                raise InputError("the page has been closed")
             yield step
 
     def close(self) -> None:
-        """Lets no call begin, and wait until those that have begun are through."""
-        self._closed = True
-        with self._changed:
-            self._changed.wait_for(lambda: not self._calls)
-
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise InputError("the page has been closed")
+        """Lets the call end after its next step, and waits until it has."""
+        self._closed.set()
+        self.segmenting.acquire()
 
 
 LOOKED, KEPT = 600, 6 * 3600
 """Seconds between two searches for old photos and results, and how old those are."""
+
+HOW_TO_MARK = (
+    "Paint over the whole object. Or put a dot on it, or a line across it, and press "
+    "*Find its edges*: they are found by colour, roughly."
+)
 
 PROBABILITIES = (
     "How sure it is of each place: dark is 0, orange 3/4, white 1. From 1/2 on a place "
@@ -71,29 +62,16 @@ NOT_INSIDE = (
 )
 
 
-class InputParts(NamedTuple):
-    """What a visitor sets."""
+class Editors(NamedTuple):
+    """For each photo to mark an editor, what holds it, and what finds edges."""
 
-    files: Any
-    board: Any
-    queries: Any
-    label: Any
-    refine: Any
+    columns: list[Any]
+    editors: list[Any]
+    buttons: list[Any]
 
 
-class ResultParts(NamedTuple):
-    """What a visitor gets; the first holds all others."""
-
-    column: Any
-    download: Any
-    masks: Any
-    probabilities: Any
-    inside: Any
-    marked: Any
-
-
-def build(gr: Any, calls: Calls, work: RunningCalls) -> Any:
-    """Returns the page, a `Blocks` of Gradio (`gr`); `work` counts its calls."""
+def build(gr: Any, calls: Calls, work: Closing) -> Any:
+    """Returns the page, a `Blocks` of Gradio (`gr`); `work` can end a call."""
     with gr.Blocks(
         title="qpenet demo", analytics_enabled=False, delete_cache=(LOOKED, KEPT)
     ) as page:
@@ -107,7 +85,8 @@ def build(gr: Any, calls: Calls, work: RunningCalls) -> Any:
             with gr.Column(min_width=320):
                 gr.Markdown("## 1. Mark the object")
                 files = _files(gr, f"One to {MOST_SUPPORTS} photos that show it")
-                board = _board(gr)
+                gr.Markdown(HOW_TO_MARK)
+                editors = _editors(gr)
             with gr.Column(min_width=320):
                 gr.Markdown("## 2. Where to look for it")
                 queries = _files(gr, "Photos to segment")
@@ -119,85 +98,109 @@ def build(gr: Any, calls: Calls, work: RunningCalls) -> Any:
                 )
                 refine = gr.Checkbox(label="Draw masks to the edges of the photo")
                 start = gr.Button("Segment", variant="primary")
-        inputs = InputParts(files, board, queries, label, refine)
-        with_errors = _with_errors(gr, work)
-        _connect_photos(with_errors, calls, inputs, preview, examples)
-        segment = with_errors(_segment(gr, calls, work))
+        _connect_photos(gr, calls, examples, editors, (files, queries, preview, label))
         start.click(
-            segment,
-            list(inputs),
-            list(_results(gr, calls.trained)),
+            _with_errors(gr, _segment(gr, calls, work)),
+            [files, queries, label, refine, *editors.editors],
+            _results(gr, calls.trained),
             api_name="segment",
             concurrency_limit=1,  # one computes at a time, the others wait in a queue
         )
     return page
 
 
-def _results(gr: Any, trained: bool) -> ResultParts:
+def _results(gr: Any, trained: bool) -> list[Any]:
+    """Returns a column, which is shown once there are results, and what is in it."""
+    notes = {
+        "Masks": "",
+        "Probability": PROBABILITIES,
+        "Intermediates": INSIDE if trained else NOT_INSIDE,
+        "Marked": "",
+    }
     with gr.Column(visible=False) as column:
         gr.Markdown("## 3. What was found")
         download = gr.DownloadButton(
             "Download all as a zip: PNG, COCO, labelme, probabilities"
         )
-        with gr.Tab("Masks"):
-            masks = _gallery(gr, "masks")
-        with gr.Tab("Probability"):
-            gr.Markdown(PROBABILITIES)
-            probabilities = _gallery(gr, "probabilities")
-        with gr.Tab("Intermediates"):
-            gr.Markdown(INSIDE if trained else NOT_INSIDE)
-            inside = _gallery(gr, "inside", columns=4)
-        with gr.Tab("Marked"):
-            marked = _gallery(gr, "marked")
-    return ResultParts(column, download, masks, probabilities, inside, marked)
+        galleries = []
+        for name, note in notes.items():
+            with gr.Tab(name):
+                gr.Markdown(note, visible=bool(note))
+                columns = 4 if name == "Intermediates" else 2
+                galleries.append(_gallery(gr, name.lower(), columns))
+    return [column, download, *galleries]
 
 
 def _connect_photos(
-    with_errors, calls: Calls, inputs: InputParts, preview, examples
+    gr: Any,
+    calls: Calls,
+    examples: Mapping[str, Any],
+    editors: Editors,
+    inputs: tuple[Any, Any, Any, Any],
 ) -> None:
-    """Lets photos and strokes show, whenever one comes or goes."""
-    files, board, queries, label, _ = inputs
-    inner = {"api_visibility": "private"}
+    """Lets photos and marks show, whenever one comes or goes."""
+    files, queries, preview, label = inputs
+    inner, shown = {"api_visibility": "private"}, gr.State([])
+    marked = [shown, *editors.columns, *editors.editors]
+
+    def show(paths, before, *values):
+        return _in_editors(gr, paths, calls.show_marks(paths, before, *values))
+
+    def show_example(name):
+        paths, values, *others = calls.show_example(name)
+        return *_in_editors(gr, paths, values), paths, *others
+
     for event in (files.upload, files.delete, files.clear):
-        event(with_errors(calls.show_marks), [files, board], board, **inner)
-    board.select(with_errors(calls.find_object), [files, board], board, **inner)
+        given = [files, shown, *editors.editors]
+        event(_with_errors(gr, show), given, marked, **inner)
+    for number, (_, editor, button) in enumerate(zip(*editors, strict=True)):
+        find = _with_errors(gr, functools.partial(calls.find_object, number))
+        button.click(find, [files, editor], editor, **inner)
     for event in (queries.upload, queries.delete, queries.clear):
-        event(with_errors(calls.show_queries), queries, preview, **inner)
+        event(_with_errors(gr, calls.show_queries), queries, preview, **inner)
+    filled = [*marked, files, queries, preview, label]
     for name, button in examples.items():
-        show = with_errors(functools.partial(calls.show_example, name))
-        button.click(show, None, [files, board, queries, preview, label], **inner)
+        act = _with_errors(gr, functools.partial(show_example, name))
+        button.click(act, None, filled, **inner)
 
 
-def _segment(gr: Any, calls: Calls, work: RunningCalls) -> Callable[..., Any]:
+def _in_editors(gr: Any, files: Sequence[str] | None, values: Sequence[Any]) -> list:
+    """Returns the files, columns that show as many editors, and the editors' values."""
+    columns = [gr.Column(visible=n < len(values)) for n in range(MOST_SUPPORTS)]
+    editors = [
+        gr.ImageEditor(value=value, label=Path(file).name)
+        for file, value in zip(files or (), values, strict=True)
+    ]
+    return [files or [], *columns, *editors, *[None] * (MOST_SUPPORTS - len(values))]
+
+
+def _segment(gr: Any, calls: Calls, work: Closing) -> Callable[..., Any]:
     """Returns `calls.segment` with a bar that shows how far it is."""
     bar = gr.Progress()  # Gradio finds it as a default value
 
-    def segment(files, text, queries, label, refine, progress=bar):
+    def segment(files, queries, label, refine, progress=bar, *values):
         def counted(steps):
             photos = progress.tqdm(steps, desc="segmenting", unit="photos")
             return work.while_open(photos)
 
-        found = calls.segment(files, text, queries, label, refine, counted)
+        with work.segmenting:
+            found = calls.segment(files, values, queries, label, refine, counted)
         return gr.Column(visible=True), *found
 
     return segment
 
 
-def _with_errors(gr: Any, work: RunningCalls) -> Callable[[Callable], Callable]:
-    """Returns a decorator that lets the page show an `InputError` as its one line."""
+def _with_errors(gr: Any, function: Callable) -> Callable:
+    """Returns a function of which the page shows an `InputError` as its one line."""
 
-    def decorate(function):
-        def called(*given):
-            try:
-                with work.call():
-                    return function(*given)
-            except InputError as error:
-                message = html.escape(str(error))  # a file's name may hold tags
-                raise gr.Error(message, print_exception=False) from None
+    def called(*given):
+        try:
+            return function(*given)
+        except InputError as error:
+            message = html.escape(str(error))  # a file's name may hold tags
+            raise gr.Error(message, print_exception=False) from None
 
-        return functools.update_wrapper(called, function)
-
-    return decorate
+    return functools.update_wrapper(called, function)
 
 
 def introduction(about: Mapping[str, Any]) -> str:
@@ -220,16 +223,29 @@ def _files(gr: Any, label: str) -> Any:
     return gr.File(label=label, file_count="multiple", file_types=kinds, height=130)
 
 
-def _board(gr: Any) -> Any:
-    """Returns what photos are marked on; demo/marks.py describes its value."""
-    return gr.HTML(
-        "[]",
-        html_template=_read("brush.html"),
-        css_template=_read("brush.css"),
-        js_on_load=_read("brush.js"),
-        apply_default_css=False,
-        elem_id="board",
-    )
+def _editors(gr: Any) -> Editors:
+    """Returns what photos are marked on; demo/photos.py describes an editor's value."""
+    made = Editors([], [], [])
+    for _ in range(MOST_SUPPORTS):
+        with gr.Column(visible=False) as column:
+            editor = gr.ImageEditor(
+                type="numpy",
+                image_mode="RGBA",
+                format="png",
+                sources=(),
+                transforms=(),
+                layers=False,
+                brush=gr.Brush(
+                    16, colors=[(f"rgb{SUPPORT}", OPACITY)], color_mode="fixed"
+                ),
+                eraser=gr.Eraser(16),
+                height=300,
+                elem_classes="mark",
+            )
+            button = gr.Button("Find its edges", size="sm")
+        for parts, part in zip(made, (column, editor, button), strict=True):
+            parts.append(part)
+    return made
 
 
 def _gallery(gr: Any, name: str, columns: int = 2) -> Any:
@@ -238,13 +254,9 @@ def _gallery(gr: Any, name: str, columns: int = 2) -> Any:
         elem_id=name,
         columns=columns,
         format="jpeg",
-        height="auto",
+        height="max-content",  # with "auto", the lower rows are cut off
         object_fit="contain",
         interactive=False,
         show_label=False,
         buttons=["fullscreen"],
     )
-
-
-def _read(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")

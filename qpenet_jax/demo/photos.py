@@ -1,24 +1,23 @@
-"""Photos as `qpenet predict` reads them, and pictures as the page shows them."""
+"""Photos of the page: as `qpenet predict` reads them, shown small, marked in editors.
 
-import base64
-import io
-from collections.abc import Sequence
+A value of `gr.ImageEditor` is a dict: a `background`, `layers` that are opaque where
+something is painted, and their `composite`. The background is a small picture of the
+photo: the photo itself is read from its file.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
+from jaxtyping import Bool, UInt8
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import image_size, read_image
-from qpenet_jax.masks.writers import COCO, SUMMARY
-
-RGB = UInt8[np.ndarray, "h w 3"]
-
-QUALITY = 90
-"""Of JPEG: the notes in tiles are small."""
+from qpenet_jax.data.transforms import nearest
+from qpenet_jax.demo.grabcut import object_around
+from qpenet_jax.evaluation.pictures import RGB, SUPPORT
 
 
 class Picture(NamedTuple):
@@ -36,14 +35,6 @@ def shrunk(picture: RGB, side: int) -> RGB:
         return picture
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-
-
-def data_url(pixels: UInt8[np.ndarray, "h w c"], kind: str = "jpeg") -> str:
-    """Returns a picture, png or jpeg, as an address that holds it."""
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, kind, quality=QUALITY)
-    text = base64.b64encode(content.getvalue()).decode("ascii")
-    return f"data:image/{kind};base64,{text}"
 
 
 MOST_PIXELS = 50_000_000
@@ -65,24 +56,94 @@ def read_photo(path: Path) -> RGB:
     return read_image(path, path.name)
 
 
-def result_names(files: Sequence[Path]) -> list[Path]:
-    """Returns what the results of files are called: their names, different ones.
+Marked = Bool[np.ndarray, "h w"]
+EditorValue = Mapping[str, Any] | None
 
-    Telephones call all photos alike; a number is put behind the name then. No result
-    is called as the files about all photos.
+MOST_SUPPORTS = 5
+
+CANVAS = 640
+"""The longest side of a picture that is painted on; on a page it is hardly larger."""
+
+OPACITY = 0.7
+"""Of marks, so that the photo is seen below; from half of it on a pixel is marked, as
+the edge of a stroke is blurred."""
+
+
+class SupportPhoto(NamedTuple):
+    """A photo with the object marked in it: 1 the object, 0 the rest."""
+
+    name: str
+    pixels: RGB
+    mask: UInt8[np.ndarray, "h w"]
+
+
+def editor_value(file: Path, mask: Marked | None = None) -> dict[str, Any]:
+    """Returns what the editor shows for a photo, with what is marked already.
+
+    Raises:
+        InputError: a file that `read_photo` refuses.
     """
-    taken = {about.stem for about in (SUMMARY, *COCO.values())}
-    names = []
-    for file in files:
-        name, number = file.stem, 1
-        while taken & _like(name):
-            number += 1
-            name = f"{file.stem}_{number}"
-        taken |= _like(name)
-        names.append(Path(name))
-    return names
+    picture = shrunk(read_photo(file), CANVAS)
+    layers = []
+    if mask is not None:
+        height, width = picture.shape[:2]
+        painted = nearest(mask.astype(np.uint8), width, height)
+        layers = [
+            painted[..., None] * np.array((*SUPPORT, round(255 * OPACITY)), np.uint8)
+        ]
+    return {"background": picture, "layers": layers, "composite": None}
 
 
-def _like(name: str) -> set[str]:
-    """Returns the names of a photo's results, as systems that ignore case see them."""
-    return {f"{name}{ending}".casefold() for ending in ("", "_probability", "_overlay")}
+def read_marks(value: EditorValue) -> Marked | None:
+    """Returns what is painted in an editor, or None where nothing is."""
+    layers = value["layers"] if value else []
+    mask = np.any([layer[..., 3] >= 127.5 * OPACITY for layer in layers], axis=0)
+    return mask if mask.any() else None
+
+
+def supports_of(
+    files: Sequence[Path], values: Sequence[EditorValue]
+) -> list[SupportPhoto]:
+    """Returns photos and what is marked in them, at the photos' own sizes.
+
+    Raises:
+        InputError: no photo, too many, or one without a mark.
+    """
+    if not files:
+        raise InputError("no photo shows the object yet: add one, and mark it there")
+    check_number(files)
+    supports = []
+    for file, value in zip(files, values, strict=False):
+        pixels, mask = read_photo(file), read_marks(value)
+        if mask is None:
+            raise InputError(
+                f"{file.name}: nothing is marked in this photo; paint over the "
+                "object, or take the photo away"
+            )
+        height, width = pixels.shape[:2]
+        whole = nearest(mask.astype(np.uint8), width, height)
+        supports.append(SupportPhoto(file.name, pixels, whole))
+    return supports
+
+
+def check_number(files: Sequence[Path]) -> None:
+    """Raises InputError for more than `MOST_SUPPORTS` photos to mark."""
+    if len(files) > MOST_SUPPORTS:
+        raise InputError(
+            f"{len(files)} photos to mark: give {MOST_SUPPORTS} at most, and the "
+            "others as photos to segment"
+        )
+
+
+def add_object(file: Path, value: EditorValue) -> dict[str, Any]:
+    """Returns `editor_value` with the object marked of which some pixels are painted.
+
+    Raises:
+        InputError: a file that `read_photo` refuses.
+    """
+    mask = read_marks(value)
+    if mask is not None:
+        picture = shrunk(read_photo(file), CANVAS)
+        touched = nearest(mask.astype(np.uint8), *picture.shape[1::-1]) == 1
+        mask = object_around(picture, touched)
+    return editor_value(file, mask)

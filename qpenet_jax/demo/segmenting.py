@@ -5,6 +5,7 @@ that visitors can't get in each other's way. Files are those that the server sto
 """
 
 import dataclasses
+import itertools
 import secrets
 import shutil
 import tempfile
@@ -14,35 +15,43 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import PIL.Image
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.demo.examples import write_example
+from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.demo.intermediates import intermediate_pictures
-from qpenet_jax.demo.marks import (
+from qpenet_jax.demo.photos import (
+    EditorValue,
+    Picture,
     SupportPhoto,
     add_object,
-    canvases,
+    check_number,
+    editor_value,
     read_marks,
+    read_photo,
+    shrunk,
     supports_of,
 )
-from qpenet_jax.demo.photos import (
+from qpenet_jax.evaluation.pictures import (
+    PREDICTION,
     RGB,
-    Picture,
-    read_photo,
-    result_names,
-    shrunk,
+    SUPPORT,
+    class_overlay,
+    overlay,
 )
-from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, class_overlay, overlay
 from qpenet_jax.masks.annotations import UNNAMED
 from qpenet_jax.masks.queries import Frame, Query
 from qpenet_jax.masks.tasks import Segmentation
-from qpenet_jax.masks.writers import MaskWriter
+from qpenet_jax.masks.writers import COCO, SUMMARY, MaskWriter
 from qpenet_jax.paper.sheets import DARK, heat
 from qpenet_jax.segmenter import Segmenter
 
 MOST_QUERIES = 50
 
 LONGEST_LABEL = 60
+
+ENDINGS = ("", "_probability", "_overlay")
+"""What stands behind the name of a photo in those of its results."""
 
 FORMATS = ("png", "coco", "coco_polygons", "labelme")
 
@@ -60,10 +69,10 @@ class Answer(NamedTuple):
     `intermediate_pictures` returns for the first queries, each below its file's name.
     """
 
-    marked: list[Picture]
     masks: list[Picture]
     probabilities: list[Picture]
     inside: list[Picture]
+    marked: list[Picture]
 
 
 def answer(
@@ -97,7 +106,7 @@ def answer(
     tasks = segmenter.learn_classes(
         {name: ([s.pixels for s in supports], [s.mask for s in supports])}
     )
-    shown = Answer([_marked(support) for support in supports], [], [], [])
+    shown = Answer([], [], [], [_marked(support) for support in supports])
     names = result_names(files)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -120,6 +129,24 @@ def answer(
         results.finish()
         shutil.make_archive(str(archive.with_suffix("")), "zip", out)
     return shown
+
+
+def result_names(files: Sequence[Path]) -> list[Path]:
+    """Returns what the results of files are called: their names, different ones.
+
+    Telephones call all photos alike; a number is put behind the name then. No result
+    is called as the files about all photos, also where a system ignores case.
+    """
+    taken, names = {about.stem for about in (SUMMARY, *COCO.values())}, []
+    for file in files:
+        numbered = (f"{file.stem}_{number}" for number in itertools.count(2))
+        for name in itertools.chain([file.stem], numbered):
+            results = {f"{name}{end}".casefold() for end in ENDINGS}
+            if not taken & results:
+                break
+        taken |= results
+        names.append(Path(name))
+    return names
 
 
 def checked_label(label: str) -> str:
@@ -162,6 +189,40 @@ def _percent(where) -> str:
     )
 
 
+CHOSEN = ("hexagon", "disc", "star")
+"""Of the shapes that the first images show often enough, those that features of
+EfficientNet-Lite0 find best without training; most others they find worse."""
+
+EXAMPLE_SIDE, EXAMPLE_IMAGES = 321, 60
+
+EXAMPLE_SUPPORTS, EXAMPLE_QUERIES = 3, 4
+
+LEAST = 0.05
+"""Share of its picture that a shape covers."""
+
+
+def write_example(
+    name: str, folder: Path
+) -> tuple[list[Path], list[dict[str, Any]], list[Path]]:
+    """Writes an example's pictures of shapes into a folder, drawn on the spot.
+
+    Returns pictures in which the shape `name`, one of `CHOSEN`, is to be marked, their
+    editors' values with it marked, and pictures to segment: the first in which it is
+    large enough, none is left out.
+    """
+    source, least = Shapes("val", EXAMPLE_IMAGES, EXAMPLE_SIDE), LEAST * EXAMPLE_SIDE**2
+    class_id = source.classes.index(name) + 1
+    masks = {i: source.label(i) == class_id for i in range(EXAMPLE_IMAGES)}
+    shown = [i for i, mask in masks.items() if mask.sum() >= least]
+    files = []
+    for i in shown[: EXAMPLE_SUPPORTS + EXAMPLE_QUERIES]:
+        files.append(folder / f"{source.names[i]}.png")
+        PIL.Image.fromarray(source.image(i)).save(files[-1])
+    supports, queries = files[:EXAMPLE_SUPPORTS], files[EXAMPLE_SUPPORTS:]
+    values = list(map(editor_value, supports, (masks[i] for i in shown)))
+    return supports, values, queries
+
+
 THUMBNAIL = 320
 
 Files = Sequence[str] | None
@@ -183,13 +244,22 @@ class Calls:
         """Whether there is a network with parts to look into."""
         return self.about["method"] != "prototype"
 
-    def show_marks(self, files: Files, text: str | None) -> str:
-        """Returns the value of the board for these files; strokes of others go."""
-        return canvases(_paths(files), read_marks(text))
+    def show_marks(
+        self, files: Files, before: Files, *values: EditorValue
+    ) -> list[dict[str, Any]]:
+        """Returns the editors' values for these files; marks stay with their file.
 
-    def find_object(self, files: Files, text: str | None) -> str:
-        """Returns the value of the board with the clicked object marked."""
-        return add_object(_paths(files), text)
+        `before` are the files that the editors showed, and `values` theirs.
+        """
+        check_number(_paths(files))
+        known = dict(zip(before or (), map(read_marks, values), strict=False))
+        return [editor_value(file, known.get(str(file))) for file in _paths(files)]
+
+    def find_object(
+        self, number: int, files: Files, value: EditorValue
+    ) -> dict[str, Any]:
+        """Returns an editor's value with the painted object marked up to its edges."""
+        return add_object(_paths(files)[number], value)
 
     def show_queries(self, files: Files) -> list[Picture]:
         """Returns small pictures of photos to segment."""
@@ -200,18 +270,16 @@ class Calls:
 
     def show_example(
         self, name: str
-    ) -> tuple[list[str], str, list[str], list[Picture], str]:
-        """Returns supports, board, queries, their small pictures and the label."""
-        made = write_example(name, self._new_folder())
-        marks = dict(zip(map(str, made.supports), made.masks, strict=True))
-        files, queries = (list(map(str, x)) for x in (made.supports, made.queries))
-        text = canvases(made.supports, marks)
-        return files, text, queries, self.show_queries(queries), name
+    ) -> tuple[list[str], list[dict[str, Any]], list[str], list[Picture], str]:
+        """Returns supports, editors, queries, their small pictures and the label."""
+        supports, values, queries = write_example(name, self._new_folder())
+        files, others = (list(map(str, paths)) for paths in (supports, queries))
+        return files, values, others, self.show_queries(others), name
 
     def segment(
         self,
         files: Files,
-        text: str | None,
+        values: Sequence[EditorValue],
         queries: Files,
         label: str,
         refine: bool,
@@ -221,7 +289,7 @@ class Calls:
         archive = self._new_folder() / "masks.zip"
         shown = answer(
             self.segmenter,
-            supports_of(_paths(files), text),
+            supports_of(_paths(files), values),
             _paths(queries),
             archive,
             about=self.about,
@@ -230,13 +298,7 @@ class Calls:
             look=self.trained,
             bar=bar,
         )
-        return (
-            str(archive),
-            shown.masks,
-            shown.probabilities,
-            shown.inside,
-            shown.marked,
-        )
+        return str(archive), *shown
 
     def _new_folder(self) -> Path:
         """Returns a folder whose name nobody can guess."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.demo.page import RunningCalls, build
+from qpenet_jax.demo.page import Closing, build
 from qpenet_jax.demo.segmenting import Calls
 from qpenet_jax.segmenter import Segmenter
 
@@ -60,7 +60,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="qpenet_demo_") as folder:
         os.environ.update(QUIET, GRADIO_TEMP_DIR=folder)  # read by the import
         gradio: Any = importlib.import_module("gradio")
-        work = RunningCalls()
+        work = Closing()
         page = build(gradio, Calls(segmenter, about, Path(folder)), work)
         try:
             page.launch(
