@@ -140,8 +140,9 @@ def show(tab, folder):
 def shown_share(tab):
     """Returns the share of marked pixels by the caption of the result."""
     segment(tab)
-    tab.wait_for_selector("#masks img", timeout=120_000)
+    tab.wait_for_selector("#masks img", state="attached", timeout=120_000)
     tab.get_by_role("tab", name="Marked").click()
+    tab.wait_for_timeout(4000)  # an earlier result may be there for a while
     caption = tab.locator("#marked").inner_text()
     return float(re.search(r"([\d.]+) % of the photo", caption)[1])
 

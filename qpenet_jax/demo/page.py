@@ -165,10 +165,17 @@ def _connect_photos(
 
 
 def _in_editors(gr: Any, files: Sequence[str] | None, values: Sequence[Any]) -> list:
-    """Returns the files, columns that show as many editors, and the editors' values."""
+    """Returns the files, columns that show as many editors, and the editors' values.
+
+    An editor's canvas has the size of its picture: else Gradio draws marks elsewhere.
+    """
     columns = [gr.Column(visible=n < len(values)) for n in range(MOST_SUPPORTS)]
     editors = [
-        gr.ImageEditor(value=value, label=Path(file).name)
+        gr.ImageEditor(
+            value=value,
+            label=Path(file).name,
+            canvas_size=value["background"].shape[1::-1],
+        )
         for file, value in zip(files or (), values, strict=True)
     ]
     return [files or [], *columns, *editors, *[None] * (MOST_SUPPORTS - len(values))]
