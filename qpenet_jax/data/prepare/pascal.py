@@ -85,13 +85,7 @@ def prepare_pascal(
             gives another number of images than the field's; an id of the file that is
             in VOC's val or has no image or mask; a label that can't be used.
     """
-    rule = POOLS.get(pool) if isinstance(pool, str) else None
-    if not rule and not Path(pool).is_file():
-        raise InputError(
-            f"pool {str(pool)!r}: choose {' or '.join(POOLS)} or give a file of ids"
-        )
-    if sbd is None and masks is None:
-        raise InputError("give SBD's benchmark.tgz or a folder or archive of masks")
+    rule = _rule(pool)
     given = {"voc": voc, "sbd": sbd, "masks": masks}
     paths = {what: path for what, path in given.items() if path is not None}
     with ExitStack() as stack:
@@ -107,8 +101,7 @@ def prepare_pascal(
 
         def example(name: str) -> LabelledImage:
             image, mask = images[name], labels[name]
-            label = _read_mask(mask)
-            return LabelledImage(image.read(), label, str(image), str(mask))
+            return LabelledImage(image.read(), _read_mask(mask), str(image), str(mask))
 
         train_sha256 = hashlib.sha256("\n".join(splits["train"]).encode()).hexdigest()
         source = Source(
@@ -127,6 +120,16 @@ def prepare_pascal(
             },
         )
         return prepare(source, Path(out))
+
+
+def _rule(pool: str | Path) -> str | None:
+    """Returns what a rule for training images says, None for a file of ids."""
+    rule = POOLS.get(pool) if isinstance(pool, str) else None
+    if not rule and not Path(pool).is_file():
+        raise InputError(
+            f"pool {str(pool)!r}: choose {' or '.join(POOLS)} or give a file of ids"
+        )
+    return rule
 
 
 def _splits(
@@ -180,6 +183,8 @@ def _other_masks(
     That are the images of SBD's two lists, or those of all given masks.
     """
     masks, listed = {}, set()
+    if len(archives) == 1:
+        raise InputError("give SBD's benchmark.tgz or a folder or archive of masks")
     if "sbd" in archives:
         sbd = archives["sbd"]
         root = _root(sbd, SBD_LIST, "SBD") + "dataset/"
