@@ -22,7 +22,7 @@ from qpenet_jax.evaluation.protocols import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("jax", "flax", "orbax", "grain", "optax", "scipy", "cv2")
-HEAVY += ("tensorflow_datasets", "matplotlib", "numpy")
+HEAVY += ("tensorflow_datasets", "matplotlib", "numpy", "torch")
 
 IMPORTED = """
 import contextlib, io, sys
@@ -214,16 +214,13 @@ def test_an_episode_list_never_replaces_its_config_or_an_image(
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_a_message_is_one_line_of_a_length_that_can_be_read():
+def test_messages_and_warnings_are_one_line_that_can_be_read():
     """A file's own values may be in it."""
     assert str(InputError("a\nb: it is wrong")) == "a b: it is wrong"
     text = str(InputError(f"a.json: the field {'x' * 9999} is unknown; mend it"))
     assert len(text) < 700
     assert text.startswith("a.json: the field xxx")
     assert text.endswith("xxx is unknown; mend it")
-
-
-def test_pillows_warnings_are_one_line():
     shown = format_warning("Corrupt EXIF data", UserWarning, Image.__file__, 10)
     assert shown == "warning: an image: Corrupt EXIF data\n"
     other = format_warning("Odd", UserWarning, "/a/b.py", 10, "x")

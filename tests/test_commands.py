@@ -1,7 +1,6 @@
 """Commands on a finished run: evaluate, episodes, compare, figures, predict."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -168,11 +167,3 @@ def test_a_pixel_and_a_photograph_are_segmented_in_bounded_memory(finished, phot
     assert int(result.stdout.split()[-1]) < 2 * 2**30
     assert pixels_of(photos / "out" / "dot.png").shape == (1, 1)
     assert pixels_of(photos / "out" / "large.png").shape == (6000, 8000)
-
-
-def test_the_environment_needs_no_torch():
-    code = "import sys, qpenet_jax, qpenet_jax.cli; print('torch' in sys.modules)"
-    run = [sys.executable, "-c", code]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    out = subprocess.run(run, capture_output=True, text=True, env=environment)
-    assert out.stdout.strip() == "False", out.stderr

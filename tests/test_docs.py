@@ -53,12 +53,3 @@ def test_commands_in_the_documents_are_taken(page):
         config = getattr(args, "config", None)
         if config and str(config).startswith(("configs/", "docs/")):
             assert (ROOT / config).is_file(), f"{' '.join(words)}: no {config}"
-
-
-def test_a_command_is_found_whole(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "```sh\npip install x && qpenet predict \\\n  --out 'a b'  # why\n```\n"
-        "```python\nqpenet = 1\n```\n"
-    )
-    assert list(commands(page)) == [["predict", "--out", "a b"]]

@@ -125,7 +125,7 @@ def test_colours_of_the_evolution():
     assert pixel(a_aux, 100, 80) == (int(200 * DARK),) * 3
 
 
-def test_a_picture_keeps_its_shape_on_white():
+def test_shapes_tints_and_notes_of_pictures():
     wide = np.asarray(pictures.tile(np.zeros((30, 60, 3), np.uint8)))
     assert wide.shape == (TILE, TILE, 3)
     assert (wide[: TILE // 2] == 0).all()
@@ -134,6 +134,27 @@ def test_a_picture_keeps_its_shape_on_white():
     assert (tall[:, TILE // 4 : -TILE // 4] == 0).all()
     assert (tall[:, : TILE // 4] == 255).all()
     assert (tall[:, -TILE // 4 :] == 255).all()
+    # The tint doesn't depend on the picture's colours.
+    mask = np.ones((20, 20), np.uint8)
+    for grey in (0, 90, 255):
+        picture = pictures.overlay(np.full((20, 20, 3), grey, np.uint8), mask, SUPPORT)
+        assert tuple(picture[10, 10]) == tint(SUPPORT, grey)
+    red = np.zeros((20, 20, 3), np.uint8)
+    red[..., 0] = 255
+    *_, blue = pictures.overlay(red, mask, SUPPORT)[10, 10]
+    assert blue == tint(SUPPORT, 76)[2]  # 0.299 * 255
+    # Ignored pixels don't count in the IoU.
+    truth = np.array([[1, 1, 0, 255]], np.uint8)
+    assert pictures.iou_note(np.array([[1, 0, 1, 1]], np.uint8), truth) == "IoU 33"
+    assert pictures.iou_note(np.zeros((1, 4), np.uint8), truth * 0) == "IoU 0"
+    # A sheet needs a tile for every column; a title fits into it.
+    tiles = [pictures.tile(np.zeros((5, 5, 3), np.uint8))]
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        pictures.sheet(["a", "b"], [("row", tiles)], {})
+    page = pictures.sheet(["a very long name of a run, " * 2], [("", tiles)], {})
+    assert (page[: pictures.HEADER] != 255).any()
+    assert (page[: pictures.HEADER, :10] == 255).all()
+    assert (page[: pictures.HEADER, -2:] == 255).all()
 
 
 def test_colours_and_notes_of_the_background():
@@ -149,23 +170,6 @@ def test_colours_and_notes_of_the_background():
     share = round(100 * (1 - 84 * 168 / (112 * 224)))
     assert background_note(nothing, truth) == "IoU 0, lost 0 %"
     assert background_note(~nothing, truth) == f"IoU {share}, lost 100 %"
-
-
-def test_the_iou_of_a_tile_leaves_ignored_pixels_out():
-    truth = np.array([[1, 1, 0, 255]], np.uint8)
-    assert pictures.iou_note(np.array([[1, 0, 1, 1]], np.uint8), truth) == "IoU 33"
-    assert pictures.iou_note(np.zeros((1, 4), np.uint8), truth * 0) == "IoU 0"
-
-
-def test_tints_are_the_same_on_every_picture():
-    mask = np.ones((20, 20), np.uint8)
-    for grey in (0, 90, 255):
-        picture = pictures.overlay(np.full((20, 20, 3), grey, np.uint8), mask, SUPPORT)
-        assert tuple(picture[10, 10]) == tint(SUPPORT, grey)
-    red = np.zeros((20, 20, 3), np.uint8)
-    red[..., 0] = 255
-    *_, blue = pictures.overlay(red, mask, SUPPORT)[10, 10]
-    assert blue == tint(SUPPORT, 76)[2]  # 0.299 * 255
 
 
 def shown_episodes(**runs):
@@ -210,16 +214,6 @@ def test_runs_without_evolution_are_left_out_with_a_note():
     assert background.columns == ("support", "truth")
     for content in (evolution, background):
         assert pictures.sheet(*content).shape[1] > 500
-
-
-def test_sheets_need_a_tile_for_every_column_and_fit_titles_into_it():
-    tiles = [pictures.tile(np.zeros((5, 5, 3), np.uint8))]
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        pictures.sheet(["a", "b"], [("row", tiles)], {})
-    page = pictures.sheet(["a very long name of a run, " * 2], [("", tiles)], {})
-    assert (page[: pictures.HEADER] != 255).any()
-    assert (page[: pictures.HEADER, :10] == 255).all()
-    assert (page[: pictures.HEADER, -2:] == 255).all()
 
 
 # On runs with random parameters.
@@ -338,20 +332,18 @@ def test_choices_that_cannot_be_shown(runs, tmp_path, choice, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_that_cannot_be_shown(tmp_path):
+    for out, words in ((tmp_path / "out", "is no run"), (__file__, "is no folder")):
+        with pytest.raises(InputError, match=words):
+            figures.draw_figures([tmp_path], out)
+
+
 def test_random_episodes_follow_the_seed():
     protocol = build_protocol(shrunk(eval__episodes=1000))
     chosen = [figures.random_episodes(protocol, 6, seed) for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     assert len(set(chosen[0])) == 6
     assert chosen[0] == sorted(chosen[0])
-
-
-def test_folders_that_cannot_be_shown(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    for out, words in ((tmp_path / "out", "is no run"), (file, "is no folder")):
-        with pytest.raises(InputError, match=words):
-            figures.draw_figures([tmp_path], out)
 
 
 def pair_of(folder, **changes):

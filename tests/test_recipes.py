@@ -65,19 +65,13 @@ def test_the_releases_values():
     assert not released.model.normalize
 
 
-def test_the_default_is_the_stable_recipe():
+def test_the_default_given_values_and_an_unknown_recipe():
     assert load().recipe == "stable"
     assert load() == load("recipe=stable")
-
-
-def test_a_given_value_wins_over_the_recipe():
+    # A given value wins over the recipe.
     ours = load("recipe=released", "loss.pre=0.75", "optimizer.lr=0.001")
-    assert ours.loss.pre == 0.75
-    assert ours.loss.rev == 0.25
+    assert (ours.loss.pre, ours.loss.rev) == (0.75, 0.25)
     rate = Optimizer(**ours.optimizer).schedule(10)
     np.testing.assert_allclose(rate(0), 0.01 * 0.9**0.9)
-
-
-def test_an_unknown_recipe_is_refused():
     with pytest.raises(InputError, match=r"recipe='nope': choose .*paper.*released"):
         load("recipe=nope")

@@ -164,11 +164,11 @@ def evolution_tiles(
     main, aux = support_regions(scene, maps, resize)
     regions = overlay(overlay(scene.support, main, MAIN), aux, AUX)
     share = main.sum() / max(main.sum() + aux.sum(), 1)
-    heats = []
+    heats, (height, width) = [], scene.truth.shape
     for name, colour in (("A_main", MAIN), ("A_aux", AUX)):
         drawn = tile(np.full((TILE, TILE, 3), 255, np.uint8), "not in this variant")
         if name in maps:
-            values = unpad(maps[name], *scene.truth.shape, resize)
+            values = unpad(maps[name], height, width, resize)
             drawn = heat_tile(scene.query, values, colour)
         heats.append(drawn)
     predictions = []

@@ -4,7 +4,6 @@ First what finished runs measured, then the content of a table, as its JSON file
 it, then the Markdown page.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -112,11 +111,9 @@ def measured(
     Raises:
         InputError: found and others have no episode in common.
     """
-    estimate = functools.partial(metrics.estimate, pooled(found))
-    if others:
-        pools = pooled(found), pooled(others)
-        estimate = functools.partial(metrics.estimate_difference, *pools)
-    estimates = {name: estimate(ids) for name, ids in found[0].classes.items()}
+    pools = [pooled(part) for part in (found, others) if part]
+    estimate = metrics.estimate_difference if others else metrics.estimate
+    estimates = {name: estimate(*pools, ids) for name, ids in found[0].classes.items()}
     intervals = {name: of.miou for name, of in estimates.items()}
     intervals["FB-IoU"] = estimates["mIoU"].fb_iou
     measures = {}
