@@ -1,6 +1,5 @@
 """Decoded images: what is mapped is what is decoded, whole or made anew."""
 
-import os
 import pickle
 import shutil
 import time
@@ -63,6 +62,7 @@ def folder_of(dataset, root):
 
 
 def test_it_is_the_data_set(dataset, tmp_path):
+    """Also as workers get it: a small pickle that maps the file."""
     decoded = Decoded(dataset, tmp_path / "cache")
     assert isinstance(decoded, SegmentationDataset)
     assert len(decoded) == 20
@@ -76,42 +76,21 @@ def test_it_is_the_data_set(dataset, tmp_path):
     assert (folder_of(dataset, tmp_path) / PIXELS_FILE).stat().st_size == bytes_
     with pytest.raises(ValueError, match="read-only"):
         decoded.image(3)[0, 0] = 0
+    pickled = pickle.dumps(decoded)
+    assert len(pickled) < 10_000  # One image has more bytes.
+    assert equal(pickle.loads(pickled), dataset)
 
 
-def test_a_second_opening_decodes_a_sample_alone(dataset, tmp_path):
+def test_a_second_opening_decodes_nothing(dataset, tmp_path):
     Decoded(dataset, tmp_path / "cache")
     many = Shapes("train", 100, 32)
     Decoded(many, tmp_path / "cache")  # Beside the other.
-    sample = range(0, 100, 6)
-    assert equal(Decoded(Unreadable(many, sample), tmp_path / "cache"), many)
+    assert equal(Decoded(Unreadable(many), tmp_path / "cache"), many)
     assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
 
 
-def other_pixels(folder):
-    pixels = np.fromfile(folder / PIXELS_FILE, np.uint8)
-    (255 - pixels).tofile(folder / PIXELS_FILE)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: (folder / SIZES_FILE).unlink(),
-        lambda folder: os.truncate(folder / SIZES_FILE, 50),
-        lambda folder: os.truncate(folder / PIXELS_FILE, 100),
-        lambda folder: os.truncate(folder / PIXELS_FILE, 10_000_000),
-        other_pixels,
-    ],
-)
-def test_an_incomplete_file_or_other_pixels_are_made_anew(dataset, tmp_path, damage):
-    folder = folder_of(dataset, tmp_path)
-    Decoded(dataset, tmp_path / "cache")
-    damage(folder)
-    assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
-    assert sorted(file.name for file in folder.iterdir()) == [PIXELS_FILE, SIZES_FILE]
-
-
-def test_replaced_images_are_decoded(dataset, tmp_path, capfd):
-    """Also one that no sample holds, under the same name, of the same size and time."""
+def test_replaced_images_are_decoded(dataset, tmp_path):
+    """Under the same name, of the same size and time."""
     first = Decoded(dataset, tmp_path / "cache")
     change_a_byte(tmp_path / "voc/JPEGImages/im_003.jpg")
     replaced = VOCLayout(tmp_path / "voc", tmp_path / "voc/ids.txt", CLASSES)
@@ -121,24 +100,24 @@ def test_replaced_images_are_decoded(dataset, tmp_path, capfd):
     # A run that goes on with the older ones isn't disturbed.
     worker = pickle.loads(pickle.dumps(first))
     np.testing.assert_array_equal(worker.image(3), first.image(3))
-    assert "kept" not in capfd.readouterr().err
-    Decoded(replaced, tmp_path / "cache")
-    assert f"{decoded.folder}: decoded images are kept" in capfd.readouterr().err
 
 
 def test_an_interrupted_run_leaves_nothing_that_is_taken_for_whole(tmp_path):
-    dataset = Shapes("train", 40, 40)
-    folder = folder_of(dataset, tmp_path)
+    dataset, cache = Shapes("train", 40, 40), tmp_path / "cache"
     with pytest.raises(AssertionError):  # The sample can be read, image 5 can't.
-        Decoded(Unreadable(dataset, (*range(5), *range(6, 40))), tmp_path / "cache")
-    assert not list(folder.iterdir())
-    (folder / "pixels.bin.part").write_bytes(b"0")  # Of a run that was killed.
-    assert equal(Decoded(dataset, tmp_path / "cache"), dataset)
+        Decoded(Unreadable(dataset, (*range(5), *range(6, 40))), cache)
+    folder = folder_of(dataset, tmp_path)
+    assert [file.name for file in cache.iterdir()] == [f".{folder.name}.lock"]
+    killed = folder.with_name(f".{folder.name}.part")
+    killed.mkdir()
+    (killed / PIXELS_FILE).write_bytes(b"0")
+    assert equal(Decoded(dataset, cache), dataset)
+    assert not killed.exists()
     assert sorted(file.name for file in folder.iterdir()) == [PIXELS_FILE, SIZES_FILE]
 
 
 def test_a_second_process_waits_for_the_first(tmp_path, capfd):
-    """It deletes nothing of it, and decodes a sample alone."""
+    """It deletes nothing of it, and decodes a sample alone, to find the size."""
     dataset = Shapes("train", 40, 40)
     folder = folder_of(dataset, tmp_path)
     written = Decoded(dataset, tmp_path / "first").folder
@@ -176,13 +155,4 @@ def test_limits_and_what_cant_be_written_are_one_line(dataset, tmp_path):
     dataset.label = lambda index: np.zeros((7, 9), np.uint8)
     with pytest.raises(InputError, match=r"im_000: mask of 9x7 pixels for an image"):
         Decoded(dataset, tmp_path / "cache")
-    assert not list(folder_of(dataset, tmp_path).iterdir())
-
-
-def test_a_pickled_copy_is_small_and_maps_the_file(dataset, tmp_path):
-    """As workers get it; that they load the same: test_episodes."""
-    decoded = Decoded(dataset, tmp_path / "cache")
-    decoded.image(0)
-    pickled = pickle.dumps(decoded)
-    assert len(pickled) < 10_000  # One image has more bytes.
-    assert equal(pickle.loads(pickled), dataset)
+    assert all(file.name.endswith(".lock") for file in (tmp_path / "cache").iterdir())

@@ -107,8 +107,8 @@ def test_what_does_not_fit_is_named(listed, dataset):
     for row in (more, fewer):
         assert "episode 1: give a value for each of the 7 columns" in error(*row)
     twice = header.replace("support_2", "support_1")
-    assert "has 2 columns 'support_1'" in error(*more[:7], top=twice)
-    assert "column query" in error(seed, top=header.replace("query", "q"))
+    assert "query, support_1, support_1, not seed" in error(*more[:7], top=twice)
+    assert "class, q, support_1" in error(seed, top=header.replace("query", "q"))
     listed.write_text(header)
     with pytest.raises(InputError, match="one at least"):
         read_episodes(listed, dataset)

@@ -430,14 +430,14 @@ def test_a_script_that_every_worker_would_run_again_is_refused(tmp_path):
     assert result.returncode == 1
     [line] = (s for s in result.stderr.splitlines() if "InputError: " in s)
     assert "__main__" in line
-    assert "ended by itself (exit code 1)" in line
+    assert "ended by itself (exit code 1" in line
 
 
 def test_a_process_that_loads_and_is_killed_is_named():
     """What it loaded before may be lost with it, but comes in order if it comes."""
     got = []
     with (
-        pytest.raises(InputError, match=r"was killed .*signal 9.*config.workers"),
+        pytest.raises(InputError, match=r"was killed .*exit code -9.*config.workers"),
         contextlib.closing(prefetched(killed_at_3, range(9), 1)) as stream,
     ):
         got.extend(loaded.tolist() for loaded in stream)

@@ -103,7 +103,7 @@ def test_missing_root_and_folders(root, given, message):
         (b"im_000\na/im_001.jpg b/im_001.png\n", "'a/im_001.jpg b/im_001.png' isn't"),
         # One image could else be listed twice, or lie elsewhere.
         *(
-            (f"im_000\n{name}\n".encode(), f"'{name}' isn't an image id; write it")
+            (f"im_000\n{name}\n".encode(), f"'{name}' isn't an image id; write one")
             for name in ("./im_000", "a/../im_000", "../voc/im_000", "a//b")
         ),
     ],

@@ -129,19 +129,16 @@ def augment(
     Pixels that enter from outside have the mean colour and label 255. `draws` were made
     for the image's size and for `side`.
     """
-    image, mask = _scale(image, mask, draws.scaled)
+    height, width = draws.scaled
+    image, mask = cv2.resize(image, (width, height)), nearest(mask, width, height)
     if draws.angle:
         image, mask = _rotate(image, mask, draws.angle)
     if draws.blur:
-        image = _blur(image)
+        # Sigma 0 with five taps means (1, 4, 6, 4, 1) / 16 in OpenCV.
+        image = cv2.GaussianBlur(image, (5, 5), 0, borderType=cv2.BORDER_REFLECT_101)
     if draws.flip:
-        image, mask = _flip(image, mask)
+        image, mask = cv2.flip(image, 1), cv2.flip(mask, 1)
     return _crop(*_pad(image, mask, side), side, draws.corners)
-
-
-def _scale(image: Image, mask: Mask, size: tuple[int, int]) -> tuple[NewImage, NewMask]:
-    height, width = size
-    return cv2.resize(image, (width, height)), nearest(mask, width, height)
 
 
 def _rotate(image: Image, mask: Mask, angle: float) -> tuple[Image, Mask]:
@@ -161,15 +158,6 @@ def _rotate(image: Image, mask: Mask, angle: float) -> tuple[Image, Mask]:
     return cv2.cvtColor(turned, cv2.COLOR_RGBA2RGB), cv2.warpAffine(
         mask, matrix, size, flags=cv2.INTER_NEAREST, borderValue=IGNORE
     )
-
-
-def _blur(image: Image) -> Image:
-    # Sigma 0 with five taps means (1, 4, 6, 4, 1) / 16 in OpenCV.
-    return cv2.GaussianBlur(image, (5, 5), 0, borderType=cv2.BORDER_REFLECT_101)
-
-
-def _flip(image: Image, mask: Mask) -> tuple[Image, Mask]:
-    return cv2.flip(image, 1), cv2.flip(mask, 1)
 
 
 def _pad(image: Image, mask: Mask, side: int) -> tuple[NewImage, NewMask]:

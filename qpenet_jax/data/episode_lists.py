@@ -7,7 +7,6 @@ images by name. The first line holds the SHA-256 of all that follows.
 import csv
 import hashlib
 import io
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,12 @@ from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
 
 HASH_LINE = "# sha256 "
-FIRST_COLUMNS = ("seed", "index", "class_id", "class", "query")
-"""The columns before those of the supports."""
+
+
+def columns_of(shots: int) -> list[str]:
+    """Returns the columns of a list of episodes with so many supports."""
+    supports = [f"support_{k + 1}" for k in range(shots)]
+    return ["seed", "index", "class_id", "class", "query", *supports]
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,7 @@ def export_episodes(
     """Writes the first `episodes` of every sampler and returns the list's SHA-256."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    supports = [f"support_{k + 1}" for k in range(samplers[0].shots)]
-    writer.writerow([*FIRST_COLUMNS, *supports])
+    writer.writerow(columns_of(samplers[0].shots))
     for sampler in samplers:
         for ids in map(sampler, range(episodes)):
             name = dataset.classes[ids.class_id - 1]
@@ -102,22 +104,20 @@ def read_episodes(path: Path, dataset: SegmentationDataset) -> EpisodeList:
             f"{path} was changed: its content doesn't have the SHA-256 of the first "
             "line; get the original, or delete that line to accept the change"
         )
-    seeds: dict[int, list[EpisodeIds]] = {}
+    seeds: dict[int, dict[int, EpisodeIds]] = {}
     position = {name: i for i, name in enumerate(dataset.names)}
     for number, row in enumerate(_rows(path, content), start=2):
         where = f"{path}, episode {number - 1}"
         seed, ids = _episode(row, dataset, position, where)
-        rows = seeds.setdefault(seed, [])
-        if any(ids.index == other.index for other in rows):
+        rows = seeds.setdefault(seed, {})
+        if ids.index in rows:
             raise InputError(f"{where}: seed {seed} has a second index {ids.index}")
-        rows.append(ids)
-    samplers = [FrozenEpisodes(seed, tuple(rows)) for seed, rows in seeds.items()]
-    shapes = {(len(s.rows), len(row.supports)) for s in samplers for row in s.rows}
-    if len(shapes) != 1:
+        rows[ids.index] = ids
+    if len({len(rows) for rows in seeds.values()}) != 1:
         raise InputError(
-            f"{path}: every seed must have equally many episodes, one at least, and "
-            "every episode equally many supports"
+            f"{path}: every seed must have equally many episodes, one at least"
         )
+    samplers = [FrozenEpisodes(s, tuple(rows.values())) for s, rows in seeds.items()]
     return EpisodeList(samplers, digest)
 
 
@@ -125,18 +125,15 @@ def _rows(path: Path, content: bytes) -> list[dict[str, str]]:
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig")))
         rows = list(reader)
-        columns = list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error):
         raise InputError(f"{path} is no CSV file") from None
-    missing = {*FIRST_COLUMNS, "support_1"} - set(columns)
-    if missing:
+    columns = list(reader.fieldnames or ())
+    expected = columns_of(max(len(columns) - len(columns_of(0)), 1))
+    if sorted(columns) != sorted(expected):
         raise InputError(
-            f"{path} is no episode list: column {', '.join(sorted(missing))} is missing"
-            " (the format is described in data/README.md)"
+            f"{path} is no episode list: its columns are {', '.join(columns)}, not "
+            f"{', '.join(expected)} (the format is described in data/README.md)"
         )
-    column, times = Counter(columns).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"{path} has {times} columns {column!r}; keep one")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise InputError(
@@ -159,16 +156,12 @@ def _episode(
         raise InputError(
             f"{where}: seed, index and class_id must be whole numbers"
         ) from None
-    classes = dataset.classes
-    if (
-        class_id not in range(1, len(classes) + 1)
-        or classes[class_id - 1] != row["class"]
-    ):
+    if dict(enumerate(dataset.classes, start=1)).get(class_id) != row["class"]:
         raise InputError(
             f"{where}: class {class_id} {row['class']!r} is none of this data set; "
             "was the list made for another one?"
         )
-    names = [row["query"], *(row[k] for k in row if str(k).startswith("support_"))]
+    names = [row["query"], *(row[k] for k in row if k.startswith("support_"))]
     for name in names:
         if name not in position:
             raise InputError(

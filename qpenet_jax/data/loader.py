@@ -8,30 +8,25 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 import cv2
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import IGNORE, Episode, SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation, augment, draw, no_change
 from qpenet_jax.data.device_augmentation import (
-    DeviceDraws,
     RawEpisode,
     device_draws,
     scaled_side,
 )
-from qpenet_jax.data.episodes import (
-    AUGMENT_STREAM,
-    EpisodeIds,
-    generator,
-)
+from qpenet_jax.data.episodes import AUGMENT_STREAM, EpisodeIds, generator
 from qpenet_jax.data.images import check_same_size
 from qpenet_jax.data.transforms import (
     UNSURE,
@@ -47,9 +42,11 @@ PREFETCHED_BATCHES = 2
 WORKER_DIED = re.compile(r"process was terminated unexpectedly with exit code (-?\d+)")
 """Grain's message about a worker that is gone; a signal's number is negative."""
 
-GUARD = (
-    "a script that loads in processes is run again by each of them: put what it does "
-    'under `if __name__ == "__main__":`, or take workers=0'
+WORKER_GONE = (
+    "a loading process was killed or ended by itself (exit code {code}, negative for a "
+    "signal): lower config.workers or free memory, and the same command goes on; a "
+    'script that loads in processes needs `if __name__ == "__main__":` around what it '
+    "does, as each of them runs it again"
 )
 
 LARGEST_CANVAS = 1024
@@ -77,27 +74,31 @@ def load_episode(
     Raises:
         InputError: an image or label can't be used.
     """
-
-    def load(slot: int, item: int):
-        image, mask = _read(dataset, item, ids.class_id)
+    loaded = []
+    for slot, (image, mask) in enumerate(_read(dataset, ids)):
         if augmentation is None:
-            return fit(image, side, resize), fit_label(mask, side, resize)
-        rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
-        return augment(image, mask, side, draw(rng, augmentation, mask.shape, side))
-
-    items = (ids.query, *ids.supports)
-    loaded = (load(slot, item) for slot, item in enumerate(items))
-    images, masks = (np.stack(each) for each in zip(*loaded, strict=True))
+            loaded.append((fit(image, side, resize), fit_label(mask, side, resize)))
+        else:
+            rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
+            draws = draw(rng, augmentation, mask.shape, side)
+            loaded.append(augment(image, mask, side, draws))
+    images, masks = map(np.stack, zip(*loaded, strict=True))
     padding = masks == IGNORE
     masks[masks == UNSURE] = IGNORE
     return Episode(images[0], masks[0], images[1:], masks[1:], padding[0], padding[1:])
 
 
-def _read(dataset: SegmentationDataset, item: int, class_id: int):
-    """Returns an image and its mask of a class, in which UNSURE stands for 255."""
-    image, label = dataset.image(item), dataset.label(item)
-    check_same_size(label.shape, image.shape[:2], dataset.names[item])
-    return image, padding_apart(binary_mask(label, class_id))
+def _read(
+    dataset: SegmentationDataset, ids: EpisodeIds
+) -> Iterator[tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]]:
+    """Yields the images of an episode, the query first, and their masks of its class.
+
+    In these masks UNSURE stands for 255.
+    """
+    for item in (ids.query, *ids.supports):
+        image, label = dataset.image(item), dataset.label(item)
+        check_same_size(label.shape, image.shape[:2], dataset.names[item])
+        yield image, padding_apart(binary_mask(label, ids.class_id))
 
 
 def load_raw_episode(
@@ -116,24 +117,27 @@ def load_raw_episode(
     Raises:
         InputError: an image can't be used.
     """
-    items = (ids.query, *ids.supports)
-    images = np.zeros((len(items), canvas, canvas, 3), np.uint8)
-    masks = np.zeros((len(items), canvas, canvas), np.uint8)
+    slots = 1 + len(ids.supports)
+    images = np.zeros((slots, canvas, canvas, 3), np.uint8)
+    masks = np.zeros((slots, canvas, canvas), np.uint8)
     room = max(scaled_side(canvas, augmentation), side)
-    draws = []
-    for slot, item in enumerate(items):
-        image, mask = _read(dataset, item, ids.class_id)
+    all_draws = []
+    for slot, (image, mask) in enumerate(_read(dataset, ids)):
         rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
-        drawn = draw(rng, augmentation, mask.shape, side)
+        draws = draw(rng, augmentation, mask.shape, side)
         if max(mask.shape) > canvas:
-            image, mask = augment(image, mask, side, drawn)
-            drawn = no_change(side)
+            image, mask = augment(image, mask, side, draws)
+            draws = no_change(side)
         height, width = mask.shape
         images[slot, :height, :width] = image
         masks[slot, :height, :width] = mask
-        draws.append(device_draws(drawn, (height, width), room))
-    stacked = DeviceDraws(*map(np.stack, zip(*draws, strict=True)))
-    return RawEpisode(images, masks, stacked)
+        all_draws.append(device_draws(draws, (height, width), room))
+    return RawEpisode(images, masks, _stacked(all_draws))
+
+
+def _stacked(trees: Iterable[T]) -> T:
+    """Returns trees of arrays as one tree, whose arrays have a leading axis more."""
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *trees)
 
 
 def canvas_side(sizes: Int[np.ndarray, "images 2"], side: int) -> int:
@@ -173,9 +177,8 @@ def training_batches(
             "choose a multiple"
         )
     size = batch_size // processes
-    batch = functools.partial(
-        _load_batch, load, sampler, stride=batch_size, offset=process * size, size=size
-    )
+    places = range(process * size, (process + 1) * size)
+    batch = functools.partial(_load_batch, load, sampler, batch_size, places)
     return prefetched(batch, range(start_step, sys.maxsize), workers)
 
 
@@ -196,7 +199,8 @@ def prefetched(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
     )
     if workers:
-        _mark_flags_as_parsed()
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain hands absl's flags to its workers.
         options = grain.MultiprocessingOptions(
             workers, per_worker_buffer_size=PREFETCHED_BATCHES
         )
@@ -212,20 +216,23 @@ def prefetched(
         died = WORKER_DIED.search(str(error))
         if died is None:
             raise
-        raise InputError(_end_of_worker(int(died[1]))) from None
+        raise InputError(WORKER_GONE.format(code=died[1])) from None
     finally:
         iterator.close()
         if workers:
             gc.collect()  # Grain's last arrays are in cycles: free their shared memory
 
 
-def _end_of_worker(code: int) -> str:
-    if code >= 0:
-        return f"a loading process ended by itself (exit code {code}); {GUARD}"
-    return (
-        f"a loading process was killed (signal {-code}), perhaps for want of memory: "
-        "lower config.workers, or free some; the same command goes on"
-    )
+# At module level, as what goes to a worker process is pickled.
+def _load_batch(
+    load: Callable[[EpisodeIds], T],
+    sampler: Callable[[int], EpisodeIds],
+    batch_size: int,
+    places: range,
+    step: int,
+) -> T:
+    """Returns the episodes at some places of batch `step`, stacked."""
+    return _stacked(load(sampler(step * batch_size + place)) for place in places)
 
 
 def _copied(loaded: T) -> T:
@@ -233,27 +240,6 @@ def _copied(loaded: T) -> T:
     return jax.tree.map(
         lambda leaf: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf, loaded
     )
-
-
-# At module level, as what goes to a worker process is pickled.
-def _load_batch(
-    load: Callable[[EpisodeIds], T],
-    sampler: Callable[[int], EpisodeIds],
-    step: int,
-    *,
-    stride: int,
-    offset: int,
-    size: int,
-) -> T:
-    first = step * stride + offset
-    episodes = (load(sampler(index)) for index in range(first, first + size))
-    return jax.tree.map(lambda *arrays: np.stack(arrays), *episodes)
-
-
-def _mark_flags_as_parsed() -> None:
-    """Lets Grain hand absl's flags to its workers in programs that don't use absl."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def _quiet_worker(worker: int, workers: int) -> None:

@@ -1,9 +1,7 @@
 """A data set's images and labels, decoded once into a file that is mapped to memory."""
 
 import functools
-import io
-import sys
-from collections.abc import Iterable
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +9,13 @@ from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import check_room, locked, write_whole
+from qpenet_jax.core.files import check_room, locked
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.images import check_same_size
 from qpenet_jax.data.versions import dataset_content, dataset_version
 
 PIXELS_FILE, SIZES_FILE = "pixels.bin", "sizes.npy"
-"""Image and label of every item in turn, and their heights and widths, written last."""
+"""Image and label of every item in turn, and their heights and widths."""
 
 CHANNELS = 4
 """Bytes of a pixel in the file: RGB and the label."""
@@ -29,25 +27,25 @@ COCO-20i's 100 GB."""
 REMEDY = "make room, or set config.augment_on=host"
 
 SAMPLED_IMAGES = 16
-"""Images that are decoded to estimate the size, and to check a file that is there."""
+"""Images that are decoded to estimate the size."""
 
 
 class Decoded:
     """A `SegmentationDataset` with the images of another, decoded.
 
-    `sizes` are the height and width of every image. Processes that open the same file
-    share its pages. What `image` and `label` return can't be written to.
+    Processes that open the same file share its pages. What `image` and `label` return
+    can't be written to.
     """
 
     def __init__(
         self, dataset: SegmentationDataset, folder: str | Path, limit: int = MAX_BYTES
     ):
-        """Opens the data set's file below `folder`, or makes it where it is missing.
+        """Opens the data set's folder below `folder`, or makes it where it is missing.
 
-        The name of a file holds a hash of what it was made of (`dataset_content`), so
-        images that were replaced are decoded. An incomplete file, or one with other
-        pixels, is made anew; if another process is making it, this one waits. `limit`
-        is in bytes.
+        Its name holds a hash of what it was made of (`dataset_content`), so that images
+        that were replaced are decoded; a data set without `content` is known by its
+        names and counts alone. The folder gets its name when it is complete; while
+        another process makes it, this one waits. `limit` is in bytes.
 
         Raises:
             InputError: it would be larger than `limit`, the disk is too full, the
@@ -59,10 +57,12 @@ class Decoded:
         self.version = getattr(dataset, "version", "")
         self.content = dataset_content(dataset)
         self.folder = Path(folder) / f"{dataset_version(dataset)}-{self.content[:16]}"
-        if self._opens(dataset):
-            print(f"{self.folder}: decoded images are kept, unchanged", file=sys.stderr)
-        else:
+        if not self.folder.exists():
             self._make(dataset, limit)
+        self.sizes: Int[np.ndarray, "images 2"] = np.load(self.folder / SIZES_FILE)
+        """Height and width of every image."""
+        areas = self.sizes.prod(axis=1)
+        self._starts = CHANNELS * (np.cumsum(areas) - areas)
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -89,24 +89,8 @@ class Decoded:
         """Leaves the mapped file out of pickles: a worker maps it by itself."""
         return {k: v for k, v in vars(self).items() if k != "_pixels"}
 
-    def _opens(self, dataset: SegmentationDataset) -> bool:
-        """Opens the file; returns whether it is whole and a sample of it is right."""
-        vars(self).pop("_pixels", None)  # The file may be another one by now.
-        try:
-            written = (self.folder / PIXELS_FILE).stat().st_size
-            self.sizes: Int[np.ndarray, "images 2"] = np.load(self.folder / SIZES_FILE)
-        except (OSError, ValueError, EOFError):
-            return False
-        areas = self.sizes.prod(axis=1)
-        self._starts = CHANNELS * (np.cumsum(areas) - areas)
-        return written == CHANNELS * int(areas.sum()) and all(
-            np.array_equal(self.image(i), dataset.image(i))
-            and np.array_equal(self.label(i), dataset.label(i))
-            for i in _sample(len(self))
-        )
-
     def _make(self, dataset: SegmentationDataset, limit: int) -> None:
-        """Writes the file, or waits for another process that does."""
+        """Writes the folder, or waits for another process that does."""
         needed = _bytes_needed(dataset)
         if needed > limit:
             raise InputError(
@@ -115,53 +99,43 @@ class Decoded:
                 "config.augment_on=host"
             )
         busy = f"{self.folder}: waiting for another process that decodes these images"
+        part = self.folder.with_name(f".{self.folder.name}.part")
         try:
-            lock = self.folder.with_name(f".{self.folder.name}.lock")
-            with locked(lock, busy, wait=True):
-                if not self._opens(dataset):
-                    _write(dataset, self.folder, needed)
-                    self._opens(dataset)
+            with locked(part.with_suffix(".lock"), busy, wait=True):
+                if not self.folder.exists():
+                    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+                    check_room(part.parent, needed, REMEDY)
+                    _write(dataset, part)
+                    part.rename(self.folder)
         except OSError as error:
             raise InputError(
                 f"{self.folder}: can't be written ({error.strerror}); {REMEDY}"
             ) from None
 
 
-def _sample(images: int) -> Iterable[int]:
-    """Returns some indices, evenly spread."""
-    return range(0, images, images // SAMPLED_IMAGES or 1)
-
-
 def _bytes_needed(dataset: SegmentationDataset) -> int:
     """Returns about how many bytes the images of a data set take, decoded."""
-    sample = [dataset.label(i).size for i in _sample(len(dataset))]
-    return CHANNELS * sum(sample) * len(dataset) // max(len(sample), 1)
+    images = len(dataset)
+    sample = range(0, images, images // SAMPLED_IMAGES or 1)
+    pixels = sum(dataset.label(i).size for i in sample)
+    return CHANNELS * pixels * images // max(len(sample), 1)
 
 
-def _write(dataset: SegmentationDataset, folder: Path, needed: int) -> None:
-    """Writes the file whose lock this process holds."""
-    part = folder / f"{PIXELS_FILE}.part"
-    part.unlink(missing_ok=True)  # The lock was free: whoever began it is gone.
-    check_room(folder, needed, REMEDY)
-    bar = tqdm(
-        range(len(dataset)),
-        desc=f"decoding images ({needed / 1e9:.1f} GB)",
-        unit="image",
-        disable=None,  # Where there is no terminal.
-    )
+def _write(dataset: SegmentationDataset, folder: Path) -> None:
+    """Writes the files, or leaves no folder if that fails."""
     sizes = []
+    # A bar where there is a terminal.
+    bar = tqdm(range(len(dataset)), "decoding images", unit="image", disable=None)
+    folder.mkdir()
     try:
-        with part.open("wb") as file:
+        with (folder / PIXELS_FILE).open("wb") as file:
             for index in bar:
                 image, label = dataset.image(index), dataset.label(index)
                 check_same_size(label.shape, image.shape[:2], dataset.names[index])
                 file.write(np.ascontiguousarray(image).data)
                 file.write(np.ascontiguousarray(label).data)
                 sizes.append(label.shape)
-        (folder / SIZES_FILE).unlink(missing_ok=True)
-        part.replace(folder / PIXELS_FILE)
-    finally:
-        part.unlink(missing_ok=True)
-    buffer = io.BytesIO()
-    np.save(buffer, np.array(sizes, np.int64))
-    write_whole(folder / SIZES_FILE, buffer.getvalue())
+        np.save(folder / SIZES_FILE, np.array(sizes, np.int64))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

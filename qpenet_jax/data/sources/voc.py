@@ -5,13 +5,12 @@ import hashlib
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from qpenet_jax.core.download import sha256
 from qpenet_jax.core.errors import InputError
@@ -86,8 +85,7 @@ class VOCLayout:
         Raises:
             InputError: as `label`, for the first bad file.
         """
-        rows = self._of_all("reading masks", self._counted)
-        counts = np.stack(rows)
+        counts = np.stack(self._of_all("reading masks", self._counted))
         if not counts.any():
             raise InputError(
                 f"{Path(self._masks[0]).parent}: no listed mask shows a class; "
@@ -117,11 +115,14 @@ class VOCLayout:
 
     def _of_all(self, what: str, of_one: Callable[[int], Any]) -> list[Any]:
         """Returns what is found of every image, with a progress bar for many."""
-        # None: not where there is no terminal.
-        hidden = None if len(self) > BAR_FROM_MASKS else True
-        indices = tqdm(range(len(self)), desc=what, disable=hidden)
-        with ThreadPoolExecutor(COUNT_THREADS) as pool:
-            return list(pool.map(of_one, indices))
+        return thread_map(
+            of_one,
+            range(len(self)),
+            max_workers=COUNT_THREADS,
+            desc=what,
+            # None: not where there is no terminal.
+            disable=None if len(self) > BAR_FROM_MASKS else True,
+        )
 
     def _counted(self, index: int) -> Int[np.ndarray, " classes"]:
         warn_of_turn(self._images[index], self._masks[index])
@@ -145,15 +146,11 @@ def read_ids(path: Path) -> tuple[str, ...]:
     """
     ids = tuple(filter(None, read_lines(path)))
     for name in ids:
-        if len(name.split()) > 1:
+        whole = name == posixpath.normpath(name) and not name.startswith(("/", ".."))
+        if len(name.split()) > 1 or not whole:
             raise InputError(
-                f"{path}: '{name}' isn't an image id; write one id per line, "
-                "without paths or file endings"
-            )
-        if name != posixpath.normpath(name) or name.startswith(("/", "..")):
-            raise InputError(
-                f"{path}: '{name}' isn't an image id; write it below the folder of "
-                "images, without '.', '..' and double slashes"
+                f"{path}: '{name}' isn't an image id; write one id per line, below the "
+                "folder of images, without file endings, '.', '..' and double slashes"
             )
     return ids
 
@@ -183,17 +180,17 @@ def _find(
     """Returns the file of every id, with the first ending that exists."""
     if not folder.is_dir():
         raise InputError(f"{kind} folder {folder} doesn't exist; see data/README.md")
-    paths = [_first_file(folder, name, suffixes) for name in names]
-    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
+    found = {
+        name: file
+        for name in names
+        for suffix in reversed(suffixes)
+        if (file := folder / f"{name}{suffix}").is_file()
+    }
+    missing = [name for name in names if name not in found]
     if missing:
         raise InputError(
             f"no {kind} {folder / missing[0]}{'|'.join(suffixes)} "
             f"({len(missing)} of {len(names)} ids have none); "
             "add the files or take the ids off the list"
         )
-    return tuple(path for path in paths if path)
-
-
-def _first_file(folder: Path, name: str, suffixes: tuple[str, ...]) -> str | None:
-    candidates = (folder / f"{name}{suffix}" for suffix in suffixes)
-    return next((str(path) for path in candidates if path.is_file()), None)
+    return tuple(str(found[name]) for name in names)
