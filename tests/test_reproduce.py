@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ ROWS = ("fgpe_ffa", "full")
 
 def overrides(**changes):
     fields = {"eval__references": False, "dataset__val_images": 80} | changes
-    return [f"--config.{k.replace('__', '.')}={v}" for k, v in fields.items()]
+    return commands.overrides(**fields)
 
 
 TABLE3 = {"rows": ROWS, "seeds": (0, 1), "overrides": [*overrides(), SUBSET]}

@@ -111,9 +111,13 @@ def measured(
     Raises:
         InputError: found and others have no episode in common.
     """
-    pools = [pooled(part) for part in (found, others) if part]
-    estimate = metrics.estimate_difference if others else metrics.estimate
-    estimates = {name: estimate(*pools, ids) for name, ids in found[0].classes.items()}
+    pool, other = pooled(found), pooled(others) if others else None
+    estimates = {
+        name: metrics.estimate_difference(pool, other, ids)
+        if other
+        else metrics.estimate(pool, ids)
+        for name, ids in found[0].classes.items()
+    }
     intervals = {name: of.miou for name, of in estimates.items()}
     intervals["FB-IoU"] = estimates["mIoU"].fb_iou
     measures = {}
