@@ -202,7 +202,7 @@ def test_cycles_as_loops():
             assert bool(found[t]) == (kinds[b, t] != kinds[b, back])
 
 
-def test_attention_drops_the_share_that_it_is_told():
+def test_attention_drops_the_given_share():
     weights = jnp.ones((3600, 600))
     dropped = np.asarray(drop(jax.random.key(0), weights, 0.1))
     kept = dropped > 0

@@ -137,7 +137,7 @@ def along_sides(
     x: Float[Array, "b h w c"],
     size: tuple[int, int],
 ) -> Float[Array, "b h2 w2 c"]:
-    """Multiplies height and width by `matrix(source, target)`, at full precision."""
+    """Multiplies both sides by `matrix(source size, target size)`, without TF32."""
     rows, cols = (matrix(n, m) for n, m in zip(x.shape[1:3], size, strict=True))
     along_rows = jnp.einsum("yh,bhwc->bywc", rows, x, precision="highest")
     return jnp.einsum("xw,bywc->byxc", cols, along_rows, precision="highest")
