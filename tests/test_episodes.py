@@ -251,11 +251,9 @@ def small_sampler(dataset: VOCLayout, shots: int = 2) -> EpisodeSampler:
 
 def batches(dataset: VOCLayout, count: int, **options) -> list[Episode]:
     """The first batches of two augmented episodes each."""
-    how = {"seed": 5, "augmentation": Augmentation()}
-    how |= {name: options.pop(name) for name in how.keys() & options.keys()}
-    load = functools.partial(load_episode, dataset, side=SIDE, **how)
-    options = {"batch_size": 2} | options
-    stream = training_batches(load, small_sampler(dataset), **options)
+    how = {"side": SIDE, "seed": 5, "augmentation": Augmentation()}
+    load = functools.partial(load_episode, dataset, **how)
+    stream = training_batches(load, small_sampler(dataset), batch_size=2, **options)
     with contextlib.closing(stream):
         return list(itertools.islice(stream, count))
 
@@ -298,40 +296,30 @@ def test_augmentation_differs_by_slot_index_and_seed(root):
     assert same(episode, load_episode(dataset, ids, SIDE, augmentation, seed=0))
 
 
-def test_a_batch_stacks_consecutive_episodes(root):
+def test_a_batch_stacks_episodes_whoever_loads_it(root):
+    """Resuming, sharing between processes and loading in workers change nothing."""
     dataset = opened(root)
     sampler = small_sampler(dataset)
-    for t, batch in enumerate(batches(dataset, 3)):
+    whole = batches(dataset, 9)
+    for t, batch in enumerate(whole[:3]):
         assert type(batch) is Episode
         assert batch.support_images.shape == (2, 2, SIDE, SIDE, 3)
         for j in range(2):
             ids = sampler(2 * t + j)
             alone = load_episode(dataset, ids, SIDE, Augmentation(), seed=5)
             assert same(Episode(*(field[j] for field in batch)), alone)
-
-
-def test_resuming_and_sharing_give_the_same_batches(root):
-    dataset = opened(root)
-    whole = batches(dataset, 9)
-    assert all(map(same, batches(dataset, 4, start_step=5), whole[5:]))
+    assert not same(whole[0], whole[1])
+    for workers, start in ((0, 5), (1, 0), (2, 3)):
+        loaded = batches(dataset, 9 - start, workers=workers, start_step=start)
+        assert type(loaded[0]) is Episode
+        assert all(map(same, loaded, whole[start:]))
     parts = [batches(dataset, 9, shard=(p, 2)) for p in range(2)]
     for batch, first, second in zip(whole, *parts, strict=True):
         assert len(first.query_mask) == len(second.query_mask) == 1
-        assert same(
-            batch, Episode(*map(np.concatenate, zip(first, second, strict=True)))
-        )
+        both = map(np.concatenate, zip(first, second, strict=True))
+        assert same(batch, Episode(*both))
     with pytest.raises(InputError, match="batch size 2 can't be shared by 3"):
         batches(dataset, 1, shard=(0, 3))
-
-
-def test_workers_change_nothing(root):
-    dataset = opened(root)
-    alone = batches(dataset, 9)
-    assert not same(alone[0], alone[1])
-    for workers, start in ((1, 0), (2, 3)):
-        loaded = batches(dataset, 9 - start, workers=workers, start_step=start)
-        assert type(loaded[0]) is Episode
-        assert all(map(same, loaded, alone[start:]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

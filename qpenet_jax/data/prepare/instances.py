@@ -87,7 +87,7 @@ class Instances:
                         f"{self.path}: annotation {annotation['id']} has the {key} "
                         f"{annotation[key]!r}, which stands for nothing; correct it"
                     )
-            if not annotation["iscrowd"]:
+            if not annotation["iscrowd"]:  # A crowd's pixels become background.
                 of_image[annotation["image_id"]].append(annotation)
         return of_image
 
