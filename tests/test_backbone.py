@@ -121,7 +121,7 @@ def test_efficientnet_equals_its_pytorch_original(size):
     import efficientnet_lite_pytorch as original
     import torch
 
-    # its static padding depends on the size; at 32n + 1 it is symmetric, as ours is
+    # its static padding depends on the size; at 32n + 1 it is symmetric, as here
     net = original.EfficientNet.from_name("efficientnet-lite0", image_size=size)
     images = random_images(1, *size)
     fill(net)

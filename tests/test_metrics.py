@@ -138,14 +138,14 @@ def test_all_intervals_are_those_of_a_plain_bootstrap(experiment):
 
 
 def test_all_paired_differences_are_those_of_a_plain_bootstrap(experiment):
-    (ours, our_episodes), (theirs, their_episodes) = experiment, run(0, quality=20)
-    ours_at, theirs_at = plain_measures(our_episodes), plain_measures(their_episodes)
-    np.testing.assert_array_equal(ours.rows[:, :4], theirs.rows[:, :4])
+    (first, episodes), (second, others) = experiment, run(0, quality=20)
+    first_at, second_at = plain_measures(episodes), plain_measures(others)
+    np.testing.assert_array_equal(first.rows[:, :4], second.rows[:, :4])
 
     def difference(weight):
-        return np.subtract(ours_at(weight), theirs_at(weight))
+        return np.subtract(first_at(weight), second_at(weight))
 
-    found = flat(estimate_difference(ours, theirs, CLASSES))
+    found = flat(estimate_difference(first, second, CLASSES))
     np.testing.assert_allclose(found[:, 0], difference(np.ones(IMAGES)), atol=1e-12)
     np.testing.assert_allclose(found[:, 1:], plain_intervals(difference), atol=1e-12)
     assert found[5, 1] > 0, "the worse one is worse for sure"
@@ -229,12 +229,12 @@ def test_differences_are_taken_on_common_episodes_only(experiment):
     kept = rng.permutation(len(other))[:100]
     more = scores.rows[:5] + np.array([7, *[0] * 7])
     common = sorted(set(kept) - {3, 50, 70, 90})
-    for ours, theirs in (
+    for first, second in (
         common_episodes(scores, Scores(np.concatenate([more, other[kept]]))),
         common_episodes(Scores(other[kept]), scores),
     ):
-        np.testing.assert_array_equal(ours.rows, scores.rows[common])
-        np.testing.assert_array_equal(theirs.rows, scores.rows[common])
+        np.testing.assert_array_equal(first.rows, scores.rows[common])
+        np.testing.assert_array_equal(second.rows, scores.rows[common])
     better = other[kept]
     better[:, 6] = better[:, 7]
     expected = mean_iou(Scores(better[np.isin(kept, common)]), CLASSES) - mean_iou(

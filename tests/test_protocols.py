@@ -104,7 +104,7 @@ def test_the_version_names_images_and_pixels():
     class Prepared(Shapes):
         version = "toy/main/1.0.0"
 
-    ours = of_dataset(made(), Prepared("val", 5, 65))
-    assert (ours.release, ours.version) == ("toy/main/1.0.0", dataset_version(one))
-    assert f"toy (toy/main/1.0.0 {dataset_version(one)})" in str(ours)
+    found = of_dataset(made(), Prepared("val", 5, 65))
+    assert (found.release, found.version) == ("toy/main/1.0.0", dataset_version(one))
+    assert f"toy (toy/main/1.0.0 {dataset_version(one)})" in str(found)
     assert of_dataset(made(), one).release == ""

@@ -69,9 +69,9 @@ def test_summary_in_percent(scores):
 
 def test_table_is_markdown(scores):
     result = summarize(scores, protocol(), IDS, subset=("one",))
-    text = table({"cosine": result, "ours": result})
+    text = table({"cosine": result, "QPENet": result})
     rows = cells(text)
-    assert rows[0] == ["IoU %", "cosine", "ours"]
+    assert rows[0] == ["IoU %", "cosine", "QPENet"]
     assert set("".join(rows[1])) == {"-"}
     assert rows[2] == ["one", "50.0", "50.0"]
     assert rows[5] == ["mean of one", "50.0 [50.0, 50.0]", "50.0 [50.0, 50.0]"]
