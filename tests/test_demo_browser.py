@@ -201,7 +201,7 @@ def test_edges_are_found_and_marks_taken_back(tab, tmp_path):
     mark.get_by_label("Erase").click()
     stroke(tab, (50, 45), (50, 60))
     assert shown_share(tab) < found
-    mark.get_by_label("Undo").click()
+    mark.get_by_role("button", name="Undo").click()
     assert shown_share(tab) == found
 
 

@@ -8,10 +8,9 @@ import dataclasses
 import itertools
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -62,81 +61,20 @@ MOST_INTERMEDIATES = 3
 """Queries whose intermediates are shown."""
 
 
-class Answer(NamedTuple):
-    """What the page shows: for each query its mask and how probable it is.
+def result_names(files: Sequence[Path]) -> list[Path]:
+    """Returns what the results of files are called: their names, different ones.
 
-    `marked` are the supports as they were taken, `inside` is what
-    `intermediate_pictures` returns for the first queries, each below its file's name.
-    """
-
-    masks: list[Picture]
-    probabilities: list[Picture]
-    inside: list[Picture]
-    marked: list[Picture]
-
-
-def answer(
-    segmenter: Segmenter,
-    supports: Sequence[SupportPhoto],
-    files: Sequence[Path],
-    archive: Path,
-    *,
-    about: Mapping[str, Any],
-    label: str = "",
-    refine: bool = False,
-    look: bool = False,
-    bar: Callable[[Sequence[int]], Iterable[int]] = iter,
-) -> Answer:
-    """Segments files and writes all results into the zip `archive`.
-
-    It holds what `qpenet predict --probability` writes in `FORMATS`, for photos that
-    lie beside the results. `about` stands in its summary; `label` is what the object is
-    called in files; `look` at the intermediates needs a trained network; `bar` may show
-    how far it is. One query at a time is in memory.
+    Telephones call all photos alike; a number is put behind the name then. No result
+    is called as the files about all photos, also where a system ignores case.
 
     Raises:
-        InputError: no file or too many, a broken one, or a label for no file.
+        InputError: no file, or more than `MOST_QUERIES`.
     """
     if not 1 <= len(files) <= MOST_QUERIES:
         raise InputError(
             f"{len(files) or 'no'} photos to segment: add 1 to {MOST_QUERIES}; for "
             "more, qpenet predict takes folders"
         )
-    name = checked_label(label)
-    tasks = segmenter.learn_classes(
-        {name: ([s.pixels for s in supports], [s.mask for s in supports])}
-    )
-    shown = Answer([], [], [], [_marked(support) for support in supports])
-    names = result_names(files)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        results = MaskWriter(
-            out, (name,), FORMATS, probabilities=True, about=dict(about), photos=out
-        )
-        for i in bar(range(len(files))):
-            pixels = read_photo(files[i])
-            found = tasks.find(pixels, refine=refine, probabilities=True)
-            photo = names[i].with_name(f"{names[i]}{files[i].suffix}")
-            results.add(Query(photo, names[i], photo), Frame(pixels, names[i]), found)
-            _show(shown, photo.name, pixels, found)
-            if look and i < MOST_INTERMEDIATES:
-                seen = tasks.tasks[name].intermediates(pixels)
-                drawn = intermediate_pictures(pixels, supports, seen, segmenter.side)
-                shown.inside.extend(
-                    Picture(part.pixels, f"{photo.name}: {part.caption}")
-                    for part in drawn
-                )
-        results.finish()
-        shutil.make_archive(str(archive.with_suffix("")), "zip", out)
-    return shown
-
-
-def result_names(files: Sequence[Path]) -> list[Path]:
-    """Returns what the results of files are called: their names, different ones.
-
-    Telephones call all photos alike; a number is put behind the name then. No result
-    is called as the files about all photos, also where a system ignores case.
-    """
     taken, names = {about.stem for about in (SUMMARY, *COCO.values())}, []
     for file in files:
         numbered = (f"{file.stem}_{number}" for number in itertools.count(2))
@@ -168,18 +106,18 @@ def _marked(support: SupportPhoto) -> Picture:
     return Picture(picture, f"{support.name}: {_percent(support.mask == 1)}")
 
 
-def _show(shown: Answer, name: str, pixels: RGB, found: Segmentation) -> None:
-    """Adds what was found in a query."""
-    (score,), (probable,) = found.scores, found.probabilities
-    share = _percent(found.index == 1)
+def _mask(name: str, pixels: RGB, found: Segmentation) -> Picture:
+    (score,), share = found.scores, _percent(found.index == 1)
     result = "nothing found" if score is None else f"{share}, score {score:.2f}"
     picture = shrunk(class_overlay(pixels, found.index, 1), SHOWN)
-    shown.masks.append(Picture(picture, f"{name}: {result}"))
-    below = shrunk(pixels, SHOWN)
-    size = below.shape[1], below.shape[0]
-    small = cv2.resize(probable, size, interpolation=cv2.INTER_AREA)
+    return Picture(picture, f"{name}: {result}")
+
+
+def _probability(name: str, pixels: RGB, found: Segmentation) -> Picture:
+    (probable,), below = found.probabilities, shrunk(pixels, SHOWN)
+    small = cv2.resize(probable, below.shape[1::-1], interpolation=cv2.INTER_AREA)
     highest = f"{name}: at most {100 * float(probable.max()):.0f} %"
-    shown.probabilities.append(Picture(heat(small, DARK * below, PREDICTION), highest))
+    return Picture(heat(small, DARK * below, PREDICTION), highest)
 
 
 def _percent(where) -> str:
@@ -285,20 +223,40 @@ class Calls:
         refine: bool,
         bar: Callable[[Sequence[int]], Iterable[int]] = iter,
     ) -> tuple[str, list[Picture], list[Picture], list[Picture], list[Picture]]:
-        """Returns the zip's path, masks, probabilities, intermediates and marks."""
-        archive = self._new_folder() / "masks.zip"
-        shown = answer(
-            self.segmenter,
-            supports_of(_paths(files), values),
-            _paths(queries),
-            archive,
-            about=self.about,
-            label=label,
-            refine=refine,
-            look=self.trained,
-            bar=bar,
+        """Segments photos and writes all results into a zip.
+
+        It holds what `qpenet predict --probability` writes in `FORMATS`, for photos
+        that lie beside the results. Returns its path, and pictures of masks, of
+        probabilities, of the first photos' intermediates, and of what was marked. `bar`
+        may show how far it is. One photo at a time is in memory.
+        """
+        supports, photos = supports_of(_paths(files), values), _paths(queries)
+        name, out = checked_label(label), self._new_folder()
+        names = result_names(photos)
+        tasks = self.segmenter.learn_classes(
+            {name: ([s.pixels for s in supports], [s.mask for s in supports])}
         )
-        return str(archive), *shown
+        results = MaskWriter(
+            out, (name,), FORMATS, probabilities=True, about=self.about, photos=out
+        )
+        masks, probabilities, inside = [], [], []
+        for i in bar(range(len(photos))):
+            pixels = read_photo(photos[i])
+            found = tasks.find(pixels, refine=refine, probabilities=True)
+            photo = names[i].with_name(f"{names[i]}{photos[i].suffix}")
+            results.add(Query(photo, names[i], photo), Frame(pixels, names[i]), found)
+            masks.append(_mask(photo.name, pixels, found))
+            probabilities.append(_probability(photo.name, pixels, found))
+            if self.trained and i < MOST_INTERMEDIATES:
+                seen = tasks.tasks[name].intermediates(pixels)
+                drawn = intermediate_pictures(
+                    pixels, supports, seen, self.segmenter.side
+                )
+                inside += [Picture(x, f"{photo.name}: {note}") for x, note in drawn]
+        results.finish()
+        archive = shutil.make_archive(str(self._new_folder() / "masks"), "zip", out)
+        shutil.rmtree(out)
+        return archive, masks, probabilities, inside, list(map(_marked, supports))
 
     def _new_folder(self) -> Path:
         """Returns a folder whose name nobody can guess."""
