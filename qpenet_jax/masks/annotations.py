@@ -14,11 +14,7 @@ from jaxtyping import Bool, UInt8
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path
-from qpenet_jax.data.images import (
-    check_same_size,
-    read_image,
-    warn_of_turn,
-)
+from qpenet_jax.data.images import check_same_size, read_image, warn_of_turn
 from qpenet_jax.data.prepare.instances import (
     draw_segmentation,
     format_errors,
@@ -26,7 +22,7 @@ from qpenet_jax.data.prepare.instances import (
 )
 from qpenet_jax.data.supports import read_mask, support_mask
 from qpenet_jax.masks.coco_json import coco_annotations, draw_annotations
-from qpenet_jax.masks.labelme import draw_shapes, labelme_shapes, labelme_size
+from qpenet_jax.masks.labelme import draw_shapes, labelme_shapes
 
 Mask = UInt8[np.ndarray, "h w"]
 Size = tuple[int, int]
@@ -196,10 +192,7 @@ def _read_json(
     with format_errors(path, "a JSON file of labelme or COCO"):
         content = read_annotations(path)
         if "shapes" in content:
-            stored = labelme_size(content)
-            if stored is not None:
-                check_same_size(stored, size, path)
-            found: Mapping[str, Any] = labelme_shapes(content)
+            found: Mapping[str, Any] = labelme_shapes(path, content, size)
             label = _choice(path, found, support.name)
             return draw_shapes(path, found[label], size), label
         found = coco_annotations(path, content, support.image, size)

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from PIL import Image, ImageDraw
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.data.images import decoding
+from qpenet_jax.data.images import check_same_size, decoding
 from qpenet_jax.data.prepare.instances import FORMAT_ERRORS, reason
 from qpenet_jax.masks.polygons import fill, outlines
 from qpenet_jax.masks.tasks import Segmentation
@@ -28,24 +28,24 @@ VERSION = "5.5.0"
 Shape = dict[str, Any]
 
 
-def labelme_shapes(content: dict[str, Any]) -> dict[str, list[Shape]]:
+def labelme_shapes(
+    path: Path, content: dict[str, Any], size: tuple[int, int]
+) -> dict[str, list[Shape]]:
     """Returns the shapes of a file's content by their labels; no mask is made yet.
 
     Raises:
-        ValueError, LookupError, TypeError: no content of such a file.
+        InputError: another size than the photo's `size`. ValueError, LookupError,
+            TypeError: no content of such a file.
     """
+    stored = content.get("imageHeight"), content.get("imageWidth")
+    if None not in stored:
+        check_same_size(stored, size, path)
     by_label: dict[str, list[Shape]] = {}
     for shape in content["shapes"]:
         if not isinstance(shape["label"], str):
             raise ValueError(f"label {shape['label']!r} is no text")
         by_label.setdefault(shape["label"], []).append(shape)
     return by_label
-
-
-def labelme_size(content: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Returns the photo's height and width where the file holds them, else None."""
-    size = content.get("imageHeight"), content.get("imageWidth")
-    return None if None in size else size
 
 
 def draw_shapes(

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,35 +70,36 @@ def _opened(path: Path) -> Iterator[Any]:
         video.release()
 
 
-class OverlayVideo:
-    """A video of overlays, under another name until it is whole: a context manager."""
+@contextlib.contextmanager
+def overlay_video(
+    path: Path, rate: float, classes: int
+) -> Iterator[Callable[[RGB, Segmentation], None]]:
+    """Yields a function that adds the overlay of a frame to a video.
 
-    def __init__(self, path: Path, rate: float, classes: int):
-        self.path, self.rate, self.classes = path, rate, classes
-        self._part = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
-        self._writer: Any = None
+    The video has another name until all went well; else it is deleted. Raises
+    InputError where OpenCV can't write it.
+    """
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
+    writers: list[Any] = []
 
-    def __enter__(self) -> "OverlayVideo":
-        """Returns itself; the file is made with the first frame."""
-        return self
-
-    def add(self, pixels: RGB, found: Segmentation) -> None:
-        """Writes the overlay of a frame; raises InputError where OpenCV can't."""
-        overlay = class_overlay(pixels, found.index, self.classes)
-        if self._writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            height, width = found.index.shape
+    def add(pixels: RGB, found: Segmentation) -> None:
+        overlay = class_overlay(pixels, found.index, classes)
+        if not writers:
+            path.parent.mkdir(parents=True, exist_ok=True)
             code: Any = cv2.VideoWriter.fourcc(*"mp4v")
-            size = (width, height)
-            self._writer = cv2.VideoWriter(str(self._part), code, self.rate, size)
-            if not self._writer.isOpened():
-                raise InputError(f"{self.path}: this OpenCV can't write such a video")
-        self._writer.write(cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR))
+            size = overlay.shape[1], overlay.shape[0]
+            writers.append(cv2.VideoWriter(str(part), code, rate, size))
+            if not writers[0].isOpened():
+                raise InputError(f"{path}: this OpenCV can't write such a video")
+        writers[0].write(cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR))
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        """Gives the file its name if all went well, else deletes it."""
-        if self._writer is not None:
-            self._writer.release()
-        if kind is None and self._part.exists():
-            self._part.replace(self.path)
-        self._part.unlink(missing_ok=True)
+    try:
+        yield add
+        for writer in writers:
+            writer.release()
+        if part.exists():
+            part.replace(path)
+    finally:
+        for writer in writers:
+            writer.release()
+        part.unlink(missing_ok=True)

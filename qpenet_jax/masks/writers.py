@@ -21,7 +21,7 @@ from qpenet_jax.masks.coco_json import CocoFile
 from qpenet_jax.masks.labelme import labelme_file
 from qpenet_jax.masks.queries import Frame, Query, frames
 from qpenet_jax.masks.tasks import Segmentation
-from qpenet_jax.masks.videos import OverlayVideo
+from qpenet_jax.masks.videos import overlay_video
 
 SUMMARY = Path("predictions.json")
 
@@ -82,7 +82,7 @@ class MaskWriter:
         files, folders = [self.out / name for name in (SUMMARY, *self._coco)], set()
         for query in queries:
             if query.is_video:
-                files.append(self._overlay_video(query))
+                files.append(self.overlay_video(query))
                 frame = self._files(query.name / "0", is_video=True)
                 folders |= {path.parent for path in frame.values()}
             else:
@@ -119,10 +119,6 @@ class MaskWriter:
             coco.add(photo.as_posix(), found)
         self._images.append(self._summed_up(query, frame, found, files))
 
-    def overlay_video(self, query: Query) -> OverlayVideo:
-        """Returns what writes the overlays of a video's frames as a video."""
-        return OverlayVideo(self._overlay_video(query), query.rate, len(self.classes))
-
     def finish(self) -> None:
         """Writes the files that are about all images; raises InputError if it can't."""
         for name, coco in self._coco.items():
@@ -130,7 +126,8 @@ class MaskWriter:
         summary = self._summary | {"images": self._images}
         write_whole(self.out / SUMMARY, json.dumps(summary, indent=1))
 
-    def _overlay_video(self, query: Query) -> Path:
+    def overlay_video(self, query: Query) -> Path:
+        """Returns the video of the overlays of a video's frames."""
         return self.out / f"{query.name}_overlay.mp4"
 
     def _files(self, name: Path, is_video: bool) -> dict[str, Path]:
@@ -157,14 +154,15 @@ class MaskWriter:
         """Returns what is to be written into one of an image's files."""
         match what.split():
             case ["png"] if len(self.classes) == 1:
-                return grey_png(255 * found.index)
+                return _png(255 * found.index)
             case ["png" | "voc"]:
-                return index_png(found.index)
+                return _png(found.index, PALETTE)
             case ["overlay"]:
                 overlay = class_overlay(frame.pixels, found.index, len(self.classes))
-                return _jpeg(overlay)
+                return _encoded(Image.fromarray(overlay), "JPEG", quality=75)
             case ["frame"]:
-                return _jpeg(frame.pixels, quality=95)  # others may train on it
+                image = Image.fromarray(frame.pixels)
+                return _encoded(image, "JPEG", quality=95)  # others may train on it
             case ["labelme"]:
                 photo = self._photos / query.path
                 if query.is_video:
@@ -192,31 +190,21 @@ class MaskWriter:
         }
 
 
-def _jpeg(pixels, quality: int = 75) -> bytes:
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG", quality=quality)
-    return content.getvalue()
-
-
 PALETTE = [channel for index in range(256) for channel in voc_colour(index)]
 
 
-def index_png(index: Mask) -> bytes:
-    """Returns a palette PNG that holds the classes, and shows VOC's colours."""
-    image = Image.frombytes("P", index.shape[::-1], index.tobytes())
-    image.putpalette(PALETTE)
-    return _png(image)
-
-
-def grey_png(pixels: Mask) -> bytes:
-    """Returns a mask as a grey PNG of 8 bits."""
-    return _png(Image.fromarray(pixels))
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
+def _png(mask: Mask, palette: Sequence[int] = ()) -> bytes:
+    """Returns a PNG of 8 bits, grey or with the colours of a palette."""
+    image = Image.fromarray(mask)
+    if palette:
+        image.putpalette(palette)
     # Masks are long runs of one value: a quarter of the time, and no larger.
-    image.save(content, "PNG", compress_type=zlib.Z_RLE)
+    return _encoded(image, "PNG", compress_type=zlib.Z_RLE)
+
+
+def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
     return content.getvalue()
 
 
@@ -233,14 +221,15 @@ def segment_files(
     count = 0
     for query in queries:
         with contextlib.ExitStack() as stack:
-            video = None
+            add = None
             if query.is_video:
-                video = stack.enter_context(results.overlay_video(query))
+                video = results.overlay_video(query), query.rate, len(results.classes)
+                add = stack.enter_context(overlay_video(*video))
             for frame in frames(query):
                 found = find(frame.pixels)
                 results.add(query, frame, found)
                 count += 1
-                if video is not None:
-                    video.add(frame.pixels, found)
+                if add is not None:
+                    add(frame.pixels, found)
     results.finish()
     return count
