@@ -24,7 +24,7 @@ from qpenet_jax.data.augmentation import (
     Augmentation,
     ImageDraws,
 )
-from qpenet_jax.data.transforms import UNSURE, nearest
+from qpenet_jax.data.transforms import episode_of, nearest
 
 
 class DeviceDraws(NamedTuple):
@@ -101,19 +101,8 @@ def augment_episodes(raw: RawEpisode, *, side: int) -> Episode:
     `side` is that of the result in pixels, as it was for the draws. Pure; every image
     is treated by itself, so that a batch may be split over devices.
     """
-    one = functools.partial(augment_image, side=side)
-    every: Any = jax.vmap(jax.vmap(one))  # of every slot of every episode
-    images, masks = every(raw.images, raw.masks, raw.draws)
-    padding = masks == IGNORE
-    masks: Any = jnp.where(masks == UNSURE, jnp.uint8(IGNORE), masks)
-    return Episode(
-        images[:, 0],
-        masks[:, 0],
-        images[:, 1:],
-        masks[:, 1:],
-        padding[:, 0],
-        padding[:, 1:],
-    )
+    augment_slots: Any = jax.vmap(functools.partial(augment_image, side=side))
+    return jax.vmap(lambda *slots: episode_of(*augment_slots(*slots)))(*raw)
 
 
 def augment_image(

@@ -19,7 +19,7 @@ from jaxtyping import Int, UInt8
 
 from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import IGNORE, Episode, SegmentationDataset
+from qpenet_jax.core.types import Episode, SegmentationDataset
 from qpenet_jax.data.augmentation import Augmentation, augment, draw, no_change
 from qpenet_jax.data.device_augmentation import (
     RawEpisode,
@@ -29,8 +29,8 @@ from qpenet_jax.data.device_augmentation import (
 from qpenet_jax.data.episodes import AUGMENT_STREAM, EpisodeIds, generator
 from qpenet_jax.data.images import check_same_size
 from qpenet_jax.data.transforms import (
-    UNSURE,
     binary_mask,
+    episode_of,
     fit,
     fit_label,
     padding_apart,
@@ -82,10 +82,7 @@ def load_episode(
             rng = generator(seed, AUGMENT_STREAM, ids.index, slot)
             draws = draw(rng, augmentation, mask.shape, side)
             loaded.append(augment(image, mask, side, draws))
-    images, masks = map(np.stack, zip(*loaded, strict=True))
-    padding = masks == IGNORE
-    masks[masks == UNSURE] = IGNORE
-    return Episode(images[0], masks[0], images[1:], masks[1:], padding[0], padding[1:])
+    return episode_of(*map(np.stack, zip(*loaded, strict=True)))
 
 
 def _read(

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Integer, UInt8
 
 from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import FEATURE_STRIDE, IGNORE
+from qpenet_jax.core.types import FEATURE_STRIDE, IGNORE, Array, Episode
 
 Image = UInt8[np.ndarray, "h w 3"]
 Mask = UInt8[np.ndarray, "h w"]
@@ -83,6 +83,18 @@ annotators left open."""
 def padding_apart(mask: Mask) -> Mask:
     """Returns a mask of 0, 1 and 255 in which UNSURE stands for 255."""
     return np.where(mask == IGNORE, np.uint8(UNSURE), mask)
+
+
+def episode_of(
+    images: UInt8[Array, "slots s s 3"], masks: UInt8[Array, "slots s s"]
+) -> Episode:
+    """Returns an episode of augmented or fitted images, the query first.
+
+    In the masks UNSURE stands for what is ignored, and 255 for padding.
+    """
+    padding = masks == IGNORE
+    masks = masks + (masks == UNSURE).astype(np.uint8)  # 254 becomes 255.
+    return Episode(images[0], masks[0], images[1:], masks[1:], padding[0], padding[1:])
 
 
 def unpad(
