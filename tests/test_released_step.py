@@ -214,9 +214,14 @@ FROZEN, DRIFTING = 5, 7
 """First steps of two and of three that do not drift, and that do."""
 
 
-def steps(made, frozen, batches, start, statistics):
+@pytest.fixture(scope="module")
+def step(made):
+    """The train step, which all tests share: it is traced once."""
+    return build_train_step(made, STEPS, images=10)
+
+
+def steps(step, made, frozen, batches, start, statistics):
     """Return the state after a step on every batch, and the metrics of each."""
-    step = build_train_step(made, STEPS, 10)
     state = build_state(made, frozen, STEPS)
     params = {**state.params, BATCH_STATISTICS: jax.tree.map(jnp.array, statistics)}
     state = TrainState(jnp.int32(start), params, state.opt_state)
@@ -292,10 +297,10 @@ def pytorchs(tensors, batches):
 
 @pytest.mark.parity
 def test_three_steps_move_the_statistics_as_in_pytorch(
-    made, frozen, tensors, batches, pytorchs
+    step, made, frozen, tensors, batches, pytorchs
 ):
     start = statistics_of(frozen)
-    params, _ = steps(made, frozen, batches, DRIFTING, start)
+    params, _ = steps(step, made, frozen, batches, DRIFTING, start)
     moved = params[BATCH_STATISTICS]
     _, theirs = pytorchs
     counts = (theirs[f"{x}.num_batches_tracked"] for x in ("bn1", "layer4.0.bn1"))
@@ -321,7 +326,7 @@ def test_features_are_normalised_by_the_batch_as_in_pytorch(frozen, batches, pyt
 
 
 def test_steps_that_do_not_drift_use_the_statistics_as_they_are(
-    made, frozen, tensors, batches
+    step, made, frozen, tensors, batches
 ):
     start = statistics_of(frozen)
     moved = jax.tree.map(lambda x: 3 * x + 0.5, start)
@@ -329,7 +334,7 @@ def test_steps_that_do_not_drift_use_the_statistics_as_they_are(
     deep = {**start, DEEP: moved[DEEP]}
 
     def measured(statistics, weights=frozen):
-        after, (found,) = steps(made, weights, batches[:1], FROZEN, statistics)
+        after, (found,) = steps(step, made, weights, batches[:1], FROZEN, statistics)
         kept = after[BATCH_STATISTICS]
         jax.tree.map(np.testing.assert_array_equal, kept, statistics)
         return found
@@ -344,14 +349,16 @@ def test_steps_that_do_not_drift_use_the_statistics_as_they_are(
     assert last["loss_aux"] != before["loss_aux"], "the prior is made of layer4"
 
 
-def test_drifting_steps_see_the_batch_alone(made, frozen, batches):
+def test_drifting_steps_see_the_batch_alone(step, made, frozen, batches):
     start = statistics_of(frozen)
     other = jax.tree.map(lambda x: 2 * x, start)
-    one, two = (steps(made, frozen, batches[:2], DRIFTING, s) for s in (start, other))
+    one, two = (
+        steps(step, made, frozen, batches[:2], DRIFTING, s) for s in (start, other)
+    )
     assert one[1] == two[1]
     learned = [{k: x[k] for k in x if k != BATCH_STATISTICS} for x, _ in (one, two)]
     jax.tree.map(np.testing.assert_array_equal, *learned)
-    _, still = steps(made, frozen, batches[:1], FROZEN, start)
+    _, still = steps(step, made, frozen, batches[:1], FROZEN, start)
     assert abs(one[1][0]["rms_F_q"] / still[0]["rms_F_q"] - 1) > 1e-3
 
 
@@ -434,13 +441,12 @@ def finished(converted, tmp_path_factory):
     return workdir
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(finished, made, frozen):
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, step, made, frozen):
     replicated, split = shardings(made.batch_size)
     weights = jax.device_put(frozen, replicated)
     state = jax.device_put(build_state(made, weights, STEPS), replicated)
     dataset = build_dataset(made, "train")
     sampler = build_train_sampler(made, dataset)
-    step = build_train_step(made, STEPS, len(sampler))
     batches, key = build_batches(made, dataset, sampler), jax.random.key(made.seed + 1)
     for _ in range(STEPS):
         state, _ = step(state, weights, on_devices(made, next(batches), split), key)
