@@ -129,6 +129,16 @@ def stopped_after(step):
         yield
 
 
+def scalars(folder, name):
+    """Return the values that TensorBoard shows, by step; the later of a step's two."""
+    # Here: most test files need no TensorBoard.
+    from tensorboard.backend.event_processing import event_accumulator
+
+    events = event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
 @contextlib.contextmanager
 def no_file_above(size):
     """Let writes beyond `size` bytes of a file fail, as all do on a full disk."""

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 from commands import ROOT, assert_refused, overrides, passed, qpenet, tiny
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import scalars
 
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
@@ -140,13 +140,6 @@ def saved(workdir):
     return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
-def losses(workdir):
-    events = EventAccumulator(str(workdir))
-    events.Reload()
-    # Steps that a stopped process took again stand there twice.
-    return {e.step: e.value for e in events.Scalars("train/loss")}
-
-
 def assert_same_result(*runs):
     for name in ("episodes_qpenet.csv", "results.json", "scores.json"):
         texts = [(run / name).read_text() for run in runs]
@@ -198,7 +191,8 @@ def two(start, tmp_path_factory):
 @pytest.mark.slow
 def test_two_processes_train_and_score_as_one_does(one, two):
     workdir, both = two
-    found, expected = losses(workdir), losses(one)
+    # Steps that a stopped process took again stand there twice.
+    found, expected = (scalars(run, "train/loss") for run in (workdir, one))
     assert set(found) == set(expected) == set(range(START + 1, STEPS + 1))
     steps = sorted(expected)
     np.testing.assert_allclose(

@@ -25,7 +25,7 @@ from qpenet_jax.cli.main import main
 from qpenet_jax.runs.build import identity
 from qpenet_jax.runs.folder import claim, open_run, read_inputs
 from qpenet_jax.runs.publish import publish
-from qpenet_jax.runs.published import MODEL_FILE, write_model
+from qpenet_jax.runs.published import MODEL_FILE, Facts, write_model
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +74,11 @@ def test_sixteen_bits_are_rounded_once_and_read_as_float32(tmp_path, exact, dtyp
 
 def test_a_value_that_16_bits_cannot_hold_is_refused(tmp_path):
     params = {"a": jnp.array([1.0, 1e6])}
-    facts = {"step": 1, "selection": "last", "inputs": {}}
+    facts = Facts(step=1, selection="last", inputs={})
     with pytest.raises(InputError, match="float16 can't: choose --dtype bfloat16"):
-        write_model(tmp_path / MODEL_FILE, params, "float16", **facts)
+        write_model(tmp_path / MODEL_FILE, params, "float16", facts)
     assert not (tmp_path / MODEL_FILE).exists()
-    write_model(tmp_path / MODEL_FILE, params, "bfloat16", **facts)
+    write_model(tmp_path / MODEL_FILE, params, "bfloat16", facts)
 
 
 def test_the_backbone_goes_along_if_asked_and_its_own_always(tmp_path, exact):

@@ -24,7 +24,7 @@ from qpenet_jax.runs.folder import (
     read_inputs,
     read_json,
 )
-from qpenet_jax.runs.published import MODEL_FILE, write_model
+from qpenet_jax.runs.published import MODEL_FILE, Facts, write_model
 
 CARD_FILE = "README.md"
 
@@ -52,11 +52,12 @@ def publish(
 ) -> Path:
     """Writes a run as a folder in the layout of the Hugging Face hub and returns it.
 
-    It holds `model.safetensors`, `config.json` and the model card, and is opened as a
-    run is. In "float16" or "bfloat16" the parameters take half the room and are
-    rounded. The backbone's weights are named by their hash, unless the run has its own
-    or they are asked for; they aren't rounded. `license` is an identifier of the hub,
-    such as "apache-2.0". Nothing is left behind if anything fails.
+    The folder holds `model.safetensors`, `config.json` and the model card, and can be
+    opened like a run. With the `dtype` "float16" or "bfloat16" the parameters are
+    rounded and take half the space. The backbone's weights are written, unrounded, if
+    `with_backbone` is true or the run has weights of its own; otherwise the folder
+    holds only their hash. `license` is an identifier of the hub, such as "apache-2.0".
+    If anything fails, nothing is left behind.
 
     Raises:
         InputError: as `open_run`; `out` exists and isn't empty; a value is too large
@@ -66,11 +67,11 @@ def publish(
     with new_folder(folder) as made:
         run = open_run(local_path(workdir), selection=selection)
         chosen = selection or selections(run.config)[0]
-        inputs = read_inputs(run.folder)
+        facts = Facts(run.step, chosen, read_inputs(run.folder))
         with_backbone = with_backbone or (run.folder / OWN_BACKBONE).exists()
         if with_backbone:
             _write_backbone(made / OWN_BACKBONE, run)
-        write_model(made / MODEL_FILE, run.params, dtype, run.step, chosen, inputs)
+        write_model(made / MODEL_FILE, run.params, dtype, facts)
         write_json(made / CONFIG_FILE, _config(run, with_backbone))
         card = model_card(run, chosen, dtype, with_backbone, license)
         write_whole(made / CARD_FILE, card)

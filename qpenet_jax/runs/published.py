@@ -1,7 +1,7 @@
-"""A published run as others open it: its name on a hub, its one file of parameters.
+"""The parameter file of a published run, and runs on the Hugging Face hub.
 
-The name is org/name, or org/name@revision. A .safetensors file holds numbers and text,
-nothing that could run.
+The name of a run on the hub is org/name, or org/name@revision. A .safetensors file
+holds numbers and text, but no code that could run.
 """
 
 import importlib.util
@@ -37,28 +37,22 @@ class Facts(NamedTuple):
     step: int
     selection: str  # which checkpoint of the run it was
     inputs: dict[str, str]  # those of INPUTS_FILE
-    sha256: str  # of the values as they are stored
+    sha256: str = ""  # of the values as they are stored; `write_model` computes it
 
 
-def write_model(
-    path: Path,
-    params: PyTree[Array],
-    dtype: str,
-    step: int,
-    selection: str,
-    inputs: dict[str, str],
-) -> None:
-    """Writes parameters, with their statistics if any, whole or not at all.
+def write_model(path: Path, params: PyTree[Array], dtype: str, facts: Facts) -> None:
+    """Writes parameters, with their statistics if any, and what the file says of them.
 
     Raises:
-        InputError: `dtype` is none of STORED_DTYPES, or too small for a value.
+        InputError: `dtype` is none of STORED_DTYPES, or too small for a value; no file
+            is written then.
     """
     check_choice("--dtype ", dtype, STORED_DTYPES)
     stored = {
         name: np.ascontiguousarray(_rounded(np.asarray(array), dtype))
         for name, array in _flat(params).items()
     }
-    facts = Facts(step, selection, inputs, values_hash(stored))
+    facts = facts._replace(sha256=values_hash(stored))
     metadata = {"format": FORMAT, "facts": json.dumps(facts._asdict())}
     write_whole(path, safetensors.numpy.save(stored, metadata=metadata))
 
@@ -119,13 +113,13 @@ def _flat(tree: PyTree[Any]) -> dict[str, Any]:
 NAME = re.compile(r"([\w.-]+)/[\w.-]+(@[\w./-]+)?")
 
 FILES = ("*.json", "*.safetensors", "*.md")
-"""What is fetched; a repository may hold anything beside it."""
+"""The files that are downloaded; a repository may hold others beside them."""
 
 
 def is_on_hub(workdir: str | Path) -> bool:
-    """Whether a run is named as on a hub, and there is no such folder here.
+    """Returns whether the name is one of the hub, and not of a folder of this machine.
 
-    A wrong name in a folder of this machine, such as runs/, is no name of a hub.
+    A wrong name within an existing folder, such as runs/, is not looked for on the hub.
     """
     path = Path(workdir)
     match = NAME.fullmatch(path.as_posix())
@@ -133,12 +127,12 @@ def is_on_hub(workdir: str | Path) -> bool:
 
 
 def run_folder(workdir: str | Path) -> Path:
-    """Returns the folder of a run of this machine, or of a copy of one on the hub.
+    """Returns the folder of a run; a run on the hub is downloaded first.
 
-    What was fetched before is not fetched again, and does without a connection.
+    Files that were downloaded before are used again, even without a connection.
 
     Raises:
-        InputError: it can't be had from the hub.
+        InputError: the hub doesn't have the run, or can't be reached.
     """
     if not is_on_hub(workdir):
         return Path(workdir)
