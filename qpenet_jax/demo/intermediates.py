@@ -33,7 +33,8 @@ def intermediate_pictures(
     `out` is what `Task.intermediates` returns; what a variant lacks is left
     out. `side` is that of the network's input.
     """
-    rows, columns = content_size(*query.shape[:2], side)
+    height, width = query.shape[:2]
+    rows, columns = content_size(height, width, side)
     seen = fit(query, side)[:rows, :columns]
 
     def found(logits, colour):
