@@ -4,6 +4,8 @@ Only resizing, as in the system that the paper's authors released; uint8 in and 
 normalisation happens later, on the device. Training augments as well: augmentation.py.
 """
 
+from typing import Any
+
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
@@ -92,9 +94,10 @@ def episode_of(
 
     In the masks UNSURE stands for what is ignored, and 255 for padding.
     """
-    padding = masks == IGNORE
+    padding: Any = masks == IGNORE
     masks = masks + (masks == UNSURE).astype(np.uint8)  # 254 becomes 255.
-    return Episode(images[0], masks[0], images[1:], masks[1:], padding[0], padding[1:])
+    parts: list[Any] = [images[0], masks[0], images[1:], masks[1:]]
+    return Episode(*parts, query_padding=padding[0], support_padding=padding[1:])
 
 
 def unpad(
