@@ -1,8 +1,8 @@
 """Measure what `qpenet predict --refine` gains: the table of docs/measured.md.
 
-    python tests/measure_refine.py --data ../shared/data/voc --episodes 200 --side 321
-    python tests/measure_refine.py --data ../shared/data/voc --workdir RUN
-    python tests/measure_refine.py --data ../shared/data/voc --truth --side 473
+    python docs/measurements/refine.py --data DATA --episodes 200 --side 321
+    python docs/measurements/refine.py --data DATA --workdir RUN
+    python docs/measurements/refine.py --data DATA --truth --side 473
 
 samples episodes of one support from the list `subset_val.txt`, seed 0, among classes
 with ten images of 2,048 pixels or more, and prints the means of IoU and of the boundary
@@ -24,7 +24,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import qpenet_jax
 from qpenet_jax.data.folds import PASCAL_CLASSES

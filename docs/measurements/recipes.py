@@ -1,6 +1,6 @@
 """Measure what makes training stable: the tables of docs/training.md.
 
-    python tests/measure_recipes.py --data ../shared/data/voc --rows before,stable
+    python docs/measurements/recipes.py --data ../shared/data/voc --rows before,stable
 
 trains each row on fold 2 of the VOC subset with EfficientNet-Lite0, whose features are
 multiplied by each scale as if they were another backbone's, with the schedule of a run
@@ -15,7 +15,7 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from qpenet_jax.backbones.convert import wheel_file
 from qpenet_jax.backbones.registry import BACKBONES
@@ -27,7 +27,7 @@ from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.training import health
 from qpenet_jax.training.preflight import JUDGED, first_steps
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pascal_fold2.py"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "pascal_fold2.py"
 
 LITE0 = "efficientnet_lite0"
 NET = BACKBONES[LITE0]

@@ -1,7 +1,7 @@
 """Count kills, and watch memory: two rows of "Faults, counted" in docs/reliability.md.
 
-    python tests/measure_faults.py kills /tmp/faults 20
-    python tests/measure_faults.py memory /tmp/faults 10000
+    python docs/measurements/faults.py kills /tmp/faults 20
+    python docs/measurements/faults.py memory /tmp/faults 10000
 
 trains and predicts in a folder that may be deleted afterwards, and prints a line for
 each kill, or the memory during the queries. Every command is a process of its own.
@@ -15,8 +15,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from commands import ROOT, overrides, words
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+from commands import ROOT, overrides, words
 
 FIELDS = overrides(steps=40, save_every=2, eval__every=10, eval__base_episodes=6)
 RESULTS = ("results.json", "references.json", "episodes_qpenet.csv", "inputs.json")

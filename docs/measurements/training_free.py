@@ -1,6 +1,6 @@
 """Score self-support, which needs no training, beside the cosine baseline.
 
-    python tests/measure_training_free.py --config configs/starter.py \
+    python docs/measurements/training_free.py --config configs/starter.py \
         --config.dataset.root=FOLDER/starter/1.0.0 --config.side=473 --sheet sheet.png
 
 scores both on the same episodes of the config's evaluation protocol, prints a table
@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from qpenet_jax.evaluation.metrics import estimate_difference
 from qpenet_jax.evaluation.pictures import episode_figure, save_image
