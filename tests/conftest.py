@@ -115,9 +115,9 @@ def stopped_after(step):
 
     It saves the step after that one, and ends.
     """
-    from qpenet_jax.training import train
+    from qpenet_jax.training.events import Events
 
-    write = train.write_scalars
+    write = Events.add_scalars
 
     def write_and_stop(events, group, values, number):
         write(events, group, values, number)
@@ -125,7 +125,7 @@ def stopped_after(step):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "write_scalars", write_and_stop)
+        patch.setattr(Events, "add_scalars", write_and_stop)
         yield
 
 

@@ -31,8 +31,7 @@ from qpenet_jax.runs.datasets import (
     selection_protocols,
 )
 from qpenet_jax.runs.folder import open_run, trained_and_scored
-from qpenet_jax.training.events import speeds
-from qpenet_jax.training.profiling import Profile
+from qpenet_jax.training.events import Profile, speeds
 from qpenet_jax.training.retries import (
     Retry,
     batches_left_out,

@@ -48,6 +48,9 @@ REFERENCES = "references.json"
 FIGURE = "episodes.png"
 FIGURE_EPISODES = 8
 
+EPISODES = {name: f"episodes_{name}.csv" for name in ("qpenet", "untrained", "cosine")}
+"""Files with the pixel counts of every episode, by the predictor that is scored."""
+
 
 def folder_name(protocol: Protocol, episodes: EpisodeList | None = None) -> str:
     """Returns a name of its own for every protocol, such as pfenet_1shot.
@@ -55,7 +58,8 @@ def folder_name(protocol: Protocol, episodes: EpisodeList | None = None) -> str:
     A list of `episodes` replaces what the protocol would choose, and is part of the
     name.
     """
-    protocol = _with_list(protocol, episodes)
+    if episodes:
+        protocol = dataclasses.replace(protocol, **episodes.fields)
     name = protocol.name.replace(", but ", "_").replace(" ", "_")
     return f"{name}_{protocol.shots}shot"
 
@@ -85,31 +89,22 @@ def scored_episodes(
         InputError: the data set can't serve the protocol, or the list shows a class
             that the run trains on.
     """
+    protocol, names = of_dataset(protocol, val), class_names(config)
     if episodes:
-        _check_novel(config, episodes)
-    protocol = _with_list(of_dataset(protocol, val), episodes)
+        protocol = dataclasses.replace(protocol, **episodes.fields)
     own = build_eval_samplers(config, val, protocol, drop_few=bool(episodes))
     samplers = episodes.samplers if episodes else own
-    shown = {c for sampler in (own[0], *samplers) for c in sampler.shown}
-    class_ids = tuple(sorted(shown))
-    names = tuple(class_names(config)[class_id - 1] for class_id in class_ids)
-    left_out = sorted(set(protocol.classes) - set(names))
-    protocol = dataclasses.replace(protocol, classes=names)
-    return ScoredEpisodes(protocol, samplers, class_ids, left_out)
-
-
-def _with_list(protocol: Protocol, episodes: EpisodeList | None) -> Protocol:
-    return dataclasses.replace(protocol, **episodes.fields) if episodes else protocol
-
-
-def _check_novel(config: Any, episodes: EpisodeList) -> None:
-    """Refuses a list with classes that the run trains on."""
-    shown = {c for sampler in episodes.samplers for c in sampler.shown}
-    for class_id in sorted(shown - set(build_fold(config).novel)):
+    shown = {c for sampler in samplers for c in sampler.shown}
+    if episodes and (others := shown - set(build_fold(config).novel)):
         raise InputError(
-            f"the episode list shows {class_names(config)[class_id - 1]}, which isn't "
-            f"novel in fold {config.dataset.fold}: give a list of this fold"
+            f"the episode list shows {names[min(others) - 1]}, which isn't novel in "
+            f"fold {config.dataset.fold}: give a list of this fold"
         )
+    class_ids = tuple(sorted(shown.union(own[0].shown)))
+    classes = tuple(names[class_id - 1] for class_id in class_ids)
+    left_out = sorted(set(protocol.classes) - set(classes))
+    protocol = dataclasses.replace(protocol, classes=classes)
+    return ScoredEpisodes(protocol, samplers, class_ids, left_out)
 
 
 class Evaluator:
@@ -142,17 +137,6 @@ class Evaluator:
         scored = scored_episodes(config, val, protocol, episodes)
         self.protocol, self.samplers, self.class_ids, self.left_out = scored
 
-    @functools.cached_property
-    def cosine(self) -> Predictor:
-        """The training-free baseline over the same backbone."""
-        return build.build_cosine_predictor(self.config, self.weights)
-
-    @property
-    def subset(self) -> list[str]:
-        """Those classes of `config.eval.subset` that some episode can show."""
-        names = self.config.eval.subset
-        return [name for name in names if name in self.protocol.classes]
-
     def of_selection(self, name: str) -> "Evaluator":
         """Returns this evaluator for another selection's checkpoint, and its folder."""
         other = copy.copy(self)
@@ -162,9 +146,8 @@ class Evaluator:
     @property
     def files(self) -> list[Path]:
         """All files that are written."""
-        names = [RESULTS, TABLE, SHEET, REFERENCES, FIGURE]
-        scored = [self._episodes(name) for name in ("qpenet", "untrained", "cosine")]
-        return [*(self.folder / name for name in names), *scored]
+        names = (RESULTS, TABLE, SHEET, REFERENCES, FIGURE, *EPISODES.values())
+        return [self.folder / name for name in names]
 
     def describe(self) -> str:
         """Returns the protocol, and which classes have too few images for it."""
@@ -177,17 +160,14 @@ class Evaluator:
 
     def miou(self, params: PyTree[Array]) -> float:
         """Returns the mIoU of parameters in percent; nothing is written."""
-        predict = self._predictor(params)
-        scores = self._evaluate("selection", predict)
+        scores = self._evaluate("selection", self._predictor(params))
         return 100 * mean_iou(scores, self.class_ids)
 
     def references(self) -> str:
         """Scores the untrained network and the baseline; returns them as a table."""
         untrained = self._predictor(build.initial_params(self.config))
-        found = {
-            "untrained": self._score("untrained", untrained),
-            "cosine": self._score("cosine", self.cosine),
-        }
+        predictors = {"untrained": untrained, "cosine": self._cosine}
+        found = {name: self._score(name, each) for name, each in predictors.items()}
         made = {"run": build.identity(self.config), "results": found}
         if cluster.is_first():
             write_json(self.folder / REFERENCES, made)
@@ -204,16 +184,21 @@ class Evaluator:
         results = self._score("qpenet", predict) | facts
         if not cluster.is_first():
             return results
-        results["network"] = build.network_name(self.config, self.protocol.shots)
-        results["dtype"] = resolve_dtype(self.config.dtype)
-        results["device"] = jax.devices()[0].device_kind
-        results["config_hash"] = build.identity(self.config)[:12]
-        results["class_ids"] = list(self.class_ids)
-        results["selection"] = SELECTION[self.selection]
-        results["references"] = self._references()
-        if "cosine" in results["references"]:
-            results["gain_over_cosine"] = self._gain("cosine")
-        save_image(self._figure(predict), self.folder / FIGURE)
+        config, references = self.config, self._references()
+        network = build.network_name(config, self.protocol.shots)
+        results |= {
+            "network": network,
+            "dtype": resolve_dtype(config.dtype),
+            "device": jax.devices()[0].device_kind,
+            "config_hash": build.identity(config)[:12],
+            "class_ids": list(self.class_ids),
+            "selection": SELECTION[self.selection],
+            "references": references,
+        }
+        if "cosine" in references:
+            results["gain_over_cosine"] = self._gain_over_cosine()
+        figure = self._figure({"cosine": self._cosine, network: predict})
+        save_image(figure, self.folder / FIGURE)
         return results
 
     def write(self, results: dict[str, Any]) -> None:
@@ -221,21 +206,9 @@ class Evaluator:
         if cluster.is_first():
             write_report(self.folder, results)
 
-    def _references(self) -> dict[str, Any]:
-        """Returns the results of `references`, if they are of this run and protocol."""
-        made, ours = self._read(REFERENCES), self.protocol.to_dict()
-        if made.get("run") != build.identity(self.config):
-            return {}
-        found = made["results"]
-        same = all(reference["protocol"] == ours for reference in found.values())
-        return found if same else {}
-
     def step(self) -> int | None:
         """Returns the step of the last written results of this protocol, if any."""
-        return cluster.by_first(self._step)
-
-    def _step(self) -> int | None:
-        results = self._read(RESULTS)
+        results = cluster.by_first(lambda: self._read(RESULTS))
         same = results.get("protocol") == self.protocol.to_dict()
         return results.get("step") if same else None
 
@@ -248,22 +221,13 @@ class Evaluator:
             return ""
         return (self.folder / TABLE).read_text(encoding="utf-8")
 
-    def _figure(self, predict: Predictor) -> UInt8[Any, "h w 3"]:
-        """Draws the first episodes with the baseline's and the network's prediction."""
-        count = min(FIGURE_EPISODES, self.protocol.episodes)
-        return episode_figure(
-            self.val,
-            [self.samplers[0](i) for i in range(count)],
-            {
-                "cosine": self.cosine,
-                build.network_name(self.config, self.protocol.shots): predict,
-            },
-            self.protocol.side,
-            self.protocol.resize,
-        )
-
     def _predictor(self, params: PyTree[Array]) -> Predictor:
         return build.build_predictor(self.config, one_copy(params), self.weights)
+
+    @functools.cached_property
+    def _cosine(self) -> Predictor:
+        """The training-free baseline over the same backbone."""
+        return build.build_cosine_predictor(self.config, self.weights)
 
     def _evaluate(self, name: str, predict: Predictor) -> Scores:
         return score_episodes(
@@ -279,29 +243,44 @@ class Evaluator:
     def _score(self, name: str, predict: Predictor) -> dict[str, Any]:
         scores = self._evaluate(name, predict)
         if cluster.is_first():
-            scores.save(self._episodes(name))
-        return summarize(scores, self.protocol, self.class_ids, self.subset)
+            scores.save(self.folder / EPISODES[name])
+        return summarize(scores, self.protocol, self.class_ids, [*self._subset])
 
-    def _gain(self, reference: str) -> dict[str, list[float]]:
+    @property
+    def _subset(self) -> dict[str, int]:
+        """The classes of `config.eval.subset` that some episode can show; their ids."""
+        ids = dict(zip(self.protocol.classes, self.class_ids, strict=True))
+        return {name: ids[name] for name in self.config.eval.subset if name in ids}
+
+    def _references(self) -> dict[str, Any]:
+        """Returns the results of `references`, if they are of this run and protocol."""
+        made, protocol = self._read(REFERENCES), self.protocol.to_dict()
+        if made.get("run") != build.identity(self.config):
+            return {}
+        found = made["results"]
+        same = all(reference["protocol"] == protocol for reference in found.values())
+        return found if same else {}
+
+    def _gain_over_cosine(self) -> dict[str, list[float]]:
         """Returns paired mIoU differences with their intervals, in points."""
-        ours, theirs = self._scores("qpenet"), self._scores(reference)
-        names = self.protocol.classes
+        network, cosine = (
+            load_scores(self.folder / EPISODES[name]) for name in ("qpenet", "cosine")
+        )
         classes = {"mIoU": self.class_ids}
-        if self.subset:
-            chosen = tuple(self.class_ids[names.index(name)] for name in self.subset)
-            classes["mean of " + ", ".join(self.subset)] = chosen
-        return {
-            what: [
-                round(100 * v, 2) for v in estimate_difference(ours, theirs, ids).miou
-            ]
+        if subset := self._subset:
+            classes["mean of " + ", ".join(subset)] = tuple(subset.values())
+        found = {
+            what: estimate_difference(network, cosine, ids).miou
             for what, ids in classes.items()
         }
+        return {what: [round(100 * x, 2) for x in miou] for what, miou in found.items()}
 
-    def _episodes(self, name: str) -> Path:
-        return self.folder / f"episodes_{name}.csv"
-
-    def _scores(self, name: str) -> Scores:
-        return load_scores(self._episodes(name))
+    def _figure(self, predictors: dict[str, Predictor]) -> UInt8[Any, "h w 3"]:
+        """Draws the first episodes with what the predictors find in them."""
+        protocol, draw = self.protocol, self.samplers[0]
+        episodes = [draw(i) for i in range(min(FIGURE_EPISODES, protocol.episodes))]
+        size = protocol.side, protocol.resize
+        return episode_figure(self.val, episodes, predictors, *size)
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name

@@ -60,13 +60,12 @@ from qpenet_jax.training.batches import (
     shardings,
 )
 from qpenet_jax.training.events import (
+    Events,
+    Profile,
     fetched,
-    open_events,
     speeds,
     write_results_events,
-    write_scalars,
 )
-from qpenet_jax.training.profiling import Profile
 from qpenet_jax.training.released_step import make_drifting_step, with_statistics
 from qpenet_jax.training.retries import (
     batches_left_out,
@@ -160,7 +159,7 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
             waited, clock = 0.0, time.perf_counter()
             with (
                 contextlib.closing(batches),
-                open_events(workdir, start) as events,
+                Events(workdir, purge_step=start + 1) as events,
                 Profile(workdir, profile * cluster.is_first(), start, steps) as trace,
                 tqdm(
                     desc="training",
@@ -207,7 +206,7 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
                     rate = {
                         "learning_rate": float(jnp.asarray(learning_rate(step - 1)))
                     }
-                    write_scalars(events, "train", history[-1] | rate | speed, step)
+                    events.add_scalars("train", history[-1] | rate | speed, step)
                     recent = []
 
                     # Save, evaluate.
@@ -217,7 +216,7 @@ def train(config: Any, workdir: Path, profile: int = 0) -> None:
                         scores = mious(selecting, state.params)
                         checkpoints.add_scores(step, scores)
                         named = {f"{name}_miou": miou for name, miou in scores.items()}
-                        write_scalars(events, "eval", named, step)
+                        events.add_scalars("eval", named, step)
                     if stopping:
                         raise KeyboardInterrupt(
                             f"step {step} is saved: the same command goes on"
