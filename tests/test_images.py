@@ -1,5 +1,6 @@
 import struct
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -92,12 +93,6 @@ def test_every_kind_of_image_is_read_as_rgb(tmp_path, name, image, options, expe
 def test_16_bit_rgb(tmp_path):
     cv2.imwrite(str(tmp_path / "d.png"), SMOOTH[..., ::-1].astype(np.uint16) * 257)
     same(read_image(tmp_path / "d.png"), SMOOTH)
-
-
-def test_32_bit_is_refused(tmp_path):
-    path = saved(tmp_path / "f.tif", np.ones((2, 2), np.float32))
-    with pytest.raises(InputError, match=r"f\.tif: 32-bit"):
-        read_image(path)
 
 
 WIDTHS = {3: "H", 4: "I", 8: "h", 9: "i"}
@@ -269,51 +264,18 @@ def test_all_readers_agree_on_real_photographs(shared_voc):
         all_readers_agree(path, read_image(path))
 
 
-def test_large_photograph(tmp_path):
-    big = Image.new("L", (8000, 6000), 200)
-    big.save(tmp_path / "big.jpg")
-    assert image_size(tmp_path / "big.jpg") == (6000, 8000)
-    image = read_image(tmp_path / "big.jpg")
-    assert image.shape == (6000, 8000, 3)
-    assert image[-1, -1].tolist() == [200, 200, 200]
-
-
 def truncated(path: Path) -> None:
     shape = (64, 64, 3) if path.suffix == ".jpg" else (64, 64)
     saved(path, np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     path.write_bytes(path.read_bytes()[:-600])
 
 
-@pytest.mark.parametrize(
-    ("name", "write", "message"),
-    [
-        ("a.jpg", truncated, "broken image .*truncated"),
-        ("a.png", truncated, "broken image"),
-        ("a.jpg", lambda path: path.write_bytes(b"hello"), "not an image"),
-        ("a.jpg", lambda path: path.write_bytes(b""), "not an image"),
-        ("a.jpg", lambda path: None, "no such file"),
-        ("a.jpg", Path.mkdir, "broken image"),
-    ],
-)
-@pytest.mark.parametrize("read", [read_image, read_label])
-def test_unreadable_file_is_one_line_with_its_name(
-    tmp_path, read, name, write, message
-):
-    path = tmp_path / name
-    write(path)
-    if read is read_label and "truncated" in message:
-        message = "mode RGB"
-    with pytest.raises(InputError, match=message) as error:
-        read(path)
-    assert str(error.value).startswith(f"{path}: ")
-    assert "\n" not in str(error.value)
+def holding(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
 
 
-def test_decompression_bomb_is_an_input_error(tmp_path):
-    path = tmp_path / "bomb.png"
-    path.write_bytes(png(60_000, 60_000, 8, b""))
-    with pytest.raises(InputError, match=r"bomb\.png: far too many pixels"):
-        read_image(path)
+def showing(pixels: np.ndarray, mode: str | None = None) -> Callable[[Path], object]:
+    return lambda path: saved(path, pixels, mode)
 
 
 LABEL = np.array([[0, 5, 20], [255, 1, 0]], np.uint8)
@@ -328,13 +290,39 @@ def test_a_label_is_the_indices_of_a_palette_or_the_values_of_grey(tmp_path):
     same(read_label(path), np.array([[1, 0, 1]]))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16"])
-def test_label_in_colour_or_16_bits_is_refused_with_the_remedy(tmp_path, mode):
-    path = saved(tmp_path / "other.png", LABEL, mode)
-    with pytest.raises(
-        InputError, match=rf"other\.png.*palette or 8-bit .*mode {mode}; save"
-    ):
-        read_label(path)
+BROKEN = [
+    ("a.png", truncated, "broken image"),
+    ("a.jpg", holding(b"hello"), "not an image"),
+    ("a.jpg", holding(b""), "not an image"),
+    ("a.jpg", lambda path: None, "no such file"),
+    ("a.jpg", Path.mkdir, "broken image"),
+    ("bomb.png", holding(png(60_000, 60_000, 8, b"")), "far too many pixels"),
+]
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "write", "message"),
+    [
+        *((read, *row) for read in (read_image, read_label) for row in BROKEN),
+        (read_image, "a.jpg", truncated, "broken image .*truncated"),
+        (read_label, "a.jpg", truncated, "mode RGB"),
+        (read_image, "f.tif", showing(np.ones((2, 2), np.float32)), "32-bit"),
+        *(
+            (read_label, "a.png", showing(LABEL, mode), f"palette .*mode {mode}; save")
+            for mode in ("RGB", "RGBA", "LA", "I;16")
+        ),
+        (read_mask, "m.png", showing(np.zeros_like(LABEL)), "mask has no foreground"),
+        (read_mask, "m.png", showing(LABEL), r"several foreground values, 1, 5, 20;"),
+    ],
+)
+def test_what_cant_be_read_is_one_line_with_the_files_name(
+    tmp_path, read, name, write, message
+):
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=message) as error:
+        read(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name}: ")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -352,11 +340,3 @@ def test_label_in_colour_or_16_bits_is_refused_with_the_remedy(tmp_path, mode):
 def test_mask_values(tmp_path, values, mask):
     path = saved(tmp_path / "m.png", np.array([values], np.uint8))
     same(read_mask(path), np.array([mask]))
-
-
-def test_a_mask_without_foreground_or_of_two_classes(tmp_path):
-    path = saved(tmp_path / "m.png", np.zeros((4, 4), np.uint8))
-    with pytest.raises(InputError, match=r"m\.png: the mask has no foreground"):
-        read_mask(path)
-    with pytest.raises(InputError, match=r"several foreground values, 1, 5, 20;"):
-        read_mask(saved(tmp_path / "m.png", LABEL))

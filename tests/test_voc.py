@@ -1,12 +1,13 @@
 import hashlib
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from preparing import change_a_byte
+from preparing import change_a_byte, without, write
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.sources.shapes import Shapes
@@ -14,6 +15,7 @@ from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.data.versions import shared_photos
 
 NAMES = ("circle", "square", "star")
+MASKS = "SegmentationClassAug"
 
 
 @pytest.fixture
@@ -80,49 +82,41 @@ def test_a_pickled_copy_brings_its_counts_along(root):
     np.testing.assert_array_equal(copy.counts, counts)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"root": "nowhere"}, r"nowhere doesn't exist.*data/README"),
-        ({"images": "photos"}, r"image folder .*photos doesn't exist"),
-        ({"masks": "grey"}, r"mask folder .*grey doesn't exist"),
-    ],
-)
-def test_missing_root_and_folders(root, given, message):
-    with pytest.raises(InputError, match=message):
-        VOCLayout(**{"root": root, "ids_file": root / "ids.txt", "classes": ()} | given)
+def without_two(folder: str, suffix: str) -> Callable[[Path], None]:
+    def remove(root: Path) -> None:
+        for name in ("im_002", "im_004"):
+            (root / folder / f"{name}{suffix}").unlink()
+
+    return remove
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("spoil", "message"),
     [
-        (None, "no such text file"),
-        (b"\xff\xfe\x00", "no such text file"),
-        (b"\n \n", "is empty"),
-        (b"im_000\nim_001\nim_000\n", "im_000 is listed 2 times"),
-        (b"im_000\na/im_001.jpg b/im_001.png\n", "'a/im_001.jpg b/im_001.png' isn't"),
-        # One image could else be listed twice, or lie elsewhere.
+        (shutil.rmtree, r"voc doesn't exist.*data/README"),
+        (without("JPEGImages"), r"image folder .*JPEGImages doesn't exist"),
+        (without(MASKS), rf"mask folder .*{MASKS} doesn't exist"),
+        (without_two("JPEGImages", ".jpg"), r"no image .*im_002\.jpg.*\(2 of 6 ids ha"),
+        (without_two(MASKS, ".png"), r"no mask .*im_002\.png.*\(2 of 6 ids have none"),
+        (without("ids.txt"), r"ids\.txt: no such text file"),
         *(
-            (f"im_000\n{name}\n".encode(), f"'{name}' isn't an image id; write one")
-            for name in ("./im_000", "a/../im_000", "../voc/im_000", "a//b")
+            (write("ids.txt", content), rf"ids\.txt:? {message}")
+            for content, message in (
+                (b"\xff\xfe\x00", "no such text file"),
+                (b"\n \n", "is empty"),
+                (b"im_000\nim_001\nim_000\n", "im_000 is listed 2 times"),
+                (b"im_000\na/im_001.jpg b/im_001.png\n", "'a.* b/im_001.png' isn't"),
+                # One image could else be listed twice, or lie elsewhere.
+                (b"im_000\n./im_000\n", "'./im_000' isn't an image id; write one"),
+                (b"im_000\na/../im_000\n", "'a/../im_000' isn't an image id"),
+                (b"im_000\n../voc/im_000\n", "'../voc/im_000' isn't an image id"),
+                (b"im_000\na//b\n", "'a//b' isn't an image id"),
+            )
         ),
     ],
 )
-def test_bad_lists(root, content, message):
-    if content is not None:
-        (root / "bad.txt").write_bytes(content)
-    with pytest.raises(InputError, match=rf"bad\.txt:? {message}"):
-        opened(root, "bad.txt")
-
-
-@pytest.mark.parametrize(
-    ("kind", "folder", "suffix"),
-    [("image", "JPEGImages", ".jpg"), ("mask", "SegmentationClassAug", ".png")],
-)
-def test_ids_without_a_file(root, kind, folder, suffix):
-    for name in ("im_002", "im_004"):
-        (root / folder / f"{name}{suffix}").unlink()
-    message = rf"no {kind} .*im_002{suffix}.*\(2 of 6 ids have none\)"
+def test_bad_lists_and_missing_files_are_named(root, spoil, message):
+    spoil(root)
     with pytest.raises(InputError, match=message):
         opened(root)
 
