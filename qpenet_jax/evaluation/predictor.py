@@ -87,19 +87,25 @@ class Predictor(abc.ABC):
         """Returns the margin and every named intermediate."""
         return self.decode(*self._encoded(episode), named=True)
 
-    def _encoded(self, episode: Episode):
-        """Returns what `decode` needs; images are encoded in both roles, as in scoring.
+    def in_both_roles(self, episode: Episode) -> Margin:
+        """Returns the margin by what is compiled for scoring: images in every role."""
+        return self.decode(*self._encoded(episode, ROLES, ROLES))
 
-        So one compiled program serves supports and queries.
-        """
+    def _encoded(
+        self,
+        episode: Episode,
+        of_supports: tuple[Role, ...] = ("support",),
+        of_query: tuple[Role, ...] = ("query",),
+    ):
+        """Returns what `decode` needs; the roles are those of `encode`."""
         images, padding = episode.support_images, episode.support_padding
         supports = tuple(
             self.encode(
-                images[:, k], padding=None if padding is None else padding[:, k]
+                images[:, k], of_supports, None if padding is None else padding[:, k]
             )
             for k in range(images.shape[1])
         )
-        query = self.encode(episode.query_image, padding=episode.query_padding)
+        query = self.encode(episode.query_image, of_query, episode.query_padding)
         return supports, episode.support_masks, query
 
 

@@ -279,8 +279,9 @@ class Evaluator:
         """Draws the first episodes with what the predictors find in them."""
         protocol, draw = self.protocol, self.samplers[0]
         episodes = [draw(i) for i in range(min(FIGURE_EPISODES, protocol.episodes))]
+        methods = {name: each.in_both_roles for name, each in predictors.items()}
         size = protocol.side, protocol.resize
-        return episode_figure(self.val, episodes, predictors, *size)
+        return episode_figure(self.val, episodes, methods, *size)
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name
