@@ -36,6 +36,11 @@ GIVEN = {
 """What a row's decoder is given, vectors to broadcast and maps, if not as in eq 15."""
 
 
+def normal(*shape, seed=0):
+    """Standard normal numbers of float32."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
 def build(name="full", **fields):
     """A small network of a row."""
     return QPENet(**SMALL, **CASES[name], **fields)
@@ -57,11 +62,8 @@ def draw_params(model):
     leaves, tree = jax.tree.flatten(shapes(model))
 
     def one(i, leaf):
-        drawn = (
-            np.random.default_rng(54_000 + i).normal(size=leaf.shape).astype(np.float32)
-        )
         fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 4
-        return drawn * np.float32(1.4 / np.sqrt(fan_in))
+        return normal(*leaf.shape, seed=54_000 + i) * np.float32(1.4 / np.sqrt(fan_in))
 
     return tree.unflatten([one(*pair) for pair in enumerate(leaves)])
 

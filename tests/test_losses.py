@@ -52,6 +52,9 @@ def draw(*leading, seed=0, scale=3.0):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_both_losses_are_numpys(leading, seed):
     logits, mask = draw(*leading, seed=seed)
+    # Few pixels of one image count: images weigh by their pixels in cross entropy, and
+    # alike in mining.
+    mask.reshape(-1, *SIDES)[0, 1:] = 255
     large = resize(logits, SIDES).astype(np.float32)
     margin = large[..., 1] - large[..., 0]
     np.testing.assert_allclose(resized_margin(logits, SIDES), margin, atol=1e-5)
@@ -61,39 +64,6 @@ def test_both_losses_are_numpys(leading, seed):
     np.testing.assert_allclose(bm, reference_bm(logits, mask), rtol=1e-5)
     # Logits of image size aren't resized.
     np.testing.assert_allclose(cross_entropy(large, mask), ce, rtol=1e-5)
-
-
-def test_by_hand():
-    """Uniform logits 0 and log 3: probabilities 1/4 and 3/4 everywhere."""
-    logits = np.broadcast_to([0, np.log(3)], (1, GRID, GRID, 2)).astype(np.float32)
-    mask = np.zeros((1, *SIDES), np.int32)
-    mining = np.log(4) - 0.5 * np.log(0.75)
-    for found, expected in (
-        (cross_entropy(logits, mask), np.log(4)),
-        (cross_entropy(logits, mask + 1), -np.log(0.75)),
-        (background_mining(logits, mask + 1), mining),
-    ):
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-def test_ignored_pixels_change_nothing():
-    logits, mask = draw(1)
-    mask[:, :, 9:] = 255
-    far = logits.copy()
-    far[:, :, 2] += 5 * np.array([1, -1])  # moves columns 9.. only
-    for loss in (cross_entropy, background_mining):
-        np.testing.assert_allclose(loss(logits, mask), loss(far, mask), rtol=1e-6)
-
-
-def test_images_weigh_by_their_pixels_in_ce_and_equally_in_mining():
-    logits, mask = draw(2)
-    mask[1] = 255
-    mask[1, 0, :2] = 0, 1
-    one, two = (reference_bm(logits[i : i + 1], mask[i : i + 1]) for i in (0, 1))
-    found = background_mining(logits, mask)
-    np.testing.assert_allclose(found, (one + two) / 2, rtol=1e-5)
-    alone = reference_ce(logits[:1], mask[:1])
-    np.testing.assert_allclose(cross_entropy(logits, mask), alone, rtol=0.03)
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, background_mining])

@@ -9,25 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equations import normal
 
 from qpenet_jax.models import ops
 from qpenet_jax.models.ops import blocked_attention as attention
 from qpenet_jax.models.ops import devices, winograd
 
 
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+def with_gradients(function):
+    """Return `function` with its pull-back of a cotangent, the first argument."""
 
-
-def value_and_gradients(function, cotangent, *args):
-    """Return the output of `function` and its pull-back of `cotangent`."""
-
-    @jax.jit
-    def run(cotangent, *args):
-        output, pull_back = jax.vjp(function, *args)
+    def run(cotangent, *args, **options):
+        output, pull_back = jax.vjp(functools.partial(function, **options), *args)
         return output, *pull_back(cotangent)
 
-    return run(cotangent, *args)
+    return run
+
+
+def value_and_gradients(function, *args):
+    return jax.jit(with_gradients(function))(*args)
 
 
 def assert_equal(results, references, tolerance=1e-5):
@@ -52,25 +52,30 @@ def plain(x, kernel, *, stride=1, dilation=1):
     )
 
 
+def grouped(x, kernel, **options):
+    return plain(x, kernel[:, :, None], **options)
+
+
 @pytest.mark.parametrize(
-    ("function", "size", "dilation"),
+    ("function", "reference", "image", "kernel", "options"),
     [
-        (ops.conv3x3, (31, 30), 1),
-        (winograd.conv3x3, (11, 7), 2),
-        (winograd.conv3x3, (10, 5), 4),
+        (ops.conv3x3, plain, (31, 30, 64), (3, 3, 64, 8), {}),
+        (winograd.conv3x3, plain, (11, 7, 64), (3, 3, 64, 8), {"dilation": 2}),
+        (winograd.conv3x3, plain, (10, 5, 64), (3, 3, 64, 8), {"dilation": 4}),
+        (ops.depthwise_conv, grouped, (9, 8, 6), (3, 3, 6), {"stride": 2}),
+        (ops.depthwise_conv, grouped, (9, 7, 6), (5, 5, 6), {"dilation": 2}),
+        (ops.depthwise_conv, grouped, (7, 10, 6), (3, 3, 6), {"dilation": 4}),
     ],
 )
-def test_winograd_equals_convolution(function, size, dilation):
+def test_convolutions_are_xlas(function, reference, image, kernel, options):
     """Dilation 1 through the room's function, on a grid that takes the fast path."""
-    x, kernel = normal(2, *size, 64), normal(3, 3, 64, 8, seed=1)
-    cotangent = normal(2, *size, 8, seed=2)
-    fast, slow = (
-        value_and_gradients(
-            functools.partial(f, dilation=dilation), cotangent, x, kernel
-        )
-        for f in (function, plain)
+    x, kernel = normal(2, *image), normal(*kernel, seed=1)
+    fast, slow = (functools.partial(f, **options) for f in (function, reference))
+    cotangent = normal(*jax.eval_shape(slow, x, kernel).shape, seed=2)
+    assert_equal(
+        value_and_gradients(fast, cotangent, x, kernel),
+        value_and_gradients(slow, cotangent, x, kernel),
     )
-    assert_equal(fast, slow)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
@@ -105,27 +110,6 @@ def test_conv3x3_is_transformed_from_400_cells_on(images, side, channels, transf
     assert traced.count("conv_general_dilated[") == 1
 
 
-@pytest.mark.parametrize(
-    ("size", "stride", "dilation", "height", "width"),
-    [(3, 2, 1, 9, 8), (5, 1, 2, 9, 7), (3, 1, 4, 7, 10)],
-)
-def test_depthwise_equals_grouped_convolution(size, stride, dilation, height, width):
-    x, kernel = normal(2, height, width, 6), normal(size, size, 6, seed=1)
-    options = {"stride": stride, "dilation": dilation}
-    cotangent = normal(2, -(-height // stride), -(-width // stride), 6, seed=2)
-    assert_equal(
-        value_and_gradients(
-            functools.partial(ops.depthwise_conv, **options), cotangent, x, kernel
-        ),
-        value_and_gradients(
-            lambda x, kernel: plain(x, kernel[:, :, None], **options),
-            cotangent,
-            x,
-            kernel,
-        ),
-    )
-
-
 def test_resize_keeps_samples_and_is_linear_between():
     x = normal(2, 7, 6, 3)
     np.testing.assert_array_equal(ops.resize_align_corners(x, (7, 6)), x)
@@ -147,10 +131,7 @@ def test_interpolation_weights(source, target):
     assert matrix.shape == (target, source)
     assert (matrix >= 0).all()
     assert (np.count_nonzero(matrix > 1e-6, axis=1) <= 2).all()
-    if target <= source or source == 1:
-        position = np.linspace(0, source - 1, target) if target > 1 else [0]
-    else:
-        position = np.arange(target) * (source - 1) / (target - 1)
+    position = np.linspace(0, source - 1, target)
     np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(matrix @ np.arange(source), position, atol=1e-3)
 
@@ -166,21 +147,12 @@ MASKS = {
 }
 
 
-def with_gradients(attend):
-    def run(query, key, value, mask, cotangent):
-        partial = functools.partial(attend, mask=mask)
-        output, pull_back = jax.vjp(partial, query, key, value)
-        return output, *pull_back(cotangent)
-
-    return run
-
-
-def drawn(mask):
-    """Query, key, value, mask and cotangent of two images and two heads."""
-    query, key, value, cotangent = (
-        normal(2, n, 2, 4, seed=i) for i, n in enumerate((5, KEYS, KEYS, 5))
-    )
-    return query, key, value, np.array(mask, bool), cotangent
+def drawn(dtype=jnp.float32):
+    """Cotangent, query, key and value of two images and two heads."""
+    lengths = (5, 5, KEYS, KEYS)
+    return [
+        jnp.asarray(normal(2, n, 2, 4, seed=i), dtype) for i, n in enumerate(lengths)
+    ]
 
 
 @pytest.fixture(scope="module", params=[3, 5, 450])
@@ -203,33 +175,34 @@ def attentions(request):
 @pytest.mark.standard_promotion
 def test_attention_of_bfloat16_is_as_exact_as_its_inputs(attentions):
     """Scores and softmax are in float32, whose result is rounded once."""
-
-    def cast(arrays, dtype):
-        return [a if a.dtype == bool else a.astype(dtype) for a in arrays]
-
-    half = cast(drawn([MASKS["seven"]] * 2), jnp.bfloat16)
-    results = attentions[0](*half)
+    half, mask = drawn(jnp.bfloat16), np.array([MASKS["seven"]] * 2, bool)
+    results = attentions[0](*half, mask=mask)
     assert {r.dtype for r in results} == {jnp.dtype(jnp.bfloat16)}
-    exact = attentions[1](*cast(half, jnp.float32))
+    exact = attentions[1](*(a.astype(jnp.float32) for a in half), mask=mask)
     assert_equal([r.astype(jnp.float32) for r in results], exact, tolerance=2**-8)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_at_every_number_of_true_keys(attentions, name):
-    mine, library = attentions
     one = [0] * 7 + [1] + [0] * 4  # the second row's count differs from the first's
-    args = drawn([MASKS[name], one])
+    mask = np.array([MASKS[name], one], bool)
+    cotangent, *_, value = args = drawn()
+    results, references = (attend(*args, mask=mask) for attend in attentions)
     # One row has a single key: its query and key gradients are 0 up to rounding.
-    for result, reference in zip(mine(*args), library(*args), strict=True):
+    for result, reference in zip(results, references, strict=True):
         np.testing.assert_allclose(result, reference, atol=3e-6)
+    output, _, _, d_value = map(np.asarray, results)
+    assert not d_value[~mask].any(), "masked keys get nothing"
+    np.testing.assert_allclose(output[1], np.repeat(value[1, 7:8], 5, 0), rtol=1e-6)
+    np.testing.assert_allclose(d_value[1, 7], cotangent[1].sum(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "at_once"), [(2, 2 * 2 * 2 * KEYS), (1, 1)])
 def test_attention_off_the_cpu_is_the_same_in_blocks(rows, at_once, monkeypatch):
     """Five queries in blocks of `rows`, with a remainder; the plain one at once."""
-
-    attend = with_gradients(ops.library_attention)
-    args = drawn([MASKS["seven"], MASKS["one key"]])
+    mask = np.array([MASKS["seven"], MASKS["one key"]], bool)
+    attend = functools.partial(with_gradients(ops.library_attention), mask=mask)
+    args = drawn()
 
     def loops():
         return str(jax.make_jaxpr(lambda *args: attend(*args))(*args)).count("scan[")
@@ -250,14 +223,6 @@ def test_attention_off_the_cpu_is_the_same_in_blocks(rows, at_once, monkeypatch)
 def test_rounds_are_even_and_as_large_as_may_be(count, row_size, rows):
     """The last but one: 6 rows would fit, and leave 2 for another round."""
     assert devices.rows_at_once(count, row_size) == rows
-
-
-def test_attention_to_one_key_returns_its_value_and_masked_keys_get_nothing(attentions):
-    query, key, value, mask, cotangent = drawn(np.arange(KEYS)[None] == [[4], [4]])
-    output, _, _, d_value = attentions[0](query, key, value, mask, cotangent)
-    np.testing.assert_allclose(output, np.repeat(value[:, 4:5], 5, axis=1), rtol=1e-6)
-    np.testing.assert_allclose(d_value[:, 4], cotangent.sum(axis=1), rtol=1e-5)
-    assert not np.delete(np.asarray(d_value), 4, axis=1).any()
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 4, 8])

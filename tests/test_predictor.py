@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from equations import normal
 from predictors import picture
 
 from qpenet_jax import load
@@ -32,15 +33,11 @@ def sizes(supports):
     return {x.shape[1:3] for x in jax.tree.leaves(supports)}
 
 
-def random(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 @pytest.mark.parametrize("fields", [{}, {"decoder": "fem", "prior": True}])
 def test_the_margin_is_that_of_whole_supports(fields):
     """Of DPE, FFA and the prior mask; FEM sees prototypes alone."""
     masks = np.stack([mask_of(box) for box in BOXES.values()])[None]
-    features, query = random(1, 4, 31, 31, 8), random(1, 31, 31, 8, seed=1)
+    features, query = normal(1, 4, 31, 31, 8), normal(1, 31, 31, 8, seed=1)
     model = QPENet(channels=16, **fields)
     params = model.init(jax.random.key(0), features, masks, query)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equations import normal
 
 from qpenet_jax.evaluation.training_free import nearest_prototype
 from qpenet_jax.models.prototypes import (
@@ -12,53 +13,6 @@ from qpenet_jax.models.prototypes import (
     masked_average_pool,
     predicted,
 )
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def test_pooling_over_empty_full_and_single_cell_masks():
-    """Over any leading axes."""
-    features = normal(3, 4, 5, 6)
-    mask = np.zeros((3, 4, 5), bool)
-    mask[1] = True
-    mask[2, 3, 1] = True
-    prototypes = masked_average_pool(features, mask)
-    np.testing.assert_array_equal(prototypes[0], np.zeros(6))
-    full = features[1].reshape(20, 6).sum(axis=0) / (20 + 5e-4)
-    np.testing.assert_allclose(prototypes[1], full, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(prototypes[2], features[2, 3, 1] / 1.0005, rtol=1e-5)
-    features, mask = normal(2, 3, 4, 5, 6), normal(2, 3, 4, 5, seed=1) > 0
-    prototypes = masked_average_pool(features, mask)
-    for b, k in np.ndindex(2, 3):
-        mean = features[b, k][mask[b, k]].mean(axis=0)
-        np.testing.assert_allclose(prototypes[b, k], mean, atol=1e-4)
-
-
-def test_activation_map_is_the_cosine():
-    features, prototype = normal(2, 3, 4, 6), normal(2, 6, seed=1)
-    features[0, 1, 2] = 5 * prototype[0]
-    features[1, 0, 0] = -0.1 * prototype[1]
-    result = activation_map(features, prototype)
-    dot = (features * prototype[:, None, None]).sum(-1)
-    lengths = np.linalg.norm(features, axis=-1)
-    lengths *= np.linalg.norm(prototype, axis=-1)[:, None, None]
-    np.testing.assert_allclose(result, dot / lengths, atol=1e-6)
-    np.testing.assert_allclose([result[0, 1, 2], result[1, 0, 0]], [1, -1], rtol=1e-6)
-
-
-@pytest.mark.parametrize("zero", ["features", "prototype", "features, prototype"])
-def test_activation_of_zero_vectors_is_zero_with_finite_gradients(zero):
-    features, prototype = normal(1, 2, 3, 4), normal(1, 4, seed=1)
-    if "features" in zero:
-        features[0, 1, 1] = 0
-        assert activation_map(features, prototype)[0, 1, 1] == 0
-    if "prototype" in zero:
-        prototype[:] = 0
-        assert not activation_map(features, prototype).any()
-    gradient = jax.grad(lambda f, p: activation_map(f, p).sum(), (0, 1))
-    assert all(np.isfinite(g).all() for g in gradient(features, prototype))
 
 
 def test_an_empty_region_passes_no_gradient():
@@ -91,8 +45,6 @@ def test_grid_cells_take_the_pixel_they_are_centred_on(side):
     grid = (side - 1) // 8 + 1
     result = foreground_on_grid(mask, (grid, grid))
     assert result.dtype == bool
-    for i, j in ((0, 0), (1, grid - 1), (grid - 1, 1), (grid - 1, grid - 1)):
-        np.testing.assert_array_equal(result[:, i, j], mask[:, 8 * i, 8 * j] == 1)
     np.testing.assert_array_equal(result, mask[:, ::8, ::8] == 1)
     mask = np.full((17, 33), 255, np.int32)  # a rectangle of ignored pixels
     assert not foreground_on_grid(mask, (3, 5)).any()

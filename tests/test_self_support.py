@@ -58,32 +58,22 @@ def drawn(shots, seed=0, likeness=1.0):
 @pytest.mark.parametrize("likeness", [1.0, 0.1])  # 0.1: few pixels are sure
 @pytest.mark.parametrize("rows", [9, 4, 1])  # of the photo; below is padding
 def test_it_is_what_numpy_computes(shots, likeness, rows):
-    supports, masks, query = drawn(shots, 3, likeness)
+    """Two episodes of a batch, neither of which sees the other."""
+    episodes = [drawn(shots, seed, likeness) for seed in (3, 4)]
+    supports, masks, query = (np.stack(x) for x in zip(*episodes, strict=True))
     photo = np.zeros((GRID, GRID), bool)
     photo[:rows] = True
-    logits, out = self_supported(
-        supports[None], masks[None], query[None], jnp.asarray(photo[None])
-    )
-    assert logits.shape == (1, SIDE, SIDE, 2)
-    if photo.sum() >= FEWEST:
-        expected = by_hand(supports, masks, query, photo)
-        np.testing.assert_allclose(out["cosines"][0], expected, atol=2e-5)
-    for ground in ("background", "foreground"):
-        sure = np.asarray(out[f"sure_{ground}"][0])
-        assert min(FEWEST, photo.sum()) <= sure.sum()
-        assert not (sure & ~photo).any()
-    np.testing.assert_allclose(logits[0, ::8, ::8], out["cosines"][0], atol=1e-5)
-
-
-def test_episodes_of_a_batch_do_not_meet():
-    episodes = [drawn(2, seed) for seed in (1, 2)]
-    supports, masks, query = (np.stack(x) for x in zip(*episodes, strict=True))
-    photo = np.ones((2, GRID, GRID), bool)
-    both, _ = self_supported(supports, masks, query, photo)
-    for i in range(2):
-        part = slice(i, i + 1)
-        one, _ = self_supported(supports[part], masks[part], query[part], photo[part])
-        np.testing.assert_allclose(both[i], one[0], atol=1e-6)
+    logits, out = self_supported(supports, masks, query, jnp.stack([photo, photo]))
+    assert logits.shape == (2, SIDE, SIDE, 2)
+    np.testing.assert_allclose(logits[:, ::8, ::8], out["cosines"], atol=1e-5)
+    for i, episode in enumerate(episodes):
+        if photo.sum() >= FEWEST:
+            expected = by_hand(*episode, photo)
+            np.testing.assert_allclose(out["cosines"][i], expected, atol=2e-5)
+        for ground in ("background", "foreground"):
+            sure = np.asarray(out[f"sure_{ground}"][i])
+            assert min(FEWEST, photo.sum()) <= sure.sum()
+            assert not (sure & ~photo).any()
 
 
 @pytest.mark.parametrize("value", [0, 1, 255])
