@@ -30,31 +30,52 @@ def box_mask(top, left, height, width):
 
 
 def read(photo, marks, name=None):
+    """Reads marks, which may be the content of a JSON file beside the photo."""
+    if isinstance(marks, dict):
+        (photo.parent / "a.json").write_text(json.dumps(marks))
+        marks = photo.parent / "a.json"
     given = f"{photo}:{marks}" if name is None else f"{name}={photo}:{marks}"
     return read_support(parse_support(given))
 
 
-def refusal(photo, marks, name=None):
+def refused(photo, marks, message, name=None):
     with pytest.raises(InputError) as error:
         read(photo, marks, name)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def shape(label, points, kind="polygon", **more):
     return {"label": label, "points": points, "shape_type": kind, **more}
 
 
-def labelme(folder, *shapes, size=(HEIGHT, WIDTH), name="a.json"):
+def labelme(*shapes, size=(HEIGHT, WIDTH)):
+    height, width = size
     content = {"shapes": list(shapes), "imagePath": "a.png", "imageData": None}
-    if size is not None:
-        content |= {"imageHeight": size[0], "imageWidth": size[1]}
-    (folder / name).write_text(json.dumps(content))
-    return folder / name
+    return content | {"imageHeight": height, "imageWidth": width}
+
+
+def listed(file_name="x/a.png", number=5, height=HEIGHT, width=WIDTH):
+    return {"id": number, "file_name": file_name, "height": height, "width": width}
+
+
+def coco(*annotations, images=()):
+    return {
+        "images": list(images) or [listed()],
+        "categories": [{"id": 3, "name": "dog"}, {"id": 90, "name": "cat"}],
+        "annotations": [
+            {"id": i, "image_id": 5, **annotation}
+            for i, annotation in enumerate(annotations)
+        ],
+    }
 
 
 SQUARE = [[10, 5], [19, 5], [19, 14], [10, 14]]
 """Pixels 10 to 19 across and 5 to 14 down, as labelme draws it."""
+
+BOX = box_mask(5, 10, 10, 10)
+DOG = {"category_id": 3, "segmentation": [[10, 5, 20, 5, 20, 15, 10, 15]]}
+CAT = {"category_id": 90, "segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]]}
 
 
 def test_names_and_paths_are_distinguished(photo, tmp_path):
@@ -75,147 +96,120 @@ def test_names_and_paths_are_distinguished(photo, tmp_path):
         parse_support("dog=gs://bucket/a.jpg:a.png")
 
 
-def test_a_box_is_x_y_width_height(photo):
-    marked = read(photo, "box=10,5,20,30")
-    np.testing.assert_array_equal(marked.mask, box_mask(5, 10, 30, 20))
-    marked = read(photo, "box=9.4,5,1.2,1")  # of a pixel, the centre counts
-    np.testing.assert_array_equal(marked.mask, box_mask(5, 9, 1, 2))
-    assert "width,height, not two corners" in refusal(photo, "box=10,5,45,35")
-    assert "which is 50 pixels wide and 40 high" in refusal(photo, "box=-1,5,4,3")
-    assert "no foreground" in refusal(photo, "box=10,5,0,3")
-    for marks in ("box=1,2,3", "box=1,2,3,x", "box=nan,1,2,3", "box=inf,1,2,3", "box="):
-        assert "box=" in refusal(photo, marks)
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        ("box=10,5,20,30", box_mask(5, 10, 30, 20)),
+        ("box=9.4,5,1.2,1", box_mask(5, 9, 1, 2)),  # of a pixel, the centre counts
+        ("polygon=10,5,20,5,20,15,10,15", BOX),
+        (labelme(shape("dog", SQUARE)), BOX),
+        (labelme(shape("dog", SQUARE, None)), BOX),
+        (labelme(shape("dog", SQUARE, "oriented_rectangle")), BOX),
+        (labelme(shape("dog", [[10, 5], [19, 14]], "rectangle")), BOX),
+        (labelme(shape("dog", [[19, 14], [10, 5]], "rectangle")), BOX),
+        (coco(DOG), BOX),
+    ],
+)
+def test_marks_are_drawn_as_their_tools_draw_them(photo, marks, expected):
+    marked = read(photo, marks)
+    np.testing.assert_array_equal(marked.mask, expected)
+    assert marked.label == ("dog" if isinstance(marks, dict) else None)
 
 
-def test_a_polygon_is_drawn_as_coco_draws_it(photo):
-    marked = read(photo, "polygon=10,5,20,5,20,15,10,15")
-    np.testing.assert_array_equal(marked.mask, box_mask(5, 10, 10, 10))
-    assert "three points" in refusal(photo, "polygon=1,2,3,4")
-    assert "x and y" in refusal(photo, "polygon=1,2,3,4,5,6,7")
-    assert "is no coordinate" in refusal(photo, "polygon=1,2,3,4,5,1e9")
-    assert "give numbers" in refusal(photo, "polygon=1,2,3,4,5,a")
-
-
-def test_labelmes_shapes_are_drawn_as_labelme_draws_them(photo, tmp_path):
+def test_labelmes_masks_circles_and_parts_are_drawn(photo):
     png = io.BytesIO()
     Image.fromarray(np.eye(4, dtype=np.uint8) * 255).save(png, "PNG")
     text = base64.b64encode(png.getvalue()).decode()
-    for given, expected in (
-        (shape("dog", SQUARE), box_mask(5, 10, 10, 10)),
-        (shape("dog", [[10, 5], [19, 14]], "rectangle"), box_mask(5, 10, 10, 10)),
-        (shape("dog", [[19, 14], [10, 5]], "rectangle"), box_mask(5, 10, 10, 10)),
-        (shape("dog", SQUARE, "oriented_rectangle"), box_mask(5, 10, 10, 10)),
-        (shape("dog", SQUARE, None), box_mask(5, 10, 10, 10)),
-    ):
-        marked = read(photo, labelme(tmp_path, given))
-        np.testing.assert_array_equal(marked.mask, expected)
-        assert marked.label == "dog"
     stored = shape("dog", [[7, 3], [10, 6]], "mask", mask=text)
-    marked = read(photo, labelme(tmp_path, stored, shape("dog", SQUARE)))
-    expected = box_mask(5, 10, 10, 10)
+    expected = BOX.copy()
     expected[[3, 4, 5, 6], [7, 8, 9, 10]] = 1
+    marked = read(photo, labelme(stored, shape("dog", SQUARE)))
     np.testing.assert_array_equal(marked.mask, expected)
-    sun = shape("sun", [[20, 20], [20, 30]], "circle")
-    circle = read(photo, labelme(tmp_path, sun))
+    circle = read(photo, labelme(shape("sun", [[20, 20], [20, 30]], "circle")))
     assert abs(circle.mask.sum() - np.pi * 10.5**2) < 5
+    mask = np.random.default_rng(0).random((HEIGHT, WIDTH)) < 0.6  # holes
+    written = [shape("dog", polygon.tolist()) for polygon in outlines(mask)]
+    np.testing.assert_array_equal(read(photo, labelme(*written)).mask, mask)
 
 
-def test_the_label_of_a_json_file_is_chosen_by_the_name(photo, tmp_path):
+def test_the_label_of_a_json_file_is_chosen_by_the_name(photo):
     dog, cat = shape("dog", SQUARE), shape("cat", [[0, 0], [4, 0], [4, 4], [0, 4]])
-    dot = shape("nose", [[3, 3]], "point")
-    path = labelme(tmp_path, dog, cat, dot, size=None)
-    assert read(photo, path, "cat").mask.sum() == 25
-    assert read(photo, path, "dog").mask.sum() == 100
-    error = refusal(photo, path)
-    assert "has the labels cat, dog, nose: choose one" in error
-    assert "no label 'cow' in this photo, but cat, dog, nose" in refusal(
-        photo, path, "cow"
-    )
-    assert "shape 1 of the label nose can't be drawn (a point has no area)" in refusal(
-        photo, path, "nose"
-    )
-    assert "marks nothing" in refusal(photo, labelme(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        shape("dog", [[1, 2], [3, float("1e300")], [4, 5]]),
-        shape("dog", [[1, 2], [3, 4, 5], [4, 5]]),
-        shape("dog", [[1, 2], [3, True], [4, 5]]),
-        shape("dog", [[1, 2], ["3", 4], [4, 5]]),
-        shape("dog", [[1, 2], [3, 4]]),
-        shape("dog", [[1, 2]], "circle"),
-        shape("dog", [], "rectangle"),
-        shape("dog", [[48, 3], [51, 6]], "mask", mask="AAAA"),
-        shape("dog", [[7, 3], [10, 6]], "mask"),
-        shape("dog", None),
-        shape("dog", 3),
-        {"label": 3, "points": SQUARE},
-        {"points": SQUARE},
-        3,
-    ],
-)
-def test_broken_shapes_are_one_line(photo, tmp_path, given):
-    assert "a.json" in refusal(photo, labelme(tmp_path, given))
-
-
-def test_marks_of_another_photo_are_refused(photo, tmp_path):
-    dog = shape("dog", SQUARE)
-    error = refusal(photo, labelme(tmp_path, dog, size=(WIDTH, HEIGHT)))
-    assert "40x50 pixels for an image of 50x40" in error
-    assert "a.json" in refusal(photo, labelme(tmp_path, dog, size=("x", -3)))
-    (tmp_path / "b.json").write_text("{}")
-    assert "isn't a JSON file of labelme or COCO" in refusal(photo, tmp_path / "b.json")
-    (tmp_path / "b.json").write_text('{"shapes": [], "shapes": [')
-    assert "b.json" in refusal(photo, tmp_path / "b.json")
-    assert "no such file" in refusal(photo, tmp_path / "none.json")
-
-
-def coco(folder, *annotations, images=None, name="instances.json"):
-    images = images or [{"id": 5, "file_name": "x/a.png", "height": 40, "width": 50}]
-    content = {
-        "images": images,
-        "categories": [{"id": 3, "name": "dog"}, {"id": 90, "name": "cat"}],
-        "annotations": [
-            {"id": i, "image_id": 5, **annotation}
-            for i, annotation in enumerate(annotations)
-        ],
-    }
-    (folder / name).write_text(json.dumps(content))
-    return folder / name
+    marks = labelme(dog, cat, shape("nose", [[3, 3]], "point"), size=(None, None))
+    assert read(photo, marks, "cat").mask.sum() == 25
+    assert read(photo, marks, "dog").mask.sum() == 100
+    refused(photo, marks, "has the labels cat, dog, nose: choose one")
+    refused(photo, marks, "no label 'cow' in this photo, but cat, dog, nose", "cow")
+    drawn = "shape 1 of the label nose can't be drawn (a point has no area)"
+    refused(photo, marks, drawn, "nose")
 
 
 def test_cocos_annotations_are_marks(photo, tmp_path):
     runs = pycoco.encode(np.asfortranarray(box_mask(2, 3, 5, 7)))
     rle = {"size": [40, 50], "counts": runs["counts"].decode()}
-    dog = {"category_id": 3, "segmentation": [[10, 5, 20, 5, 20, 15, 10, 15]]}
-    dogs = dog, {"category_id": 3, "segmentation": rle, "iscrowd": 0}
-    cat = {"category_id": 90, "segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]]}
+    dogs = DOG, {"category_id": 3, "segmentation": rle, "iscrowd": 0}
     crowd = {"category_id": 90, "segmentation": rle, "iscrowd": 1}
-    path = coco(tmp_path, *dogs, crowd)
-    marked = read(photo, path)  # but for the crowd, there is one category
-    both = box_mask(5, 10, 10, 10) | box_mask(2, 3, 5, 7)
-    np.testing.assert_array_equal(marked.mask, both)
-    assert marked.label == "dog"
-    path = coco(tmp_path, *dogs, cat)
-    assert read(photo, path, "cat").mask.sum() == 16
-    assert "labels cat, dog" in refusal(photo, path)
-    other = [{"id": 5, "file_name": "b.png", "height": 40, "width": 50}]
-    assert "no image called a.png" in refusal(photo, coco(tmp_path, dog, images=other))
-    twice = [
-        {"id": i, "file_name": f"{i}/a.png", "height": 40, "width": 50} for i in "ab"
-    ]
-    assert "2 images called a.png" in refusal(photo, coco(tmp_path, images=twice))
-    twice[1] |= {"id": 5, "file_name": f"{tmp_path.name}/a.png"}
-    found = read(photo, coco(tmp_path, dog, images=twice))
+    marked = read(photo, coco(*dogs, crowd))  # but for the crowd, there is one category
+    np.testing.assert_array_equal(marked.mask, BOX | box_mask(2, 3, 5, 7))
+    assert read(photo, coco(*dogs, CAT), "cat").mask.sum() == 16
+    refused(photo, coco(*dogs, CAT), "labels cat, dog")
+    twice = listed("b/a.png", 1), listed(f"{tmp_path.name}/a.png")
+    found = read(photo, coco(DOG, images=twice))
     assert found.mask.sum() == 100, "the one whose folders are the photo's"
-    turned = [{"id": 5, "file_name": "a.png", "height": 50, "width": 40}]
-    assert "40x50 pixels for" in refusal(photo, coco(tmp_path, dog, images=turned))
-    bad = dog | {"segmentation": [[1, 2, 3, 4, 5, 1e99]]}
-    assert "annotation 0 of a.png can't be drawn" in refusal(photo, coco(tmp_path, bad))
-    unknown = dog | {"category_id": 7}
-    assert "isn't a JSON file of" in refusal(photo, coco(tmp_path, unknown))
+
+
+BROKEN = [
+    *(
+        shape("dog", [[1, 2], point, [4, 5]])
+        for point in ([3, 1e300], [3, 4, 5], [3, True], ["3", 4])
+    ),
+    shape("dog", [[1, 2], [3, 4]]),
+    shape("dog", [[1, 2]], "circle"),
+    shape("dog", [], "rectangle"),
+    shape("dog", [[48, 3], [51, 6]], "mask", mask="AAAA"),
+    shape("dog", [[7, 3], [10, 6]], "mask"),
+    *(shape("dog", points) for points in (None, 3)),
+    {"label": 3, "points": SQUARE},
+    {"points": SQUARE},
+    3,
+]
+
+
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        ("box=10,5,45,35", "width,height, not two corners"),
+        ("box=-1,5,4,3", "which is 50 pixels wide and 40 high"),
+        ("box=10,5,0,3", "no foreground"),
+        *((f"box={text}", "box=") for text in ("1,2,3", "1,2,3,x", "nan,1,2,3", "")),
+        ("box=inf,1,2,3", "box="),
+        ("polygon=1,2,3,4", "three points"),
+        ("polygon=1,2,3,4,5,6,7", "x and y"),
+        ("polygon=1,2,3,4,5,1e9", "is no coordinate"),
+        ("polygon=1,2,3,4,5,a", "give numbers"),
+        *((labelme(broken), "a.json") for broken in BROKEN),
+        (labelme(), "marks nothing"),
+        (labelme(shape("dog", SQUARE), size=(50, 40)), "40x50 pixels for an image of"),
+        (labelme(shape("dog", SQUARE), size=("x", -3)), "a.json"),
+        ({}, "isn't a JSON file of labelme or COCO"),
+        ("none.json", "no such file"),
+        ("cut.json", "cut.json"),
+        (coco(DOG, images=[listed("b.png")]), "no image called a.png"),
+        (
+            coco(images=[listed("a/a.png", 1), listed("b/a.png")]),
+            "2 images called",
+        ),
+        (coco(DOG, images=[listed("a.png", 5, 50, 40)]), "40x50 pixels for"),
+        (
+            coco(DOG | {"segmentation": [[1, 2, 3, 4, 5, 1e99]]}),
+            "annotation 0 of a.png can't be drawn",
+        ),
+        (coco(DOG | {"category_id": 7}), "isn't a JSON file of"),
+    ],
+)
+def test_wrong_marks_are_refused(photo, tmp_path, marks, message):
+    (tmp_path / "cut.json").write_text('{"shapes": [], "shapes": [')
+    with contextlib.chdir(tmp_path):
+        refused(photo, marks, message)
 
 
 def test_marks_that_may_be_of_the_stored_pixels_are_warned_of(tmp_path):
@@ -224,19 +218,20 @@ def test_marks_that_may_be_of_the_stored_pixels_are_warned_of(tmp_path):
     exif[0x0112] = 3
     photo = tmp_path / "a.png"
     Image.new("RGB", (WIDTH, HEIGHT)).save(photo, exif=exif)
-    dog = {"category_id": 3, "segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]]}
-    images = [{"id": 5, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}]
-    file = coco(tmp_path, dog, images=images)
-    for marks in ("box=1,1,5,5", "polygon=1,1,5,5,1,5", file):
+    Image.fromarray(BOX).save(tmp_path / "mask.png")
+    shapes = "box=1,1,5,5", "polygon=1,1,5,5,1,5"
+    for marks in (*shapes, coco(DOG), tmp_path / "mask.png"):
         with pytest.warns(InputWarning, match="must be drawn on the turned image"):
             assert read(photo, marks).mask.any()
-    assert read(photo, labelme(tmp_path, shape("dog", SQUARE))).mask.any()
+    assert read(photo, labelme(shape("dog", SQUARE))).mask.any()
 
 
 def test_supports_are_grouped_by_class(photo, tmp_path):
-    box = f"{photo}:box=1,1,5,5"
-    mine = labelme(tmp_path, shape("dog", SQUARE))
-    theirs = labelme(tmp_path, shape("cat", SQUARE), name="b.json")
+    box, files = f"{photo}:box=1,1,5,5", []
+    for label in ("dog", "cat"):
+        files.append(f"{photo}:{tmp_path / label}.json")
+        content = json.dumps(labelme(shape(label, SQUARE)))
+        (tmp_path / f"{label}.json").write_text(content)
 
     def classes(*texts):
         found = read_supports([parse_support(text) for text in texts])
@@ -244,16 +239,8 @@ def test_supports_are_grouped_by_class(photo, tmp_path):
 
     assert classes(f"b={box}", f"a={box}", f"b={box}") == {"b": 2, "a": 1}
     assert classes(box, box) == {"object": 2}
-    assert classes(box, f"{photo}:{mine}") == {"dog": 2}
+    assert classes(box, files[0]) == {"dog": 2}
     with pytest.raises(InputError, match="every --support a name"):
         classes(f"dog={box}", box)
     with pytest.raises(InputError, match="the labels cat, dog"):
-        classes(f"{photo}:{mine}", f"{photo}:{theirs}")
-
-
-def test_what_is_written_for_labelme_is_read_as_marks(photo, tmp_path):
-    rng = np.random.default_rng(0)
-    mask = rng.random((HEIGHT, WIDTH)) < 0.6  # holes in parts in holes, single pixels
-    shapes = [shape("dog", polygon.tolist()) for polygon in outlines(mask)]
-    marked = read(photo, labelme(tmp_path, *shapes))
-    np.testing.assert_array_equal(marked.mask, mask)
+        classes(*files)
