@@ -96,8 +96,11 @@ def without_two(folder: str, suffix: str) -> Callable[[Path], None]:
         (shutil.rmtree, r"voc doesn't exist.*data/README"),
         (without("JPEGImages"), r"image folder .*JPEGImages doesn't exist"),
         (without(MASKS), rf"mask folder .*{MASKS} doesn't exist"),
-        (without_two("JPEGImages", ".jpg"), r"no image .*im_002\.jpg.*\(2 of 6 ids ha"),
-        (without_two(MASKS, ".png"), r"no mask .*im_002\.png.*\(2 of 6 ids have none"),
+        (
+            without_two("JPEGImages", ".jpg"),
+            r"no image of im_002 .*g \(2 of 6 are miss",
+        ),
+        (without_two(MASKS, ".png"), rf"no mask of im_002 in .*/{MASKS} .*\(2 of 6"),
         (without("ids.txt"), r"ids\.txt: no such text file"),
         *(
             (write("ids.txt", content), rf"ids\.txt:? {message}")

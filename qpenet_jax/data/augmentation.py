@@ -115,12 +115,6 @@ def draw(
     return ImageDraws((height, width), angle, blur, flip, corners)
 
 
-def no_change(side: int) -> ImageDraws:
-    """Returns the draws that leave an image of `side` x `side` as it is."""
-    corners = np.zeros((1 + REDRAWS, 2), np.int64)
-    return ImageDraws((side, side), 0.0, blur=False, flip=False, corners=corners)
-
-
 def augment(
     image: Image, mask: Mask, side: int, draws: ImageDraws
 ) -> tuple[Shaped[np.ndarray, "s s 3"], UInt8[np.ndarray, "s s"]]:

@@ -20,7 +20,7 @@ from jaxtyping import Int, UInt8
 from qpenet_jax.core.choices import Resize
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode, SegmentationDataset
-from qpenet_jax.data.augmentation import Augmentation, augment, draw, no_change
+from qpenet_jax.data.augmentation import Augmentation, ImageDraws, augment, draw
 from qpenet_jax.data.device_augmentation import (
     RawEpisode,
     device_draws,
@@ -124,7 +124,8 @@ def load_raw_episode(
         draws = draw(rng, augmentation, mask.shape, side)
         if max(mask.shape) > canvas:
             image, mask = augment(image, mask, side, draws)
-            draws = no_change(side)
+            corners = 0 * draws.corners
+            draws = ImageDraws((side, side), 0.0, False, False, corners)
         height, width = mask.shape
         images[slot, :height, :width] = image
         masks[slot, :height, :width] = mask

@@ -15,7 +15,7 @@ from qpenet_jax.data.folds import (
     named_fold,
     pascal_fold,
 )
-from qpenet_jax.data.sources.prepared import Prepared, prepared_classes
+from qpenet_jax.data.sources.prepared import Prepared, read_metadata
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.evaluation.protocols import PRESETS, Protocol, preset_fields
@@ -39,7 +39,7 @@ def class_names(config: Any) -> tuple[str, ...]:
             f"config.dataset.split={data.split!r} needs the class names of a "
             "prepared data set: config.dataset.kind=prepared"
         )
-    return prepared_classes(data.root)
+    return tuple(read_metadata(data.root)["classes"])
 
 
 def build_fold(config: Any) -> Fold:

@@ -40,12 +40,11 @@ DAMAGE_ERRORS = (
 
 
 class Member(NamedTuple):
-    """A file in a folder or in an archive: its path there ("a/b.png") and its bytes.
+    """A file in a folder or in an archive: its size and its bytes.
 
     As a string, how messages name it: a file's whole path, or "archive: a/b.png".
     """
 
-    path: str
     size: int
     where: str
     load: Callable[[], bytes]
@@ -109,8 +108,8 @@ def open_archive(path: str | Path) -> Iterator[Archive]:
     path = Path(path)
     with contextlib.ExitStack() as stack:
         with _damage_named(str(path)):
-            named = ((member.path, member) for member in _members(path, stack))
-            shown = ((n, m) for n, m in named if PurePosixPath(n).name[:1] != ".")
+            members = _members(path, stack)
+            shown = ((n, m) for n, m in members if PurePosixPath(n).name[:1] != ".")
             archive = Archive(unique(shown))
         archive.path = path
         yield archive
@@ -133,11 +132,11 @@ def fingerprint(path: str | Path) -> dict[str, str]:
     return {"name": path.name, "sha256": total.hexdigest()}
 
 
-def _members(path: Path, stack: contextlib.ExitStack) -> Iterator[Member]:
-    """Yields all files, also hidden ones; `stack` closes what they are read from."""
+def _members(path: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, Member]]:
+    """Yields all files and their paths; `stack` closes what they are read from."""
     if path.is_dir():
         for name, file in walk(path).items():
-            yield Member(name, file.stat().st_size, str(file), file.read_bytes)
+            yield name, Member(file.stat().st_size, str(file), file.read_bytes)
         return
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder; check the path")
@@ -149,14 +148,14 @@ def _members(path: Path, stack: contextlib.ExitStack) -> Iterator[Member]:
         for info in pack.infolist():
             name, load = info.filename, functools.partial(pack.read, info)
             if not info.is_dir():
-                yield Member(name, info.file_size, f"{path}: {name}", load)
+                yield name, Member(info.file_size, f"{path}: {name}", load)
         return
     opened = _uncompressed(path) if start == GZIP_START else path.open("rb")
     tar = tarfile.TarFile(fileobj=stack.enter_context(opened))
     for info in tar:
         name, load = info.name.removeprefix("./"), functools.partial(_load, tar, info)
         if info.isfile() or info.islnk():  # A hard link is a file by another name.
-            yield Member(name, info.size, f"{path}: {name}", load)
+            yield name, Member(info.size, f"{path}: {name}", load)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from qpenet_jax.data.folds import COCO_CLASSES
 from qpenet_jax.data.prepare.archives import Member, fingerprint, open_archive, unique
 from qpenet_jax.data.prepare.builder import LabelledImage, Source, prepare
 from qpenet_jax.data.prepare.instances import Instances
+from qpenet_jax.data.sources.voc import refuse_missing
 
 SERVER = "http://images.cocodataset.org"
 ARCHIVES = {
@@ -143,13 +144,8 @@ def _find(
 ) -> dict[str, Member]:
     """Returns where every image is, by its file name; `stack` closes the archives."""
     archives = [stack.enter_context(open_archive(path)) for path in paths]
-    members = ((PurePosixPath(m.path).name, m) for a in archives for m in a.values())
-    found = unique((name, member) for name, member in members if name in needed)
-    missing = sorted(needed - found.keys())
-    if missing:
-        raise InputError(
-            f"no image {missing[0]} in {', '.join(map(str, paths))} "
-            f"({len(missing)} of {len(needed)} are missing); give the folders or "
-            "archives that hold them"
-        )
+    files = (file for archive in archives for file in archive.items())
+    named = ((PurePosixPath(path).name, member) for path, member in files)
+    found = unique((name, member) for name, member in named if name in needed)
+    refuse_missing("image", sorted(needed), found, ", ".join(map(str, paths)))
     return found

@@ -27,7 +27,7 @@ from qpenet_jax.data.prepare.archives import (
     unique,
 )
 from qpenet_jax.data.prepare.builder import LabelledImage, Source, prepare
-from qpenet_jax.data.sources.voc import read_ids
+from qpenet_jax.data.sources.voc import read_ids, refuse_missing
 
 ARCHIVES = (
     Published(
@@ -97,7 +97,9 @@ def prepare_pascal(
         labels = extra | _by_stem(archive, f"{root}SegmentationClass/", ".png")
         splits = _splits(archive, f"{root}ImageSets", candidates, pool, expected)
         names = [*splits["train"], *splits["val"]]
-        _check_complete(names, images, labels, str(voc))
+        # Now, rather than after minutes of writing.
+        refuse_missing("image", names, images, f"{voc} or what was given with it")
+        refuse_missing("mask", names, labels, f"{voc} or what was given with it")
 
         def example(name: str) -> LabelledImage:
             image, mask = images[name], labels[name]
@@ -161,20 +163,6 @@ def _splits(
     return {"train": train, "val": val}
 
 
-def _check_complete(
-    names: Sequence[str], images: Mapping, labels: Mapping, voc: str
-) -> None:
-    """Refuses what can't be found now, rather than after minutes of writing."""
-    for what, files in (("image", images), ("mask", labels)):
-        missing = [name for name in names if name not in files]
-        if missing:
-            raise InputError(
-                f"no {what} of {missing[0]} in {voc} or what was given with it "
-                f"({len(missing)} of {len(names)} are missing); give the whole "
-                "archives, or take it off the list"
-            )
-
-
 def _other_masks(
     archives: Mapping[str, Archive],
 ) -> tuple[dict[str, Member], Iterable[str]]:
@@ -222,7 +210,7 @@ def _ids(file: Member) -> Sequence[str]:
 def _read_mask(mask: Member) -> UInt8[np.ndarray, "h w"]:
     """Returns the label map of a PNG, or of a .mat file of SBD: GTcls.Segmentation."""
     data, where = mask.read(), str(mask)
-    if not mask.path.endswith(".mat"):
+    if not where.endswith(".mat"):
         return read_label(BytesIO(data), name=where)
     try:
         truth: Any = scipy.io.loadmat(BytesIO(data), variable_names="GTcls")

@@ -92,15 +92,6 @@ class Prepared:
         return data
 
 
-def prepared_classes(root: str | Path) -> tuple[str, ...]:
-    """Returns the class names of a prepared data set.
-
-    Raises:
-        InputError: no prepared data set.
-    """
-    return tuple(read_metadata(root)["classes"])
-
-
 def read_metadata(root: str | Path) -> dict[str, Any]:
     """Returns classes, facts and index of a prepared data set.
 

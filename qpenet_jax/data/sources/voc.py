@@ -4,7 +4,7 @@ import functools
 import hashlib
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,12 @@ class VOCLayout:
         Raises:
             InputError: as `label`, for the first bad file.
         """
-        counts = np.stack(self._of_all("reading masks", self._counted))
+
+        def counted(index: int) -> Int[np.ndarray, " classes"]:
+            warn_of_turn(self._images[index], self._masks[index])
+            return self._checked_label(index)[1]
+
+        counts = np.stack(self._of_all("reading masks", counted))
         if not counts.any():
             raise InputError(
                 f"{Path(self._masks[0]).parent}: no listed mask shows a class; "
@@ -123,10 +128,6 @@ class VOCLayout:
             # None: not where there is no terminal.
             disable=None if len(self) > BAR_FROM_MASKS else True,
         )
-
-    def _counted(self, index: int) -> Int[np.ndarray, " classes"]:
-        warn_of_turn(self._images[index], self._masks[index])
-        return self._checked_label(index)[1]
 
     def _checked_label(
         self, index: int
@@ -186,11 +187,21 @@ def _find(
         for suffix in reversed(suffixes)
         if (file := folder / f"{name}{suffix}").is_file()
     }
+    refuse_missing(kind, names, found, f"{folder} as {' or '.join(suffixes)}")
+    return tuple(str(found[name]) for name in names)
+
+
+def refuse_missing(
+    kind: str, names: Collection[str], found: Container[str], where: str | Path
+) -> None:
+    """Refuses a list of images of which some have no file.
+
+    Raises:
+        InputError: naming the first of them, and how many they are.
+    """
     missing = [name for name in names if name not in found]
     if missing:
         raise InputError(
-            f"no {kind} {folder / missing[0]}{'|'.join(suffixes)} "
-            f"({len(missing)} of {len(names)} ids have none); "
-            "add the files or take the ids off the list"
+            f"no {kind} of {missing[0]} in {where} ({len(missing)} of {len(names)} are "
+            "missing); add the files, or take them off the list"
         )
-    return tuple(str(found[name]) for name in names)
