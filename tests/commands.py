@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 
 from qpenet_jax.cli.main import main
+from qpenet_jax.runs.build import complete
+from qpenet_jax.runs.config_files import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,14 +20,14 @@ SHRUNK = {
     "workers": 0,
     "log_every": 1,
     "save_every": 1,
-    "model.channels": 16,
-    "dataset.side": 65,
-    "dataset.train_images": 60,
-    "dataset.val_images": 40,
-    "dataset.min_pixels": 64,
-    "dataset.on_few": "drop",
-    "eval.every": 4,
-    "eval.episodes": 6,
+    "model__channels": 16,
+    "dataset__side": 65,
+    "dataset__train_images": 60,
+    "dataset__val_images": 40,
+    "dataset__min_pixels": 64,
+    "dataset__on_few": "drop",
+    "eval__every": 4,
+    "eval__episodes": 6,
 }
 """Fields that make a config of `configs/` one of seconds."""
 
@@ -39,6 +41,11 @@ def tiny(workdir, **fields):
     """Return the words that train tests/tiny.py."""
     files = ["--config", f"{ROOT}/tests/tiny.py", "--workdir", str(workdir)]
     return ["train", *files, *overrides(**fields)]
+
+
+def tiny_config(**fields):
+    """Return the complete config of tests/tiny.py with some fields changed."""
+    return complete(load_config(ROOT / "tests" / "tiny.py", overrides(**fields)))
 
 
 def words(workdir, config="quickstart", **changes):

@@ -3,9 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,15 +34,9 @@ def test_the_best_of_every_selection_and_the_latest_two_are_kept(tmp_path):
         for step, found in scores.items():
             save(checkpoints, step, **dict(zip(("base", "novel"), found, strict=True)))
         assert checkpoints.steps() == [1, 3, 5, 6]
-    found = {
-        name: restore_params(tmp_path, state(0).params, name)
-        for name in ("base", "novel", "last")
-    }
-    assert {name: step for name, (_, step) in found.items()} == {
-        "base": 1,
-        "novel": 3,
-        "last": 6,
-    }
+    names, like = ("base", "novel", "last"), state(0).params
+    found = {name: restore_params(tmp_path, like, name) for name in names}
+    assert [found[name][1] for name in names] == [1, 3, 6]
     np.testing.assert_array_equal(found["novel"][0]["kernel"], 3)
     with open_checkpoints(tmp_path, ["base", "novel"]) as checkpoints:
         latest = checkpoints.restore(state(0))
@@ -70,8 +63,8 @@ def noise(*shape):
 
 def test_other_values_than_those_that_were_saved_are_refused(tmp_path):
     """TensorStore has checksums of its tables, and none of the numbers."""
-    data = np.random.default_rng(0).bytes(10_000)  # which isn't compressed
-    params = {"kernel": jnp.array(np.frombuffer(data, np.float32))}
+    params = {"kernel": noise(2500)}
+    data = np.asarray(params["kernel"]).tobytes()
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state(7, params))
     files = [p for p in (tmp_path / "checkpoints/7/params").rglob("*") if p.is_file()]
@@ -86,44 +79,23 @@ def test_other_values_than_those_that_were_saved_are_refused(tmp_path):
         checkpoints.restore(state(0, params))
 
 
-READ = """
-import sys, numpy as np
-from qpenet_jax.core.errors import exit_on_input_error
-from qpenet_jax.runs.checkpoints import restore_params
-from pathlib import Path
-like = {str(n): np.zeros((50, 50), np.float32) for n in range(40)}
-with exit_on_input_error():
-    restore_params(Path(sys.argv[1]), like, "last")
-"""
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
-    """Orbax reads all arrays at once; others may fail when the process ends."""
-    params = {str(n): noise(50, 50) + n for n in range(40)}
-    with open_checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state(1, params))
-    for path in (tmp_path / "checkpoints/1/params").rglob("ocdbt.process_0/d/*"):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    ended = subprocess.run(
-        [sys.executable, "-c", READ, tmp_path], capture_output=True, text=True
-    )
-    assert ended.returncode == 2
-    start = f"error: checkpoint {tmp_path}/checkpoints/1 can't be"
-    assert sum(x.startswith(start) for x in ended.stderr.splitlines()) == 1
-
-
 # --- A damaged one, and the one before ---
 
 
 @pytest.fixture(scope="module")
 def scored_twice(tmp_path_factory):
-    """A workdir with checkpoints 4, the best, and 6 and 8; 6 was never scored."""
+    """A workdir with checkpoints 4, the best, and 6 and 8; 6 was never scored.
+
+    Its files are dated into the future, which changes nothing.
+    """
     workdir = tmp_path_factory.mktemp("scored_twice")
     with open_checkpoints(workdir, ["base"]) as checkpoints:
         save(checkpoints, 4, base=50.0)
         save(checkpoints, 6)
         save(checkpoints, 8, base=30.0)
+    future = time.time() + 1e7
+    for path in workdir.rglob("*"):
+        os.utime(path, (future, future))
     return workdir
 
 
@@ -133,29 +105,31 @@ def workdir(scored_twice, tmp_path):
     return shutil.copytree(scored_twice, tmp_path / "run")
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
 def damage(workdir, pattern, how, step=8):
     """Damage the files of a checkpoint that match."""
     files = [p for p in (workdir / f"checkpoints/{step}").glob(pattern) if p.is_file()]
     assert files
     for path in files:
-        data = path.read_bytes()
-        if how == "missing":
-            path.unlink()
-        else:
-            path.write_bytes(
-                data[: len(data) // 2] if how == "cut" else bytes(len(data))
-            )
+        how(path)
 
 
 @pytest.mark.parametrize(
     ("pattern", "how"),
     [
-        ("params/d/*", "cut"),
-        ("rest/d/*", "missing"),
-        ("params/_METADATA", "cut"),
-        ("_CHECKPOINT_METADATA", "zeroed"),  # it holds the hashes
-        ("**/*", "zeroed"),
-        ("**/*", "missing"),
+        ("params/d/*", cut),
+        ("rest/d/*", Path.unlink),
+        ("params/_METADATA", cut),
+        ("_CHECKPOINT_METADATA", zero),  # it holds the hashes
+        ("**/*", zero),
+        ("**/*", Path.unlink),
     ],
 )
 def test_training_goes_on_from_the_one_before_a_damaged_one(
@@ -176,7 +150,7 @@ def test_training_goes_on_from_the_one_before_a_damaged_one(
 
 def test_if_all_are_damaged_the_latest_is_named_and_all_stay(workdir):
     for step in (4, 6, 8):
-        damage(workdir, "params/d/*", "cut", step)
+        damage(workdir, "params/d/*", cut, step)
     with (
         open_checkpoints(workdir) as checkpoints,
         pytest.raises(InputError, match=r"/8 can't be read.*put back a copy"),
@@ -223,7 +197,8 @@ def test_what_a_killed_process_left_is_removed(workdir):
             assert checkpoints.restore(state(0)).step == 8
             if not read_only:
                 save(checkpoints, 9)
-                assert checkpoints.steps() == [4, 8, 9]
+                save(checkpoints, 10)
+                assert checkpoints.steps() == [4, 9, 10]
         assert left.exists() == read_only
 
 
@@ -259,16 +234,3 @@ def test_a_save_on_a_full_disk_is_one_line_and_the_one_before_is_whole(workdir, 
         assert checkpoints.restore(state(0)).step == 8
         save(checkpoints, 9)
     assert restore_params(workdir, state(0).params, "last")[1] == 9
-
-
-def test_files_dated_into_the_future_change_nothing(workdir):
-    future = time.time() + 1e7
-    for path in workdir.rglob("*"):
-        os.utime(path, (future, future))
-    with open_checkpoints(workdir, ["base"]) as checkpoints:
-        assert checkpoints.restore(state(0)).step == 8
-        save(checkpoints, 9)
-        save(checkpoints, 10)
-    with open_checkpoints(workdir, ["base"]) as checkpoints:
-        assert checkpoints.steps() == [4, 9, 10]
-        assert checkpoints.restore(state(0)).step == 10

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from commands import ROOT, SHRUNK, assert_refused, passed, qpenet
+from commands import ROOT, SHRUNK, assert_refused, overrides, passed, qpenet
 from PIL import Image
 
 from qpenet_jax import load
@@ -74,7 +74,7 @@ def test_frozen_episodes_are_scored_exactly_and_compared(finished, tmp_path):
     assert "--protcol" in typo.stderr
     base = tmp_path / "base.csv"
     swapped = ("--config.dataset.fold=1", "--config.dataset.min_pixels=64")
-    small = [f"--config.{k}={SHRUNK[k]}" for k in SHRUNK if k.startswith("dataset")]
+    small = overrides(**{k: SHRUNK[k] for k in SHRUNK if k.startswith("dataset")})
     config = ("episodes", "export", "--config", "configs/quickstart.py")
     passed(*config, *small, *swapped, "--out", base)
     refused = qpenet(*evaluate, "--episode-list", base, "--out", tmp_path)

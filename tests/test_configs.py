@@ -4,21 +4,17 @@ import importlib
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from untrained import traced_step
 
-from qpenet_jax.backbones.registry import weight_shapes
 from qpenet_jax.config import LISTS, default_config, flat
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import Episode
 from qpenet_jax.data.augmentation import Augmentation
 from qpenet_jax.optimizer import Optimizer
-from qpenet_jax.runs.build import build_backbone, build_model, complete, is_released
+from qpenet_jax.runs.build import build_model, complete
 from qpenet_jax.runs.config_files import override
 from qpenet_jax.runs.datasets import build_fold, build_protocol, training_steps
-from qpenet_jax.training.train import build_state, build_train_step
 
 CONFIGS = sorted(
     path.stem for path in (Path(__file__).resolve().parents[1] / "configs").glob("*.py")
@@ -37,22 +33,6 @@ def test_there_is_a_config_for_every_fold():
     assert folds | {"quickstart", "voc_subset_fold2"} <= set(CONFIGS)
 
 
-def check_step(config):
-    """Traces a step of this config's network."""
-    net, key = build_backbone(config), jax.random.key(0)
-    weights = weight_shapes(net, deep=is_released(config))
-    b, k, side = config.batch_size, config.shots, config.side
-    shapes = (b, side, side), (b, k, side, side)
-    query, supports = (jax.ShapeDtypeStruct((*s, 3), jnp.uint8) for s in shapes)
-    query_mask, masks = (jax.ShapeDtypeStruct(s, jnp.uint8) for s in shapes)
-    batch = Episode(query, query_mask, supports, masks)
-    state = jax.eval_shape(lambda given: build_state(config, given, 10), weights)
-    step = build_train_step(config, 10, images=100)
-    after, metrics = jax.eval_shape(step, state, weights, batch, key)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert metrics["loss"].shape == ()
-
-
 @pytest.mark.standard_promotion
 def test_every_config_builds_its_model_and_step():
     """Folds differ in the data set alone: each other network is traced once."""
@@ -63,7 +43,7 @@ def test_every_config_builds_its_model_and_step():
         del fields["dataset"]
         network = json.dumps(fields, sort_keys=True)
         if network not in traced:
-            check_step(config)
+            assert traced_step(config)["loss"].shape == ()
             traced.add(network)
 
 

@@ -1,14 +1,13 @@
 """Batch norm that drifts: against PyTorch and NumPy, and in runs from start to end."""
 
 import importlib
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from commands import ROOT, overrides
+from commands import ROOT, SHRUNK, overrides
 from conftest import stopped_after
 from flax.traverse_util import flatten_dict
 from make_backbone_goldens import deepen, random_tensor
@@ -25,14 +24,13 @@ from qpenet_jax.runs.build import (
     build_predictor,
     build_weights,
     complete,
-    initial_params,
     params_like,
 )
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
 from qpenet_jax.runs.folder import open_run
 from qpenet_jax.segmenter import load
-from qpenet_jax.training.batches import build_batches, on_devices, shardings
+from qpenet_jax.training.batches import shardings
 from qpenet_jax.training.released_step import drifting_features, drifts
 from qpenet_jax.training.step import TrainState
 from qpenet_jax.training.train import build_state, build_train_step, train
@@ -97,44 +95,6 @@ def largest_difference(ours, theirs):
 # --- One layer, and which steps ------------------------------------------------------
 
 
-def test_a_layer_against_batch_norm_written_out():
-    """Two 1x1 convolutions, three batches: values and running statistics."""
-    rng = np.random.default_rng(0)
-    shapes = {"first": (5, 7), "second": (7, 4)}
-    raw, norms, params, moving = {}, {}, {}, {}
-    for name, (inputs, outputs) in shapes.items():
-        raw[name] = rng.normal(size=(inputs, outputs))
-        gamma, beta, mean = rng.normal(size=(3, outputs))
-        var = rng.uniform(0.1, 3, outputs)
-        scale = gamma / np.sqrt(var + 1e-5)
-        norms[name] = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
-        folded = {"kernel": raw[name] * scale, "bias": beta - mean * scale}
-        single = {k: np.float32(v) for k, v in (folded | norms[name]).items()}
-        params[name] = single
-        moving[name] = {k: single[k] for k in ("mean", "var")}
-
-    def layer(name, x, variables):
-        conv = Conv(shapes[name][1])
-        y, moved = conv.apply(variables, x, mutable=[BATCH_STATISTICS])
-        return y, moved[BATCH_STATISTICS]
-
-    for _ in range(3):
-        x = rng.normal(size=(2, 3, 4, 5))
-        ours, theirs = np.float32(x), x
-        for name in shapes:
-            variables = {"params": params[name], BATCH_STATISTICS: moving[name]}
-            ours, moving[name] = layer(name, np.maximum(ours, 0), variables)
-
-            norm, y = norms[name], np.maximum(theirs, 0) @ raw[name]
-            mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
-            theirs = (y - mean) / np.sqrt(var + 1e-5) * norm["gamma"] + norm["beta"]
-            norm["mean"] = 0.9 * norm["mean"] + 0.1 * mean
-            norm["var"] = 0.9 * norm["var"] + 0.1 * var * 24 / 23  # of 2 x 3 x 4 cells
-            assert largest_difference(ours, theirs) < 1e-5
-    now = {n: {k: norms[n][k] for k in ("mean", "var")} for n in shapes}
-    assert largest_difference(moving, now) < 1e-5
-
-
 def test_a_channel_without_weight_gives_its_shift():
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
     params = {"kernel": zero[None], "bias": 3 * one}
@@ -167,24 +127,16 @@ STEPS = 9
 
 
 def config(converted, **changes):
-    fields = {
+    fields = SHRUNK | {
         "steps": STEPS,
         "dataset__kind": "shapes",
         "dataset__name": "Shapes",
         "dataset__side": 33,
         "dataset__train_images": 20,
-        "dataset__val_images": 40,
-        "dataset__min_pixels": 64,
-        "dataset__on_few": "drop",
         "backbone__name": "one_block",
         "backbone__weights": converted,
         "backbone__drift": True,
-        "model__channels": 16,
         "side": SIDE,
-        "batch_size": 2,
-        "workers": 0,
-        "log_every": 1,
-        "save_every": 1,
         "eval__episodes": 4,
         "eval__seeds": "(0,)",
         "select_on": "last",
@@ -432,7 +384,6 @@ def test_by_default_nothing_drifts(made):
 def finished(converted, tmp_path_factory):
     """The folder of two short epochs, stopped and resumed among steps that drift."""
     workdir = tmp_path_factory.mktemp("drift") / "run"
-
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         stopped = f"step {STEPS - 1} is saved"
         with stopped_after(STEPS - 2), pytest.raises(KeyboardInterrupt, match=stopped):
@@ -441,22 +392,12 @@ def finished(converted, tmp_path_factory):
     return workdir
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(finished, step, made, frozen):
-    replicated, split = shardings(made.batch_size)
-    weights = jax.device_put(frozen, replicated)
-    state = jax.device_put(build_state(made, weights, STEPS), replicated)
-    dataset = build_dataset(made, "train")
-    sampler = build_train_sampler(made, dataset)
-    batches, key = build_batches(made, dataset, sampler), jax.random.key(made.seed + 1)
-    for _ in range(STEPS):
-        state, _ = step(state, weights, on_devices(made, next(batches), split), key)
-    batches.close()
-    run = open_run(finished)
-    assert run.step == STEPS
-    assert set(run.params) == {*initial_params(made), BATCH_STATISTICS}
-    jax.tree.map(np.testing.assert_array_equal, run.params, state.params)
-    results = json.loads((finished / "results.json").read_text())
-    assert results["step"] == STEPS
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, converted, tmp_path):
+    train(config(converted), tmp_path)
+    whole, run = open_run(tmp_path), open_run(finished)
+    assert run.step == whole.step == STEPS
+    assert BATCH_STATISTICS in run.params
+    jax.tree.map(np.testing.assert_array_equal, run.params, whole.params)
 
 
 def test_a_run_predicts_with_the_statistics_of_its_checkpoint(

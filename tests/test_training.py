@@ -1,41 +1,25 @@
 """The optimiser against PyTorch's rule by hand, and the train step on toy episodes."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from commands import tiny_config
 
-from qpenet_jax.backbones.registry import Backbone
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import Episode
-from qpenet_jax.models.losses import LossWeights
-from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.optimizer import Optimizer
+from qpenet_jax.runs.build import build_backbone, build_weights, initial_params
 from qpenet_jax.training.batches import global_batch, shardings
 from qpenet_jax.training.health import HEADS
-from qpenet_jax.training.step import (
-    TrainState,
-    episode_features,
-    init_state,
-    make_train_step,
-    mean_of_parts,
-)
+from qpenet_jax.training.step import episode_features, mean_of_parts
+from qpenet_jax.training.train import build_state, build_train_step
 
 SIDE = 33
 
-
-class Patches(nn.Module):
-    """Every eighth pixel through one dense layer."""
-
-    @nn.compact
-    def __call__(self, images):
-        return {"stage": nn.Dense(12, name="dense")(images[:, ::8, ::8])}
-
-
-BACKBONE = Backbone(Patches(), ("stage",), 12)
-MODEL = QPENet(channels=16, heads=2, ffn_features=24, channel_dropout=0.1)
+FIELDS = {"shots": 2, "side": SIDE, "optimizer__lr": 0.003, "model__channels": 16}
+FIELDS |= {"model__heads": 2, "model__ffn_features": 24, "model__channel_dropout": 0.1}
 
 
 @pytest.mark.parametrize("steps", [9, 41, 98])
@@ -151,24 +135,20 @@ def batch():
 
 @pytest.fixture(scope="module")
 def weights():
-    return BACKBONE.module.init(jax.random.key(7), jnp.zeros((1, 9, 9, 3)))["params"]
-
-
-OPTIMIZER = Optimizer("adamw", lr=0.003, lr_factor=1).build(steps=100)
+    return build_weights(tiny_config())
 
 
 @pytest.fixture(scope="module")
-def initial():
-    return init_state(MODEL, OPTIMIZER, channels=12, key=jax.random.key(1))
+def train(weights, batch):
+    """Return a function that trains for some steps.
 
+    It returns the last state, the losses, and the metrics of the last step.
+    """
 
-@pytest.fixture(scope="module")
-def train(initial):
-    """Return a function that trains for some steps and returns every loss."""
-    step = make_train_step(MODEL, BACKBONE, OPTIMIZER, LossWeights())
-
-    def run(steps, weights, batch, key=0):
-        state = jax.tree.map(jnp.copy, initial)
+    def run(steps, key=0, weights=weights, **fields):
+        config = tiny_config(**FIELDS | fields)
+        step = build_train_step(config, 100, images=60)
+        state = build_state(config, weights, 100)
         losses, metrics = [], {}
         for _ in range(steps):
             old = state
@@ -181,9 +161,9 @@ def train(initial):
 
 
 @pytest.mark.standard_promotion
-def test_training_lowers_the_loss_and_measures_its_health(train, weights, batch):
+def test_training_lowers_the_loss_and_measures_its_health(train, weights):
     before = jax.tree.map(np.array, weights)
-    state, losses, metrics = train(40, weights, batch)
+    state, losses, metrics = train(40)
     assert np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
     assert int(state.step) == 40
     jax.tree.map(np.testing.assert_array_equal, weights, before)
@@ -202,31 +182,26 @@ def test_training_lowers_the_loss_and_measures_its_health(train, weights, batch)
 
 
 @pytest.mark.standard_promotion
-def test_the_same_key_trains_to_the_same_bits(train, weights, batch):
-    one, losses, _ = train(4, weights, batch)
-    two, again, _ = train(4, weights, batch)
+def test_the_same_key_trains_to_the_same_bits(train):
+    one, losses, _ = train(4)
+    two, again, _ = train(4)
     assert losses == again
     jax.tree.map(np.testing.assert_array_equal, one, two)
-    other, _, _ = train(4, weights, batch, key=1)
+    other, _, _ = train(4, key=1)
     differs = jax.tree.map(lambda a, b: bool((a != b).any()), one.params, other.params)
     assert all(jax.tree.leaves(differs)), "dropout of another key"
 
 
 @pytest.mark.standard_promotion
-def test_accumulated_gradients_are_those_of_the_whole_batch(initial, weights, batch):
+def test_accumulated_gradients_are_those_of_the_whole_batch(train):
     """Where equally many pixels of all images count, as here, and without dropout."""
-    rates = (name for name in MODEL.__dataclass_fields__ if name.endswith("_dropout"))
-    model = MODEL.clone(**dict.fromkeys(rates, 0.0))
+    rates = ("channel", "head", "gate", "attention")
+    fields = {f"model__{name}_dropout": 0.0 for name in rates}
     # Plain gradient descent: its step shows the gradient.
-    descent = Optimizer(lr=0.1, lr_factor=1, momentum=0.0, power=0.0).build(10)
-
-    def stepped(**given):
-        step = make_train_step(model, BACKBONE, descent, LossWeights(), **given)
-        params = jax.tree.map(jnp.copy, initial.params)
-        state = TrainState(jnp.zeros((), jnp.int32), params, descent.init(params))
-        return step(state, weights, batch, jax.random.key(3))
-
-    (state, metrics), (whole, expected) = stepped(accumulate=2), stepped()
+    fields |= {"optimizer__name": "sgd", "optimizer__lr": 0.1}
+    fields |= {"optimizer__momentum": 0.0, "optimizer__power": 0.0}
+    state, _, metrics = train(1, accumulate=2, **fields)
+    whole, _, expected = train(1, **fields)
     assert int(state.step) == 1
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
@@ -255,15 +230,14 @@ def test_parts_of_a_batch_are_numbered_and_hold_each_row_once():
 
 
 def test_features_of_supports_and_query_keep_their_places(weights, batch):
-    support, query = episode_features(BACKBONE, weights, batch)
-    assert support.shape == (2, 2, 5, 5, 12)
-    dense = weights["dense"]
+    backbone = build_backbone(tiny_config())
+    support, query = episode_features(backbone, weights, batch)
+    assert support.shape == (2, 2, 5, 5, 8)
 
     def expected(image):
         mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-        pixels = (image[::8, ::8] / 255 - mean) / std
-        kernel, bias = map(np.asarray, (dense["kernel"], dense["bias"]))
-        return pixels @ kernel + bias
+        pixels = jnp.float32((image / 255 - mean) / std)
+        return backbone.module.apply({"params": weights}, pixels[None])["only"][0]
 
     for b in range(2):
         np.testing.assert_allclose(query[b], expected(batch.query_image[b]), atol=1e-4)
@@ -272,45 +246,34 @@ def test_features_of_supports_and_query_keep_their_places(weights, batch):
             np.testing.assert_allclose(support[b, k], reference, atol=1e-4)
 
 
+@pytest.mark.standard_promotion
 @pytest.mark.parametrize("normalize", [True, False])
 def test_normalized_training_does_not_see_the_scale_of_the_features(
-    batch, weights, normalize
+    train, weights, normalize
 ):
-    optimizer = Optimizer().build(100)
-    model = MODEL.clone(normalize=normalize)
-    step = make_train_step(model, BACKBONE, optimizer, LossWeights())
-
-    def losses(scale):
-        scaled = jax.tree.map(lambda x: scale * x, weights)
-        state = init_state(model, optimizer, channels=12, key=jax.random.key(1))
-        found = []
-        for _ in range(3):
-            state, metrics = step(state, scaled, batch, jax.random.key(0))
-            found.append(float(metrics["loss"]))
-        return np.array(found)
-
-    ratios = losses(0.04) / losses(1.0)
-    assert (np.abs(ratios - 1) < 1e-4).all() == normalize
+    fields = {"optimizer__name": "sgd", "optimizer__lr": 0.025}
+    scaled = jax.tree.map(lambda x: 0.04 * x, weights)
+    losses = [
+        np.array(train(3, weights=given, model__normalize=normalize, **fields)[1])
+        for given in (scaled, weights)
+    ]
+    assert (np.abs(losses[0] / losses[1] - 1) < 1e-4).all() == normalize
 
 
-def test_background_scale_sets_where_the_prototype_starts():
-    def prototype(scale):
-        model = MODEL.clone(background_scale=scale)
-        state = init_state(model, OPTIMIZER, channels=12, key=jax.random.key(1))
-        return state.params["gbc"]["P_global"]
+def test_where_training_starts():
+    """PyTorch's U(+-1 / sqrt(fan_in)), and a random background prototype."""
 
-    assert not prototype(0.0).any()
-    np.testing.assert_allclose(prototype(0.5), 0.5 * prototype(1.0), rtol=1e-6)
+    def params(scale):
+        return initial_params(tiny_config(**FIELDS, model__background_scale=scale))
 
-
-def test_initial_state(initial):
-    assert int(initial.step) == 0
-    # PyTorch's U(+-1 / sqrt(fan_in)), and a random background prototype.
-    for path, leaf in jax.tree_util.tree_leaves_with_path(initial.params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params(1.0)):
         if leaf.ndim > 1:
             bound = 1 / np.sqrt(np.prod(leaf.shape[:-1]))
             assert 0.7 * bound < np.abs(leaf).max() <= bound, path
-    assert np.std(initial.params["gbc"]["P_global"]) > 0.3
+    none, half, whole = (params(x)["gbc"]["P_global"] for x in (0.0, 0.5, 1.0))
+    assert not none.any()
+    assert np.std(whole) > 0.3
+    np.testing.assert_allclose(half, 0.5 * whole, rtol=1e-6)
 
 
 def test_batches_are_placed_whole(batch):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import tiny_config
 from equations import (
     FEM_ROWS,
     GRID,
@@ -17,18 +18,15 @@ from equations import (
     shapes,
     windows,
 )
-from test_training import BACKBONE
+from untrained import traced_step
 
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.types import Episode
 from qpenet_jax.models.fem import adaptive_average_pool, prior_mask
 from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.ops.devices import only_defaults
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.variants import VARIANTS
-from qpenet_jax.optimizer import Optimizer
 from qpenet_jax.paper.plan import VARIANT_RESULTS, VARIANT_ROWS
-from qpenet_jax.training.step import init_state, make_train_step
 
 NO_DROPOUT = {f"{name}_dropout": 0.0 for name in ("channel", "head", "gate")}
 
@@ -127,18 +125,9 @@ def test_gradients_reach_what_they_should_and_nothing_else(name):
 
 
 @rows
+@pytest.mark.standard_promotion
 def test_a_train_step_reports_what_the_variant_has(name):
-    model, optimizer = build(name), Optimizer().build(10)
-    images = jnp.zeros((2, 33, 33, 3), jnp.uint8)
-    mask = jnp.zeros((2, 33, 33), jnp.uint8)
-    batch = Episode(images, mask, images[:, None], mask[:, None])
-    step = make_train_step(model, BACKBONE, optimizer, LossWeights())
-    key = jax.random.key(0)
-    weights = jax.eval_shape(BACKBONE.module.init, key, jnp.zeros((1, 33, 33, 3)))
-    start = functools.partial(init_state, model, optimizer, channels=12)
-    state = jax.eval_shape(lambda key: start(key=key), key)
-    new, metrics = jax.eval_shape(step, state, weights["params"], batch, key)
-    assert jax.tree.structure(new) == jax.tree.structure(state)
+    metrics = traced_step(tiny_config(variant=name))
     watched = {name for name in metrics if name.startswith("empty_")}
     evolved = set() if name == "baseline" else {"empty_pre", "empty_rev"}
     decoded = {"empty_final"} if name in FEM_ROWS else {"empty_final", "empty_aux"}

@@ -1,4 +1,4 @@
-"""A run that nobody trained: real files over random parameters, made in a second."""
+"""A run that nobody trained, and a train step that nobody runs: made in a second."""
 
 from pathlib import Path
 
@@ -7,11 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from qpenet_jax.backbones.registry import weight_shapes
 from qpenet_jax.config import default_config
-from qpenet_jax.core.types import TrainState
-from qpenet_jax.runs.build import build_weights, complete, params_like
+from qpenet_jax.core.types import Episode, TrainState
+from qpenet_jax.runs.build import (
+    build_backbone,
+    build_weights,
+    complete,
+    is_released,
+    params_like,
+)
 from qpenet_jax.runs.checkpoints import open_checkpoints
 from qpenet_jax.runs.folder import WEIGHTS, claim, weights_hash
+from qpenet_jax.training.train import build_state, build_train_step
 
 STEP = 3
 SIDE = 65
@@ -51,3 +59,18 @@ def untrained_run(workdir: Path, config=None) -> Path:
         checkpoints.save(TrainState(step, params, optax.EmptyState()))
         checkpoints.add_scores(STEP, {})
     return workdir
+
+
+def traced_step(config):
+    """Return the shapes of the metrics of a step of a config's training."""
+    weights = weight_shapes(build_backbone(config), deep=is_released(config))
+    b, k, side = config.batch_size, config.shots, config.side
+    shapes = (b, side, side), (b, k, side, side)
+    query, supports = (jax.ShapeDtypeStruct((*s, 3), jnp.uint8) for s in shapes)
+    query_mask, masks = (jax.ShapeDtypeStruct(s, jnp.uint8) for s in shapes)
+    batch = Episode(query, query_mask, supports, masks)
+    state = jax.eval_shape(lambda given: build_state(config, given, 10), weights)
+    step = build_train_step(config, 10, images=100)
+    after, metrics = jax.eval_shape(step, state, weights, batch, jax.random.key(0))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    return metrics

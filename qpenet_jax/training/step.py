@@ -18,23 +18,10 @@ from qpenet_jax.models.losses import LossWeights, total_loss
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.released.network import ReleasedQPENet
-from qpenet_jax.runs.build import init_params
 from qpenet_jax.training.health import HEADS
 
 Network = QPENet | ReleasedQPENet | InDtype
 Metrics = dict[str, Float[Array, ""]]
-
-
-def init_state(
-    model: QPENet | ReleasedQPENet,
-    optimizer: optax.GradientTransformation,
-    *,
-    channels: int,
-    key: Array,
-) -> TrainState:
-    """Returns the state at step 0; `channels` are the backbone's."""
-    params = init_params(model, channels, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 # One trace serves all runs that are alike in a process.
