@@ -56,15 +56,10 @@ def test_without_a_score_the_latest_is_loaded(tmp_path):
         np.testing.assert_array_equal(params["kernel"], 7)
 
 
-def noise(*shape):
-    """Numbers that aren't compressed."""
-    return jnp.array(np.random.default_rng(0).random(shape, np.float32))
-
-
 def test_other_values_than_those_that_were_saved_are_refused(tmp_path):
     """TensorStore has checksums of its tables, and none of the numbers."""
-    params = {"kernel": noise(2500)}
-    data = np.asarray(params["kernel"]).tobytes()
+    data = np.random.default_rng(0).bytes(10_000)  # which isn't compressed
+    params = {"kernel": jnp.array(np.frombuffer(data, np.float32))}
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state(7, params))
     files = [p for p in (tmp_path / "checkpoints/7/params").rglob("*") if p.is_file()]
@@ -219,7 +214,8 @@ def wait_for_late_writes(workdir):
 @pytest.mark.parametrize("more", [[], [10]])
 def test_a_save_on_a_full_disk_is_one_line_and_the_one_before_is_whole(workdir, more):
     """Orbax raises it with the next save, or in the end, from a thread of its own."""
-    large = state(9, {"kernel": noise(50_000), "b": noise(3)})
+    numbers = np.random.default_rng(0).random(50_000, np.float32)
+    large = state(9, {"kernel": jnp.array(numbers), "b": jnp.zeros(3)})
 
     def save_all(*states):
         with no_file_above(20_000), open_checkpoints(workdir) as checkpoints:

@@ -17,19 +17,16 @@ import types
 import jax
 import numpy as np
 import pytest
-from commands import ROOT, assert_refused, overrides, passed, qpenet, tiny
-from conftest import scalars
+from commands import ROOT, assert_refused, passed, qpenet, tiny, tiny_config
+from conftest import scalars, stopped_after
 
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import locked
-from qpenet_jax.runs.build import build_weights, complete
 from qpenet_jax.runs.checkpoints import open_checkpoints
-from qpenet_jax.runs.config_files import load_config
-from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
-from qpenet_jax.runs.folder import claim, inputs_of, open_run
-from qpenet_jax.training.batches import build_batches, on_devices, shardings
-from qpenet_jax.training.train import LOCK_FILE, build_state, build_train_step
+from qpenet_jax.runs.folder import open_run
+from qpenet_jax.training.batches import shardings
+from qpenet_jax.training.train import LOCK_FILE, train
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -74,10 +71,11 @@ def by_open_mpi(i):
     return [], {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:9", **ranks}
 
 
-class Pair:
-    """Two processes of two devices each that run one command."""
+class Pair(contextlib.AbstractContextManager):
+    """Two processes of two devices each that run one command; none is left behind."""
 
     def __init__(self, folder, *command, started=by_options, program=None):
+        folder.mkdir(exist_ok=True)
         port = free_port()
         self.outputs = [folder / f"printed_{i}" for i in range(2)]
         self.processes = []
@@ -100,6 +98,11 @@ class Pair:
                 )
             self.processes.append(process)
 
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
     def printed(self):
         return [output.read_text() for output in self.outputs]
 
@@ -121,19 +124,6 @@ class Pair:
         return [line for line in text.splitlines() if line.startswith(starts)]
 
 
-@contextlib.contextmanager
-def pair(folder, *command, **options):
-    """Run a pair, and leave none of it behind."""
-    folder.mkdir(exist_ok=True)
-    both = Pair(folder, *command, **options)
-    try:
-        yield both
-    finally:
-        for process in both.processes:
-            process.kill()
-            process.wait()
-
-
 def saved(workdir):
     """Return the steps that are saved."""
     found = (workdir / "checkpoints").glob("*")
@@ -148,25 +138,15 @@ def assert_same_result(*runs):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A run of one process that was stopped after START steps; these have no events."""
+    """A run of one process that was stopped after START steps."""
     workdir = tmp_path_factory.mktemp("start") / "run"
-    file = ROOT / "tests" / "tiny.py"
-    config = complete(load_config(file, overrides(**FIELDS)))
-    data, val = build_dataset(config, "train"), build_dataset(config, "val")
-    sampler, weights = build_train_sampler(config, data), build_weights(config)
-    claim(workdir, config, inputs_of(data, val, weights))
-    replicated, split = shardings(config.batch_size)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        step = build_train_step(config, STEPS, len(sampler))
-        state = build_state(config, weights, STEPS)
-        state, frozen = jax.device_put((state, weights), replicated)
-        batches, key = build_batches(config, data, sampler), jax.random.key(1)
-        for _ in range(START):
-            batch = on_devices(config, next(batches), split)
-            state, _ = step(state, frozen, batch, key)
-        batches.close()
-    with open_checkpoints(workdir) as checkpoints:
-        checkpoints.save(state)
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        stopped_after(START - 1),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        train(tiny_config(**FIELDS), workdir)
     return workdir
 
 
@@ -183,7 +163,7 @@ def two(start, tmp_path_factory):
     """The run that two processes went on with to its end, and what they printed."""
     folder = tmp_path_factory.mktemp("two")
     workdir = shutil.copytree(start, folder / "run")
-    with pair(folder, *tiny(workdir, **FIELDS), started=by_open_mpi) as both:
+    with Pair(folder, *tiny(workdir, **FIELDS), started=by_open_mpi) as both:
         assert both.ended() == [0, 0], both.printed()
     return workdir, both
 
@@ -193,7 +173,7 @@ def test_two_processes_train_and_score_as_one_does(one, two):
     workdir, both = two
     # Steps that a stopped process took again stand there twice.
     found, expected = (scalars(run, "train/loss") for run in (workdir, one))
-    assert set(found) == set(expected) == set(range(START + 1, STEPS + 1))
+    assert set(found) == set(expected) == set(range(1, STEPS + 1))
     steps = sorted(expected)
     np.testing.assert_allclose(
         [found[n] for n in steps], [expected[n] for n in steps], rtol=1e-6
@@ -213,7 +193,7 @@ def test_two_processes_train_and_score_as_one_does(one, two):
 @pytest.mark.slow
 def test_one_of_two_is_stopped_or_killed_and_the_run_goes_on(start, one, two, tmp_path):
     copy = shutil.copytree(start, tmp_path / "run")
-    with pair(tmp_path / "stopped", *tiny(copy, **FIELDS)) as both:
+    with Pair(tmp_path / "stopped", *tiny(copy, **FIELDS)) as both:
         both.until(lambda: SCORED in saved(copy))
         both.processes[1].send_signal(signal.SIGTERM)
         assert both.ended() == [130, 130], both.printed()
@@ -226,7 +206,7 @@ def test_one_of_two_is_stopped_or_killed_and_the_run_goes_on(start, one, two, tm
     passed(*tiny(alone, **FIELDS))
     assert_same_result(alone, one)
 
-    with pair(tmp_path / "killed", *tiny(copy, **FIELDS), started=by_slurm) as both:
+    with Pair(tmp_path / "killed", *tiny(copy, **FIELDS), started=by_slurm) as both:
         both.until(lambda: saved(copy)[-1] > SCORED)
         both.processes[0].kill()
         killed = time.monotonic()
@@ -235,7 +215,7 @@ def test_one_of_two_is_stopped_or_killed_and_the_run_goes_on(start, one, two, tm
         assert codes[1] != 0, both.printed()
         assert time.monotonic() - killed < 60
 
-    with pair(tmp_path / "again", *tiny(copy, **FIELDS)) as both:
+    with Pair(tmp_path / "again", *tiny(copy, **FIELDS)) as both:
         assert both.ended() == [0, 0], both.printed()
     params = [open_run(run).params for run in (copy, two[0])]
     jax.tree.map(np.testing.assert_array_equal, *params)
@@ -248,7 +228,7 @@ def test_a_refusal_by_the_first_process_is_that_of_all(tmp_path):
     workdir = tmp_path / "run"
     with locked(workdir / LOCK_FILE, "free before"):
         command = tiny(workdir, **FIELDS | {"batch_size": 6})
-        with pair(tmp_path, *command) as both:
+        with Pair(tmp_path, *command) as both:
             assert both.ended() == [2, 2], both.printed()
     for i in range(2):
         (line,) = both.lines(i, "error", "Traceback")
@@ -269,7 +249,7 @@ def test_a_finished_run_is_evaluated_by_two(two, tmp_path):
     program = "import sys; sys.path.insert(0, 'tests'); import tiny"
     program += "; from qpenet_jax.cli.main import program; program(sys.argv[1:])"
     command = [*map(str, arguments), "--out", str(shared)]
-    with pair(tmp_path, *command, program=program) as both:
+    with Pair(tmp_path, *command, program=program) as both:
         assert both.ended() == [0, 0], both.printed()
     (ours,), (theirs,) = (f.glob("*/episodes_qpenet.csv") for f in (shared, alone))
     assert ours.read_text() == theirs.read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import qpenet
+from commands import assert_refused, qpenet
 from conftest import without_package
 from PIL import Image
 from untrained import SIDE
@@ -20,7 +20,6 @@ from qpenet_jax.data.folds import PASCAL_CLASSES
 from qpenet_jax.data.sources.voc import VOCLayout
 from qpenet_jax.data.transforms import fit, fit_label, unpad
 from qpenet_jax.models import ops
-from qpenet_jax.models.ops.devices import only_defaults
 from qpenet_jax.runs.build import build_predictor
 from qpenet_jax.runs.export import Part, export
 from qpenet_jax.runs.export import onnx as onnx_model
@@ -107,9 +106,8 @@ def check(call, predict, photos, masks, tolerance):
         expected = np.asarray(predict(given))
         margin, probability = through(call, given, shots)
         assert margin.shape == probability.shape == expected.shape
-        assert np.abs(margin - expected).max() < tolerance * max(
-            np.abs(expected).max(), 1
-        )
+        largest = max(np.abs(expected).max(), 1)
+        assert np.abs(margin - expected).max() < tolerance * largest
         assert np.abs(probability - 1 / (1 + np.exp(-expected))).max() < tolerance
 
 
@@ -134,30 +132,31 @@ def test_export_json_names_all_that_a_program_needs(stablehlo):
 
 
 def guide_used(folder, exported, format, *missing):
-    """Runs the guide's example on a.bmp, a.png and b.bmp; returns the mask of b."""
+    """Runs the guide's example, where some packages are missing.
+
+    Returns the photos a and b, the mask of a, and the mask that was found for b.
+    """
+    photos = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[5:40, 10:50] = 200
+    for name, pixels in {"a.bmp": photos[0], "b.bmp": photos[1], "a.png": mask}.items():
+        Image.fromarray(pixels).save(folder / name)
     (folder / "exported").symlink_to(exported)
     missing = ("qpenet_jax", "flax", "orbax", "cv2", "safetensors", *missing)
     code = f"import sys\nsys.modules |= dict.fromkeys({missing})\n"
     code += example(format) + example("use").replace(".jpg", ".bmp")
     (folder / "use.py").write_text(code)
     subprocess.run([sys.executable, "use.py"], cwd=folder, check=True)
-    return np.array(Image.open(folder / "mask.png")) == 255
+    return *photos, mask > 0, np.array(Image.open(folder / "mask.png")) == 255
 
 
-def test_the_guides_example_runs_with_jax_alone(stablehlo, predict, tmp_path, made_up):
-    photos, _ = made_up
-    for name, photo in zip("ab", photos, strict=False):
-        Image.fromarray(fit(photo, SIDE)[:64, :64]).save(tmp_path / f"{name}.bmp")
-    mask = np.zeros((64, 64), np.uint8)
-    mask[5:40, 10:50] = 200
-    Image.fromarray(mask).save(tmp_path / "a.png")
-    found = guide_used(tmp_path, stablehlo, "stablehlo")
-    a, b = (np.array(Image.open(tmp_path / f"{name}.bmp")) for name in "ab")
+def test_the_guides_example_runs_with_jax_alone(stablehlo, predict, tmp_path):
+    a, b, mask, found = guide_used(tmp_path, stablehlo, "stablehlo")
     given = Episode(
         fit(b, SIDE)[None],
-        fit_label(mask, SIDE)[None],
+        fit_label(np.zeros_like(mask, np.uint8), SIDE)[None],
         fit(a, SIDE)[None, None],
-        fit_label((mask > 0).astype(np.uint8), SIDE)[None, None],
+        fit_label(mask.astype(np.uint8), SIDE)[None, None],
     )
     expected = unpad(np.asarray(predict(given))[0], 64, 64) > 0
     np.testing.assert_array_equal(found, expected)
@@ -182,44 +181,21 @@ def test_onnx_files_are_named_as_the_guide_says_and_need_no_jax(onnx, tmp_path):
         ):
             found = {x.name: list(x.shape) for x in kind}
             assert found == {x["name"]: x["shape"] for x in listed}
-    image = np.full((64, 64, 3), 90, np.uint8)
-    image[:32] = 200, 10, 10
-    Image.fromarray(image).save(tmp_path / "a.bmp")
-    Image.fromarray(image[::-1]).save(tmp_path / "b.bmp")
-    Image.fromarray((image[..., 0] > 100).astype(np.uint8)).save(tmp_path / "a.png")
-    assert guide_used(tmp_path, onnx, "onnx", "jax").shape == (64, 64)
-
-
-def test_the_plain_formulations_know_no_platforms():
-    x = jax.ShapeDtypeStruct((1, 30, 30, 64), np.float32)
-    kernel = jax.ShapeDtypeStruct((3, 3, 64, 8), np.float32)
-
-    def traced():
-        return str(jax.make_jaxpr(lambda *given: ops.conv3x3(*given))(x, kernel))
-
-    assert "platform_index" in traced()
-    with only_defaults(True):
-        assert "platform_index" not in traced()
-    assert "platform_index" in traced()
+    *_, found = guide_used(tmp_path, onnx, "onnx", "jax")
+    assert found.shape == (64, 64)
 
 
 def test_what_cannot_be_exported_is_one_line(untrained, tmp_path):
-    def refused(*options):
-        words = (f"--workdir={untrained}", *options, f"--out={tmp_path / 'out'}")
-        result = qpenet("export", *words)
-        assert not (tmp_path / "out").exists()
-        (line,) = result.stderr.splitlines()
-        return line
-
-    assert "--shots: give numbers from 1 on" in refused(
-        "--format=stablehlo", "--shots=0"
-    )
+    run, out = f"--workdir={untrained}", tmp_path / "out"
+    shots = qpenet("export", run, "--format=stablehlo", "--shots=0", f"--out={out}")
+    assert_refused(shots, "--shots: give numbers from 1 on")
     with without_package("onnx"):
-        message = refused("--format=onnx")
-    assert "--format onnx needs onnx, which isn't installed" in message
-    assert "pip install --no-deps jax2onnx" in message
+        onnx = qpenet("export", run, "--format=onnx", f"--out={out}")
+    assert_refused(onnx, "--format onnx needs onnx, which isn't installed")
+    assert_refused(onnx, "pip install --no-deps jax2onnx")
     with pytest.raises(InputError, match="choose stablehlo, onnx"):
-        export(untrained, tmp_path / "out", format="tflite")
+        export(untrained, out, format="tflite")
+    assert not out.exists()
 
 
 @pytest.mark.parity

@@ -4,14 +4,7 @@ import math
 
 import pytest
 
-from qpenet_jax.training.health import (
-    CHANCE,
-    HEADS,
-    LOSSES,
-    PATIENCE,
-    DeadHeads,
-    dead_heads,
-)
+from qpenet_jax.training.health import CHANCE, HEADS, LOSSES, DeadHeads, dead_heads
 
 ALIVE = {"loss_pre": 0.3, "loss_rev": 0.3, "loss_bg_q": 0.6, "loss_aux": 0.3}
 ALIVE |= {"loss_final": 0.3, **{f"empty_{head}": 0.25 for head in HEADS}}
@@ -54,7 +47,6 @@ def test_a_head_is_dead_if_its_loss_is_not_below_chance(head, excess):
 
 def test_a_warning_comes_once_of_each_head_and_names_the_remedy():
     warnings, empty = DeadHeads(), ALIVE | {"empty_rev": 1.0}
-    assert PATIENCE == 200
     assert warnings([empty] * 199) == []
     (warning,) = warnings([empty] * 10)
     assert "y_rev has found nothing for 200 steps" in warning

@@ -30,7 +30,7 @@ def test_a_healthy_run_passes_everywhere():
     assert "36,000 steps of 0.50 s = 5.0 hours" in found["to go"][1]
 
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 FULL = [("GPU 0", 79 * GIB, 80 * GIB)]
 
 
@@ -38,7 +38,7 @@ FULL = [("GPU 0", 79 * GIB, 80 * GIB)]
     ("name", "taken", "words"),
     [
         ("finite", steps(3) + steps(1, loss=NAN), "loss is nan from step 4 on"),
-        ("finite", steps(3) + steps(1, grad_norm=NAN), "grad_norm is nan from step 4 "),
+        ("finite", steps(3) + steps(1, grad_norm=INF), "grad_norm is inf from step 4 "),
         ("finite", steps(9) + steps(1, grad_norm=918.0) + steps(9), "918.0.*unstable"),
         ("memory", steps(), "config.batch_size"),
     ],

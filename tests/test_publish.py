@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from commands import assert_refused, passed, qpenet
 from conftest import no_file_above, without_package
 from PIL import Image
 from safetensors import safe_open
@@ -21,7 +22,6 @@ from untrained import STEP
 
 import qpenet_jax
 from qpenet_jax import InputError
-from qpenet_jax.cli.main import main
 from qpenet_jax.runs.build import identity
 from qpenet_jax.runs.folder import claim, open_run, read_inputs
 from qpenet_jax.runs.publish import publish
@@ -129,25 +129,22 @@ def test_the_card_says_what_the_run_is(exact, untrained, tmp_path):
         assert words in (folder / "README.md").read_text()
 
 
-def test_commands_take_a_published_run(mine, tmp_path, capsys):
-    photo, marks = tmp_path / "a.png", tmp_path / "m.png"
+def test_commands_take_a_published_run(mine, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
-    Image.fromarray(pixels).save(photo)
     mask = np.zeros((40, 50), np.uint8)
     mask[10:30, 10:30] = 1
-    Image.fromarray(mask).save(marks)
-    out = tmp_path / "masks"
-    predict = ["predict", "--support", f"{photo}:{marks}", "--query", str(photo)]
-    main([*predict, "--workdir", str(mine), "--out", str(out)])
-    found = np.array(Image.open(out / "a.png"))
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    photo, out, run = tmp_path / "a.png", tmp_path / "masks", ("--workdir", mine)
+    support = f"{photo}:{tmp_path / 'm.png'}"
+    passed("predict", "--support", support, "--query", photo, *run, "--out", out)
     expected = qpenet_jax.load(mine)(pixels, pixels, mask)
-    np.testing.assert_array_equal(found, 255 * expected)
-    main(["evaluate", "--workdir", str(mine), "--episodes", "1"])
+    np.testing.assert_array_equal(np.array(Image.open(out / "a.png")), 255 * expected)
+    passed("evaluate", *run, "--episodes", 1)
     (results,) = mine.glob("evaluate/*/results.json")
     assert json.loads(results.read_text())["step"] == STEP
-    episodes = ["episodes", "export", "--episodes=1", "--out", str(out / "list.csv")]
-    main([*episodes, "--workdir", str(mine)])
-    assert "1 episodes in" in capsys.readouterr().out
+    episodes = ("episodes", "export", "--episodes", 1, "--out", out / "list.csv")
+    assert "1 episodes in" in passed(*episodes, *run).stdout
 
 
 def test_a_model_that_is_not_what_was_written_is_refused(mine):
@@ -173,30 +170,24 @@ def test_a_model_that_is_not_what_was_written_is_refused(mine):
         assert str(model) in str(refused.value)
 
 
-def test_a_config_of_another_network_is_refused_without_making_it(mine):
-    config = json.loads((mine / "config.json").read_text())
-    config["model"]["channels"] = 2**20
-    (mine / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="doesn't fit its config: wrong shape"):
-        open_run(mine)
-
-
-def test_a_published_run_has_one_checkpoint_and_is_not_trained_on(mine):
+def test_a_published_run_has_one_checkpoint_one_network_and_is_not_trained_on(mine):
     with pytest.raises(InputError, match="no checkpoint by 'novel': choose last"):
         open_run(mine, selection="novel")
     assert open_run(mine, selection="last").step == STEP
     with pytest.raises(InputError, match="published run, which can't be trained on"):
         claim(mine, open_run(mine).config, {})
+    config = json.loads((mine / "config.json").read_text())
+    config["model"]["channels"] = 2**20  # a network that is refused without making it
+    (mine / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="doesn't fit its config: wrong shape"):
+        open_run(mine)
 
 
-def test_publishing_replaces_nothing_and_leaves_nothing(
-    tmp_path, exact, untrained, capsys
-):
+def test_publishing_replaces_nothing_and_leaves_nothing(tmp_path, exact, untrained):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
-    with pytest.raises(SystemExit):
-        main(["publish", f"--workdir={untrained}", "--out", str(tmp_path / "full")])
-    assert "exists and isn't empty: choose another folder" in capsys.readouterr().err
+    full = qpenet("publish", "--workdir", untrained, "--out", tmp_path / "full")
+    assert_refused(full, "exists and isn't empty: choose another folder")
     with no_file_above(1000), pytest.raises(InputError, match="make room"):
         publish(exact, tmp_path / "new")
     assert [f.name for f in tmp_path.iterdir()] == ["full"]
@@ -211,12 +202,7 @@ class Hub(SimpleHTTPRequestHandler):
     """A stand-in for the hub: serves a folder that is laid out as its addresses."""
 
     def log_message(self, *_):
-        """Keeps the output of the tests clean."""
-
-    def parse_request(self):
-        parsed = super().parse_request()
         self.server.asked.append(self.path)
-        return parsed
 
     def end_headers(self):
         self.send_header("ETag", f'"{self.path.replace("/", "-")}"')
@@ -279,13 +265,12 @@ def test_a_run_is_loaded_from_the_hub(asked, tmp_path, exact):
     assert segmenter(image, image, np.ones((40, 50), np.uint8)).shape == (40, 50)
 
 
-def test_what_the_hub_does_not_have_is_one_line(asked, capsys):
+def test_what_the_hub_does_not_have_is_one_line(asked):
     for name in ("ann/nothing", "ann/shapes@v9"):
         with pytest.raises(InputError, match=f"{name}: no such folder, and the Hug"):
             open_run(name)
-    with pytest.raises(SystemExit):
-        main(["evaluate", "--workdir", "ann/shapes"])
-    assert "give --out, a folder for the results" in capsys.readouterr().err
+    nowhere = qpenet("evaluate", "--workdir", "ann/shapes")
+    assert_refused(nowhere, "give --out, a folder for the results")
     asked.clear()
     Path("runs").mkdir()  # a wrong name in a folder of this machine asks no hub
     with pytest.raises(InputError, match="runs/nothing is no run"):

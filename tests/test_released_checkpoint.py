@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from commands import assert_refused, overrides, passed, qpenet
 from flax.traverse_util import flatten_dict
 
-from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.runs.folder import open_run
@@ -56,10 +56,10 @@ def run(tensors, tmp_path_factory):
     """A run made of a file of those tensors, by the command."""
     folder = tmp_path_factory.mktemp("checkpoint")
     file = save(folder / "train_epoch_37.5_0.6712", tensors)
-    words = ["convert", str(file), "--as-run", str(folder / "run"), "--fold", "2"]
-    shapes = ("--config.dataset.kind=shapes", "--config.dataset.name=Shapes")
-    sizes = ("--config.dataset.val_images=200", "--config.dataset.side=161")
-    main([*words, *shapes, *sizes, "--config.side=97", "--config.workers=0"])
+    words = ["convert", file, "--as-run", folder / "run", "--fold", "2"]
+    fields = {"dataset__kind": "shapes", "dataset__name": "Shapes", "workers": 0}
+    fields |= {"dataset__val_images": 200, "dataset__side": 161, "side": 97}
+    passed(*words, *overrides(**fields))
     return folder / "run"
 
 
@@ -102,13 +102,11 @@ def test_a_run_holds_the_checkpoints_own_numbers(run, tensors):
     assert config.backbone.name == "resnet50_deepstem"
 
 
-def test_it_is_evaluated_in_both_behaviours(run, capsys):
+def test_it_is_evaluated_in_both_behaviours(run):
+    words = ["evaluate", "--workdir", run, "--episodes=2", "--seeds=0", "--side=97"]
     for behaviour in ("released", "fixed"):
-        words = ["evaluate", "--workdir", str(run), "--episodes", "2", "--seeds", "0"]
-        main([*words, "--side", "97", f"--config.behaviour={behaviour}"])
-    printed = capsys.readouterr().out
-    assert "released QPENet" in printed
-    assert "fixed QPENet" in printed
+        done = passed(*words, f"--config.behaviour={behaviour}")
+        assert f"{behaviour} QPENet" in done.stdout
     assert len(list((run / "evaluate").iterdir())) == 2
 
 
@@ -173,8 +171,5 @@ def test_what_is_no_such_checkpoint_leaves_nothing(tmp_path, tensors):
         ),
     ],
 )
-def test_the_command_says_what_it_needs(words, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["convert", *words])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+def test_the_command_says_what_it_needs(words, message):
+    assert_refused(qpenet("convert", *words), message)

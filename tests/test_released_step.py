@@ -1,7 +1,5 @@
 """Batch norm that drifts: against PyTorch and NumPy, and in runs from start to end."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +22,6 @@ from qpenet_jax.runs.build import (
     build_predictor,
     build_weights,
     complete,
-    params_like,
 )
 from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.datasets import build_dataset, build_train_sampler
@@ -65,12 +62,6 @@ def tensors(tiny):
             found[f"{conv}.weight"] = torch_layout.torch_shape(shape)
             found |= {f"{norm}.{f}": shape[-1:] for f in torch_layout.NORM_FIELDS}
     return {name: random_tensor(name, shape) for name, shape in found.items()}
-
-
-@pytest.fixture(scope="module")
-def weights(tensors):
-    params = to_flax("one_block", tensors, deep=True, norms=True)
-    return jax.tree.map(jnp.asarray, params)
 
 
 def as_pytorch(tensors, statistics):
@@ -167,42 +158,44 @@ FROZEN, DRIFTING = 5, 7
 
 
 @pytest.fixture(scope="module")
-def step(made):
-    """The train step, which all tests share: it is traced once."""
-    return build_train_step(made, STEPS, images=10)
+def steps(made, frozen):
+    """Return a function that takes a step on every batch, the first as step `start`.
 
+    It returns the parameters after them and the metrics of each.
+    """
+    step = build_train_step(made, STEPS, images=10)
 
-def steps(step, made, frozen, batches, start, statistics):
-    """Return the state after a step on every batch, and the metrics of each."""
-    state = build_state(made, frozen, STEPS)
-    params = {**state.params, BATCH_STATISTICS: jax.tree.map(jnp.array, statistics)}
-    state = TrainState(jnp.int32(start), params, state.opt_state)
-    replicated, _ = shardings(made.batch_size)
-    state, weights = jax.device_put((state, frozen), replicated)
-    measured, key = [], jax.random.key(made.seed + 1)
-    for batch in batches:
-        state, metrics = step(state, weights, batch, key)
-        measured.append({name: float(value) for name, value in metrics.items()})
-    return state.params, measured
+    def run(batches, start, statistics, weights=frozen):
+        state = build_state(made, weights, STEPS)
+        params = {**state.params, BATCH_STATISTICS: jax.tree.map(jnp.array, statistics)}
+        state = TrainState(jnp.int32(start), params, state.opt_state)
+        replicated, _ = shardings(made.batch_size)
+        state, weights = jax.device_put((state, weights), replicated)
+        measured, key = [], jax.random.key(made.seed + 1)
+        for batch in batches:
+            state, metrics = step(state, weights, batch, key)
+            measured.append({name: float(value) for name, value in metrics.items()})
+        return state.params, measured
+
+    return run
 
 
 @pytest.fixture(scope="module")
 def batches():
     """Three batches of two 1-shot episodes."""
-    rng = np.random.default_rng(0)
-
-    def batch():
-        images = rng.integers(0, 256, (2, 2, SIDE, SIDE, 3), np.uint8)
-        masks = np.zeros((2, 2, SIDE, SIDE), np.uint8)
-        masks[0, :, 3:20, 7:22], masks[1, :, 9:, :15] = 1, 1
-        padding = np.zeros((2, 2, SIDE, SIDE), bool)
-        query, support = (
-            (x[:, 0] for x in (images, masks)),
-            (images[:, 1:], masks[:, 1:]),
+    images = np.random.default_rng(0).integers(
+        0, 256, (3, 2, 2, SIDE, SIDE, 3), np.uint8
+    )
+    masks = np.zeros((2, 2, SIDE, SIDE), np.uint8)
+    masks[0, :, 3:20, 7:22], masks[1, :, 9:, :15] = 1, 1
+    padding = np.zeros((2, 2, SIDE, SIDE), bool)
+    return [
+        Episode(
+            *(batch[:, 0], masks[:, 0], batch[:, 1:], masks[:, 1:]),
+            *(padding[:, 0], padding[:, 1:]),
         )
-        return Episode(*query, *support, padding[:, 0], padding[:, 1:])
-
-    return [batch() for _ in range(3)]
+        for batch in images
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -248,13 +241,16 @@ def pytorchs(tensors, batches):
 
 
 @pytest.mark.parity
-def test_three_steps_move_the_statistics_as_in_pytorch(
-    step, made, frozen, tensors, batches, pytorchs
+def test_features_and_statistics_are_pytorchs(
+    steps, frozen, tensors, batches, pytorchs
 ):
-    start = statistics_of(frozen)
-    params, _ = steps(step, made, frozen, batches, DRIFTING, start)
-    moved = params[BATCH_STATISTICS]
-    _, theirs = pytorchs
+    """Of the first batch, and after three steps."""
+    start, (maps, theirs) = statistics_of(frozen), pytorchs
+    see = jax.jit(drifting_features, static_argnums=0)
+    (support, query), _ = see(NET, frozen, start, batches[0])
+    for ours, expected in zip((query, support[:, 0]), maps, strict=True):
+        assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
+    moved = steps(batches, DRIFTING, start)[0][BATCH_STATISTICS]
     counts = (theirs[f"{x}.num_batches_tracked"] for x in ("bn1", "layer4.0.bn1"))
     assert [int(count) for count in counts] == [6, 9]
     after = tensors | {name: theirs[name] for name in tensors}
@@ -268,17 +264,8 @@ def test_three_steps_move_the_statistics_as_in_pytorch(
     assert largest_difference(ours, folded) < 1e-5
 
 
-@pytest.mark.parity
-def test_features_are_normalised_by_the_batch_as_in_pytorch(frozen, batches, pytorchs):
-    see = jax.jit(drifting_features, static_argnums=0)
-    start = statistics_of(frozen)
-    (support, query), _ = see(NET, frozen, start, batches[0])
-    for ours, theirs in zip((query, support[:, 0]), pytorchs[0], strict=True):
-        assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
-
-
 def test_steps_that_do_not_drift_use_the_statistics_as_they_are(
-    step, made, frozen, tensors, batches
+    steps, frozen, tensors, batches
 ):
     start = statistics_of(frozen)
     moved = jax.tree.map(lambda x: 3 * x + 0.5, start)
@@ -286,7 +273,7 @@ def test_steps_that_do_not_drift_use_the_statistics_as_they_are(
     deep = {**start, DEEP: moved[DEEP]}
 
     def measured(statistics, weights=frozen):
-        after, (found,) = steps(step, made, weights, batches[:1], FROZEN, statistics)
+        after, (found,) = steps(batches[:1], FROZEN, statistics, weights)
         kept = after[BATCH_STATISTICS]
         jax.tree.map(np.testing.assert_array_equal, kept, statistics)
         return found
@@ -301,16 +288,14 @@ def test_steps_that_do_not_drift_use_the_statistics_as_they_are(
     assert last["loss_aux"] != before["loss_aux"], "the prior is made of layer4"
 
 
-def test_drifting_steps_see_the_batch_alone(step, made, frozen, batches):
+def test_drifting_steps_see_the_batch_alone(steps, frozen, batches):
     start = statistics_of(frozen)
     other = jax.tree.map(lambda x: 2 * x, start)
-    one, two = (
-        steps(step, made, frozen, batches[:2], DRIFTING, s) for s in (start, other)
-    )
+    one, two = (steps(batches[:2], DRIFTING, s) for s in (start, other))
     assert one[1] == two[1]
     learned = [{k: x[k] for k in x if k != BATCH_STATISTICS} for x, _ in (one, two)]
     jax.tree.map(np.testing.assert_array_equal, *learned)
-    _, still = steps(step, made, frozen, batches[:1], FROZEN, start)
+    _, still = steps(batches[:1], FROZEN, start)
     assert abs(one[1][0]["rms_F_q"] / still[0]["rms_F_q"] - 1) > 1e-3
 
 
@@ -318,30 +303,25 @@ def test_drifting_steps_see_the_batch_alone(step, made, frozen, batches):
 
 
 def test_a_converted_file_holds_the_norms_for_those_who_ask(
-    converted, tensors, weights
+    converted, tensors, tmp_path
 ):
-    plain = load_weights("one_block", converted, deep=True)
-    jax.tree.map(
-        np.testing.assert_array_equal, plain, to_flax("one_block", tensors, deep=True)
-    )
+    plain = to_flax("one_block", tensors, deep=True)
+    found = load_weights("one_block", converted, deep=True)
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
     with_norms = load_weights("one_block", converted, deep=True, norms=True)
-    jax.tree.map(np.testing.assert_array_equal, with_norms, weights)
+    given = to_flax("one_block", tensors, deep=True, norms=True)
+    jax.tree.map(np.testing.assert_array_equal, with_norms, given)
     last = with_norms[DEEP]["layer4_0"]["conv2"]
     assert set(last) == {"kernel", "bias", *Norm._fields}
-    name = "layer4.0.bn2.running_var"
-    np.testing.assert_array_equal(last["var"], tensors[name])
-    like = no_statistics("one_block")
-    assert jax.tree.map(np.shape, like) == jax.tree.map(
-        np.shape, statistics_of(with_norms)
-    )
+    np.testing.assert_array_equal(last["var"], tensors["layer4.0.bn2.running_var"])
+    like = jax.tree.map(np.shape, no_statistics("one_block"))
+    assert like == jax.tree.map(np.shape, statistics_of(with_norms))
 
-
-def test_a_file_without_norms_serves_all_but_drift(converted, tensors, tmp_path):
+    # A file without norms serves all but drift.
     old = tmp_path / "old.safetensors"
-    params = to_flax("one_block", tensors, deep=True)
-    convert.save_weights(old, "one_block", params, converted)
-    plain = load_weights("one_block", old, deep=True)
-    jax.tree.map(np.testing.assert_array_equal, plain, params)
+    convert.save_weights(old, "one_block", plain, converted)
+    again = load_weights("one_block", old, deep=True)
+    jax.tree.map(np.testing.assert_array_equal, again, plain)
     remedy = r"old\.safetensors: .*run `qpenet convert --backbone one_block` again"
     with pytest.raises(InputError, match=rf"{remedy}.* missing: conv1/gamma, .* more$"):
         load_weights("one_block", old, deep=True, norms=True)
@@ -370,14 +350,6 @@ def test_drift_is_refused_where_it_repeats_nothing(converted, changes, needs):
     with pytest.raises(InputError, match=r"drift=True repeats .* and needs") as caught:
         complete(config(converted, **changes))
     assert needs in str(caught.value)
-
-
-def test_by_default_nothing_drifts(made):
-    released = importlib.import_module("configs.released_pascal").get_config()
-    assert released.backbone.drift is False
-    assert BATCH_STATISTICS in params_like(made)
-    still = complete(load_config(ROOT / "tests" / "tiny.py"))
-    assert BATCH_STATISTICS not in params_like(still)
 
 
 @pytest.fixture(scope="module")
