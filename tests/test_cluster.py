@@ -74,7 +74,7 @@ def by_open_mpi(i):
 class Pair(contextlib.AbstractContextManager):
     """Two processes of two devices each that run one command; none is left behind."""
 
-    def __init__(self, folder, *command, started=by_options, program=None):
+    def __init__(self, folder, *command, started=by_options):
         folder.mkdir(exist_ok=True)
         port = free_port()
         self.outputs = [folder / f"printed_{i}" for i in range(2)]
@@ -86,8 +86,7 @@ class Pair(contextlib.AbstractContextManager):
             flags = os.environ.get("XLA_FLAGS", "")
             flags += " --xla_force_host_platform_device_count=2"
             environment |= {"JAX_COORDINATOR_PORT": str(port), "XLA_FLAGS": flags}
-            python = ["-c", program] if program else ["-m", "qpenet_jax.cli"]
-            run = [sys.executable, *python, *command, *options]
+            run = [sys.executable, *command, *options]
             with output.open("w") as file:
                 process = subprocess.Popen(
                     run,
@@ -122,6 +121,11 @@ class Pair(contextlib.AbstractContextManager):
         """Return what a process printed of lines that start so."""
         text = self.outputs[i].read_text().replace("\r", "\n")
         return [line for line in text.splitlines() if line.startswith(starts)]
+
+
+def training(workdir, **fields):
+    """Return the words after `python` of a training."""
+    return ["train.py", *tiny(workdir, **FIELDS | fields)[1:]]
 
 
 def saved(workdir):
@@ -163,7 +167,7 @@ def two(start, tmp_path_factory):
     """The run that two processes went on with to its end, and what they printed."""
     folder = tmp_path_factory.mktemp("two")
     workdir = shutil.copytree(start, folder / "run")
-    with Pair(folder, *tiny(workdir, **FIELDS), started=by_open_mpi) as both:
+    with Pair(folder, *training(workdir), started=by_open_mpi) as both:
         assert both.ended() == [0, 0], both.printed()
     return workdir, both
 
@@ -193,7 +197,7 @@ def test_two_processes_train_and_score_as_one_does(one, two):
 @pytest.mark.slow
 def test_one_of_two_is_stopped_or_killed_and_the_run_goes_on(start, one, two, tmp_path):
     copy = shutil.copytree(start, tmp_path / "run")
-    with Pair(tmp_path / "stopped", *tiny(copy, **FIELDS)) as both:
+    with Pair(tmp_path / "stopped", *training(copy)) as both:
         both.until(lambda: SCORED in saved(copy))
         both.processes[1].send_signal(signal.SIGTERM)
         assert both.ended() == [130, 130], both.printed()
@@ -206,7 +210,7 @@ def test_one_of_two_is_stopped_or_killed_and_the_run_goes_on(start, one, two, tm
     passed(*tiny(alone, **FIELDS))
     assert_same_result(alone, one)
 
-    with Pair(tmp_path / "killed", *tiny(copy, **FIELDS), started=by_slurm) as both:
+    with Pair(tmp_path / "killed", *training(copy), started=by_slurm) as both:
         both.until(lambda: saved(copy)[-1] > SCORED)
         both.processes[0].kill()
         killed = time.monotonic()
@@ -215,7 +219,7 @@ def test_one_of_two_is_stopped_or_killed_and_the_run_goes_on(start, one, two, tm
         assert codes[1] != 0, both.printed()
         assert time.monotonic() - killed < 60
 
-    with Pair(tmp_path / "again", *tiny(copy, **FIELDS)) as both:
+    with Pair(tmp_path / "again", *training(copy)) as both:
         assert both.ended() == [0, 0], both.printed()
     params = [open_run(run).params for run in (copy, two[0])]
     jax.tree.map(np.testing.assert_array_equal, *params)
@@ -226,10 +230,11 @@ def test_one_of_two_is_stopped_or_killed_and_the_run_goes_on(start, one, two, tm
 def test_a_refusal_by_the_first_process_is_that_of_all(tmp_path):
     """Two devices of four have no part of this batch."""
     workdir = tmp_path / "run"
-    with locked(workdir / LOCK_FILE, "free before"):
-        command = tiny(workdir, **FIELDS | {"batch_size": 6})
-        with Pair(tmp_path, *command) as both:
-            assert both.ended() == [2, 2], both.printed()
+    with (
+        locked(workdir / LOCK_FILE, "free before"),
+        Pair(tmp_path, *training(workdir, batch_size=6)) as both,
+    ):
+        assert both.ended() == [2, 2], both.printed()
     for i in range(2):
         (line,) = both.lines(i, "error", "Traceback")
         assert "in use" in line
@@ -248,8 +253,8 @@ def test_a_finished_run_is_evaluated_by_two(two, tmp_path):
     # An evaluation is a command of the run's folder: its backbone has to be known.
     program = "import sys; sys.path.insert(0, 'tests'); import tiny"
     program += "; from qpenet_jax.cli.main import program; program(sys.argv[1:])"
-    command = [*map(str, arguments), "--out", str(shared)]
-    with Pair(tmp_path, *command, program=program) as both:
+    command = ["-c", program, *map(str, arguments), "--out", str(shared)]
+    with Pair(tmp_path, *command) as both:
         assert both.ended() == [0, 0], both.printed()
     (ours,), (theirs,) = (f.glob("*/episodes_qpenet.csv") for f in (shared, alone))
     assert ours.read_text() == theirs.read_text()

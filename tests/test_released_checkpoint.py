@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from commands import assert_refused, overrides, passed, qpenet
 from flax.traverse_util import flatten_dict
+from make_backbone_goldens import GOLDENS, random_tensor
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.models.released import state_dict
@@ -16,39 +16,23 @@ from qpenet_jax.runs.folder import open_run
 from qpenet_jax.runs.released_checkpoint import import_checkpoint
 from qpenet_jax.segmenter import load
 
-GOLDENS = Path(__file__).parent / "goldens"
 
+def checkpoint(layer3):
+    """Returns a random checkpoint, by its names, with so many blocks in layer3.
 
-def checkpoint_shapes(layer3):
-    """Returns names and shapes of a checkpoint with so many blocks in layer3.
-
-    Those of the ResNet-50 are read off a file of the authors.
+    Names and shapes of the ResNet-50 are read off a file of the authors.
     """
     text = (GOLDENS / "released_r50_shapes.json").read_text()
     shapes = {name: tuple(shape) for name, shape in json.loads(text).items()}
     last = {k: v for k, v in shapes.items() if k.startswith("layer3.5.")}
     for block in range(6, layer3):
         shapes |= {k.replace("3.5", f"3.{block}", 1): v for k, v in last.items()}
-    return shapes
-
-
-def random_tensors(shapes, seed=0):
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for name, shape in shapes.items():
-        if name.endswith("num_batches_tracked"):
-            tensors[name] = np.array(1000)
-        elif name.endswith("running_var"):
-            tensors[name] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
-        else:
-            scale = (2 / max(np.prod(shape[1:]), 1)) ** 0.5 if len(shape) > 1 else 0.1
-            tensors[name] = rng.standard_normal(shape, np.float32) * np.float32(scale)
-    return tensors
+    return {name: random_tensor(name, shape) for name, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
 def tensors():
-    return random_tensors(checkpoint_shapes(layer3=6))
+    return checkpoint(layer3=6)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +106,7 @@ def test_it_segments_away_from_where_it_was_made(run, tmp_path):
 
 
 def test_resnet101(tmp_path):
-    tensors = random_tensors(checkpoint_shapes(layer3=23))
+    tensors = checkpoint(layer3=23)
     assert len(tensors) == 717  # as in the released file
     file = tmp_path / "x.safetensors"
     safetensors.numpy.save_file(tensors, file)
@@ -137,14 +121,12 @@ def test_what_is_no_such_checkpoint_leaves_nothing(tmp_path, tensors):
     file, empty = tmp_path / "x.safetensors", tmp_path / "x.pth"
     empty.touch()
     missing = {k: v for k, v in tensors.items() if k != "cls_meta.3.bias"}
-    wrong = tensors | {"gam.gate.0.bias": np.zeros(3, np.float32)}
-    other = tensors | {"fgx.weight": np.zeros(3, np.float32)}
-    broken = tensors | {"layer4.0.bn1.weight": np.full(512, np.nan, np.float32)}
+    three, nan = np.zeros(3, np.float32), np.full(512, np.nan, np.float32)
     for bad, words in (
         (missing, "missing: cls_meta.3.bias"),
-        (wrong, r"gam.gate.0.bias \(3,\) instead of \(256,\)"),
-        (other, "not known: fgx.weight"),
-        (broken, "not finite or not real: layer4.0.bn1.weight"),
+        (tensors | {"gam.gate.0.bias": three}, r"0.bias \(3,\) instead of \(256,\)"),
+        (tensors | {"fgx.weight": three}, "not known: fgx.weight"),
+        (tensors | {"layer4.0.bn1.weight": nan}, "not real: layer4.0.bn1.weight"),
     ):
         safetensors.numpy.save_file(bad, file)
         with pytest.raises(InputError, match=words):

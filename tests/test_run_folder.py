@@ -55,13 +55,13 @@ def test_other_images_under_the_same_names_are_refused(run, tmp_path, write_voc)
         data = VOCLayout(root, root / "ids.txt", ("one", "two"))
         return inputs_of(data, data, opened.weights)
 
+    assert opened.shared == {}
     (run / "inputs.json").unlink()
     # What scored images share with those that are trained on is kept for the results.
     found = {"scored images that were trained on": "1 of 9, such as a = b"}
     claim(run, opened.config, inputs() | found)
     claim(run, opened.config, inputs() | found)
     assert open_run(run).shared == found
-    assert opened.shared == {}
     image = root / "JPEGImages/im_001.jpg"
     image.write_bytes(image.read_bytes() + b"more")
     with pytest.raises(InputError) as refused:
