@@ -40,13 +40,13 @@ from qpenet_jax.runs.datasets import (
 )
 from qpenet_jax.runs.folder import open_run, trained_and_scored
 from qpenet_jax.training.events import Profile, speeds
-from qpenet_jax.training.retries import (
+from qpenet_jax.training.interruptions import (
     Retry,
+    StopSignal,
     batches_left_out,
     divergence,
     not_finite,
 )
-from qpenet_jax.training.stopping import StopSignal
 from qpenet_jax.training.train import LOCK_FILE, train
 
 pytestmark = pytest.mark.standard_promotion

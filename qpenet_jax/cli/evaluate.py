@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from qpenet_jax.runs.evaluator import Evaluator, folder_name
     from qpenet_jax.runs.folder import open_run
     from qpenet_jax.runs.published import is_on_hub
-    from qpenet_jax.training.retries import read_retries
+    from qpenet_jax.training.interruptions import read_retries
 
     if is_on_hub(args.workdir) and not args.out:
         raise InputError(

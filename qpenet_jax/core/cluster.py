@@ -69,7 +69,7 @@ def join(
     given = (coordinator, processes, process) != (None, None, None)
     if given:
         _check(coordinator, processes, process)
-    # It would take SIGTERM away from training/stopping.py.
+    # It would take SIGTERM away from training/interruptions.py.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         with warnings.catch_warnings():  # in every pod without Kubernetes' package

@@ -67,10 +67,9 @@ def is_finite(tree: PyTree[Array]) -> bool:
 class DeadHeads:
     """Warns once of each head that is dead, by the metrics of every step."""
 
-    def __init__(self, patience: int = PATIENCE):
+    def __init__(self):
         """Starts with no step seen: also after a resume."""
-        self.patience = patience
-        self.recent: deque[Values] = deque(maxlen=patience)
+        self.recent: deque[Values] = deque(maxlen=PATIENCE)
         self.warned: set[str] = set()
 
     def __call__(self, steps: Iterable[Values]) -> list[str]:
@@ -78,18 +77,12 @@ class DeadHeads:
         warnings = []
         for values in steps:
             self.recent.append(values)
-            if len(self.recent) < self.patience:
-                continue
-            for y, why in dead_heads(self.recent).items():
-                if y not in self.warned:
-                    self.warned.add(y)
-                    warnings.append(
-                        f"warning: {y} {why} for {len(self.recent)} steps; {REMEDY}"
-                    )
+            dead = dead_heads(self.recent) if len(self.recent) == PATIENCE else {}
+            for y in [y for y in dead if y not in self.warned]:
+                warnings.append(
+                    f"warning: {y} {dead[y]} for {PATIENCE} steps; what depends on it "
+                    "learns nothing. Start again in a new --workdir with "
+                    "--config.recipe=stable, or with a lower config.optimizer.lr"
+                )
+            self.warned.update(dead)
         return warnings
-
-
-REMEDY = (
-    "what depends on it learns nothing. Start again in a new --workdir with "
-    "--config.recipe=stable, or with a lower config.optimizer.lr"
-)

@@ -1,7 +1,6 @@
 """The first steps of a training, timed, and a verdict before a day of it is spent."""
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from qpenet_jax.training.batches import (
     shardings,
 )
 from qpenet_jax.training.events import fetched
-from qpenet_jax.training.retries import not_finite
+from qpenet_jax.training.interruptions import not_finite
 from qpenet_jax.training.step import TrainState
 from qpenet_jax.training.train import build_state, build_train_step
 
@@ -87,17 +86,12 @@ def first_steps(config: Any) -> Generator[Step]:
             yield Step(state, total, metrics, waited, time.perf_counter() - start)
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of the verdict."""
 
     name: str
     good: bool
     text: str
-
-    def __str__(self) -> str:
-        """Returns the line as it is printed."""
-        return f"  {'ok ' if self.good else 'BAD'}  {self.name:<9} {self.text}"
 
 
 def findings(
@@ -109,13 +103,31 @@ def findings(
     """
     metrics = [step.metrics for step in steps]
     timed = steps[WARM_UP:] if len(steps) > WARM_UP else steps
-    return [
+    seconds = float(np.median([step.took for step in timed]))
+    share = sum(step.waited for step in timed) / sum(step.took for step in timed)
+    found = [
         _finite(metrics),
         _heads(metrics[-JUDGED:]),
-        _loading(timed),
-        *(_memory(*used) for used in memory),
-        _to_go(timed, total),
+        _judged(
+            "loading",
+            share <= WAITING,
+            f"{share:.0%} of the time is spent on waiting for images",
+            "raise config.workers",
+        ),
     ]
+    for name, peak, limit in memory:
+        text = f"{name}: peak {peak / GIB:.1f} of {limit / GIB:.1f} GiB"
+        remedy = "raise config.accumulate, or lower config.batch_size"
+        found.append(_judged("memory", peak <= 0.95 * limit, text, remedy))
+    text = (
+        f"{total:,} steps of {seconds:.2f} s = {total * seconds / 3600:,.1f} hours, "
+        "evaluations not counted"
+    )
+    return [*found, Finding("to go", True, text)]
+
+
+def _judged(name: str, good: bool, text: str, remedy: str) -> Finding:
+    return Finding(name, good, text if good else f"{text}: {remedy}")
 
 
 def _finite(metrics: Sequence[health.Values]) -> Finding:
@@ -123,53 +135,24 @@ def _finite(metrics: Sequence[health.Values]) -> Finding:
         what, step = problem
         return Finding("finite", False, f"{what} from step {step} on")
     losses = [values["loss"] for values in metrics]
-    norms = [values["grad_norm"] for values in metrics]
+    norm = max(values["grad_norm"] for values in metrics)
     first, last = (float(np.mean(part)) for part in (losses[:10], losses[-10:]))
-    text = (
-        f"loss {first:.2f} -> {last:.2f}, norm of the gradient at most {max(norms):.1f}"
-    )
-    if max(norms) > GRADIENT:
-        return Finding("finite", False, f"{text}, more than {GRADIENT:.0f}: unstable")
-    return Finding("finite", True, text)
+    text = f"loss {first:.2f} -> {last:.2f}, norm of the gradient at most {norm:.1f}"
+    remedy = f"more than {GRADIENT:.0f} is unstable"
+    return _judged("finite", norm <= GRADIENT, text, remedy)
 
 
 def _heads(metrics: Sequence[health.Values]) -> Finding:
-    dead = health.dead_heads(metrics)
-    if dead:
+    if dead := health.dead_heads(metrics):
         text = ", ".join(f"{y} {why}" for y, why in dead.items())
         return Finding("heads", False, f"in the last {len(metrics)} steps {text}")
-
-    def mean(name):
-        return float(np.mean([values[name] for values in metrics]))
-
+    means = {name: np.mean([values[name] for values in metrics]) for name in metrics[0]}
     alive = [
-        f"{y} {mean(health.LOSSES[head]):.2f} ({mean(f'empty_{head}'):.0%} empty)"
+        f"{y} {means[health.LOSSES[head]]:.2f} ({means[f'empty_{head}']:.0%} empty)"
         for head, y in health.HEADS.items()
-        if f"empty_{head}" in metrics[0]
+        if f"empty_{head}" in means
     ]
     return Finding("heads", True, f"loss and empty masks: {', '.join(alive)}")
-
-
-def _loading(timed: Sequence[Step]) -> Finding:
-    share = sum(step.waited for step in timed) / sum(step.took for step in timed)
-    text = f"{share:.0%} of the time is spent on waiting for images"
-    if share > WAITING:
-        return Finding("loading", False, f"{text}: raise config.workers")
-    return Finding("loading", True, text)
-
-
-def _memory(name: str, peak: int, limit: int) -> Finding:
-    text = f"{name}: peak {peak / GIB:.1f} of {limit / GIB:.1f} GiB"
-    if peak > 0.95 * limit:
-        remedy = "raise config.accumulate, or lower config.batch_size"
-        return Finding("memory", False, f"{text}: {remedy}")
-    return Finding("memory", True, text)
-
-
-def _to_go(timed: Sequence[Step], total: int) -> Finding:
-    seconds = float(np.median([step.took for step in timed]))
-    length = f"{total:,} steps of {seconds:.2f} s = {total * seconds / 3600:,.1f} hours"
-    return Finding("to go", True, f"{length}, evaluations not counted")
 
 
 def memory() -> list[tuple[str, int, int]]:
@@ -212,7 +195,8 @@ def check(config: Any, steps: int = STEPS) -> bool:
             if len(taken) == steps or not_finite([step.metrics], 1, {}):
                 break
     found = findings(taken, taken[0].total, memory())
-    print("\n".join(map(str, found)))
+    for name, good, text in found:
+        print(f"  {'ok ' if good else 'BAD'}  {name:<9} {text}")
     bad = [finding.name for finding in found if not finding.good]
     print(f"verdict: {'do not start: ' + ', '.join(bad) if bad else 'go ahead'}")
     return cluster.by_first(lambda: not bad)

@@ -66,16 +66,16 @@ from qpenet_jax.training.events import (
     speeds,
     write_results_events,
 )
-from qpenet_jax.training.released_step import make_drifting_step, with_statistics
-from qpenet_jax.training.retries import (
+from qpenet_jax.training.interruptions import (
+    StopSignal,
     batches_left_out,
     divergence,
     not_finite,
     read_retries,
     with_retries,
 )
+from qpenet_jax.training.released_step import make_drifting_step, with_statistics
 from qpenet_jax.training.step import make_train_step
-from qpenet_jax.training.stopping import StopSignal
 
 LOCK_FILE = "lock"
 """Held by the one process that trains in a workdir."""

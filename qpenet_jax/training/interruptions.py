@@ -1,16 +1,23 @@
-"""What a training does when its loss isn't finite any more.
+"""What interrupts a training: a loss that isn't finite any more, Ctrl-C and SIGTERM.
 
-If the config allows it, it begins again from its latest checkpoint, and leaves out the
-batches that led there. They are written down first: a run that is killed meanwhile
-leaves out the same ones.
+After such a loss it begins again from its latest checkpoint, if the config allows it,
+and leaves out the batches that led there. They are written down first: a run that is
+killed meanwhile leaves out the same ones.
 """
 
+import contextlib
 import functools
 import math
+import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from qpenet_jax.core import cluster
@@ -23,7 +30,11 @@ from qpenet_jax.training import health
 RETRIES = "retries.json"
 """Which step wasn't finite (`at`), in what (`found`), and back to which step (`to`)."""
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 P = ParamSpec("P")
+
+_any = jax.jit(jnp.any)
 
 
 class Retry(Exception):
@@ -100,3 +111,38 @@ def read_retries(workdir: Path) -> list[dict[str, Any]]:
 def batches_left_out(workdir: Path, step: int) -> int:
     """Returns how many batches retries have left out before the one after `step`."""
     return sum(r["at"] - r["to"] for r in read_retries(workdir) if r["to"] <= step)
+
+
+class StopSignal(contextlib.AbstractContextManager):
+    """Sets `asked` when a signal arrives; a second one stops the process at once."""
+
+    asked = False
+    _any_asked: Any = False
+
+    def __enter__(self) -> "StopSignal":
+        """Catches the signals."""
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(number, signal.default_int_handler)
+        print("\nstopping after this step; again to stop at once", file=sys.stderr)
+
+    def in_any_process(self, split: NamedSharding) -> bool:
+        """Returns whether any process was asked to stop, the same in all of them.
+
+        Called once a step. With several processes it returns what the call before has
+        asked the devices, which share a batch by `split`: so no process waits.
+        """
+        if cluster.count() == 1:
+            return self.asked
+        flags = np.full(len(split.addressable_devices), self.asked)
+        flags = jax.make_array_from_process_local_data(split, flags)
+        before, self._any_asked = bool(self._any_asked), _any(flags)
+        return before
