@@ -122,32 +122,30 @@ def walk(folder: Path, recursive: bool = True) -> dict[str, Path]:
         InputError: a folder that can't be read, a link to nothing, or a name that isn't
             Unicode.
     """
-    return dict(_below(folder, "", (os.path.realpath(folder),), recursive))
-
-
-def _below(
-    folder: Path, prefix: str, above: tuple[str, ...], recursive: bool
-) -> Iterator[tuple[str, Path]]:
-    """Yields names and paths; `above` are the real paths of the folders on the way."""
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
+    def refuse(error: OSError) -> None:
         raise InputError(
-            f"{folder}: can't be read ({error.strerror}); make it readable"
+            f"{error.filename}: can't be read ({error.strerror}); make it readable"
         ) from None
-    for path in entries:
-        name = f"{prefix}{path.name}"
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            if recursive and (real := os.path.realpath(path)) not in above:
-                yield from _below(path, f"{name}/", (*above, real), recursive)
-        elif path.is_file():
+
+    found = {}
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        here, top = Path(place), Path(place).relative_to(folder)
+        above = {os.path.realpath(folder / each) for each in (top, *top.parents)}
+        folders[:] = [
+            name
+            for name in folders
+            if recursive and os.path.realpath(here / name) not in above
+            if not name.startswith(".")
+        ]
+        for path in (here / name for name in files if not name.startswith(".")):
+            name = path.relative_to(folder).as_posix()
             if name != name.encode(errors="ignore").decode():
                 raise InputError(f"{name!r} in {folder}: rename it, this isn't Unicode")
-            yield name, path
-        elif not path.exists():
-            raise InputError(f"{path} is a link to nothing; restore its file")
+            if not path.exists():
+                raise InputError(f"{path} is a link to nothing; restore its file")
+            if path.is_file():
+                found[name] = path
+    return dict(sorted(found.items(), key=lambda item: Path(item[0]).parts))
 
 
 def check_room(folder: Path, needed: int, remedy: str) -> None:
