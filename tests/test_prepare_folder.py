@@ -18,7 +18,6 @@ from qpenet_jax.core.files import locked
 from qpenet_jax.data.prepare.archives import fingerprint
 from qpenet_jax.data.prepare.image_folder import prepare_folder, read_classes
 from qpenet_jax.data.sources.prepared import Prepared
-from qpenet_jax.data.supports import read_mask
 
 SIZE = (12, 17)
 
@@ -267,35 +266,6 @@ def test_other_lists_of_classes_are_refused_whole(tmp_path, content, message):
         read_classes(tmp_path / "classes.txt")
 
 
-@pytest.mark.parametrize("values", [(0, 255), (255,)])
-@pytest.mark.parametrize("mode", ["L", "P"])
-def test_255_alone_is_asked_about(root, tmp_path, values, mode):
-    """`predict` takes such a file for one object, here 255 would be ignored."""
-    label = np.resize(np.array(values, np.uint8), SIZE)
-    mask = Image.frombytes(mode, SIZE[::-1], label.tobytes())
-    if mode == "P":
-        mask.putpalette([i // 3 for i in range(768)])
-    mask.save(root / "masks" / "c.png")
-    assert read_mask(root / "masks" / "c.png").any()
-    message = r"c\.png: 255 is its only value beside 0;"
-    refused(message, prepare_folder, root, out=tmp_path / "out")
-
-
-def test_one_bit_masks_are_of_class_1(root, tmp_path):
-    mask = np.zeros(SIZE, bool)
-    mask[:3] = True
-    Image.fromarray(mask).save(root / "masks" / "c.png")
-    val = Prepared(prepare_folder(root, tmp_path / "out"), "val")
-    assert val.counts[0].tolist() == [3 * SIZE[1], 0, 0]
-    np.testing.assert_array_equal(read_mask(root / "masks" / "c.png"), mask)
-    # `prepare` and `predict` read the same from a mask of any class.
-    put(root, "c", ".bmp", value=3)
-    val = Prepared(prepare_folder(root, tmp_path / "again"), "val")
-    label = val.label(val.names.index("c"))
-    expected = np.where(label == 3, 1, label)
-    np.testing.assert_array_equal(read_mask(root / "masks" / "c.png"), expected)
-
-
 def test_the_name_becomes_an_identifier(root, tmp_path):
     names = {"5 shots!": "_5_shots_", "a-b.c": "a_b_c", "été": "été", "1.0": "_1_0"}
     for name, identifier in names.items():
@@ -317,6 +287,11 @@ def blank(root: Path) -> None:
         Image.new("L", SIZE[::-1]).save(root / "masks" / f"{name}.png")
 
 
+def ignore_all(root: Path) -> None:
+    """As drawing programs save one object, which `predict` takes."""
+    Image.new("L", SIZE[::-1], 255).save(root / "masks/c.png")
+
+
 def shrink_a_mask(root: Path) -> None:
     Image.new("L", (16, 12)).save(root / "masks/b.png")
 
@@ -334,6 +309,7 @@ MANY = "\n".join(map(str, range(255))).encode()
         (without("masks/sub/a.1.png"), r"a\.1\.JPG has no mask .*masks/sub/a\.1\.png;"),
         (without("images/b.jpg"), r"masks/b\.png has no image"),
         (blank, r"no mask of val shows a class"),
+        (ignore_all, r"c\.png: 255 is its only value beside 0;"),
         (write("images/b.png", b"x"), r"images/b\.jpg and .*/b\.png share a name"),
         (write("classes.txt", b"ant\n\nbee\n"), r"classes\.txt: line 2 is empty"),
         (write("classes.txt", b"ant\nbee\nant\n"), r"ant is listed 2 times; keep one"),

@@ -202,20 +202,6 @@ def test_damaged_contents_are_named(half, member, data, message, files, tmp_path
         refuse(message, files, tmp_path, expected=expected)
 
 
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        ([NAMES[8], NAMES[6]], f"image {NAMES[6]} is listed for train and for val"),
-        ([NAMES[8], "2009_1"], "no image of 2009_1 in"),
-        ([NAMES[8], "nomask"], "no mask of nomask in"),
-    ],
-)
-def test_bad_pool_files(ids, message, files, tmp_path):
-    files[0][f"{VOC}JPEGImages/nomask.jpg"] = b""
-    (tmp_path / "ids.txt").write_bytes(lines(ids))
-    refuse(message, files, tmp_path, pool=tmp_path / "ids.txt")
-
-
 def test_unknown_pool_unofficial_counts_and_nothing_given(files, tmp_path):
     refuse("pool 'mian': choose main or trainaug", files, tmp_path, pool="mian")
     archives, out = pack_both(tmp_path, files), tmp_path / "out"
