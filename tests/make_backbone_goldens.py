@@ -29,6 +29,13 @@ def random_tensor(name, shape):
     return np.asarray(0.1 * rng.normal(size=shape), np.float32)
 
 
+def stored_tensors(name):
+    """Return the random weights of a network whose features are stored."""
+    with np.load(GOLDENS / "backbone.npz") as stored:
+        shapes = json.loads(str(stored[f"{name}/shapes"]))
+    return {name: random_tensor(name, shape) for name, shape in shapes.items()}
+
+
 def random_images(*shape, seed=0):
     """Return normal float32 images `[*shape, 3]`."""
     return np.random.default_rng(seed).normal(size=(*shape, 3)).astype(np.float32)

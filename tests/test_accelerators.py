@@ -82,15 +82,12 @@ def test_bfloat16_attends_through_cudnn(monkeypatch):
     assert "cudnn" not in exported("train", "cuda")
 
 
-def test_a_cpu_has_no_flash_attention():
-    assert not ops.from_ampere_on()
-
-
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [("7.5", False), ("8.0", True), ("12.0", True), ("gfx90a", False)],
 )
 def test_flash_attention_needs_ampere(capability, expected, monkeypatch):
+    assert not ops.from_ampere_on(), "a CPU"
     device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert ops.from_ampere_on() == expected

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from qpenet_jax.models.losses import LossWeights
-from qpenet_jax.models.released.background import Background
 from qpenet_jax.models.released.network import ReleasedQPENet, resolve_behaviour
 from qpenet_jax.models.released.released_loss import background_mining, released_loss
 from qpenet_jax.models.released.sampling import sample
@@ -26,12 +25,7 @@ from qpenet_jax.models.released.tokens import (
     largest_budget,
     never_one_sided,
 )
-from qpenet_jax.models.released.transformer import (
-    POINTS,
-    drop,
-    inconsistent,
-    position_code,
-)
+from qpenet_jax.models.released.transformer import POINTS, drop
 from qpenet_jax.recipes import RECIPES
 
 NO_DROPOUT = {f"{k}_dropout": 0.0 for k in ("channel", "head", "gate", "attention")}
@@ -169,39 +163,6 @@ def test_sampling_and_its_gradients_against_grid_sample():
         np.testing.assert_allclose(gradient, tensor.grad, atol=2e-4)
 
 
-def test_nine_taps_are_the_dynamic_convolution():
-    from qpenet_jax.models.layers import Convs
-
-    module = Background(8, lambda: Convs(), init_scale=1.0)
-    F_q = jax.random.normal(jax.random.key(0), (2, 5, 4, 8))
-    variables = module.init(jax.random.key(1), F_q, train=False)
-    out = module.apply(variables, F_q, train=False)
-    params = variables["params"]
-    mixed = jnp.einsum("br,ruvio->buvio", out["pi"], params["kernels"])
-    constant = jnp.broadcast_to(params["P_global"], (1, 5, 4, 8))
-    for i in range(2):
-        whole = jax.lax.conv_general_dilated(
-            constant,
-            mixed[i],
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        np.testing.assert_allclose(out["P_bg"][i], whole[0], atol=1e-5)
-
-
-def test_cycles_as_loops():
-    rng = np.random.default_rng(2)
-    scores = rng.normal(size=(2, 3, 7, 5)).astype(np.float32)
-    kinds = rng.random((2, 5)) < 0.5
-    for b, h in np.ndindex(2, 3):
-        found = inconsistent(jnp.array(scores[b, h]), jnp.array(kinds[b]))
-        for t in range(5):
-            cell = int(scores[b, h, :, t].argmax())
-            back = int(scores[b, h, cell].argmax())
-            assert bool(found[t]) == (kinds[b, t] != kinds[b, back])
-
-
 def test_attention_drops_the_given_share():
     weights = jnp.ones((3600, 600))
     dropped = np.asarray(drop(jax.random.key(0), weights, 0.1))
@@ -216,16 +177,6 @@ def test_attention_drops_the_given_share():
     assert (np.asarray(again) == dropped).all()
     agreement = ((np.asarray(other) > 0) == kept).mean()
     assert abs(agreement - 0.82) < 0.002  # 0.9^2 + 0.1^2
-
-
-def test_position_code_of_padded_columns_is_that_of_the_origin():
-    padded = jnp.zeros((1, 4, 5), bool).at[:, :, 3:].set(True)
-    code = position_code(padded, 16)
-    # Rows that are wholly padded count 0: sine 0 and cosine 1 in the row's half.
-    np.testing.assert_array_equal(code[0, :, 3:, :8:2], 0)
-    np.testing.assert_array_equal(code[0, :, 3:, 1:8:2], 1)
-    last = code[0, 0, 2, 8:]
-    np.testing.assert_allclose(last[:2], [0, 1], atol=1e-5)  # a full turn
 
 
 def test_background_mining_pulls_at_every_pixel():
@@ -246,16 +197,11 @@ GOLDENS = Path(__file__).parent / "goldens" / "released.npz"
 
 
 @functools.cache
-def small_params():
+def small():
     """Parameters of a narrow network over 12 channels, without layer4."""
     shapes = jax.eval_shape(SMALL.init, jax.random.key(3), *episode())
     draw = jax.jit(jax.random.normal, static_argnums=1)
     return jax.tree.map(lambda p: draw(jax.random.key(p.size), p.shape) * 0.2, shapes)
-
-
-@pytest.fixture(scope="module")
-def small():
-    return small_params()
 
 
 def episode(k=1, b=1, seed=0, side=33):
@@ -278,7 +224,7 @@ def for_goldens(behaviour):
     padding = np.zeros((1, 1, 33, 33), bool)
     padding[..., 20:] = True
     inputs = *episode(), padding, padding[:, 0]
-    logits, out = predict(model, small_params(), *inputs)
+    logits, out = predict(model, small(), *inputs)
     return {f"{behaviour}/logits": logits, f"{behaviour}/T": out["T"]}
 
 
@@ -291,16 +237,16 @@ def test_goldens(behaviour):
 
 
 @pytest.mark.parametrize("shots", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_copies_of_one_support_change_nothing_when_fixed(small, shots):
+def test_copies_of_one_support_change_nothing_when_fixed(shots):
     support, masks, query = episode()
-    one, _ = predict(SMALL, small, support, masks, query)
+    one, _ = predict(SMALL, small(), support, masks, query)
     copies = [np.repeat(x, shots, axis=1) for x in (support, masks)]
-    several, _ = predict(SMALL, small, *copies, query)
+    several, _ = predict(SMALL, small(), *copies, query)
     np.testing.assert_allclose(several, one, atol=2e-5)
 
 
 @pytest.mark.parametrize("behaviour", ["released", "fixed"])
-def test_a_mask_of_one_value_gives_finite_gradients(small, behaviour):
+def test_a_mask_of_one_value_gives_finite_gradients(behaviour):
     support, masks, query = episode(k=2)
     model = SMALL.clone(behaviour=behaviour)
 
@@ -314,42 +260,42 @@ def test_a_mask_of_one_value_gives_finite_gradients(small, behaviour):
         return released_loss(out, masks[:, 0], masks, WEIGHTS)[0]
 
     for value in (0, 1, 255):
-        total, gradient = loss(small, np.full_like(masks, value))
+        total, gradient = loss(small(), np.full_like(masks, value))
         assert jnp.isfinite(total)
         assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
-def test_auto_is_fixed_with_several_supports_only(small):
+def test_auto_is_fixed_with_several_supports_only():
     for shots, behaviour in ((1, "released"), (2, "fixed")):
         assert resolve_behaviour("auto", shots) == behaviour
         inputs = episode(k=shots)
         auto, named = (
-            predict(SMALL.clone(behaviour=b), small, *inputs)[0]
+            predict(SMALL.clone(behaviour=b), small(), *inputs)[0]
             for b in ("auto", behaviour)
         )
         np.testing.assert_array_equal(auto, named)
 
 
-def test_padding_matters_and_a_batch_does_not(small):
+def test_padding_matters_and_a_batch_does_not():
     support, masks, query = episode(b=2)
     padding = np.zeros(masks.shape, bool)
-    whole, _ = predict(SMALL, small, support, masks, query)
-    unsaid, _ = predict(SMALL, small, support, masks, query, padding, padding[:, 0])
+    whole, _ = predict(SMALL, small(), support, masks, query)
+    unsaid, _ = predict(SMALL, small(), support, masks, query, padding, padding[:, 0])
     np.testing.assert_array_equal(whole, unsaid)
     padding[:, :, 16:] = True
-    padded, _ = predict(SMALL, small, support, masks, query, padding, padding[:, 0])
+    padded, _ = predict(SMALL, small(), support, masks, query, padding, padding[:, 0])
     assert np.abs(padded - whole).max() > 1e-3
-    alone, _ = predict(SMALL, small, support[1:], masks[1:], query[1:])
+    alone, _ = predict(SMALL, small(), support[1:], masks[1:], query[1:])
     np.testing.assert_allclose(alone, whole[1:], atol=1e-5)
 
 
-def test_training_draws_from_the_key_alone(small):
+def test_training_draws_from_the_key_alone():
     model = ReleasedQPENet(channels=32, ffn_features=48)
     inputs = episode()
 
     @jax.jit
     def train(key):
-        return model.apply(small, *inputs, train=True, rngs={"dropout": key})[0]
+        return model.apply(small(), *inputs, train=True, rngs={"dropout": key})[0]
 
     first, again, other = (train(jax.random.key(n)) for n in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -357,10 +303,10 @@ def test_training_draws_from_the_key_alone(small):
 
 
 @pytest.mark.parametrize("behaviour", ["released", "fixed"])
-def test_inference_is_deterministic(small, behaviour):
+def test_inference_is_deterministic(behaviour):
     """On 676 cells, of which 600 are attended to."""
     model, inputs = SMALL.clone(behaviour=behaviour), episode(side=201)
-    first, again = (predict(model, small, *inputs)[0] for _ in range(2))
+    first, again = (predict(model, small(), *inputs)[0] for _ in range(2))
     np.testing.assert_array_equal(first, again)
 
 

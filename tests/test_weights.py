@@ -1,7 +1,6 @@
 """Strict porting of PyTorch weights, converted files, loading."""
 
 import hashlib
-import json
 import re
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 from conftest import no_file_above
-from make_backbone_goldens import GOLDENS, random_tensor
+from make_backbone_goldens import stored_tensors
 
 from qpenet_jax.backbones import convert as weights
 from qpenet_jax.backbones.convert import convert, load_backbone, load_weights
@@ -23,14 +22,8 @@ from qpenet_jax.core.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def resnet_shapes():
-    with np.load(GOLDENS / "backbone.npz") as stored:
-        return json.loads(str(stored["resnet50/shapes"]))
-
-
-@pytest.fixture(scope="module")
-def resnet(resnet_shapes):
-    return {name: random_tensor(name, s) for name, s in resnet_shapes.items()}
+def resnet():
+    return stored_tensors("resnet50")
 
 
 def same(a, b):
