@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import tarfile
 import warnings
 import zipfile
@@ -82,8 +83,13 @@ def pixels_of_classes(label: np.ndarray, classes: int) -> np.ndarray:
 def check_split(
     folder: Path, split: str, labels: dict[str, np.ndarray], images: Files
 ) -> Prepared:
-    """Compare a split with its labels and image files, its hash with the documented."""
-    data, total = Prepared(folder, split), hashlib.sha256()
+    """Compare a split with its labels and image files, its hash with the documented.
+
+    What is compared was pickled, as workers get it, by an object that had read.
+    """
+    opened, total = Prepared(folder, split), hashlib.sha256()
+    opened.image(0)
+    data = pickle.loads(pickle.dumps(opened))
     assert data.names == tuple(labels)
     for index, (name, label) in enumerate(labels.items()):
         np.testing.assert_array_equal(data.label(index), label)

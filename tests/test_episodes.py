@@ -386,39 +386,24 @@ def test_processes_that_load_end_with_one_that_is_killed(tmp_path):
         time.sleep(0.05)
 
 
-def killed_at_3(i):
+def ended_at_3(by_itself, i):
     if i == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(1) if by_itself else os.kill(os.getpid(), signal.SIGKILL)
     return np.full(3, i)
 
 
-UNGUARDED = """
-import numpy as np
-from qpenet_jax.data.loader import prefetched
-def load(i):
-    return np.full(3, i)
-next(prefetched(load, range(9), 1))
-"""
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_a_process_that_loads_and_ends_is_named(by_itself):
+    """What it loaded before may be lost with it, but comes in order if it comes.
 
-
-@pytest.mark.slow
-def test_a_script_that_every_worker_would_run_again_is_refused(tmp_path):
-    script = tmp_path / "mine.py"
-    script.write_text(UNGUARDED)
-    run = [sys.executable, script]
-    result = subprocess.run(run, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 1
-    [line] = (s for s in result.stderr.splitlines() if "InputError: " in s)
-    assert "__main__" in line
-    assert "ended by itself (exit code 1" in line
-
-
-def test_a_process_that_loads_and_is_killed_is_named():
-    """What it loaded before may be lost with it, but comes in order if it comes."""
-    got = []
+    It ends by itself where a script without a guard is run again in it.
+    """
+    code = 1 if by_itself else -9
+    words = rf"was killed .*exit code {code}, .*config.workers.*__main__"
+    load, got = functools.partial(ended_at_3, by_itself), []
     with (
-        pytest.raises(InputError, match=r"was killed .*exit code -9.*config.workers"),
-        contextlib.closing(prefetched(killed_at_3, range(9), 1)) as stream,
+        pytest.raises(InputError, match=words),
+        contextlib.closing(prefetched(load, range(9), 1)) as stream,
     ):
         got.extend(loaded.tolist() for loaded in stream)
     assert got == [[number] * 3 for number in range(len(got))]
