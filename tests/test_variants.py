@@ -188,8 +188,8 @@ def test_the_prior_is_the_same_off_the_cpu(share):
         )
 
 
-# Trainable parameters over ResNet's 1536 features at 256 channels. That each one has the
-# use that the equations say is compared at 8 channels, above.
+# Trainable parameters over ResNet's 1536 features at 256 channels. That each is used
+# as in the equations is compared at 8 channels, above.
 COUNTS = {
     "baseline": 13_241_612,
     "fgpe": 15_144_718,
