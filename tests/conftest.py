@@ -155,14 +155,9 @@ def no_file_above(size):
 @contextlib.contextmanager
 def without_package(name):
     """Within this context a package can't be imported, as if it weren't installed."""
-    before = sys.modules.get(name)
-    sys.modules[name] = None
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, None)
         yield
-    finally:
-        del sys.modules[name]
-        if before is not None:
-            sys.modules[name] = before
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,8 @@
 """TensorBoard's events: resumed runs replace some, and a full disk is an error."""
 
-import io
-
-import numpy as np
 import pytest
 from conftest import no_file_above, scalars
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qpenet_jax.evaluation.pictures import save_image
 from qpenet_jax.training.events import Events
 
 
@@ -26,19 +20,6 @@ def test_a_resumed_run_replaces_the_steps_that_it_repeats(tmp_path):
     assert len(list((tmp_path / "new").iterdir())) == 3
     values = scalars(tmp_path / "new", "loss")
     assert values == {1: 1, 2: 1, 3: 2, 4: 2, **dict.fromkeys(range(5, 10), 3)}
-
-
-def test_an_image_is_shown(tmp_path):
-    pixels = np.arange(105, dtype=np.uint8).reshape(5, 7, 3)
-    save_image(pixels, tmp_path / "episodes.png")
-    with Events(tmp_path / "run") as events:
-        events.add_image("episodes", tmp_path / "episodes.png", 3)
-    shown = EventAccumulator(str(tmp_path / "run"))
-    shown.Reload()
-    (image,) = shown.Images("episodes")
-    assert (image.step, image.width, image.height) == (3, 7, 5)
-    with Image.open(io.BytesIO(image.encoded_image_string)) as written:
-        np.testing.assert_array_equal(written, pixels)
 
 
 def test_a_full_disk_raises_and_what_was_written_stays(tmp_path):

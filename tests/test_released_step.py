@@ -15,7 +15,7 @@ from qpenet_jax.backbones.convert import load_weights
 from qpenet_jax.backbones.convolutions import Conv, Norm, refold, statistics_of
 from qpenet_jax.backbones.registry import DEEP, Backbone
 from qpenet_jax.backbones.resnet import Layer4, ResNet
-from qpenet_jax.backbones.torch_layout import no_statistics, to_flax
+from qpenet_jax.backbones.torch_layout import to_flax
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import BATCH_STATISTICS, Episode
 from qpenet_jax.runs.build import (
@@ -305,23 +305,19 @@ def test_drifting_steps_see_the_batch_alone(steps, frozen, batches):
 def test_a_converted_file_holds_the_norms_for_those_who_ask(
     converted, tensors, tmp_path
 ):
-    plain = to_flax("one_block", tensors, deep=True)
-    found = load_weights("one_block", converted, deep=True)
-    jax.tree.map(np.testing.assert_array_equal, found, plain)
     with_norms = load_weights("one_block", converted, deep=True, norms=True)
     given = to_flax("one_block", tensors, deep=True, norms=True)
     jax.tree.map(np.testing.assert_array_equal, with_norms, given)
     last = with_norms[DEEP]["layer4_0"]["conv2"]
     assert set(last) == {"kernel", "bias", *Norm._fields}
     np.testing.assert_array_equal(last["var"], tensors["layer4.0.bn2.running_var"])
-    like = jax.tree.map(np.shape, no_statistics("one_block"))
-    assert like == jax.tree.map(np.shape, statistics_of(with_norms))
 
     # A file without norms serves all but drift.
-    old = tmp_path / "old.safetensors"
+    old, plain = tmp_path / "old.safetensors", to_flax("one_block", tensors, deep=True)
     convert.save_weights(old, "one_block", plain, converted)
-    again = load_weights("one_block", old, deep=True)
-    jax.tree.map(np.testing.assert_array_equal, again, plain)
+    for path in (converted, old):
+        found = load_weights("one_block", path, deep=True)
+        jax.tree.map(np.testing.assert_array_equal, found, plain)
     remedy = r"old\.safetensors: .*run `qpenet convert --backbone one_block` again"
     with pytest.raises(InputError, match=rf"{remedy}.* missing: conv1/gamma, .* more$"):
         load_weights("one_block", old, deep=True, norms=True)
@@ -388,10 +384,8 @@ def test_a_run_predicts_with_the_statistics_of_its_checkpoint(
 
     ours = encoded(segmenter.predict)
     folded = to_flax("one_block", as_pytorch(tensors, moved), deep=True)
-    assert (
-        largest_difference(ours, encoded(build_predictor(run.config, params, folded)))
-        < 1e-4
-    )
+    refolded = encoded(build_predictor(run.config, params, folded))
+    assert largest_difference(ours, refolded) < 1e-4
     start = load_weights("one_block", converted, deep=True)
     before = encoded(build_predictor(run.config, params, start))
     for name in ours:
