@@ -129,6 +129,14 @@ def stopped_after(step):
         yield
 
 
+def toy_protocol(**changes):
+    """A protocol of three classes at 33 pixels."""
+    from qpenet_jax.evaluation.protocols import Protocol
+
+    fields = {"dataset": "toy", "split": "blocks", "fold": 1, "episodes": 6, "side": 33}
+    return Protocol(**fields | {"classes": ("one", "two", "three")} | changes)
+
+
 def scalars(folder, name):
     """Return the values that TensorBoard shows, by step; the later of a step's two."""
     # Here: most test files need no TensorBoard.

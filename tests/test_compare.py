@@ -5,12 +5,13 @@ import re
 
 import numpy as np
 import pytest
+from conftest import toy_protocol
+from test_report import cells
 
 from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.compare import compare_results, comparison_table
 from qpenet_jax.evaluation.metrics import Scores
-from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.report import summarize, write_report
 
 NAMES = ("cat", "dog")
@@ -34,9 +35,8 @@ def scores_of(seeds, episodes, gain=0):
 
 def write_run(folder, *, gain=0, name="episodes_qpenet.csv", facts=None, **changes):
     """Write what an evaluation leaves; return the path of its results.json."""
-    fields = {"dataset": "toy", "split": "toy", "fold": 0, "classes": NAMES}
-    fields |= {"version": "1.0 abc", "episodes": 40, "seeds": (0, 1)}
-    protocol = Protocol(**fields | changes)
+    fields = {"classes": NAMES, "version": "1.0 abc", "episodes": 40, "seeds": (0, 1)}
+    protocol = toy_protocol(**fields | changes)
     scores = scores_of(protocol.seeds, protocol.episodes, gain)
     results = summarize(scores, protocol, IDS) | {"class_ids": list(IDS)}
     folder.mkdir()
@@ -106,13 +106,11 @@ def test_a_known_shift(tmp_path):
     assert lines[2] == f"B: {b} (last step)"
     assert lines[4] == f"Protocol: {json.loads(a.read_text())['protocol']['text']}"
     assert "Common episodes: 80, of 80 in A and 80 in B" in text
-    table = [line.strip("|").split(" | ") for line in lines if line.startswith("|")]
-    cells = [[cell.strip() for cell in row] for row in table]
-    assert cells[0] == ["IoU %", "A", "B", "B - A", "episodes"]
-    assert cells[2][0] == "cat"
-    assert cells[2][3:] == ["+10.0 [+10.0, +10.0]", "40"]
-    assert [row[0] for row in cells[3:]] == ["dog", "mIoU", "FB-IoU"]
-    assert cells[4][3:] == ["+5.0 [+5.0, +5.0]", "80"]
+    head, _, *rows = cells(text)
+    assert head == ["IoU %", "A", "B", "B - A", "episodes"]
+    assert [row[0] for row in rows] == ["cat", "dog", "mIoU", "FB-IoU"]
+    assert rows[0][3:] == ["+10.0 [+10.0, +10.0]", "40"]
+    assert rows[2][3:] == ["+5.0 [+5.0, +5.0]", "80"]
 
 
 def test_other_protocols_are_refused_then_paired_where_asked(tmp_path):
@@ -152,24 +150,16 @@ def test_other_protocols_are_refused_then_paired_where_asked(tmp_path):
     assert "Common episodes: 30, of 80 in A and 60 in B" in text
 
 
-@pytest.mark.parametrize(
-    ("changes", "forced", "message"),
-    [
-        *[
-            (
-                {"side": 33, "version": "1.1 def"},
-                forced,
-                r"different data \(version 1.0 abc / 1.1 def\), so no episode is",
-            )
-            for forced in (False, True)
-        ],
-        ({"seeds": (5,)}, True, "no episode in common"),
-    ],
-)
-def test_results_without_a_common_episode(changes, forced, message, tmp_path):
-    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", **changes)
-    with pytest.raises(InputError, match=f"^{a} and {b}: .*{message}"):
-        compare_results(a, b, different_protocols=forced)
+def test_results_without_a_common_episode(tmp_path):
+    a = write_run(tmp_path / "a")
+    b = write_run(tmp_path / "b", side=41, version="1.1 def")
+    message = r"different data \(version 1.0 abc / 1.1 def\), so no episode is"
+    for forced in (False, True):
+        with pytest.raises(InputError, match=f"^{a} and {b}: .*{message}"):
+            compare_results(a, b, different_protocols=forced)
+    c = write_run(tmp_path / "c", seeds=(5,))
+    with pytest.raises(InputError, match=f"^{a} and {c}: .*no episode in common"):
+        compare_results(a, c, different_protocols=True)
 
 
 def test_a_class_that_only_one_scored_is_left_out(tmp_path):

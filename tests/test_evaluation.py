@@ -3,18 +3,10 @@
 import cv2
 import numpy as np
 import pytest
+from conftest import toy_protocol
 
 from qpenet_jax.data.transforms import unpad
-from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import score
-
-NAMES = ("one", "two", "three")
-
-
-def protocol(**changes):
-    fields = {"dataset": "toy", "split": "blocks", "fold": 1, "classes": NAMES}
-    fields |= {"episodes": 6, "side": 33}
-    return Protocol(**fields | changes)
 
 
 def counts_by_loop(prediction, mask):
@@ -49,14 +41,14 @@ def test_original_stretches_to_a_square_of_the_longer_side(height, width):
     canvas = np.full((longest, longest), 255)
     canvas[:height, :width] = mask
     counts = score(
-        margin, np.zeros((33, 33), np.uint8), mask, protocol(scoring="original")
+        margin, np.zeros((33, 33), np.uint8), mask, toy_protocol(scoring="original")
     )
     assert counts == counts_by_loop(square > 0, canvas)
 
 
 def test_input_counts_on_the_padded_square():
     margin, fitted = smooth_margin(33), random_mask(33, 33)
-    counts = score(margin, fitted, random_mask(9, 50), protocol(scoring="input"))
+    counts = score(margin, fitted, random_mask(9, 50), toy_protocol(scoring="input"))
     assert counts == counts_by_loop(margin > 0, fitted)
 
 
@@ -67,11 +59,11 @@ def test_exact_undoes_the_padding():
     margin[32:] = margin[:, 16:] = 100  # padding
     mask = np.zeros((128, 64), np.uint8)
     mask[32:64, 16:32] = 1
-    counts = score(margin, random_mask(33, 33), mask, protocol(scoring="exact"))
+    counts = score(margin, random_mask(33, 33), mask, toy_protocol(scoring="exact"))
     # Linear interpolation rounds the corners of the rectangle off: one pixel each.
     area = 32 * 16
     assert counts == (128 * 64 - area, 128 * 64 - area + 4, area - 4, area)
-    other = score(margin, random_mask(33, 33), mask, protocol(scoring="original"))
+    other = score(margin, random_mask(33, 33), mask, toy_protocol(scoring="original"))
     assert other[2] < area - 4, "the released protocol shifts the prediction"
 
 
@@ -82,7 +74,7 @@ def test_squashed_predictions_are_stretched_back(scoring):
         margin,
         np.zeros((33, 33), np.uint8),
         mask,
-        protocol(scoring=scoring, resize="squash"),
+        toy_protocol(scoring=scoring, resize="squash"),
     )
     assert counts == counts_by_loop(cv2.resize(margin, (20, 50)) > 0, mask)
 

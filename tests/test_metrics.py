@@ -62,15 +62,9 @@ def by_hand(episodes):
     return statistic
 
 
-def plain_measures(episodes):
-    """Return a function of the images' weights: IoU of each class, mIoU, FB-IoU."""
-    in_seeds = by_hand(episodes)
-
-    def statistic(weight):
-        ious, fb = in_seeds(weight)
-        return [*ious.mean(axis=0), ious.mean(), fb.mean()]
-
-    return statistic
+def means(ious, fb_ious):
+    """Return the seeds' means: IoU of each class, mIoU, FB-IoU."""
+    return np.array([*ious.mean(axis=0), ious.mean(), fb_ious.mean()])
 
 
 def run(seed, quality=30, count=40):
@@ -100,13 +94,6 @@ def experiment():
     return run(0)
 
 
-def test_counts_by_hand():
-    mask = np.array([[1, 1, 0, 255], [0, 0, 1, 255]], np.uint8)
-    found = np.array([[1, 0, 1, 1], [0, 0, 0, 0]], bool)
-    assert count_pixels(found, mask) == (2, 5, 1, 4)
-    assert count_pixels(found, np.full_like(mask, 255)) == (0, 0, 0, 0)
-
-
 def plain_intervals(statistic):
     """Return `[measures, 2]`: 95 % intervals over exponential weights of the images."""
     draws = np.random.default_rng(0).exponential(size=(SAMPLES, IMAGES))
@@ -120,18 +107,19 @@ def flat(estimates):
 
 def test_all_intervals_are_those_of_a_plain_bootstrap(experiment):
     scores, episodes = experiment
-    measures, found = plain_measures(episodes), flat(estimate(scores, CLASSES))
-    by_seed, _ = by_hand(episodes)(np.ones(IMAGES))
+    in_seeds, found = by_hand(episodes), flat(estimate(scores, CLASSES))
+    by_seed, fb_ious = in_seeds(np.ones(IMAGES))
     assert by_seed[:, 3].max() == by_seed[2, 4] == 0, "never drawn"
     assert (by_seed[:2, [0, 1, 2, 4]] > 0).all()
-    means = seed_mean_iou(scores, CLASSES)
-    assert list(means) == list(SEEDS)
-    np.testing.assert_allclose(list(means.values()), by_seed.mean(axis=1))
+    mean_ious = seed_mean_iou(scores, CLASSES)
+    assert list(mean_ious) == list(SEEDS)
+    np.testing.assert_allclose(list(mean_ious.values()), by_seed.mean(axis=1))
     assert mean_iou(scores, CLASSES) == found[5, 0]
     reordered = flat(estimate(scores, (10, 6)))
     np.testing.assert_array_equal(reordered[[0, 1]], found[[4, 0]])
-    np.testing.assert_allclose(found[:, 0], measures(np.ones(IMAGES)))
-    np.testing.assert_allclose(found[:, 1:], plain_intervals(measures))
+    np.testing.assert_allclose(found[:, 0], means(by_seed, fb_ious))
+    expected = plain_intervals(lambda weight: means(*in_seeds(weight)))
+    np.testing.assert_allclose(found[:, 1:], expected)
     np.testing.assert_array_equal(found[3], 0)
     assert (found[[0, 5, 6], 1] < found[[0, 5, 6], 0]).all()
     assert (found[[0, 5, 6], 0] < found[[0, 5, 6], 2]).all()
@@ -139,11 +127,11 @@ def test_all_intervals_are_those_of_a_plain_bootstrap(experiment):
 
 def test_all_paired_differences_are_those_of_a_plain_bootstrap(experiment):
     (first, episodes), (second, others) = experiment, run(0, quality=20)
-    first_at, second_at = plain_measures(episodes), plain_measures(others)
+    first_at, second_at = by_hand(episodes), by_hand(others)
     np.testing.assert_array_equal(first.rows[:, :4], second.rows[:, :4])
 
     def difference(weight):
-        return np.subtract(first_at(weight), second_at(weight))
+        return means(*first_at(weight)) - means(*second_at(weight))
 
     found = flat(estimate_difference(first, second, CLASSES))
     np.testing.assert_allclose(found[:, 0], difference(np.ones(IMAGES)), atol=1e-12)

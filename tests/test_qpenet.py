@@ -50,26 +50,6 @@ def test_every_intermediate_is_the_papers(evaluate, params, shots):
     check("full", params, episodes, *evaluate(params, *episodes))
 
 
-def test_a_single_support_is_the_mean_of_its_copies(evaluate, params):
-    support, masks, query = draw_episodes(1)
-    copies = np.repeat(support, 3, axis=1), np.repeat(masks, 3, axis=1), query
-    logits, out = evaluate(params, support, masks, query)
-    logits3, out3 = evaluate(params, *copies)
-    np.testing.assert_allclose(logits3, logits, atol=1e-4)
-    for name in ("P_pre", "P_psd", "P_main", "P_aux", "P_bg"):
-        np.testing.assert_allclose(out3[name], out[name], atol=1e-5)
-
-
-def test_the_order_of_supports_is_irrelevant(evaluate, params):
-    support, masks, query = draw_episodes(3)
-    order = [2, 0, 1]
-    logits, _ = evaluate(params, support, masks, query)
-    shuffled, _ = evaluate(params, support[:, order], masks[:, order], query)
-    np.testing.assert_allclose(shuffled, logits, atol=1e-4)
-    other, _ = evaluate(params, support[:, order], masks, query)
-    assert np.abs(other - logits).max() > 1e-2, "masks belong to their images"
-
-
 def test_batch_neighbours_are_irrelevant_and_evaluation_is_bit_identical(
     evaluate, params
 ):

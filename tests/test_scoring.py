@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import toy_protocol
 from equations import FEATURES, draw_params
 
 from qpenet_jax.backbones.registry import Backbone
@@ -21,7 +22,6 @@ from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import binary_mask
 from qpenet_jax.evaluation.predictor import Predictor, qpenet_predictor
-from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.evaluation.scoring import (
     plan_episodes,
     score,
@@ -97,17 +97,7 @@ def data():
 
 def setting(shots, episodes=7, **changes):
     """Return the protocol and the samplers of two seeds."""
-    protocol = Protocol(
-        dataset="shapes",
-        split="blocks",
-        fold=0,
-        classes=("one", "two", "three"),
-        shots=shots,
-        episodes=episodes,
-        seeds=(0, 5),
-        side=SIDE,
-        **changes,
-    )
+    protocol = toy_protocol(shots=shots, episodes=episodes, seeds=(0, 5), **changes)
     samplers = [
         EpisodeSampler(data().counts, CLASSES, shots, seed, min_pixels=1)
         for seed in protocol.seeds
