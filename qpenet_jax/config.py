@@ -220,20 +220,18 @@ def check(config: Any) -> None:
     Raises:
         InputError: naming the field.
     """
-    whole = ("batch_size", "accumulate", "shots", "log_every", "save_every")
-    counts = {name: config[name] for name in whole}
-    counts |= {f"eval.{name}": config.eval[name] for name in ("every", "base_episodes")}
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"config.{name}={value} must be 1 or more")
+    least = dict.fromkeys(("batch_size", "accumulate", "shots"), 1)
+    least |= dict.fromkeys(("log_every", "save_every"), 1)
+    least |= {"eval.every": 1, "eval.base_episodes": 1, "seed": 0, "retries_on_nan": 0}
+    fields = flat(config.to_dict())
+    for name, value in least.items():
+        if fields[name] < value:
+            raise InputError(f"config.{name}={fields[name]} must be {value} or more")
     if config.batch_size % config.accumulate:
         raise InputError(
             f"config.batch_size={config.batch_size} has no {config.accumulate} equal "
             "parts, as config.accumulate asks: choose a divisor"
         )
-    for name in ("seed", "retries_on_nan"):
-        if config[name] < 0:
-            raise InputError(f"config.{name}={config[name]} must be 0 or more")
     data = config.dataset
     for name, value, choices in (
         *(("select_on", name, SELECTION) for name in selections(config)),

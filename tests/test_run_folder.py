@@ -82,7 +82,7 @@ def test_a_run_goes_on_only_where_auto_means_the_same(tmp_path, monkeypatch):
     go_on("tf32", ampere=True)
     with pytest.raises(InputError, match=r"another config \(dtype differ\)"):
         go_on("float32", ampere=True)
-    with pytest.raises(InputError, match=r"other inputs \(dtype differ .*same dtype"):
+    with pytest.raises(InputError, match=r"other inputs \(dtype differ\).*same dtype"):
         go_on("auto", ampere=False)
 
 
@@ -107,7 +107,7 @@ def test_paths_can_be_overridden_and_nothing_else(run):
     assert (config.dataset.root, config.workers) == ("/elsewhere", 0)
     with pytest.raises(InputError, match=r"side=97: a finished run decides this"):
         open_run(run, ["--config.side=97"])
-    with pytest.raises(InputError, match="a whole number of loading processes"):
+    with pytest.raises(InputError, match=r"config\.workers.*many"):
         open_run(run, ["--config.workers=many"])
 
 

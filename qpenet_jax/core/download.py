@@ -1,11 +1,12 @@
 """Downloads that go on where an earlier try broke off, with a check of the hash."""
 
+import contextlib
 import hashlib
 import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,23 +107,19 @@ def _fetch(url: str, part: Path) -> bool:
             have = 0  # the server ignores Range and starts again
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
-        _copy(response, part, have, total)
+        bar = tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True)
+        with bar, part.open("ab" if have else "wb") as file:
+            for chunk in _received(response):
+                file.write(chunk)  # An error of the disk, say a full one, is raised.
+                bar.update(len(chunk))
     return total is None or _size(part) == total
 
 
-def _copy(response, part: Path, have: int, total: int | None) -> None:
-    """Writes the response behind the first `have` bytes, until it ends or breaks."""
-    bar = tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True)
-    with bar, part.open("ab" if have else "wb") as file:
-        while True:
-            try:
-                chunk = response.read(CHUNK)
-            except (OSError, http.client.HTTPException):
-                return  # The next attempt goes on from here.
-            if not chunk:
-                return
-            file.write(chunk)  # An error of the disk, say a full one, is raised.
-            bar.update(len(chunk))
+def _received(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yields what arrives, until the response ends or breaks off."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        while chunk := response.read(CHUNK):
+            yield chunk
 
 
 def _part(path: Path) -> Path:

@@ -122,6 +122,7 @@ def walk(folder: Path, recursive: bool = True) -> dict[str, Path]:
         InputError: a folder that can't be read, a link to nothing, or a name that isn't
             Unicode.
     """
+
     def refuse(error: OSError) -> None:
         raise InputError(
             f"{error.filename}: can't be read ({error.strerror}); make it readable"

@@ -138,7 +138,9 @@ class Checkpoints:
         """
         saved = self.steps()
         if not saved:
-            raise _missing(self.workdir)
+            raise InputError(
+                f"{self.workdir} has no checkpoint yet: train until one is saved"
+            )
         best = None if selection == LAST else _best(self.scores, saved, selection)
         return saved[-1] if best is None else best
 
@@ -218,9 +220,8 @@ def restore_params(
     Raises:
         InputError: there is no checkpoint, it is damaged, or scores are missing.
     """
-    if not (workdir / FOLDER).is_dir():
-        raise _missing(workdir)
-    if selection != LAST and not (workdir / SCORES).exists():
+    any_saved = (workdir / FOLDER).is_dir()
+    if any_saved and selection != LAST and not (workdir / SCORES).exists():
         raise InputError(
             f"{workdir} has lost its {SCORES}: put back a copy, or run train.py again "
             "with the same --workdir, which scores the checkpoints that are kept"
@@ -267,10 +268,6 @@ def _read_scores(workdir: Path) -> Scores:
             f"{path} can't be read ({_brief(error)}): put back a copy, or delete it "
             "and run train.py again, which scores the checkpoints that are kept"
         ) from None
-
-
-def _missing(workdir: Path) -> InputError:
-    return InputError(f"{workdir} has no checkpoint yet: train until one is saved")
 
 
 @contextlib.contextmanager

@@ -145,7 +145,14 @@ def network_parts(
 
     def decode(**inputs: Array) -> Arrays:
         variables = with_deep(params, deep_part(weights))
-        support, query = (_of_role(role, inputs) for role in roles)
+        support, query = (
+            {
+                name.removeprefix(f"{role}_"): x
+                for name, x in inputs.items()
+                if name.startswith(role)
+            }
+            for role in roles
+        )
         given = support, inputs["masks"], query
         logits, _ = model.apply(variables, *given, method="decode")
         margin = foreground_margin(logits)
@@ -165,16 +172,6 @@ def network_parts(
         }
         parts[f"decode_{k}shot"] = Part(decode, {**stacked, **masks, **query})
     return parts
-
-
-def _of_role(role: Role, arrays: Arrays) -> Arrays:
-    """Returns the arrays of a role, by their names without it."""
-    prefix = f"{role}_"
-    return {
-        name.removeprefix(prefix): array
-        for name, array in arrays.items()
-        if name.startswith(prefix)
-    }
 
 
 def stablehlo(part: Part, name: str) -> bytes:

@@ -69,39 +69,34 @@ def _claim(workdir: Path, config: Any, inputs: dict[str, str]) -> None:
             f"{workdir} holds a published run, which can't be trained on: choose "
             "another --workdir"
         )
-    inputs = inputs | {DTYPE: resolve_dtype(config.dtype)}
-    path = workdir / CONFIG_FILE
-    if path.exists():
-        before = resolved(read_config(workdir))
-        _refuse_changes(workdir, _here(config), _here(before))
-    else:
-        write_json(path, json.loads(config.to_json()))
-    path = workdir / INPUTS_FILE
-    before = read_json(path) if path.exists() else inputs
-    common = inputs.keys() & before.keys()
-    changed = sorted(name for name in common if inputs[name] != before[name])
-    if changed:
-        raise InputError(
-            f"{workdir} holds a run on other inputs ({', '.join(changed)} differ from "
-            "what it started with): give the same data and weights, on a device that "
-            "computes in the same dtype, or choose another --workdir"
+    path, dtype = workdir / INPUTS_FILE, resolve_dtype(config.dtype)
+    if (workdir / CONFIG_FILE).exists():
+        configs = config, resolved(read_config(workdir))
+        now, before = (
+            flat(each.to_dict()) | {DTYPE: resolve_dtype(each.dtype)}
+            for each in configs
         )
+        remedy = "choose another --workdir, or give the same config to resume"
+        _refuse_changes(f"{workdir} holds a run of another config", now, before, remedy)
+    else:
+        write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
+    inputs = inputs | {DTYPE: dtype}
+    remedy = (
+        "give the same data and weights as it started with, on a device that computes "
+        "in the same dtype, or choose another --workdir"
+    )
+    before = read_inputs(workdir)
+    _refuse_changes(f"{workdir} holds a run on other inputs", inputs, before, remedy)
     write_json(path, inputs)
 
 
-def _here(config) -> dict[str, Any]:
-    return flat(config.to_dict()) | {DTYPE: resolve_dtype(config.dtype)}
-
-
-def _refuse_changes(workdir, now, before) -> None:
-    changed = sorted(
-        name for name in now if now[name] != before[name] and name not in FREE
-    )
-    if changed:
-        raise InputError(
-            f"{workdir} holds a run of another config ({', '.join(changed)} differ): "
-            "choose another --workdir, or give the same config to resume"
-        )
+def _refuse_changes(
+    what: str, now: dict[str, Any], before: dict[str, Any], remedy: str
+) -> None:
+    """Refuses other values than before, of all that both hold and that isn't FREE."""
+    common = now.keys() & before.keys() - FREE
+    if changed := sorted(name for name in common if now[name] != before[name]):
+        raise InputError(f"{what} ({', '.join(changed)} differ): {remedy}")
 
 
 def inputs_of(
@@ -242,19 +237,12 @@ def read_config(workdir: Path) -> Any:
 
 def _moved(config: Any, overrides: Sequence[str]) -> Any:
     """Returns the config with other paths, or another number of loading processes."""
-    refuse_others(
-        overrides,
-        NO_TRAINING,
+    why = (
         "a finished run decides this; only workers, behaviour and the paths "
-        f"{', '.join(PATHS)} can be changed",
+        f"{', '.join(PATHS)} can be changed"
     )
-    try:
-        return override(config, overrides)
-    except InputError as error:
-        raise InputError(
-            f"{error}; --config.workers takes a whole number of loading processes, the "
-            "other fields a path"
-        ) from None
+    refuse_others(overrides, NO_TRAINING, why)
+    return override(config, overrides)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Data parallel: the devices of all processes share a batch, the rest is replicate
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Generator
 from typing import Any
@@ -76,11 +77,8 @@ def training_loader(
     host still augments images that are too large for the device; a line says how many.
     Raises InputError where the file can't be made.
     """
-    options: dict[str, Any] = {
-        "side": config.side,
-        "augmentation": Augmentation(**config.augmentation),
-        "seed": config.seed,
-    }
+    augmentation = Augmentation(**config.augmentation)
+    options = {"side": config.side, "augmentation": augmentation, "seed": config.seed}
     if not augments_on_device(config):
         return functools.partial(load_episode, dataset, **options)
     decoded = Decoded(dataset, DECODED)
@@ -106,7 +104,9 @@ def shardings(
     Raises:
         InputError: the processes can't have equal shares of every part.
     """
-    theirs = _by_process()
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    by_process = itertools.groupby(devices, lambda device: device.process_index)
+    theirs = [list(own) for _, own in by_process]
     part, rest = divmod(batch_size, len(theirs) * accumulate)
     if rest:
         times = f" {accumulate} times" if accumulate > 1 else ""
@@ -117,19 +117,9 @@ def shardings(
         )
     most = min(len(devices) for devices in theirs)
     used = next(n for n in range(most, 0, -1) if part % n == 0)
-    devices = [device for own in theirs for device in own[:used]]
-    mesh = Mesh(np.array(devices), (BATCH_AXIS,))
-    return (
-        NamedSharding(mesh, PartitionSpec()),
-        NamedSharding(mesh, PartitionSpec(BATCH_AXIS)),
-    )
-
-
-def _by_process() -> list[list[Any]]:
-    """Returns the devices of every process, in the processes' order."""
-    devices = jax.devices()
-    processes = sorted({device.process_index for device in devices})
-    return [[d for d in devices if d.process_index == p] for p in processes]
+    mesh = Mesh(np.ravel([own[:used] for own in theirs]), (BATCH_AXIS,))
+    replicated, split = PartitionSpec(), PartitionSpec(BATCH_AXIS)
+    return NamedSharding(mesh, replicated), NamedSharding(mesh, split)
 
 
 def idle_devices(batch_size: int, accumulate: int = 1) -> str:
