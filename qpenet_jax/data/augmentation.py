@@ -49,31 +49,20 @@ class Augmentation:
         check_ranges(self.scale, self.rotate)
 
 
-HALF_TURN = 180
-
-
 def check_ranges(scale: Any, rotate: Any) -> None:
     """Refuses a range of factors or an angle that `Augmentation` can't have.
 
     Raises:
         InputError: naming the field.
     """
-    if not _is_range(scale):
+    are_numbers = all(isinstance(factor, int | float) for factor in scale)
+    if len(scale) != 2 or not are_numbers or not 0 < scale[0] <= scale[1] < math.inf:
         raise InputError(
             f"augmentation.scale={scale}: give two factors, the smaller one first, "
             "such as 0.9,1.1"
         )
-    if not 0 <= rotate <= HALF_TURN:
-        raise InputError(
-            f"augmentation.rotate={rotate}: give an angle of 0 to {HALF_TURN}"
-        )
-
-
-def _is_range(factors) -> bool:
-    if len(factors) != 2 or not all(isinstance(f, int | float) for f in factors):
-        return False
-    low, high = factors
-    return 0 < low <= high < math.inf
+    if not 0 <= rotate <= 180:
+        raise InputError(f"augmentation.rotate={rotate}: give an angle of 0 to 180")
 
 
 class ImageDraws(NamedTuple):

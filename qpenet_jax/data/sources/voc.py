@@ -24,9 +24,8 @@ from qpenet_jax.data.images import (
 from qpenet_jax.data.versions import DIGITS
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-COUNT_THREADS = 2
-BAR_FROM_MASKS = 500
-"""Number of labels from which counting them, 1 ms each, shows a progress bar."""
+THREADS = 2
+"""What reads the files of all images."""
 
 
 class VOCLayout:
@@ -119,15 +118,9 @@ class VOCLayout:
         )
 
     def _of_all(self, what: str, of_one: Callable[[int], Any]) -> list[Any]:
-        """Returns what is found of every image, with a progress bar for many."""
-        return thread_map(
-            of_one,
-            range(len(self)),
-            max_workers=COUNT_THREADS,
-            desc=what,
-            # None: not where there is no terminal.
-            disable=None if len(self) > BAR_FROM_MASKS else True,
-        )
+        """Returns what is found of every image; a terminal shows a progress bar."""
+        bar = {"desc": what, "disable": None, "leave": False}
+        return thread_map(of_one, range(len(self)), max_workers=THREADS, **bar)
 
     def _checked_label(
         self, index: int
