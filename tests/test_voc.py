@@ -137,9 +137,8 @@ def test_a_bad_label_is_named(root, change, message):
     dataset = opened(root)
     path = root / "SegmentationClassAug" / "im_003.png"
     Image.fromarray(change(dataset.label(3)).astype(np.uint8)).save(path)
-    for read in (lambda: dataset.label(3), lambda: dataset.counts):
-        with pytest.raises(InputError, match=rf"im_003\.png: {message}"):
-            read()
+    with pytest.raises(InputError, match=rf"im_003\.png: {message}"):
+        _ = dataset.counts
 
 
 def test_masks_that_show_nothing(root):

@@ -69,25 +69,27 @@ class VOCLayout:
         return read_image(self._images[index])
 
     def label(self, index: int) -> UInt8[np.ndarray, "h w"]:
-        """Returns the label map of image `index`.
+        """Returns the label map of image `index`; what it holds, `counts` has checked.
 
         Raises:
-            InputError: a broken file, a value that is no class id, 255 alone, or a size
-                that differs from the image's.
+            InputError: the file is broken or no label map.
         """
-        return self._checked_label(index)[0]
+        return read_label(self._masks[index])
 
     @functools.cached_property
     def counts(self) -> Int[np.ndarray, "images classes"]:
         """Pixels of each class in each label, read once from all masks.
 
         Raises:
-            InputError: as `label`, for the first bad file.
+            InputError: a broken file, a value that is no class id, 255 alone, or a size
+                that differs from the image's; for the first such file.
         """
 
         def counted(index: int) -> Int[np.ndarray, " classes"]:
-            warn_of_turn(self._images[index], self._masks[index])
-            return self._checked_label(index)[1]
+            image, mask = self._images[index], self._masks[index]
+            warn_of_turn(image, mask)
+            size = image_size(image)
+            return check_label(read_label(mask), size, len(self.classes), mask)
 
         counts = np.stack(self._of_all("reading masks", counted))
         if not counts.any():
@@ -121,15 +123,6 @@ class VOCLayout:
         """Returns what is found of every image; a terminal shows a progress bar."""
         bar = {"desc": what, "disable": None, "leave": False}
         return thread_map(of_one, range(len(self)), max_workers=THREADS, **bar)
-
-    def _checked_label(
-        self, index: int
-    ) -> tuple[UInt8[np.ndarray, "h w"], Int[np.ndarray, " classes"]]:
-        """Returns a label map and how many pixels each class has."""
-        path = self._masks[index]
-        label = read_label(path)
-        size = image_size(self._images[index])
-        return label, check_label(label, size, len(self.classes), path)
 
 
 def read_ids(path: Path) -> tuple[str, ...]:
