@@ -1,5 +1,7 @@
 """Sheets of episodes: colours at known pixels, columns, notes, files, refusals."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +20,11 @@ from qpenet_jax.paper.sheets import (
     BACKGROUND,
     DARK,
     MAIN,
+    SHEETS,
     ShownEpisode,
     at_input_size,
     background_note,
-    background_sheet,
-    background_tiles,
-    evolution_sheet,
-    evolution_tiles,
-    predictions_sheet,
-    support_regions,
+    draw_sheet,
 )
 from qpenet_jax.runs.build import build_backbone, build_predictor, complete
 from qpenet_jax.runs.datasets import build_dataset, build_eval_samplers, build_protocol
@@ -41,6 +39,8 @@ SIDE, GRID = 65, 9
 
 SCALE = TILE / (SIDE - 1)
 MIDDLE = 36 * SCALE  # between the last column of "left" and the first of "right"
+MARGIN = np.tile(np.where(np.arange(SIDE) < 32, -1.0, 1.0), (SIDE, 1)).astype("f4")
+BLACK = (0, 0, 0)
 
 
 def half(where):
@@ -71,10 +71,19 @@ def maps_of(*without, **changes):
     return {k: v for k, v in (maps | changes).items() if k not in without}
 
 
-MARGIN = np.tile(np.where(np.arange(SIDE) < 32, -1.0, 1.0), (SIDE, 1)).astype("f4")
+def shown_episodes(**runs):
+    return [ShownEpisode(scene(), margin, runs) for margin in (MARGIN, -MARGIN)]
 
 
-def pixel(tile, x, y):
+def tile_of(column, maps, shown=None, resize="pad", sheet="evolution"):
+    """Return the pixels of a tile, of one run called "run"."""
+    episode = ShownEpisode(shown or scene(), MARGIN, {"run": maps})
+    columns, ((_, tiles),), *_ = draw_sheet(SHEETS[sheet], [episode], resize)
+    assert len(tiles) == len(columns)
+    return np.asarray(tiles[columns.index(column)])
+
+
+def pixel(tile, x, y=80):
     return tuple(np.asarray(tile)[y, x].tolist())
 
 
@@ -82,47 +91,81 @@ def tint(colour, grey=0):
     return tuple(c // 2 + grey // 2 for c in colour)
 
 
+LEFT = {60: tint(PREDICTION), 160: BLACK}
+RIGHT = {60: BLACK, 160: tint(PREDICTION)}
+CONTOUR = {28: TRUTH, 195: TRUTH}
+REGIONS = "support: main, aux (y_rev)"
+
+
+@pytest.mark.parametrize(
+    ("sheet", "column", "colours"),
+    [
+        ("evolution", "query by P_pre (y_pre)", LEFT | CONTOUR),
+        (
+            "evolution",
+            REGIONS,
+            {60: tint(MAIN, 40), 160: tint(AUX, 40), 210: (40,) * 3},
+        ),
+        ("evolution", "A_aux", {100: BLACK}),
+        ("evolution", "prediction", RIGHT | CONTOUR),
+        ("background", "run: P_global", {60: BLACK, 160: tint(BACKGROUND)}),
+        ("background", "run: P_bg", {60: tint(BACKGROUND), 160: BLACK, 28: TRUTH}),
+        ("predictions", "cosine", RIGHT),
+        ("predictions", "run", RIGHT),
+    ],
+)
+def test_colours_at_known_pixels(sheet, column, colours):
+    drawn = tile_of(column, maps_of(), sheet=sheet)
+    assert {x: pixel(drawn, x) for x in colours} == colours
+
+
+def regions(maps, shown=None, resize="pad"):
+    """Return where main and aux are drawn, below the tile's note."""
+    drawn = tile_of(REGIONS, maps, shown, resize)[40 : TILE // 2]
+    return [
+        (drawn == colour).all(-1) | (drawn == tint(colour, 40)).all(-1)
+        for colour in (MAIN, AUX)
+    ]
+
+
 def test_regions_of_the_support():
     shown = scene()
-    main, aux = support_regions(shown, maps_of())
-    np.testing.assert_array_equal(main + aux, shown.support_mask == 1)
+    main, aux = regions(maps_of())
+    np.testing.assert_array_equal(main ^ aux, shown.support_mask[40:] == 1)
     columns = [np.flatnonzero(region.any(axis=0))[[0, -1]] for region in (main, aux)]
     np.testing.assert_allclose(columns, [[28, MIDDLE], [MIDDLE, 195]], atol=2)
-    assert (columns[0][0], columns[1][1]) == (28, 195)
     shown.support_mask[14:98, 28:60] = 255
-    main, aux = support_regions(shown, maps_of())
-    assert not (main + aux)[:, :60].any()  # ignored pixels are in none
-    assert main[20:90, 60:100].all()
+    main, aux = regions(maps_of(), shown)
+    assert not (main | aux)[:, :60].any()  # ignored pixels are in none
+    assert main[:50, 60:100].all()
     below = maps_of(y_rev=half("right").T)
-    assert not support_regions(scene(), below)[0].any()  # in the padding
+    assert not regions(below)[0].any()  # in the padding
     # Squashed, the picture's 112 rows fill the square.
-    main, _ = support_regions(scene(), below, "squash")
-    first = np.flatnonzero(main.any(axis=1))[0]
+    main, _ = regions(below, resize="squash")
+    first = 40 + np.flatnonzero(main.any(axis=1))[0]
     assert first == pytest.approx(36 / SIDE * 112, abs=2)
 
 
-def test_colours_of_the_evolution():
-    pre, regions, a_main, a_aux, final = evolution_tiles(scene(), maps_of())
-    assert pixel(pre, 60, 80) == tint(PREDICTION)
-    assert pixel(pre, 160, 80) == (0, 0, 0)
-    assert pixel(regions, 60, 80) == tint(MAIN, 40)
-    assert pixel(regions, 160, 80) == tint(AUX, 40)
-    assert pixel(regions, 210, 80) == (40, 40, 40)
-    assert pixel(final, 160, 80) == tint(PREDICTION)
-    assert pixel(final, 60, 80) == (0, 0, 0)
-    # The truth's contour on both predictions, found or not.
-    for tile in (pre, final):
-        assert pixel(tile, 28, 80) == TRUTH
-        assert pixel(tile, 195, 80) == TRUTH
-    # Black at the lowest, white at the highest, the colour itself in between.
-    assert max(pixel(a_main, 0, 80)) < 10
-    assert min(pixel(a_main, 223, 80)) > 240
-    between = np.array([pixel(a_main, x, 80) for x in range(TILE)])
-    assert np.abs(between - MAIN).sum(1).min() < 10
-    assert pixel(a_aux, 100, 80) == (0, 0, 0)
+def test_heat_of_similarities():
+    """Black at the lowest, white at the highest, the colour itself in between."""
+    drawn = tile_of("A_main", maps_of())
+    assert max(pixel(drawn, 0)) < 10
+    assert min(pixel(drawn, 223)) > 240
+    assert np.abs(drawn[80].astype(int) - MAIN).sum(1).min() < 10
     grey = scene()._replace(query=np.full((TILE // 2, TILE, 3), 200, np.uint8))
-    *_, a_aux, _ = evolution_tiles(grey, maps_of())  # darkened, not black
-    assert pixel(a_aux, 100, 80) == (int(200 * DARK),) * 3
+    drawn = tile_of("A_aux", maps_of(), grey)  # darkened, not black
+    assert pixel(drawn, 100) == (int(200 * DARK),) * 3
+    # A map that the variant lacks is empty.
+    assert pixel(tile_of("A_aux", maps_of("A_aux")), 100) == pictures.PAPER
+
+
+def test_notes_of_the_background():
+    truth = scene().truth
+    nothing = np.zeros_like(truth)
+    # All is called background: the truth is what the object leaves of the picture.
+    share = round(100 * (1 - 84 * 168 / (112 * 224)))
+    assert background_note(nothing, truth) == "IoU 0, lost 0 %"
+    assert background_note(nothing + 1, truth) == f"IoU {share}, lost 100 %"
 
 
 def test_shapes_tints_and_notes_of_pictures():
@@ -157,36 +200,16 @@ def test_shapes_tints_and_notes_of_pictures():
     assert (page[: pictures.HEADER, -2:] == 255).all()
 
 
-def test_colours_and_notes_of_the_background():
-    by_global, by_clean = background_tiles(scene(), maps_of())
-    assert pixel(by_global, 160, 80) == tint(BACKGROUND)
-    assert pixel(by_global, 60, 80) == (0, 0, 0)
-    assert pixel(by_clean, 60, 80) == tint(BACKGROUND)
-    assert pixel(by_clean, 160, 80) == (0, 0, 0)
-    assert pixel(by_clean, 28, 80) == TRUTH
-    truth = scene().truth
-    nothing = np.zeros(truth.shape, bool)
-    # All is called background: the truth is what the object leaves of the picture.
-    share = round(100 * (1 - 84 * 168 / (112 * 224)))
-    assert background_note(nothing, truth) == "IoU 0, lost 0 %"
-    assert background_note(~nothing, truth) == f"IoU {share}, lost 100 %"
-
-
-def shown_episodes(**runs):
-    return [ShownEpisode(scene(), margin, runs) for margin in (MARGIN, -MARGIN)]
-
-
 def test_one_column_a_run_after_the_baseline():
-    content = predictions_sheet(shown_episodes(baseline=maps_of(), full=maps_of()))
+    shown = shown_episodes(baseline=maps_of(), full=maps_of())
+    content = draw_sheet(SHEETS["predictions"], shown)
     page = pictures.sheet(*content)
     columns, rows, legend, _ = content
-    assert columns == ("support", "query", "truth", "cosine", "baseline", "full")
-    assert [len(tiles) for _, tiles in rows] == [6, 6]
+    assert columns == ["support", "query", "truth", "cosine", "baseline", "full"]
     assert [label for label, _ in rows] == ["dog\n#3"] * 2
     assert set(legend.values()) == {SUPPORT, TRUTH, PREDICTION}
-    cosine = [tiles[3] for _, tiles in rows]
-    assert pixel(cosine[0], 160, 80) == tint(PREDICTION)
-    assert pixel(cosine[1], 160, 80) == (0, 0, 0)
+    found = [pixel(tiles[3], 160) for _, tiles in rows]
+    assert found == [tint(PREDICTION), BLACK]
     step = TILE + pictures.GAP
     assert page.shape[1] > 6 * step
     assert page.shape[0] > 2 * step
@@ -196,23 +219,20 @@ def test_one_column_a_run_after_the_baseline():
 
 def test_runs_without_evolution_are_left_out_with_a_note():
     baseline = maps_of("y_pre", "y_rev", "A_main", "A_aux", "y_bg_clean")
-    episodes = shown_episodes(baseline=baseline, full=maps_of())
-    columns, rows, _, notes = evolution_sheet(episodes)
-    titles, backgrounds, _, more = background_sheet(episodes)
+    both = shown_episodes(baseline=baseline, full=maps_of())
+    columns, rows, _, notes = draw_sheet(SHEETS["evolution"], both, notes=["first"])
     assert len(columns) == 5
     assert [label for label, _ in rows] == ["dog\n#3\nfull"] * 2
+    assert notes[0] == "first"
     assert notes[-1] == "baseline: no evolution of the foreground"
-    assert titles == ("support", "truth", "full: P_global", "full: P_bg")
-    assert [len(tiles) for _, tiles in backgrounds] == [4, 4]
-    assert more[-1] == "baseline: no cleaner, P_bg is P_global"
-    # A map that the variant lacks is empty; a sheet that no run can fill is drawn.
-    *_, a_aux, _ = evolution_tiles(scene(), maps_of("A_aux"))
-    assert pixel(a_aux, 100, 80) == pictures.PAPER
-    only = shown_episodes(baseline=baseline)
-    evolution, background = evolution_sheet(only), background_sheet(only)
-    assert evolution.rows == []
-    assert background.columns == ("support", "truth")
-    for content in (evolution, background):
+    columns, rows, _, notes = draw_sheet(SHEETS["background"], both)
+    assert columns == ["support", "truth", "full: P_global", "full: P_bg"]
+    assert [len(tiles) for _, tiles in rows] == [4, 4]
+    assert notes[-1] == "baseline: no cleaner, P_bg is P_global"
+    # A sheet that no run can fill is drawn.
+    for name, columns in (("evolution", 5), ("background", 2)):
+        content = draw_sheet(SHEETS[name], shown_episodes(baseline=baseline))
+        assert len(content[0]) == columns
         assert pictures.sheet(*content).shape[1] > 500
 
 
@@ -254,11 +274,9 @@ def test_three_sheets_of_two_runs(runs, tmp_path):
     val = build_dataset(config, "val")
     sampler = build_eval_samplers(config, val, protocol)[0]
     shown = [figures.show(opened, val, sampler(i), protocol) for i in (4, 0)]
-    columns, rows, *_ = predictions_sheet(shown)
-    assert columns[3:] == ("cosine", "a", "b")
+    columns, rows, *_ = draw_sheet(SHEETS["background"], shown)
+    assert columns[2:] == ["a: P_global", "a: P_bg"]
     assert [label.split("\n")[1] for label, _ in rows] == ["#4", "#0"]
-    assert len(evolution_sheet(shown).rows) == 2
-    assert background_sheet(shown).columns[2:] == ("a: P_global", "a: P_bg")
     notes = figures.protocol_notes(protocol)
     assert "2-shot" in notes[0]
     assert notes[1] == "of 2 supports the first is shown"
@@ -307,7 +325,7 @@ def test_the_background_by_p_bg_is_the_heads_output_for_it(runs):
 
 
 def test_nothing_is_written_if_a_sheet_fails(tmp_path):
-    files = {name: tmp_path / "out" / f"{name}.jpg" for name in figures.SHEETS}
+    files = {name: tmp_path / "out" / f"{name}.jpg" for name in SHEETS}
     shown = shown_episodes(run=maps_of("y_bg_q"))
     with pytest.raises(KeyError, match="y_bg_q"):
         figures.write_sheets(shown, build_protocol(shrunk()), files)
@@ -332,10 +350,11 @@ def test_choices_that_cannot_be_shown(runs, tmp_path, choice, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_that_cannot_be_shown(tmp_path):
-    for out, words in ((tmp_path / "out", "is no run"), (__file__, "is no folder")):
-        with pytest.raises(InputError, match=words):
-            figures.draw_figures([tmp_path], out)
+def test_no_run_and_no_folder_for_figures(runs, tmp_path):
+    with pytest.raises(InputError, match="is no run"):
+        figures.draw_figures([tmp_path], tmp_path / "out")
+    with pytest.raises(InputError, match=r"test_figures.py.*can't be written"):
+        figures.draw_figures(runs[:1], Path(__file__), count=1)
 
 
 def test_random_episodes_follow_the_seed():

@@ -4,10 +4,10 @@ Where a run's training doesn't matter a stand-in writes what it would leave behi
 """
 
 import contextlib
-import csv
 import io
 import itertools
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -24,14 +24,11 @@ from qpenet_jax.cli.main import main
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.evaluation.metrics import Scores, estimate
 from qpenet_jax.evaluation.report import summarize, write_json
-from qpenet_jax.paper.plan import (
-    FOLD_COLUMNS,
-    FOLD_RESULTS,
-    PROGRAM,
-    VARIANT_RESULTS,
-    Plan,
-)
-from qpenet_jax.paper.reproduce import Cost, last_error, print_plan, reproduce
+from qpenet_jax.models.qpenet import QPENet
+from qpenet_jax.models.variants import VARIANTS
+from qpenet_jax.paper.plan import FOLD_COLUMNS, FOLD_RESULTS, PROGRAM, Plan
+from qpenet_jax.paper.plan import VARIANT_RESULTS as PAPER
+from qpenet_jax.paper.reproduce import STEP, last_error, print_plan, reproduce
 from qpenet_jax.paper.tables import Found, mean_over_folds, measured, pooled, verdict
 from qpenet_jax.runs.build import complete
 from qpenet_jax.runs.config_files import load_config
@@ -58,32 +55,30 @@ TABLE1 = {"backbones": ("tiny",), "folds": (0, 1), "overrides": overrides()}
 ONE_RUN = {"rows": ("full",), "seeds": (0,), "overrides": overrides()}
 
 
-def words(table, workdir, options):
-    """Return the words of `qpenet reproduce`."""
-    given = ["reproduce", table, "--config", CONFIG, "--workdir", workdir]
-    for name in options.keys() - {"overrides"}:
-        if options[name]:
-            given += [f"--{name}", ",".join(map(str, options[name]))]
-    return [*map(str, given), *options["overrides"]]
-
-
-def wait_for_training(process, folder):
+def process_until_it_trains(command, folder):
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, **pipe)
     log, deadline = folder / "train.log", time.monotonic() + 300
     while not log.exists() or "training:" not in log.read_text():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def processes_of(folder):
-    """Return the process ids of the trainings with this workdir."""
-    pattern = f"train --config .* --workdir {folder} "
-    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
-    return [int(line) for line in found.stdout.split()]
+    return process
 
 
 def plan(table, workdir, options, config=CONFIG):
     return Plan(table, config, workdir, **options)
+
+
+def words(*arguments):
+    """Return what a page gives as the command, after `qpenet`."""
+    return shlex.split(plan(*arguments).command)[1:]
+
+
+def scores_of(found, queries, class_ids):
+    """Return episodes with these intersections; all else is alike."""
+    columns = (0, np.arange(len(found)), queries, class_ids, 8000, 9000, found, 1000)
+    return Scores(np.stack(np.broadcast_arrays(*columns), 1).astype(np.int64))
 
 
 def stand_in(command, log):
@@ -92,27 +87,26 @@ def stand_in(command, log):
     folder = Path(options["--workdir"])
     if "train" in command:
         fields = [word for word in command if word.startswith("--config.")]
-        config = complete(load_config(options["--config"], fields))
+        config, out = complete(load_config(options["--config"], fields)), folder
         val = build_dataset(config, "val")
         try:
             claim(folder, config, inputs_of(val, val, {}))
         except InputError as error:
             log.write(f"error: {error}\n".encode())
             return 2
-        protocol, out = build_protocol(config), folder
+        protocol = build_protocol(config)
     else:
         config = complete(read_config(folder))
         val = build_dataset(config, "val")
         protocol = build_protocol(config, shots=int(options["--shots"]))
         out = Path(options["--out"]) / folder_name(protocol)
         out.mkdir(parents=True)
-    protocol, samplers, class_ids, _ = scored_episodes(config, val, protocol)
-    episodes = [samplers[0](i) for i in range(protocol.episodes)]
+    protocol, (sampler, *_), class_ids, _ = scored_episodes(config, val, protocol)
+    episodes = [sampler(i) for i in range(protocol.episodes)]
     rng = np.random.default_rng(len(config.variant) + config.seed)
     found = rng.integers(300, 900, len(episodes))
     queries, classes = zip(*((e.query, e.class_id) for e in episodes), strict=True)
-    columns = (0, np.arange(len(found)), queries, classes, 8000, 9000, found, 1000)
-    scores = Scores(np.stack(np.broadcast_arrays(*columns), 1).astype(np.int64))
+    scores = scores_of(found, queries, classes)
     scores.save(out / "episodes_qpenet.csv")
     subset = [name for name in config.eval.subset if name in protocol.classes]
     results = summarize(scores, protocol, class_ids, subset)
@@ -139,26 +133,16 @@ def finished(tmp_path_factory):
     return workdir, out.getvalue()
 
 
-def by_hand(folder, classes):
-    """Return mIoU over classes and FB-IoU of a run, in percent, from its episodes."""
-    with (folder / "episodes_qpenet.csv").open() as file:
-        rows = [{k: int(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-    def iou(ground, ids):
-        shown = [row for row in rows if row["class_id"] in ids]
-        union = sum(row[f"{ground}_union"] for row in shown)
-        return 100 * sum(row[f"{ground}_intersection"] for row in shown) / (union or 1)
-
-    every = {row["class_id"] for row in rows}
-    fb = (iou("foreground", every) + iou("background", every)) / 2
-    return statistics.mean(iou("foreground", {c}) for c in classes), fb
+def scored(folder):
+    """Return what a run's results.json holds, by the table's columns."""
+    results = json.loads((folder / "results.json").read_text())
+    means = {"mIoU": results["miou"], "FB-IoU": results["fb_iou"]}
+    if "subset" in results:
+        means["mIoU of disc, star"] = results["subset"]["miou"]
+    return means
 
 
-def class_ids(folder):
-    return json.loads((folder / "results.json").read_text())["class_ids"]
-
-
-def test_the_table_holds_what_the_episodes_give(finished):
+def test_the_table_holds_what_the_runs_scored(finished):
     workdir, _ = finished
     section = json.loads((workdir / "table3.json").read_text())["sections"]["1"]
     page = (workdir / "table3.md").read_text()
@@ -166,21 +150,19 @@ def test_the_table_holds_what_the_episodes_give(finished):
         folders = [workdir / variant / f"seed{seed}" for seed in (0, 1)]
         configs = map(read_config, folders)
         assert [(c.variant, c.seed) for c in configs] == [(variant, 0), (variant, 1)]
-        pairs = [by_hand(folder, class_ids(folder)) for folder in folders]
-        expected = dict(zip(("mIoU", "FB-IoU"), zip(*pairs, strict=True), strict=True))
-        expected["mIoU of disc, star"] = [by_hand(f, [1, 3])[0] for f in folders]
-        assert row.keys() == expected.keys()
+        first, second = map(scored, folders)
+        assert row.keys() == first.keys()
         line = next(s for s in page.splitlines() if s.startswith(f"| {variant} "))
-        for measure, values in expected.items():
-            figure, (low, high) = row[measure], row[measure]["interval"]
-            np.testing.assert_allclose(figure["by_seed"], values, atol=0.006)
+        for measure, figure in row.items():
+            values, (low, high) = [first[measure], second[measure]], figure["interval"]
+            assert figure["by_seed"] == values
             mean, std = statistics.mean(values), statistics.stdev(values)
             np.testing.assert_allclose(figure["ours"], mean, atol=0.006)
             np.testing.assert_allclose(figure["std"], std, atol=0.01)
             assert low - 0.01 <= figure["ours"] <= high + 0.01
             assert f"{figure['ours']:.1f} [{low:.1f}, {high:.1f}]" in line
-        papers = (row["mIoU"]["paper"], row["FB-IoU"]["paper"])
-        assert papers == VARIANT_RESULTS[variant]
+        papers = row["mIoU"]["paper"], row["FB-IoU"]["paper"]
+        assert papers == PAPER["table3"][variant][:2]
     for measure, difference in section["differences"]["fgpe_ffa - full"].items():
         a, b = (section["rows"][variant][measure]["ours"] for variant in ROWS)
         np.testing.assert_allclose(difference["ours"], a - b, atol=0.02)
@@ -244,10 +226,12 @@ def test_runs_that_do_not_compare_are_refused(finished, tmp_path):
             assert word in str(error.value)
         path.write_text(whole)
 
-    rows, weights = "rows of a training seed", {"backbone weights": "0"}
+    alike, weights = f"{run} and the runs before it", {"backbone weights": "0"}
     other = {"scoring": "input"}
-    refused("results.json", lambda r: r["protocol"].update(other), rows, "scoring")
-    refused("inputs.json", lambda r: r.update(weights), rows, "backbone weights")
+    refused("results.json", lambda r: r["protocol"].update(other), alike, "scoring")
+    refused("inputs.json", lambda r: r.update(weights), alike, "backbone weights")
+    images = {"validation images": "0"}  # another seed may have other ones
+    refused("inputs.json", lambda r: r.update(images), alike, "validation images")
     file = str(run / "results.json")
     refused("results.json", lambda r: r.update(miou=r["miou"] + 1), file, "delete")
 
@@ -287,7 +271,7 @@ def test_a_dry_run_shows_plan_and_cost_and_writes_nothing(finished, capsys):
     changes |= {"eval__every": 300, "eval__base_episodes": 45}
     options = {"rows": ("full",), "seeds": (2, 3), "overrides": overrides(**changes)}
     runs += plan("table3", workdir, options).runs()
-    print_plan(runs, lambda run: Cost(3.0, {1: 10.0}))
+    print_plan(runs, lambda run: {STEP: 3.0, 1: 10.0})
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
     lines = capsys.readouterr().out.splitlines()
     cells = [[c.strip() for c in s.split("|")[1:-1]] for s in lines[2:14]]
@@ -314,13 +298,14 @@ def test_table1_over_two_folds_and_five_shots(tmp_path, capsys):
         for fold, folder in enumerate(folders):
             protocol = json.loads((folder / "results.json").read_text())["protocol"]
             assert (protocol["shots"], protocol["fold"]) == (shots, fold)
-        mious, fb_ious = zip(*(by_hand(f, class_ids(f)) for f in folders), strict=True)
+        mious, fb_ious = zip(
+            *(scored(folder).values() for folder in folders), strict=True
+        )
         expected = dict(zip(("Fold-0", "Fold-1"), mious, strict=True))
         expected |= {"mIoU": statistics.mean(mious), "FB-IoU": statistics.mean(fb_ious)}
         assert list(row) == list(expected)
         for column, value in expected.items():
-            atol = 0.006 if "Fold" in column else 0.02
-            np.testing.assert_allclose(row[column]["ours"], value, atol=atol)
+            np.testing.assert_allclose(row[column]["ours"], value, atol=0.006)
     page = (workdir / "table1.md").read_text()
     assert page.index("## 1-shot") < page.index("## 5-shot")
     assert "5-shot, 6 episodes" in page
@@ -331,7 +316,7 @@ def test_tables_1_and_2_plan_folds_backbones_and_weights(tmp_path, capsys):
     shutil.copy(ROOT / "configs" / "coco_fold0.py", config)
     options = {"overrides": [f"--config.steps={steps}"]}
     runs = plan("table2", tmp_path / "nowhere", options, config).runs()
-    print_plan(runs, lambda run: Cost(1.0, {1: 0.0, 5: 0.0}))
+    print_plan(runs, lambda run: {STEP: 1.0, 1: 0.0, 5: 0.0})
     lines = capsys.readouterr().out.splitlines()
     names = [line.split("|")[1].strip() for line in lines if "to do |" in line]
     backbones = ("resnet50", "resnet101")
@@ -353,15 +338,14 @@ def test_tables_1_and_2_plan_folds_backbones_and_weights(tmp_path, capsys):
 def test_a_real_table_after_a_real_stop(tmp_path, capsys):
     """Stopped in the first step, then trained by the same command to its end."""
     run = tmp_path / "full" / "seed0"
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [*PROGRAM, *words("table3", tmp_path, ONE_RUN)]
-    process = subprocess.Popen(command, cwd=ROOT, **pipe)
-    wait_for_training(process, run)
+    process = process_until_it_trains(command, run)
     process.terminate()  # which the command takes for Ctrl-C
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 130
     assert errors.strip() == "stopped: the same command goes on"
-    assert processes_of(run) == []  # it has ended too
+    trainings = ["pgrep", "-f", f"train --config .* --workdir {run} "]
+    assert subprocess.run(trainings).returncode == 1  # it has ended too
     assert "is saved: the same command goes on" in (run / "train.log").read_text()
     main(words("table3", tmp_path, ONE_RUN))
     assert "[1/1] full seed0: mIoU" in capsys.readouterr().out
@@ -372,7 +356,7 @@ def test_a_real_table_after_a_real_stop(tmp_path, capsys):
     capsys.readouterr()
     section = json.loads((tmp_path / "table3.json").read_text())["sections"]["1"]
     miou = section["rows"]["full"]["mIoU"]["ours"]
-    np.testing.assert_allclose(miou, by_hand(run, class_ids(run))[0], atol=0.006)
+    assert miou == scored(run)["mIoU"]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         main([*words("table3", tmp_path, ONE_RUN), "--dry-run"])
     printed = capsys.readouterr().out
@@ -407,13 +391,9 @@ def test_bad_calls_are_refused_in_one_line(tmp_path):
 
 def synthetic(gain=0.0, noise=0.0, version="v", seed=0):
     """60 episodes of 20 images and two classes: IoU 0.5 + gain + noise."""
-    rng = np.random.default_rng(seed)
+    iou = 0.5 + gain + noise * np.random.default_rng(seed).normal(size=60)
     index = np.arange(60)
-    iou = 0.5 + gain + noise * rng.normal(size=60)
-    found = np.round(1000 * iou)
-    columns = (0, index, index % 20, index % 2 + 1, 8000, 9000, found, 1000)
-    rows = np.stack(np.broadcast_arrays(*columns), 1).astype(np.int64)
-    scores = Scores(rows)
+    scores = scores_of(np.round(1000 * iou), index % 20, index % 2 + 1)
     of = estimate(scores, [1, 2])
     means = {"mIoU": 100 * of.miou.value, "FB-IoU": 100 * of.fb_iou.value}
     return Found(scores, means, {"mIoU": [1, 2]}, {"version": version})
@@ -466,3 +446,21 @@ def test_the_papers_means_are_those_of_its_folds():
             row = dict(zip(FOLD_COLUMNS, values, strict=True))
             mean = statistics.mean(row[f"Fold-{i}"] for i in range(4))
             assert abs(mean - row["mIoU"]) < 0.0751
+
+
+def test_ticks_are_what_the_networks_have():
+    has = {
+        "FGPE": lambda net: net.fgpe,
+        "BGPE": lambda net: net.bgpe,
+        "FFA": lambda net: net.decoder == "ffa",
+        "P_pre": lambda net: "pre" in net.prototypes,
+        "P_main": lambda net: "main" in net.prototypes,
+        "P_aux": lambda net: "aux" in net.prototypes,
+        "activation maps": lambda net: net.activation_maps,
+        "SGM": lambda net: net.sgm,
+    }
+    for rows in PAPER.values():
+        parts = {part for *_, ticks in rows.values() for part in ticks}
+        for name, (*_, ticks) in rows.items():
+            net = QPENet(**VARIANTS[name].fields)
+            assert set(ticks) == {part for part in parts if has[part](net)}

@@ -16,12 +16,11 @@ from qpenet_jax.evaluation.pictures import load_batch_of_one, read_scene, sheet
 from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.models.prototypes import foreground_margin
 from qpenet_jax.paper.sheets import (
+    SHEETS,
     Maps,
     ShownEpisode,
     at_input_size,
-    background_sheet,
-    evolution_sheet,
-    predictions_sheet,
+    draw_sheet,
 )
 from qpenet_jax.runs.build import build_cosine_predictor, build_model, build_predictor
 from qpenet_jax.runs.datasets import (
@@ -34,12 +33,6 @@ from qpenet_jax.runs.folder import TrainedRun, open_run, read_inputs
 
 MAX_ROWS = 200
 """A JPEG is at most 65,535 pixels high, a row of a sheet takes 232."""
-
-SHEETS = {
-    "predictions": predictions_sheet,
-    "evolution": evolution_sheet,
-    "background": background_sheet,
-}
 
 
 def draw_figures(
@@ -66,12 +59,9 @@ def draw_figures(
         InputError: a folder without a run; runs of different images, classes or sizes;
             an episode beyond the protocol; `out` can't be written.
     """
-    out = local_path(out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is no folder: choose another for the figures")
     opened = [open_run(folder, overrides) for folder in workdirs]
     config = opened[0].config
-    files = {name: out / f"{name}.jpg" for name in SHEETS}
+    files = {name: local_path(out) / f"{name}.jpg" for name in SHEETS}
     read = [path for run in opened for path in files_read(run.config)]
     refuse_overwriting(files.values(), read)
     protocol = build_protocol(config, shots=shots)
@@ -88,29 +78,28 @@ def write_sheets(
     shown: Sequence[ShownEpisode], protocol: Protocol, files: Mapping[str, Path]
 ) -> list[Path]:
     """Writes all sheets, or none if one can't be drawn."""
-    pages = {}
-    for name, path in files.items():
-        content, page = SHEETS[name](shown, protocol.resize), io.BytesIO()
-        notes = [*protocol_notes(protocol), *content.notes]
-        image = Image.fromarray(sheet(*content._replace(notes=notes)))
-        # Thinned out, the colours would blur text and contours.
-        image.save(page, "JPEG", quality=92, subsampling=0)
-        pages[path] = page.getvalue()
+    notes = protocol_notes(protocol)
+    pages = {
+        path: sheet(*draw_sheet(SHEETS[name], shown, protocol.resize, notes))
+        for name, path in files.items()
+    }
     for path, page in pages.items():
-        write_whole(path, page)
+        content = io.BytesIO()
+        # Thinned out, the colours would blur text and contours.
+        Image.fromarray(page).save(content, "JPEG", quality=92, subsampling=0)
+        write_whole(path, content.getvalue())
     return list(pages)
 
 
 def protocol_notes(protocol: Protocol) -> list[str]:
     """Returns the lines below each sheet that say which episodes it shows."""
-    notes = [
+    first = (
         f"{protocol.dataset}, fold {protocol.fold}: novel classes, {protocol.shots}-"
         f"shot, seed {protocol.seeds[0]}; # is the episode's index, IoU in percent at "
         "the image's size"
-    ]
-    if protocol.shots > 1:
-        notes.append(f"of {protocol.shots} supports the first is shown")
-    return notes
+    )
+    second = f"of {protocol.shots} supports the first is shown"
+    return [first, second] if protocol.shots > 1 else [first]
 
 
 def random_episodes(protocol: Protocol, count: int, seed: int) -> list[int]:
@@ -142,9 +131,9 @@ def check_choices(
             f"{len(indices)} episodes of {len(runs)} run(s) make a sheet of more than "
             f"{MAX_ROWS} rows: choose fewer"
         )
-    first = _facts(runs[0])
-    for run in runs:
-        if differ := [k for k, value in _facts(run).items() if value != first[k]]:
+    facts = [_facts(run) for run in runs]
+    for run, of_run in zip(runs, facts, strict=True):
+        if differ := [name for name in of_run if of_run[name] != facts[0][name]]:
             raise InputError(
                 f"{run.folder} has other {differ[0]} than {runs[0].folder}: figures "
                 "compare runs of one data set, fold and input size"

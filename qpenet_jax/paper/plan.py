@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path
@@ -20,7 +20,8 @@ from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.datasets import build_dataset, build_train_sampler, training_steps
 from qpenet_jax.runs.folder import read_config
 
-FOLD_COLUMNS = ("Fold-0", "Fold-1", "Fold-2", "Fold-3", "mIoU", "FB-IoU")
+MEANS = ("mIoU", "FB-IoU")
+FOLD_COLUMNS = ("Fold-0", "Fold-1", "Fold-2", "Fold-3", *MEANS)
 """Columns of Tables I and II; mIoU is the mean of the folds."""
 
 FOLD_RESULTS: Mapping[str, Mapping[tuple[int, str], tuple[float, ...]]] = {
@@ -41,59 +42,43 @@ FOLD_RESULTS: Mapping[str, Mapping[tuple[int, str], tuple[float, ...]]] = {
 
 SPLITS = {"table1": "pascal", "table2": "coco"}
 
-VARIANT_ROWS = {
-    "table3": ("baseline", "fgpe", "fgpe_bgpe", "fgpe_ffa", "full"),
-    "table4": ("pre", "main", "aux", "main_aux", "full"),
-    "table5": ("without_maps", "sgm", "full"),
-}
-"""Rows of Tables III to V from the top down, by names of `models.variants.VARIANTS`."""
-
-TICKS = {
+VARIANT_RESULTS = {
     "table3": {
-        "FGPE": lambda net: net.fgpe,
-        "BGPE": lambda net: net.bgpe,
-        "FFA": lambda net: net.decoder == "ffa",
+        "baseline": (62.4, 74.1, ()),
+        "fgpe": (64.1, 75.7, ("FGPE",)),
+        "fgpe_bgpe": (64.5, 76.2, ("FGPE", "BGPE")),
+        "fgpe_ffa": (64.8, 76.3, ("FGPE", "FFA")),
+        "full": (65.2, 76.7, ("FGPE", "BGPE", "FFA")),
     },
     "table4": {
-        f"P_{name}": lambda net, name=name: name in net.prototypes
-        for name in ("pre", "main", "aux")
+        "pre": (63.3, 74.6, ("P_pre",)),
+        "main": (61.8, 72.0, ("P_main",)),
+        "aux": (58.1, 69.4, ("P_aux",)),
+        "main_aux": (64.1, 74.7, ("P_main", "P_aux")),
+        "full": (65.2, 76.7, ("P_pre", "P_main", "P_aux")),
     },
     "table5": {
-        "activation maps": lambda net: net.activation_maps,
-        "SGM": lambda net: net.sgm,
+        "without_maps": (61.6, 73.0, ()),
+        "sgm": (63.5, 75.6, ("activation maps", "SGM")),
+        "full": (65.2, 76.7, ("activation maps",)),
     },
 }
-"""What a variant of QPENet has, by the columns of Tables III to V."""
-
-VARIANT_RESULTS = {
-    "baseline": (62.4, 74.1),
-    "fgpe": (64.1, 75.7),
-    "fgpe_bgpe": (64.5, 76.2),
-    "fgpe_ffa": (64.8, 76.3),
-    "full": (65.2, 76.7),
-    "pre": (63.3, 74.6),
-    "main": (61.8, 72.0),
-    "aux": (58.1, 69.4),
-    "main_aux": (64.1, 74.7),
-    "without_maps": (61.6, 73.0),
-    "sgm": (63.5, 75.6),
-}
-"""mIoU and FB-IoU of the rows of Tables III to V: PASCAL-5i, mean of the folds, 1 shot,
-ResNet-50."""
+"""Tables III to V from the top down, by names of `models.variants.VARIANTS`: mIoU,
+FB-IoU, and what the network has. PASCAL-5i, mean of the folds, 1 shot, ResNet-50."""
 
 PROGRAM = (sys.executable, "-m", "qpenet_jax.cli")
 
 
 def paper_results(table: str, shots: int, row: str) -> dict[str, float]:
     """Returns the paper's numbers of a row by column; none where it has no such row."""
-    if table in VARIANT_ROWS:
-        return dict(zip(("mIoU", "FB-IoU"), VARIANT_RESULTS[row], strict=True))
+    if table in VARIANT_RESULTS:
+        *means, _ = VARIANT_RESULTS[table][row]
+        return dict(zip(MEANS, means, strict=True))
     values = FOLD_RESULTS[table].get((shots, row.removesuffix("_deepstem")), ())
     return dict(zip(FOLD_COLUMNS, values, strict=False))
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedRun:
+class PlannedRun(NamedTuple):
     """One training and its evaluations; the training itself scores `shots[0]`.
 
     `row` is the table's row that it is of: a variant or a backbone. `words` are those
@@ -124,9 +109,9 @@ class PlannedRun:
         return training_steps(config, len(sampler))
 
     @property
-    def is_done(self) -> bool:
-        """Whether it is trained, and scored with all its numbers of shots."""
-        return all(self.results_file(shots) for shots in self.shots)
+    def to_score(self) -> list[int]:
+        """The numbers of shots that it isn't scored with yet."""
+        return [shots for shots in self.shots if not self.results_file(shots)]
 
     def results_file(self, shots: int) -> Path | None:
         """Returns the results.json of this very config, if it is there."""
@@ -160,7 +145,7 @@ class Plan:
     @property
     def of_variants(self) -> bool:
         """Whether the rows are variants of QPENet, as in Tables III to V."""
-        return self.table in VARIANT_ROWS
+        return self.table in VARIANT_RESULTS
 
     @property
     def training_seeds(self) -> list[int]:
@@ -185,17 +170,17 @@ class Plan:
         Raises:
             InputError: the config, an override or a choice can't be used.
         """
-        check_choice("table ", self.table, (*FOLD_RESULTS, *VARIANT_ROWS))
+        check_choice("table ", self.table, (*FOLD_RESULTS, *VARIANT_RESULTS))
         rows = self._variants() if self.of_variants else self._backbones_and_folds()
         return [
-            self._run(f"{name}/seed{seed}", fields | {"seed": seed})
+            self._run(name, fields | {"seed": seed})
             for name, fields in rows.items()
             for seed in self.training_seeds
         ]
 
     def _variants(self) -> dict[str, dict[str, Any]]:
         """Returns the fields that each row sets, by its folder."""
-        order = VARIANT_ROWS[self.table]
+        order = VARIANT_RESULTS[self.table]
         for name in self.rows:
             check_choice(f"row of {self.table}: ", name, order)
         chosen = self.rows or order
@@ -226,13 +211,14 @@ class Plan:
         given = {word.partition("=")[0] for word in self.overrides}
         for option in given & {f"--config.{field}" for field in fields}:
             raise InputError(f"{option} is fixed by the table: leave it out")
-        words = [f"--config.{field}={value}" for field, value in fields.items()]
-        words = [*self.overrides, *words]
-        config, folder = self._config(words), local_path(self.workdir) / name
+        words = [*self.overrides, *(f"--config.{k}={v}" for k, v in fields.items())]
+        config, parts = self._config(words), [*name.split("/"), f"seed{fields['seed']}"]
+        folder = local_path(self.workdir).joinpath(*parts)
         files = ["--config", str(self.config), "--workdir", str(folder)]
         shots = (config.shots,) if self.of_variants else (1, 5)
-        row, *_ = parts = name.split("/")
-        return PlannedRun(" ".join(parts), row, folder, config, [*files, *words], shots)
+        return PlannedRun(
+            " ".join(parts), parts[0], folder, config, [*files, *words], shots
+        )
 
     def _config(self, words: Sequence[str]) -> Any:
         return complete(load_config(self.config, words))

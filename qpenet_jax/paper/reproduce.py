@@ -11,8 +11,8 @@ import math
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
 
 from qpenet_jax.config import selections
 from qpenet_jax.core import markdown
@@ -83,7 +83,7 @@ def reproduce(
     failed = 0
     for number, run in enumerate(runs, 1):
         print(f"[{number}/{len(runs)}] {run.name}:", end=" ", flush=True)
-        if run.is_done:
+        if not run.to_score:
             print(f"done before, {_scores(run)}")
             continue
         start = time.monotonic()
@@ -110,7 +110,7 @@ def _execute(run: PlannedRun, run_process: RunProcess) -> str:
     """Trains and scores what isn't yet; returns an error in one line, or ""."""
     log = run.folder / LOG
     run.folder.mkdir(parents=True, exist_ok=True)
-    for shots in [shots for shots in run.shots if not run.results_file(shots)]:
+    for shots in run.to_score:
         with log.open("ab") as file:
             before = file.tell()
             code = run_process(run.command(shots), file)
@@ -135,20 +135,15 @@ def _scores(run: PlannedRun) -> str:
 
 # The dry run.
 
-
-class Cost(NamedTuple):
-    """Seconds of a training step, and of a scored episode by its number of shots."""
-
-    step: float
-    episode: Mapping[int, float]
+STEP = "step"
+"""Key of a training step, beside numbers of shots, which stand for scored episodes."""
 
 
-def measured_cost(run: PlannedRun) -> Cost:
-    """Measures some steps and episodes of a run, once they are compiled."""
+def measured_cost(run: PlannedRun) -> dict[Any, float]:
+    """Returns seconds by STEP and numbers of shots, once all is compiled."""
     config = run.config
     with contextlib.closing(first_steps(config)) as stream:
         steps = list(itertools.islice(stream, 1 + MEASURED_STEPS))
-    per_step = statistics.mean(step.took for step in steps[1:])  # the first compiles
     predict = build_predictor(config, steps[-1].state.params, build_weights(config))
     val = build_dataset(config, "val")
 
@@ -162,12 +157,13 @@ def measured_cost(run: PlannedRun) -> Cost:
             score_episodes(predict, val, few, samplers, label=f"{shots} shot(s)")
         return (time.perf_counter() - start) / MEASURED_EPISODES
 
-    return Cost(per_step, {shots: per_episode(shots) for shots in run.shots})
+    per_step = statistics.mean(step.took for step in steps[1:])  # the first compiles
+    return {STEP: per_step} | {shots: per_episode(shots) for shots in run.shots}
 
 
 def print_plan(
     runs: Sequence[PlannedRun],
-    measure: Callable[[PlannedRun], Cost] = measured_cost,
+    measure: Callable[[PlannedRun], dict[Any, float]] = measured_cost,
 ) -> None:
     """Prints every run, whether it is done, and the time of all that are not.
 
@@ -177,16 +173,15 @@ def print_plan(
     costs = {backbone: measure(run) for backbone, run in last.items()}
     rows, seconds = [], []
     for run in runs:
-        (step, episode), steps = costs[run.config.backbone.name], run.steps
-        counts = _episodes(run, steps)
-        scoring = sum(episode[shots] * count for shots, count in counts.items())
-        seconds += [] if run.is_done else [steps * step + scoring]
-        state = "done" if run.is_done else "to do"
+        cost, counts = costs[run.config.backbone.name], _counts(run)
+        if run.to_score:
+            seconds.append(sum(cost[what] * count for what, count in counts.items()))
+        steps, state = counts.pop(STEP), "to do" if run.to_score else "done"
         rows.append([run.name, f"{steps:,}", f"{sum(counts.values()):,}", state])
     print(markdown.table(("run", "steps", "episodes scored", "state"), rows))
-    for backbone, (step, episode) in costs.items():
-        each = (f"{s:.2f} s an episode of {k} shot(s)" for k, s in episode.items())
-        print(f"{last[backbone].name}: {step:.2f} s a step, {', '.join(each)}")
+    for backbone, cost in costs.items():
+        each = (f"{cost[k]:.2f} s an episode of {k} shot(s)" for k in cost if k != STEP)
+        print(f"{last[backbone].name}: {cost[STEP]:.2f} s a step, {', '.join(each)}")
     print(
         f"(measured on {MEASURED_STEPS} steps and {MEASURED_EPISODES} episodes)\n"
         f"{len(runs)} runs, {len(seconds)} to do: about {sum(seconds) / 3600:.1f} h, "
@@ -194,15 +189,14 @@ def print_plan(
     )
 
 
-def _episodes(run: PlannedRun, steps: int) -> dict[int, int]:
-    """Returns how many episodes a run scores by shots, selection included."""
-    config, (first, *_) = run.config, run.shots
+def _counts(run: PlannedRun) -> dict[Any, int]:
+    """Returns a run's steps, and its scored episodes by shots, selection included."""
+    config, steps = run.config, run.steps
     names, protocol = selections(config), build_protocol(config)
-    own = protocol.episodes * len(protocol.seeds)
-    counts = dict.fromkeys(run.shots, own)
+    counts = dict.fromkeys(run.shots, protocol.episodes * len(protocol.seeds))
     # Once for each selection, and without training by two references.
-    counts[first] *= len(names) + (2 if config.eval.references else 0)
-    times = math.ceil(steps / config.eval.every)
+    counts[run.shots[0]] *= len(names) + 2 * config.eval.references
     for of in selection_protocols(config, names).values():
-        counts[first] += times * of.episodes * len(of.seeds)
-    return counts
+        times = math.ceil(steps / config.eval.every)
+        counts[run.shots[0]] += times * of.episodes * len(of.seeds)
+    return {STEP: steps} | counts

@@ -1,13 +1,15 @@
 """The three sheets of `qpenet figures`: rows of episodes, columns of tiles.
 
-First the sheets, then the tiles on them, then the heat maps.
+First the tiles, then the sheets as tables of them, then the heat maps.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image
 
 from qpenet_jax.core.choices import Resize
@@ -25,7 +27,6 @@ from qpenet_jax.evaluation.pictures import (
     Mask,
     Row,
     Scene,
-    annotated,
     draw_contour,
     found_mask,
     iou_note,
@@ -65,156 +66,149 @@ class ShownEpisode(NamedTuple):
     runs: Mapping[str, Maps]
 
 
-class Sheet(NamedTuple):
-    """What `evaluation.pictures.sheet` draws."""
-
-    columns: Sequence[str]
-    rows: Sequence[Row]
-    legend: dict[str, Colour]
-    notes: Sequence[str]
-
-
-def predictions_sheet(shown: Sequence[ShownEpisode], resize: Resize = "pad") -> Sheet:
-    """Returns support, query, truth, and the predictions of the baseline and all runs.
-
-    The IoU at the image's own size stands in the corner, in percent.
-    """
-    rows = []
-    for scene, cosine, runs in shown:
-        margins = [cosine, *(maps["prediction"] for maps in runs.values())]
-        rows.append(prediction_row(scene, margins, resize))
-    columns = ("support", "query", "truth", "cosine", *shown[0].runs)
-    return Sheet(columns, rows, LEGEND, [])
-
-
-def evolution_sheet(shown: Sequence[ShownEpisode], resize: Resize = "pad") -> Sheet:
-    """Returns a row an episode and run: how its foreground prototypes come about.
-
-    Runs without foreground prototype evolution are named in a note instead.
-    """
-    names, without = _split_by("y_rev", shown)
-    rows = [
-        (f"{scene.label}\n{name}", evolution_tiles(scene, runs[name], resize))
-        for scene, _, runs in shown
-        for name in names
-    ]
-    columns = (
-        "query by P_pre (y_pre)",
-        "support: main, aux (y_rev)",
-        "A_main",
-        "A_aux",
-        "prediction",
-    )
-    legend = {
-        "prediction": PREDICTION,
-        "truth": TRUTH,
-        "main: found by the query's own prototype": MAIN,
-        "aux: the rest of the object": AUX,
-    }
-    scale = (
-        "A_main, A_aux: cosine to the prototype, from dark at its lowest by way of the "
-        "colour to white at its highest"
-    )
-    missing = (f"{name}: no evolution of the foreground" for name in without)
-    return Sheet(columns, rows, legend, [scale, *missing])
-
-
-def background_sheet(shown: Sequence[ShownEpisode], resize: Resize = "pad") -> Sheet:
-    """Returns what each run's background head finds with P_global and with P_bg.
-
-    "lost" is the share of the true object that it calls background. Runs without the
-    cleaner (eq 11) are named in a note instead.
-    """
-    names, without = _split_by("y_bg_clean", shown)
-    rows: list[Row] = []
-    for scene, _, runs in shown:
-        support, _, truth = annotated(scene)
-        tiles = [support, truth]
-        for name in names:
-            tiles += background_tiles(scene, runs[name], resize)
-        rows.append((scene.label, tiles))
-    titles = (f"{name}: {p}" for name in names for p in ("P_global", "P_bg"))
-    legend = {
-        "annotated support": SUPPORT,
-        "truth": TRUTH,
-        "called background": BACKGROUND,
-    }
-    meaning = "IoU of the background; lost: share of the object called background"
-    missing = (f"{name}: no cleaner, P_bg is P_global" for name in without)
-    return Sheet(("support", "truth", *titles), rows, legend, [meaning, *missing])
-
-
-def _split_by(entry: str, shown: Sequence[ShownEpisode]) -> tuple[list[str], list[str]]:
-    """Returns the names of the runs that have a map, and of all others."""
-    runs = shown[0].runs
-    names = [name for name, maps in runs.items() if entry in maps]
-    return names, [name for name in runs if name not in names]
-
-
 # Tiles.
 
 
-def evolution_tiles(
-    scene: Scene, maps: Maps, resize: Resize = "pad"
-) -> list[Image.Image]:
-    """Returns tiles of y_pre, the support's regions, A_main, A_aux and the prediction.
-
-    A map that the variant lacks is an empty tile.
-    """
-    main, aux = support_regions(scene, maps, resize)
-    regions = overlay(overlay(scene.support, main, MAIN), aux, AUX)
-    share = main.sum() / max(main.sum() + aux.sum(), 1)
-    heats, (height, width) = [], scene.truth.shape
-    for name, colour in (("A_main", MAIN), ("A_aux", AUX)):
-        drawn = tile(np.full((TILE, TILE, 3), 255, np.uint8), "not in this variant")
-        if name in maps:
-            values = unpad(maps[name], height, width, resize)
-            drawn = heat_tile(scene.query, values, colour)
-        heats.append(drawn)
-    predictions = []
-    for name in ("y_pre", "prediction"):
-        found = found_mask(maps[name], scene.truth, resize)
-        note = iou_note(found, scene.truth)
-        predictions.append(_outlined(scene, found, PREDICTION, note))
-    first, last = predictions
-    return [first, tile(regions, f"main {100 * share:.0f} %"), *heats, last]
+def found_tile(
+    scene: Scene,
+    maps: Maps,
+    resize: Resize,
+    name: str,
+    colour: Colour = PREDICTION,
+    note: Callable[[Mask, Mask], str] = iou_note,
+    contour: bool = True,
+) -> Image.Image:
+    """Returns where a margin is positive, with a note and the truth's contour."""
+    found = found_mask(maps[name], scene.truth, resize)
+    picture = overlay(scene.query, found, colour)
+    if contour:
+        picture = draw_contour(picture, scene.truth, TRUTH, CONTOUR_SHARE)
+    return tile(picture, note(found, scene.truth))
 
 
-def support_regions(
-    scene: Scene, maps: Maps, resize: Resize = "pad"
-) -> tuple[Mask, Mask]:
-    """Returns the shown support's main and auxiliary regions (eqs 5 and 6).
+def background_note(found: Mask, truth: Mask) -> str:
+    """Returns the IoU of a found background, and the share of the object lost to it."""
+    both, either, *_ = count_pixels(found == 0, truth)
+    lost = ((found == 1) & (truth == 1)).sum() / max((truth == 1).sum(), 1)
+    return f"IoU {100 * both / max(either, 1):.0f}, lost {100 * lost:.0f} %"
+
+
+def similarity_tile(
+    scene: Scene, maps: Maps, resize: Resize, name: str, colour: Colour
+) -> Image.Image:
+    """Returns a heat map over the query; an empty tile if the variant lacks the map."""
+    if name not in maps:
+        return tile(np.full((TILE, TILE, 3), 255, np.uint8), "not in this variant")
+    height, width = scene.truth.shape
+    return heat_tile(scene.query, unpad(maps[name], height, width, resize), colour)
+
+
+def regions_tile(scene: Scene, maps: Maps, resize: Resize) -> Image.Image:
+    """Returns the first support with its main and auxiliary regions (eqs 5 and 6).
 
     Every pixel of the annotated object is in exactly one of them.
     """
     found = found_mask(maps["y_rev"], scene.support_mask, resize)
     inside = (scene.support_mask == 1).astype(np.uint8)
-    return inside & found, inside & (1 - found)
+    main, aux = inside & found, inside & (1 - found)
+    share = main.sum() / max(inside.sum(), 1)
+    picture = overlay(overlay(scene.support, main, MAIN), aux, AUX)
+    return tile(picture, f"main {100 * share:.0f} %")
 
 
-def background_tiles(
-    scene: Scene, maps: Maps, resize: Resize = "pad"
-) -> list[Image.Image]:
-    """Returns the background by P_global and by P_bg, with the truth's contour."""
-    tiles = []
-    for name in ("y_bg_q", "y_bg_clean"):
-        found = found_mask(maps[name], scene.truth, resize)
-        note = background_note(found == 1, scene.truth)
-        tiles.append(_outlined(scene, found, BACKGROUND, note))
-    return tiles
+# Sheets.
+
+background_tile = partial(found_tile, colour=BACKGROUND, note=background_note)
 
 
-def background_note(found: Bool[np.ndarray, "h w"], truth: Mask) -> str:
-    """Returns the IoU of a found background, and the share of the object lost to it."""
-    both, either, *_ = count_pixels(~found, truth)
-    lost = (found & (truth == 1)).sum() / max((truth == 1).sum(), 1)
-    return f"IoU {100 * both / max(either, 1):.0f}, lost {100 * lost:.0f} %"
+class Sheet(NamedTuple):
+    """What is drawn of every run that has the map `needs`.
+
+    `of_episode` are the columns that the runs share; without any, every run has a row
+    of its own. `of_run` are the columns of a run, with {} for its name. `note` stands
+    at the foot, and `missing` for every run without the map.
+    """
+
+    of_episode: tuple[str, ...]
+    of_run: Mapping[str, Callable[[Scene, Maps, Resize], Image.Image]]
+    legend: dict[str, Colour]
+    needs: str = "prediction"
+    note: str = ""
+    missing: str = ""
 
 
-def _outlined(scene: Scene, found: Mask, colour: Colour, note: str) -> Image.Image:
-    """Returns a mask over the query, with the truth's contour and a note."""
-    picture = overlay(scene.query, found, colour)
-    return tile(draw_contour(picture, scene.truth, TRUTH, CONTOUR_SHARE), note)
+SHARED = ("support", "query", "truth", "cosine")
+"""Columns that the runs share: what was given, and the baseline's prediction."""
+
+SHEETS = {
+    "predictions": Sheet(
+        SHARED,
+        {"{}": partial(found_tile, name="prediction", contour=False)},
+        LEGEND,
+    ),
+    "evolution": Sheet(
+        (),
+        {
+            "query by P_pre (y_pre)": partial(found_tile, name="y_pre"),
+            "support: main, aux (y_rev)": regions_tile,
+            "A_main": partial(similarity_tile, name="A_main", colour=MAIN),
+            "A_aux": partial(similarity_tile, name="A_aux", colour=AUX),
+            "prediction": partial(found_tile, name="prediction"),
+        },
+        {
+            "prediction": PREDICTION,
+            "truth": TRUTH,
+            "main: found by the query's own prototype": MAIN,
+            "aux: the rest of the object": AUX,
+        },
+        "y_rev",
+        "A_main, A_aux: cosine to the prototype, from dark at its lowest by way of the "
+        "colour to white at its highest",
+        "no evolution of the foreground",
+    ),
+    "background": Sheet(
+        ("support", "truth"),
+        {
+            "{}: P_global": partial(background_tile, name="y_bg_q"),
+            "{}: P_bg": partial(background_tile, name="y_bg_clean"),
+        },
+        {"annotated support": SUPPORT, "truth": TRUTH, "called background": BACKGROUND},
+        "y_bg_clean",
+        "IoU of the background; lost: share of the object called background",
+        "no cleaner, P_bg is P_global",
+    ),
+}
+"""`figures.draw_figures` says what each of them shows of the paper."""
+
+
+def draw_sheet(
+    kind: Sheet,
+    shown: Sequence[ShownEpisode],
+    resize: Resize = "pad",
+    notes: Sequence[str] = (),
+) -> tuple[list[str], list[Row], dict[str, Colour], list[str]]:
+    """Returns the columns, rows, legend and notes for `evaluation.pictures.sheet`."""
+    runs = shown[0].runs
+    names = [name for name, maps in runs.items() if kind.needs in maps]
+    missing = [f"{name}: {kind.missing}" for name in runs if name not in names]
+    notes = [*notes, *([kind.note] if kind.note else []), *missing]
+    rows: list[Row] = []
+    for scene, cosine, maps in shown:
+        tiles = [
+            [draw(scene, maps[name], resize) for draw in kind.of_run.values()]
+            for name in names
+        ]
+        if not kind.of_episode:
+            labels = (f"{scene.label}\n{name}" for name in names)
+            rows += zip(labels, tiles, strict=True)
+            continue
+        drawn = prediction_row(scene, [cosine], resize)[1]
+        shared = dict(zip(SHARED, drawn, strict=True))
+        first = [shared[title] for title in kind.of_episode]
+        rows.append((scene.label, [*first, *itertools.chain(*tiles)]))
+    titled = names if kind.of_episode else [""]
+    titles = (title.format(name) for name in titled for title in kind.of_run)
+    return [*kind.of_episode, *titles], rows, kind.legend, notes
 
 
 # Heat maps.

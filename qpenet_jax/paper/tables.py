@@ -4,8 +4,9 @@ First what finished runs measured, then the content of a table, as its JSON file
 it, then the Markdown page.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +17,7 @@ from qpenet_jax.evaluation import metrics
 from qpenet_jax.evaluation.compare import episode_scores
 from qpenet_jax.evaluation.metrics import Scores
 from qpenet_jax.evaluation.report import RESULTS, with_interval
-from qpenet_jax.models.qpenet import QPENet
-from qpenet_jax.models.variants import VARIANTS
-from qpenet_jax.paper.plan import TICKS, Plan, PlannedRun, paper_results
+from qpenet_jax.paper.plan import VARIANT_RESULTS, Plan, PlannedRun, paper_results
 from qpenet_jax.runs.folder import INPUTS_FILE, read_json
 
 OF_VARIANTS = (
@@ -33,11 +32,11 @@ OF_FOLDS = (
 
 ORDER = "## Does the paper's order hold? Paired differences on the same episodes"
 
-GENERATED = {"version", "text", "training images", "validation images"}
+OF_SEED = {"version", "text", "training images", "validation images"}
 """What may differ between training seeds: generated images depend on the seed."""
 
 OF_FOLD = {"fold", "classes", "text", "backbone weights"}
-"""What may differ between the rows and folds of Tables I and II."""
+"""What may differ between backbones and folds."""
 
 APART = 10**9
 """Larger than any seed or image number, so that those of two training seeds differ."""
@@ -111,31 +110,27 @@ def measured(
     Raises:
         InputError: found and others have no episode in common.
     """
-    pool, other = pooled(found), pooled(others) if others else None
-    estimates = {
-        name: metrics.estimate_difference(pool, other, ids)
-        if other
-        else metrics.estimate(pool, ids)
-        for name, ids in found[0].classes.items()
+    estimate = metrics.estimate_difference if others else metrics.estimate
+    pools = [pooled(one) for one in (found, others) if one]
+    estimates = [estimate(*pools, ids) for ids in found[0].classes.values()]
+    intervals = [*(one.miou for one in estimates), estimates[0].fb_iou]
+    means = np.array([[*one.means.values()] for one in found])
+    if others:
+        means -= [[*one.means.values()] for one in others]
+    return {
+        name: _rounded(100 * np.array(interval), by_seed)
+        for name, interval, by_seed in zip(
+            found[0].means, intervals, means.T, strict=True
+        )
     }
-    intervals = {name: of.miou for name, of in estimates.items()}
-    intervals["FB-IoU"] = estimates["mIoU"].fb_iou
-    measures = {}
-    for name, interval in intervals.items():
-        by_seed = np.array([one.means[name] for one in found])
-        if others:
-            by_seed -= [other.means[name] for other in others]
-        measures[name] = _rounded(100 * np.array(interval), by_seed)
-    return measures
 
 
 def mean_over_folds(folds: Sequence[Measured]) -> Measured:
     """Returns the mean of the folds; its interval takes the folds for independent."""
     values = np.array([fold["ours"] for fold in folds])
-    low, high = np.transpose([fold["interval"] for fold in folds])
-    value, count = values.mean(), len(folds)
-    below, above = math.dist(values, low) / count, math.dist(values, high) / count
-    by_seed = np.mean([fold["by_seed"] for fold in folds], axis=0)
+    ends = np.transpose([fold["interval"] for fold in folds])
+    below, above = (math.dist(values, end) / len(folds) for end in ends)
+    value, by_seed = values.mean(), np.mean([fold["by_seed"] for fold in folds], axis=0)
     return _rounded([value, value - below, value + above], by_seed)
 
 
@@ -153,10 +148,10 @@ def verdict(paper: float, interval: Sequence[float], by_seed: Sequence[float]) -
     contains 0, or if the training seeds do not agree on the sign: the interval knows
     nothing of other training runs.
     """
-    low, high = interval
-    if low <= 0 <= high or min(by_seed) <= 0 <= max(by_seed):
-        return "undecided"
-    return "holds" if (low > 0) == (paper > 0) else "contrary"
+    signed = np.sign(paper) * np.array([*interval, *by_seed])
+    if (signed > 0).all():
+        return "holds"
+    return "contrary" if (signed < 0).all() else "undecided"
 
 
 # The content.
@@ -184,32 +179,32 @@ def table_content(plan: Plan, runs: Sequence[PlannedRun]) -> dict[str, Any]:
 
 
 def _section(plan: Plan, runs: Sequence[PlannedRun], shots: int) -> dict[str, Any]:
-    found: dict[str, dict[int, list[Found]]] = {}
-    for run in runs:
-        folds = found.setdefault(run.row, {})
-        folds.setdefault(run.config.dataset.fold, []).append(found_in(run, shots))
-    groups = [group for folds in found.values() for group in folds.values()]
-    for of_seed in zip(*groups, strict=True):
-        free = set() if plan.of_variants else OF_FOLD
-        _check_alike(of_seed, free, "the rows of a training seed")
-    _check_alike(groups[0], GENERATED, "the training seeds")
+    rows: dict[str, dict[int, list[Found]]] = {}
+    found = [found_in(run, shots) for run in runs]
+    for run, one in zip(runs, found, strict=True):
+        folds = rows.setdefault(run.row, {})
+        folds.setdefault(run.config.dataset.fold, []).append(one)
+    _check_alike(runs, found)
     return {
-        "protocol": groups[0][0].facts["text"],
-        "rows": {row: _row(plan, shots, row, folds) for row, folds in found.items()},
-        "differences": _differences(plan, found) if plan.of_variants else {},
+        "protocol": found[0].facts["text"],
+        "rows": {row: _row(plan, shots, row, folds) for row, folds in rows.items()},
+        "differences": _differences(plan, rows) if plan.of_variants else {},
     }
 
 
-def _check_alike(found: Iterable[Found], free: set[str], what: str) -> None:
-    """Refuses results whose protocols or inputs differ in more than `free`."""
-    first, *others = (one.facts for one in found)
-    for facts in others:
-        keys = (first.keys() | facts.keys()) - free
-        if differ := sorted(k for k in keys if first.get(k) != facts.get(k)):
-            raise InputError(
-                f"{what} were not trained and scored alike ({', '.join(differ)} "
-                "differ): choose a new --workdir"
-            )
+def _check_alike(runs: Sequence[PlannedRun], found: Sequence[Found]) -> None:
+    """Refuses runs of other protocols or inputs than those before them."""
+    before: dict[Any, Any] = {}
+    for run, one in zip(runs, found, strict=True):
+        trained = run.config
+        place = trained.backbone.name, trained.dataset.fold
+        for name, value in one.facts.items():
+            key = name, name in OF_SEED and trained.seed, name in OF_FOLD and place
+            if before.setdefault(key, value) != value:
+                raise InputError(
+                    f"{run.folder} and the runs before it were not trained and scored "
+                    f"alike ({name} differs): choose a new --workdir"
+                )
 
 
 def _row(
@@ -220,11 +215,11 @@ def _row(
     columns: dict[str, Measured] = {}
     if not plan.of_variants:
         columns = {f"Fold-{fold}": of["mIoU"] for fold, of in of_folds.items()}
-    for measure in next(iter(of_folds.values())):
-        columns[measure] = mean_over_folds([of[measure] for of in of_folds.values()])
-    for column, value in paper_results(plan.table, shots, row).items():
-        if column in columns:
-            columns[column]["paper"] = value
+    for name in next(iter(of_folds.values())):
+        columns[name] = mean_over_folds([of[name] for of in of_folds.values()])
+    for name, value in paper_results(plan.table, shots, row).items():
+        if name in columns:
+            columns[name]["paper"] = value
     return columns
 
 
@@ -239,13 +234,13 @@ def _differences(
     pairs = [(name, "full") for name in rows if "full" in found]
     pairs += zip(rows[1:], rows[:-1], strict=True)
     differences = {}
-    for a, b in pairs:
-        ours, theirs = (next(iter(found[row].values())) for row in (a, b))
-        of_a, of_b = (paper_results(plan.table, 1, row) for row in (a, b))
-        differences[f"{a} - {b}"] = measured(ours, theirs)
-        for name, value in differences[f"{a} - {b}"].items():
-            given = name if name in of_a else "mIoU"
-            paper = value["paper"] = round(of_a[given] - of_b[given], 1)
+    for pair in pairs:
+        first, second = (next(iter(found[row].values())) for row in pair)
+        papers = [paper_results(plan.table, 1, row) for row in pair]
+        differences[" - ".join(pair)] = row = measured(first, second)
+        for name, value in row.items():
+            a, b = (paper.get(name, paper["mIoU"]) for paper in papers)
+            paper = value["paper"] = round(a - b, 1)
             value["order"] = verdict(paper, value["interval"], value["by_seed"])
     return differences
 
@@ -269,7 +264,7 @@ def page(content: Mapping[str, Any]) -> str:
             parts += [ORDER, _orders_table(section["differences"])]
     steps = ", ".join(map(str, content["steps"]))
     parts += [
-        OF_VARIANTS if table in TICKS else OF_FOLDS,
+        OF_VARIANTS if table in VARIANT_RESULTS else OF_FOLDS,
         f"Means over {len(seeds)} training seed(s) ({', '.join(map(str, seeds))}). In "
         "brackets: 95 % intervals over query images (Bayesian bootstrap), which say "
         "nothing about other training runs. ±: standard deviation over the seeds.",
@@ -281,16 +276,19 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def _rows_table(table: str, rows: Mapping[str, Mapping[str, Measured]]) -> str:
-    ticks = TICKS.get(table, {})
-    header, body = ["row", *ticks], []
-    for column, value in next(iter(rows.values())).items():
-        header += [column, "paper"] if "paper" in value else [column]
+    ticks = {name: row[-1] for name, row in VARIANT_RESULTS.get(table, {}).items()}
+    parts = list(dict.fromkeys(itertools.chain(*ticks.values())))
+    papers = {
+        c for row in rows.values() for c, value in row.items() if "paper" in value
+    }
+    header, body = ["row", *parts], []
+    for column in next(iter(rows.values())):
+        header += [column, "paper"] if column in papers else [column]
     for name, row in rows.items():
-        net = QPENet(**VARIANTS[name].fields) if ticks else None
-        cells = [name, *("✓" if has(net) else "" for has in ticks.values())]
-        for value in row.values():
+        cells = [name, *("✓" if part in ticks[name] else "" for part in parts)]
+        for column, value in row.items():
             cells.append(_cell(value))
-            cells += [str(value["paper"])] if "paper" in value else []
+            cells += [str(value.get("paper", ""))] if column in papers else []
         body.append(cells)
     return markdown.table(header, body)
 
