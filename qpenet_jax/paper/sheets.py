@@ -137,7 +137,7 @@ class Sheet(NamedTuple):
     missing: str = ""
 
 
-SHARED = ("support", "query", "truth", "cosine")
+SHARED: Sequence[str] = ("support", "query", "truth", "cosine")
 """Columns that the runs share: what was given, and the baseline's prediction."""
 
 SHEETS = {

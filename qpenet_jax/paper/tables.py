@@ -110,9 +110,13 @@ def measured(
     Raises:
         InputError: found and others have no episode in common.
     """
-    estimate = metrics.estimate_difference if others else metrics.estimate
-    pools = [pooled(one) for one in (found, others) if one]
-    estimates = [estimate(*pools, ids) for ids in found[0].classes.values()]
+    pool, other = pooled(found), pooled(others) if others else None
+    estimates = [
+        metrics.estimate_difference(pool, other, ids)
+        if other
+        else metrics.estimate(pool, ids)
+        for ids in found[0].classes.values()
+    ]
     intervals = [*(one.miou for one in estimates), estimates[0].fb_iou]
     means = np.array([[*one.means.values()] for one in found])
     if others:
