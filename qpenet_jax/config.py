@@ -48,11 +48,14 @@ SPLITS = ("pascal", "coco_fwb", "coco_panet", "blocks", "strided", "named")
 
 AUGMENT_ON = ("auto", "device", "host")
 
+LAST = "last"
+"""The selection that takes the latest checkpoint; the others take their best."""
+
 SELECTION = {
     "base": "best of the run by mIoU on base classes of the val split",
     "novel": "best of the run by mIoU on the novel classes: this leaks them (the "
     "field's custom)",
-    "last": "the last of the run",
+    LAST: "the last of the run",
 }
 """What `select_on` may be, in the words of the results."""
 

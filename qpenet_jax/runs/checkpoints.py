@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as policies
 
+from qpenet_jax.config import LAST
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import write_whole
@@ -33,9 +34,6 @@ DAMAGED = "damaged"
 
 HASHES = "sha256"
 """The entry of a step's metadata with the hash of each item, by its name."""
-
-LAST = "last"
-"""The selection that takes the latest checkpoint; the others take their best."""
 
 Scores = dict[int, dict[str, float]]
 

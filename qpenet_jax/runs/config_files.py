@@ -57,7 +57,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         )
         rest = values(argv)
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(_one_line(error)) from None
+        raise InputError(str(error)) from None
     if len(rest) > 1:
         raise InputError(
             f"unknown argument {rest[1]!r}: fields are changed by --config.x=y"
@@ -148,7 +148,7 @@ def _errors_with_line(path: Path) -> Iterator[None]:
     except Exception as error:
         place = _place(path, error)
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        raise InputError(f"{place}: {kind}{_one_line(error)}") from error
+        raise InputError(f"{place}: {kind}{error}") from error
 
 
 def _place(path: Path, error: Exception) -> str:
@@ -160,7 +160,3 @@ def _place(path: Path, error: Exception) -> str:
         if Path(frame.filename).resolve().is_relative_to(folder)
     ]
     return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else str(path)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

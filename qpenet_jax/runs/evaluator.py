@@ -213,13 +213,8 @@ class Evaluator:
         return results.get("step") if same else None
 
     def report(self) -> str:
-        """Returns the last results as text: the table beside their references.
-
-        Of several processes only the first, which has written them, knows it.
-        """
-        if not cluster.is_first():
-            return ""
-        return (self.folder / TABLE).read_text(encoding="utf-8")
+        """Returns the last results as text: the table beside their references."""
+        return cluster.by_first(lambda: (self.folder / TABLE).read_text("utf-8"))
 
     def _predictor(self, params: PyTree[Array]) -> Predictor:
         return build.build_predictor(self.config, one_copy(params), self.weights)

@@ -10,7 +10,7 @@ from typing import Any
 from jaxtyping import Array, PyTree
 
 from qpenet_jax.backbones.precision import resolve_dtype
-from qpenet_jax.config import flat, selections
+from qpenet_jax.config import LAST, flat, selections
 from qpenet_jax.core import cluster
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.types import SegmentationDataset, values_hash
@@ -192,23 +192,17 @@ def open_run(
     if (folder / OWN_BACKBONE).exists():
         config.backbone.weights = str(folder / OWN_BACKBONE)
     config = complete(_moved(config, overrides))
-    model = folder / MODEL_FILE
-    if model.exists():
-        facts = read_facts(model)
-        check_choice(
-            f"{folder} holds no checkpoint by ",
-            selection or facts.selection,
-            [facts.selection],
-        )
-        params = read_params(model, params_like(config))
-        return TrainedRun(folder, config, params, facts.step)
+    model, like = folder / MODEL_FILE, params_like(config)
+    facts = read_facts(model) if model.exists() else None
+    kept = [facts.selection] if facts else [*selections(config), LAST]
+    chosen = selection or kept[0]
+    check_choice(f"{folder} kept no checkpoint by ", chosen, dict.fromkeys(kept))
+    if facts:
+        return TrainedRun(folder, config, read_params(model, like), facts.step)
     # Here: Orbax takes half a second, and models of one file do without it.
-    from qpenet_jax.runs.checkpoints import LAST, restore_params
+    from qpenet_jax.runs.checkpoints import restore_params
 
-    kept = dict.fromkeys([*selections(config), LAST])
-    chosen = selection or selections(config)[0]
-    check_choice(f"{folder} kept no checkpoint by ", chosen, kept)
-    params, step = restore_params(folder, params_like(config), chosen)
+    params, step = restore_params(folder, like, chosen)
     return TrainedRun(folder, config, params, step)
 
 

@@ -5,38 +5,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
 from flax.traverse_util import flatten_dict
 
 from qpenet_jax.backbones.convert import save_weights
 from qpenet_jax.backbones.torch_files import Tensors, read_tensors
 from qpenet_jax.backbones.torch_layout import check_tensors, to_flax, under_prefix
-from qpenet_jax.config import default_config
+from qpenet_jax.config import default_config, selections
 from qpenet_jax.core.choices import CHECKPOINT_DATASETS
 from qpenet_jax.core.errors import InputError, check_choice
 from qpenet_jax.core.files import local_path, new_folder
-from qpenet_jax.core.types import TrainState
 from qpenet_jax.evaluation.report import write_json
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.recipes import for_coco, for_released
 from qpenet_jax.runs.build import complete, params_like
-from qpenet_jax.runs.checkpoints import open_checkpoints
 from qpenet_jax.runs.config_files import override
 from qpenet_jax.runs.folder import (
     CONFIG_FILE,
-    INPUTS_FILE,
     OWN_BACKBONE,
     WEIGHTS,
     weights_hash,
 )
+from qpenet_jax.runs.published import MODEL_FILE, Facts, write_model
 
 STEM = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7": "bn3"}
 """Names of the deep stem's layers by their place in the authors' layer0."""
 
 SOURCE = "checkpoint"
-"""Entry of INPUTS_FILE: the file's name; its hash is in OWN_BACKBONE."""
+"""Entry of a run's inputs: the file's name; its hash is in OWN_BACKBONE."""
 
 
 def import_checkpoint(
@@ -47,7 +42,7 @@ def import_checkpoint(
     dataset: str = "pascal",
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Makes a run of a checkpoint of the authors' network and returns its folder.
+    """Makes a published run of the authors' checkpoint and returns its folder.
 
     The run holds the checkpoint's own backbone: batch norm was not always frozen when
     it was trained. `overrides` are fields of the config, such as
@@ -72,8 +67,12 @@ def import_checkpoint(
             raise InputError(
                 f"{source} is no checkpoint of the released QPENet: {error}"
             ) from None
-        params = jax.device_put(state_dict.to_params(head))
-        _write(made, config, params, weights, source)
+        name = config.backbone.name
+        save_weights(made / OWN_BACKBONE, name, weights, source)
+        inputs = {WEIGHTS: weights_hash(weights), SOURCE: source.name}
+        facts = Facts(0, selections(config)[0], inputs)
+        write_model(made / MODEL_FILE, state_dict.to_params(head), "float32", facts)
+        write_json(made / CONFIG_FILE, json.loads(config.to_json()))
     return folder
 
 
@@ -109,14 +108,3 @@ def _check_head(head: Tensors, params: Any) -> None:
         for name, path in state_dict.names().items()
     }
     check_tensors("the tensors beside its backbone", expected, head)
-
-
-def _write(folder: Path, config: Any, params: Any, weights: Any, source: Path) -> None:
-    name = config.backbone.name
-    save_weights(folder / OWN_BACKBONE, name, weights, source)
-    with open_checkpoints(folder) as checkpoints:
-        start = jnp.zeros((), jnp.int32)
-        checkpoints.save(TrainState(start, params, optax.EmptyState()))
-    inputs = {WEIGHTS: weights_hash(weights), SOURCE: source.name}
-    write_json(folder / INPUTS_FILE, inputs)
-    write_json(folder / CONFIG_FILE, json.loads(config.to_json()))
