@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from commands import ROOT, SHRUNK, overrides
 
 from qpenet_jax.backbones.registry import weight_shapes
-from qpenet_jax.config import default_config
 from qpenet_jax.core.types import Episode, TrainState
 from qpenet_jax.runs.build import (
     build_backbone,
@@ -18,25 +18,18 @@ from qpenet_jax.runs.build import (
     params_like,
 )
 from qpenet_jax.runs.checkpoints import open_checkpoints
+from qpenet_jax.runs.config_files import load_config
 from qpenet_jax.runs.folder import WEIGHTS, claim, weights_hash
 from qpenet_jax.training.train import build_state, build_train_step
 
 STEP = 3
-SIDE = 65
+SIDE = SHRUNK["side"]
 
 
 def small_config():
-    """A network of 16 channels over EfficientNet-Lite0 at 65 pixels, on shapes."""
-    config = default_config()
-    config.dataset.kind, config.dataset.name = "shapes", "Shapes"
-    config.dataset.side = config.side = SIDE
-    config.dataset.train_images, config.dataset.val_images = 60, 40
-    config.dataset.min_pixels, config.dataset.on_few = 64, "drop"
-    config.backbone.name, config.backbone.weights = "efficientnet_lite0", ""
-    config.model.channels = 16
-    config.select_on = "last"
-    config.eval.protocol, config.eval.episodes = "default", 6
-    return complete(config)
+    """The quick start, shrunk: EfficientNet-Lite0 on shapes, and 16 channels."""
+    fields = SHRUNK | {"model__shared_reducer": False, "recipe": "stable"}
+    return complete(load_config(ROOT / "configs/quickstart.py", overrides(**fields)))
 
 
 def random_params(config):
