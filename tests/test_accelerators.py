@@ -13,34 +13,21 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from qpenet_jax.benchmark import jax_side
+from qpenet_jax.benchmark.made_up import made_up_episodes
 from qpenet_jax.benchmark.settings import Case
-from qpenet_jax.core.types import Episode
 from qpenet_jax.models import ops
-
-B, K, SIDE = 4, 1, 473
 
 
 def exported(what, platform, dtype="float32"):
     """Return the step's text; nothing is computed, and no array is made."""
-    case = Case(what, batch=B, shots=K, size=SIDE, dtype=dtype)
-
-    def abstract(*shape):
-        return jax.ShapeDtypeStruct(shape, np.uint8)
-
-    batch = Episode(
-        abstract(B, SIDE, SIDE, 3),
-        abstract(B, SIDE, SIDE),
-        abstract(B, K, SIDE, SIDE, 3),
-        abstract(B, K, SIDE, SIDE),
+    case = Case(what, batch=4, shots=1, size=473, dtype=dtype)
+    inputs = jax.eval_shape(
+        lambda: jax_side.inputs_of(
+            case, jax_side.random_weights(case), made_up_episodes(case)
+        )
     )
-    weights = jax.eval_shape(lambda: jax_side.random_weights(case))
-
-    def step(weights, batch):
-        inputs = jax_side.inputs_of(case, weights, batch)
-        return jax_side.step_of(case)(*inputs)
-
     export = jax.export.export(
-        jax.jit(step),
+        jax.jit(jax_side.step_of(case)),
         platforms=(platform,),
         # Their meaning may change with JAX's version; these aren't kept.
         disabled_checks=[
@@ -48,7 +35,7 @@ def exported(what, platform, dtype="float32"):
             for name in ("", "Backward")
         ],
     )
-    lines = export(weights, batch).mlir_module().splitlines()
+    lines = export(*inputs).mlir_module().splitlines()
     # Where operations come from is no part of the step, and names this file's tests.
     return "\n".join(line for line in lines if not line.startswith("#loc"))
 

@@ -179,7 +179,7 @@ COUNTS = {
     "resnet101": 27_494_016,
     "resnet50_deepstem": 8_651_584,
     "resnet101_deepstem": 27_617_600,
-    "efficientnet_lite0": 2_336_304,  # checked against the wheel in test_weights.py
+    "efficientnet_lite0": 2_336_304,
 }
 
 

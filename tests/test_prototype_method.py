@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -72,27 +73,28 @@ def test_predict_needs_no_run(tmp_path, capsys):
 
 def test_the_weights_of_a_backbone_may_be_given(segmenter, tmp_path):
     file = tmp_path / "w.safetensors"
-    (tmp_path / "source").write_bytes(b"x")
-    params = load_weights(DEFAULT_BACKBONE)
-    arrays = jax.tree.map(np.asarray, params)
-    save_weights(file, DEFAULT_BACKBONE, arrays, tmp_path / "source")
+    arrays = jax.tree.map(np.asarray, load_weights(DEFAULT_BACKBONE))
+    save_weights(file, DEFAULT_BACKBONE, arrays, source=Path(__file__))
     image, mask = picture(50, 64)
     own = load(backbone=DEFAULT_BACKBONE, weights=file, overrides=OVERRIDES)
     np.testing.assert_array_equal(
         own(image, image, mask), segmenter(image, image, mask)
     )
-    with pytest.raises(InputError, match="needs a weight file"):
-        load(method="prototype", backbone="resnet50")
-    with pytest.raises(InputError, match="unknown backbone"):
-        load(method="prototype", backbone="resnet")
-    with pytest.raises(
-        InputError, match="method 'sam': choose starter, qpenet, prototype"
-    ):
-        load(method="sam")
-    with pytest.raises(InputError, match="method qpenet needs the folder"):
-        load(method="qpenet")
-    with pytest.raises(InputError, match=r"no such config field: sidee"):
-        load(method="prototype", overrides=["--config.sidee=65"])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("prototype", {"backbone": "resnet50"}, "needs a weight file"),
+        ("prototype", {"backbone": "resnet"}, "unknown backbone"),
+        ("prototype", {"overrides": ["--config.sidee=65"]}, "no such .* field: sidee"),
+        ("qpenet", {}, "method qpenet needs the folder"),
+        ("sam", {}, "method 'sam': choose starter, qpenet, prototype"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(method, options, message):
+    with pytest.raises(InputError, match=message):
+        load(method=method, **options)
 
 
 def test_it_takes_the_backbone_of_a_run(segmenter):

@@ -92,12 +92,6 @@ def test_training_reaches_every_parameter_through_dropout(train, params):
     assert np.abs(out["P_pre"] - other_out["P_pre"]).max() > 1e-2
 
 
-def test_masks_that_do_not_fit_are_refused(evaluate, params):
-    support, masks, query = draw_episodes(1)
-    with pytest.raises(ValueError, match="32 x 49 do not fit"):
-        jax.eval_shape(evaluate, params, support, masks[:, :, :-1], query)
-
-
 def test_parameters_of_other_features_are_refused_as_flax_does(evaluate, params):
     supports, masks, query = draw_episodes(1)
     wider = [np.concatenate([f, f], axis=-1) for f in (supports, query)]

@@ -107,50 +107,37 @@ class Oracle:
         )
 
 
-THEIRS = {"y_init": "y_aux", "P_alpha": "P_main", "P_beta": "P_aux"}
-COSINES = {
-    "cos_delta_gamma": ("delta", "gamma"),
-    "cos_alpha_pre_beta": ("main", "pre", "aux"),
-}
+def named(support, query, logits, out, masked):
+    """Return all values by the oracle's names."""
+    A_q, A_s = (f"cos_{n}" for n in ("alpha_pre_beta", "delta_gamma"))
+    found = out | {
+        "logits": logits,
+        "y_init": out["y_aux"],
+        "P_alpha": out["P_main"],
+        "P_beta": out["P_aux"],
+        A_q: jnp.stack([out[f"A_{n}"] for n in ("main", "pre", "aux")], axis=-1),
+        A_s: jnp.stack([out[f"A_{n}"] for n in ("delta", "gamma")], axis=-1),
+        "gate": out["gate"].reshape(len(logits), 1, 1, -1),
+        "query.layer4": masked[0],
+        "support.layer4_masked": masked[1],
+    }
+    for image, maps in (("query", query), ("support", support[:, 0])):
+        found[f"{image}.layer2"] = maps[..., 1024:]
+        found[f"{image}.layer3"] = maps[..., :1024]
+    of_supports = {"F_s", "G", "y_rev", "y_bg_s"} & out.keys()
+    return found | {name: out[name][:, 0] for name in of_supports}  # K = 1
 
 
-def ours(name, support, query, logits, out, masked):
-    """Return what the oracle calls `name`, NCHW as there."""
-    if name == "logits":
-        found = logits
-    elif name in COSINES:
-        found = jnp.stack([out[f"A_{n}"] for n in COSINES[name]], axis=-1)
-    elif "." in name:
-        image, stage = name.split(".")
-        maps = query if image == "query" else support[:, 0]
-        found = {
-            "layer2": maps[..., 1024:],
-            "layer3": maps[..., :1024],
-            "layer4": masked[0],
-            "layer4_masked": masked[1],
-        }[stage]
-    else:
-        found = out[THEIRS.get(name, name)]
-    found = np.asarray(found)
-    if name in ("F_s", "G", "y_rev", "gate", "y_bg_s"):
-        found = found[:, 0]  # K = 1
-    return np.moveaxis(found, -1, 1) if found.ndim == 4 else found
+def as_stored(found, shape):
+    """Return a tensor as the oracle holds it: NCHW, every so many entries per axis."""
+    found = np.moveaxis(found, -1, 1) if found.ndim == 4 else np.asarray(found)
+    steps = (-(-n // m) for n, m in zip(found.shape, shape, strict=True))
+    return found[tuple(slice(None, None, step) for step in steps)]
 
 
-def thinned(found, stored, name):
-    """Take the entries of a tensor that the oracle holds."""
-    if name == "gate":
-        return found.reshape(stored.shape)
-    if found.shape == stored.shape:
-        return found
-    if name == "logits":
-        return found[:, :, ::4, ::4]
-    every = found.shape[1] // stored.shape[1]
-    if found.ndim == 3:
-        tokens = 4 if "token" not in name and found.shape[1] > 1000 else every
-        return found[:, ::tokens, :: found.shape[2] // stored.shape[2]]
-    cells = -(-found.shape[2] // stored.shape[2])
-    return found[:, ::every, ::cells, ::cells]
+def assert_near(found, stored, name):
+    bound = ROUNDING * max(1, np.abs(stored).max())
+    np.testing.assert_allclose(found, stored, rtol=0, atol=bound, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -169,20 +156,18 @@ def test_every_intermediate_of_the_released_model(oracle, name):
 
     M_s = out["M_s"][:, 0, ..., None].astype(jnp.float32)
     masked = layer4(query[..., :1024]), layer4(support[:, 0, ..., :1024] * M_s)
-    for key in case:
-        if not key.startswith("out.") or key.startswith(("out.loss", "out.mask")):
+    values = named(support, query, logits, out, masked)
+    for key, stored in case.items():
+        what = key.removeprefix("out.")
+        if what in (key, "mask", "predicted") or what.startswith("loss"):
             continue
-        what, stored = key.removeprefix("out."), case[key]
-        if what == "predicted":
-            continue
-        found = thinned(ours(what, support, query, logits, out, masked), stored, what)
+        found = as_stored(values[what], stored.shape)
         if stored.dtype == bool:
             np.testing.assert_array_equal(found, stored, what)
         elif what in ("logits", "y_final"):
             np.testing.assert_allclose(found, stored, rtol=0, atol=5e-5, err_msg=what)
         else:
-            bound = ROUNDING * max(1, np.abs(stored).max())
-            np.testing.assert_allclose(found, stored, rtol=0, atol=bound, err_msg=what)
+            assert_near(found, stored, what)
     mask = case["out.predicted" if "out.predicted" in case else "out.mask"]
     np.testing.assert_array_equal(np.packbits(predicted(logits), axis=-1), mask)
 
@@ -201,8 +186,7 @@ def test_the_head_from_the_released_models_features(oracle):
         oracle.params, support[:, None], query
     )
     for name in ("F_q", "T0", "pos", "T", "V"):
-        bound = ROUNDING * max(1, np.abs(nhwc(name)).max())
-        np.testing.assert_allclose(out[name], nhwc(name), rtol=0, atol=bound)
+        assert_near(out[name], nhwc(name), name)
     found = np.moveaxis(np.asarray(logits), -1, 1)
     np.testing.assert_allclose(found, case["out.logits"], rtol=0, atol=ROUNDING)
 

@@ -17,7 +17,7 @@ from equations import FEATURES, draw_params
 from qpenet_jax.backbones.registry import Backbone
 from qpenet_jax.core.types import Episode
 from qpenet_jax.data.episode_lists import FrozenEpisodes
-from qpenet_jax.data.episodes import EpisodeIds, EpisodeSampler
+from qpenet_jax.data.episodes import EpisodeSampler
 from qpenet_jax.data.loader import load_episode
 from qpenet_jax.data.sources.shapes import Shapes
 from qpenet_jax.data.transforms import binary_mask
@@ -37,21 +37,11 @@ from qpenet_jax.training.step import episode_features
 SIDE, CLASSES = 33, (1, 2, 3)
 
 
-def draw_ids(count, shots=2, images=12, seed=0):
-    """Return episodes of random images; class c has those with i % 3 == c - 1."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for index in range(count):
-        class_id = int(rng.integers(1, 4))
-        members = np.arange(class_id - 1, images, 3)
-        query, *supports = rng.choice(members, shots + 1, replace=False).tolist()
-        found.append(EpisodeIds(index, query, class_id, tuple(supports)))
-    return found
-
-
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3, 5, 12, 100])
 def test_what_stays_is_what_was_used_last(capacity):
-    episodes = draw_ids(100)
+    counts = np.eye(4, dtype=int)[1 + np.arange(12) % 3]  # 12 images of three classes
+    sampler = EpisodeSampler(counts, CLASSES, shots=2, seed=0, min_pixels=1)
+    episodes = [sampler(i) for i in range(100)]
     plan = plan_episodes(episodes, capacity)
     assert sorted(planned.position for planned in plan) == list(range(100))
     sought = [(planned.ids.class_id, planned.ids.query) for planned in plan]

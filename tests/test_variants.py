@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import tiny_config
@@ -15,6 +14,7 @@ from equations import (
     check,
     draw_episodes,
     draw_params,
+    normal,
     shapes,
 )
 from untrained import traced_step
@@ -142,13 +142,9 @@ def test_dropout_reaches_every_head_of_fem():
         rngs = {"dropout": key}
         return model.apply({"params": params}, *episodes, train=True, rngs=rngs)[1]
 
-    one, two = run(jax.random.key(0)), run(jax.random.key(1))
-    for mine, others in zip(
-        [one["y_final"], *one["y_inner"]],
-        [two["y_final"], *two["y_inner"]],
-        strict=True,
-    ):
-        assert np.abs(mine - others).max() > 1e-3
+    outs = (run(jax.random.key(n)) for n in (0, 1))
+    for one, two in zip(*([x["y_final"], *x["y_inner"]] for x in outs), strict=True):
+        assert np.abs(one - two).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -157,30 +153,17 @@ def test_dropout_reaches_every_head_of_fem():
 )
 def test_adaptive_pooling_is_the_mean_of_every_window(grids):
     source, target = grids
-    x = np.random.default_rng(0).normal(size=(2, *source, 3)).astype(np.float32)
+    x = normal(2, *source, 3)
     pooled = adaptive_average_pool(x, target)
     for b in range(2):
         np.testing.assert_allclose(pooled[b], adaptive_pool(x[b], target), atol=1e-6)
 
 
-def test_prior_of_a_support_that_is_the_query_peaks_where_it_was_marked():
-    """The cosine of a cell to itself is 1; orthogonal cells stay at 0."""
-    features = np.eye(6, dtype=np.float32).reshape(1, 2, 3, 6)
-    mask = np.array([[[[True, False, False], [False, True, False]]]])
-    prior = prior_mask(features[None], mask, features)
-    np.testing.assert_allclose(prior[0], mask[0, 0], atol=1e-6)
-    np.testing.assert_array_equal(prior_mask(features[None], mask & False, features), 0)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_prior_is_the_same_off_the_cpu(share):
     """What a CPU computes from the foreground's cells, others do from all at once."""
-    rng = np.random.default_rng(0)
-    support, query = (
-        jnp.asarray(rng.normal(size=(1, *grid, 16)), jnp.float32)
-        for grid in ((1, 40, 25), (7, 10))
-    )
-    mask = jnp.asarray(rng.random((1, 1, 40, 25)) < share)
+    support, query = normal(1, 1, 40, 25, 16), normal(1, 7, 10, 16, seed=1)
+    mask = np.random.default_rng(2).random((1, 1, 40, 25)) < share
     in_blocks = prior_mask(support, mask, query)
     with only_defaults(True):
         np.testing.assert_allclose(
