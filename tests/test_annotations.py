@@ -139,7 +139,7 @@ def test_the_label_of_a_json_file_is_chosen_by_the_name(photo):
     assert read(photo, marks, "dog").mask.sum() == 100
     refused(photo, marks, "has the labels cat, dog, nose: choose one")
     refused(photo, marks, "no label 'cow' in this photo, but cat, dog, nose", "cow")
-    drawn = "shape 1 of the label nose can't be drawn (a point has no area)"
+    drawn = "shape 3, of the label nose, can't be drawn (a point has no area)"
     refused(photo, marks, drawn, "nose")
 
 

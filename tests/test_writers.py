@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 
 from qpenet_jax import InputError
 from qpenet_jax.masks.coco_json import polygons
-from qpenet_jax.masks.labelme import draw_shapes
+from qpenet_jax.masks.labelme import labelme_marks
 from qpenet_jax.masks.polygons import fill, outlines
 from qpenet_jax.masks.queries import find_queries, frames
 from qpenet_jax.masks.tasks import Tasks, Tiles, compete, probability, tiled
@@ -103,7 +103,10 @@ def labelme_masks(out, photo, size):
     for number, label in enumerate(COLOURS, 1):
         shapes = [s for s in content["shapes"] if s["label"] == label]
         assert {s["group_id"] for s in shapes} <= {number, None}
-        found.append(draw_shapes(path, shapes, size))
+        drawn = [
+            draw() for name, draw in labelme_marks(path, content, size) if name == label
+        ]
+        found.append(np.any([np.zeros(size, bool), *drawn], axis=0))
     return found
 
 

@@ -16,7 +16,6 @@ from jaxtyping import Bool, UInt8
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import image_size, read_image
 from qpenet_jax.data.transforms import nearest
-from qpenet_jax.demo.grabcut import object_around
 from qpenet_jax.evaluation.pictures import RGB, SUPPORT
 
 
@@ -133,17 +132,3 @@ def check_number(files: Sequence[Path]) -> None:
             f"{len(files)} photos to mark: give {MOST_SUPPORTS} at most, and the "
             "others as photos to segment"
         )
-
-
-def add_object(file: Path, value: EditorValue) -> dict[str, Any]:
-    """Returns `editor_value` with the object marked of which some pixels are painted.
-
-    Raises:
-        InputError: a file that `read_photo` refuses.
-    """
-    mask = read_marks(value)
-    if mask is not None:
-        picture = shrunk(read_photo(file), CANVAS)
-        touched = nearest(mask.astype(np.uint8), *picture.shape[1::-1]) == 1
-        mask = object_around(picture, touched)
-    return editor_value(file, mask)

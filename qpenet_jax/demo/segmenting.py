@@ -18,12 +18,14 @@ import PIL.Image
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.sources.shapes import Shapes
+from qpenet_jax.data.transforms import nearest
+from qpenet_jax.demo.grabcut import object_around
 from qpenet_jax.demo.intermediates import intermediate_pictures
 from qpenet_jax.demo.photos import (
+    CANVAS,
     EditorValue,
     Picture,
     SupportPhoto,
-    add_object,
     check_number,
     editor_value,
     read_marks,
@@ -122,9 +124,7 @@ def _probability(name: str, pixels: RGB, found: Segmentation) -> Picture:
 
 def _percent(where) -> str:
     share = 100 * float(np.mean(where))
-    return (
-        f"{share:.0f} % of the photo" if share >= 1 else f"{share:.1f} % of the photo"
-    )
+    return f"{share:.{int(share < 1)}f} % of the photo"
 
 
 CHOSEN = ("hexagon", "disc", "star")
@@ -137,28 +137,6 @@ EXAMPLE_SUPPORTS, EXAMPLE_QUERIES = 3, 4
 
 LEAST = 0.05
 """Share of its picture that a shape covers."""
-
-
-def write_example(
-    name: str, folder: Path
-) -> tuple[list[Path], list[dict[str, Any]], list[Path]]:
-    """Writes an example's pictures of shapes into a folder, drawn on the spot.
-
-    Returns pictures in which the shape `name`, one of `CHOSEN`, is to be marked, their
-    editors' values with it marked, and pictures to segment: the first in which it is
-    large enough, none is left out.
-    """
-    source, least = Shapes("val", EXAMPLE_IMAGES, EXAMPLE_SIDE), LEAST * EXAMPLE_SIDE**2
-    class_id = source.classes.index(name) + 1
-    masks = {i: source.label(i) == class_id for i in range(EXAMPLE_IMAGES)}
-    shown = [i for i, mask in masks.items() if mask.sum() >= least]
-    files = []
-    for i in shown[: EXAMPLE_SUPPORTS + EXAMPLE_QUERIES]:
-        files.append(folder / f"{source.names[i]}.png")
-        PIL.Image.fromarray(source.image(i)).save(files[-1])
-    supports, queries = files[:EXAMPLE_SUPPORTS], files[EXAMPLE_SUPPORTS:]
-    values = list(map(editor_value, supports, (masks[i] for i in shown)))
-    return supports, values, queries
 
 
 THUMBNAIL = 320
@@ -197,7 +175,12 @@ class Calls:
         self, number: int, files: Files, value: EditorValue
     ) -> dict[str, Any]:
         """Returns an editor's value with the painted object marked up to its edges."""
-        return add_object(_paths(files)[number], value)
+        file, mask = _paths(files)[number], read_marks(value)
+        if mask is not None:
+            picture = shrunk(read_photo(file), CANVAS)
+            touched = nearest(mask.astype(np.uint8), *picture.shape[1::-1]) == 1
+            mask = object_around(picture, touched)
+        return editor_value(file, mask)
 
     def show_queries(self, files: Files) -> list[Picture]:
         """Returns small pictures of photos to segment."""
@@ -209,10 +192,23 @@ class Calls:
     def show_example(
         self, name: str
     ) -> tuple[list[str], list[dict[str, Any]], list[str], list[Picture], str]:
-        """Returns supports, editors, queries, their small pictures and the label."""
-        supports, values, queries = write_example(name, self._new_folder())
-        files, others = (list(map(str, paths)) for paths in (supports, queries))
-        return files, values, others, self.show_queries(others), name
+        """Returns what an example fills in, of pictures of shapes drawn on the spot.
+
+        These are pictures that show the shape `name`, their editors' values with it
+        marked, pictures to segment, the same small, and the label. They are the first
+        in which it is large enough, none is left out.
+        """
+        source, folder = Shapes("val", EXAMPLE_IMAGES, EXAMPLE_SIDE), self._new_folder()
+        class_id, files, masks = source.classes.index(name) + 1, [], []
+        for i in range(EXAMPLE_IMAGES):
+            mask = source.label(i) == class_id
+            if mask.mean() >= LEAST and len(files) < EXAMPLE_SUPPORTS + EXAMPLE_QUERIES:
+                files.append(str(folder / f"{source.names[i]}.png"))
+                masks.append(mask)
+                PIL.Image.fromarray(source.image(i)).save(files[-1])
+        supports, queries = files[:EXAMPLE_SUPPORTS], files[EXAMPLE_SUPPORTS:]
+        values = list(map(editor_value, _paths(supports), masks))
+        return supports, values, queries, self.show_queries(queries), name
 
     def segment(
         self,

@@ -5,9 +5,9 @@ MARKS is a mask's file, a JSON file of labelme or COCO, `polygon=x,y,...` or
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -21,8 +21,8 @@ from qpenet_jax.data.prepare.instances import (
     read_annotations,
 )
 from qpenet_jax.data.supports import read_mask, support_mask
-from qpenet_jax.masks.coco_json import coco_annotations, draw_annotations
-from qpenet_jax.masks.labelme import draw_shapes, labelme_shapes
+from qpenet_jax.masks.coco_json import coco_marks
+from qpenet_jax.masks.labelme import labelme_marks
 
 Mask = UInt8[np.ndarray, "h w"]
 Size = tuple[int, int]
@@ -112,8 +112,8 @@ def read_supports(
         labels = sorted({marked.label for marked in read if marked.label is not None})
         if len(labels) > 1:
             raise InputError(
-                f"the marks have the labels {_listed(labels)}: name the class of each "
-                "support, --support NAME=IMAGE:MARKS"
+                f"the marks have the labels {', '.join(labels)}: name the class of "
+                "each support, --support NAME=IMAGE:MARKS"
             )
         named = [*labels, UNNAMED][:1] * len(supports)
     classes: dict[str, tuple[list, list]] = {name: ([], []) for name in named}
@@ -130,15 +130,12 @@ def read_support(support: SupportFiles) -> MarkedPhoto:
         InputError: the photo or the marks are broken, don't fit, or mark nothing.
     """
     pixels = read_image(support.image)
-    size, marks = pixels.shape[:2], support.marks
+    size, marks, label = pixels.shape[:2], support.marks, None
     source = f"{support.image}:{marks}"
-    label = None
     if marks.startswith((POLYGON, BOX)):
         warn_of_turn(support.image)
-    if marks.startswith(POLYGON):
-        mask = _polygon(source, _numbers(source, marks.removeprefix(POLYGON)), size)
-    elif marks.startswith(BOX):
-        mask = _box(source, _numbers(source, marks.removeprefix(BOX)), size)
+        draw = _polygon if marks.startswith(POLYGON) else _box
+        mask = draw(source, _numbers(source, marks.partition("=")[2]), size)
     elif marks.lower().endswith(".json"):
         source = marks
         mask, label = _read_json(local_path(marks), support, size)
@@ -192,33 +189,26 @@ def _read_json(
     with format_errors(path, "a JSON file of labelme or COCO"):
         content = read_annotations(path)
         if "shapes" in content:
-            found: Mapping[str, Any] = labelme_shapes(path, content, size)
-            label = _choice(path, found, support.name)
-            return draw_shapes(path, found[label], size), label
-        found = coco_annotations(path, content, support.image, size)
-        label = _choice(path, found, support.name)
-        warn_of_turn(support.image)  # labelme turns photos as we do; others may not
-        return draw_annotations(path, found[label], support.image.name, size), label
+            marks = labelme_marks(path, content, size)
+        else:
+            marks = coco_marks(path, content, support.image, size)
+        label = _choice(path, {label for label, _ in marks}, support.name)
+        if "shapes" not in content:
+            warn_of_turn(support.image)  # labelme turns photos as we do; others may not
+        drawn = [draw() for name, draw in marks if name == label]
+    return np.any(drawn, axis=0), label
 
 
-def _choice(path: Path, labels: Iterable[str], name: str | None) -> str:
+def _choice(path: Path, labels: set[str], name: str | None) -> str:
     """Returns the label that was named, or the only one."""
-    known = sorted(labels)
-    if not known:
+    known = ", ".join(sorted(labels))
+    if not labels:
         raise InputError(f"{path} marks nothing in this photo")
-    if name is None and len(known) == 1:
-        return known[0]
-    if name is None:
+    if name is None and len(labels) > 1:
         raise InputError(
-            f"{path} has the labels {_listed(known)}: choose one, as in --support "
+            f"{path} has the labels {known}: choose one, as in --support "
             f"NAME=IMAGE:{path.name}"
         )
-    if name not in known:
-        raise InputError(
-            f"{path} has no label {name!r} in this photo, but {_listed(known)}"
-        )
-    return name
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
+    if name is not None and name not in labels:
+        raise InputError(f"{path} has no label {name!r} in this photo, but {known}")
+    return name or known

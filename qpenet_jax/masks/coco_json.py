@@ -1,7 +1,8 @@
 """The JSON of COCO: annotations read as marks, masks written in both its forms."""
 
+import functools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,13 +17,13 @@ from qpenet_jax.masks.polygons import outlines
 from qpenet_jax.masks.tasks import Segmentation
 
 
-def coco_annotations(
+def coco_marks(
     path: Path, content: dict[str, Any], photo: Path, size: tuple[int, int]
-) -> dict[str, list[dict[str, Any]]]:
-    """Returns the annotations of a photo, by the names of their categories.
+) -> list[tuple[str, Callable[[], Bool[np.ndarray, "h w"]]]]:
+    """Returns for each annotation of a photo its category and a call that draws it.
 
     The photo is found by its file name, if two have it by its folders as well; crowds
-    are left out. No mask is made yet.
+    are left out. The call raises as `annotation_mask`.
 
     Raises:
         InputError: no or two images of that name, or another size than the photo's
@@ -35,12 +36,14 @@ def coco_annotations(
         count = "no image" if not found else f"{len(found)} images"
         raise InputError(f"{path} has {count} called {photo.name}; it must have one")
     check_same_size(size_of(path, found[0]), size, f"{path}, {photo.name}")
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for annotation in by_id(path, "annotations", content["annotations"]).values():
-        if annotation["image_id"] == found[0]["id"] and not annotation.get("iscrowd"):
-            name = names[annotation["category_id"]]["name"]
-            by_name.setdefault(str(name), []).append(annotation)
-    return by_name
+    return [
+        (
+            str(names[one["category_id"]]["name"]),
+            functools.partial(annotation_mask, path, one, photo.name, size),
+        )
+        for one in by_id(path, "annotations", content["annotations"]).values()
+        if one["image_id"] == found[0]["id"] and not one.get("iscrowd")
+    ]
 
 
 def _called(photo: Path, images: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -53,16 +56,6 @@ def _called(photo: Path, images: Iterable[dict[str, Any]]) -> list[dict[str, Any
     alike = [(image, path) for image, path in named if path[-1:] == parts[-1:]]
     within = [image for image, path in alike if path == parts[-len(path) :]]
     return within if len(within) == 1 else [image for image, _ in alike]
-
-
-def draw_annotations(
-    path: Path, annotations: Sequence[dict[str, Any]], name: str, size: tuple[int, int]
-) -> Bool[np.ndarray, "h w"]:
-    """Returns what any of a photo's annotations marks; raises as `annotation_mask`."""
-    mask = np.zeros(size, bool)
-    for annotation in annotations:
-        mask |= annotation_mask(path, annotation, name, size)
-    return mask
 
 
 class CocoFile:

@@ -5,10 +5,11 @@ One file a photo, which names the photo by its path from the file. Format: label
 """
 
 import base64
+import functools
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ VERSION = "5.5.0"
 Shape = dict[str, Any]
 
 
-def labelme_shapes(
+def labelme_marks(
     path: Path, content: dict[str, Any], size: tuple[int, int]
-) -> dict[str, list[Shape]]:
-    """Returns the shapes of a file's content by their labels; no mask is made yet.
+) -> list[tuple[str, Callable[[], Bool[np.ndarray, "h w"]]]]:
+    """Returns for each shape of a file's content its label and a call that draws it.
+
+    The call raises InputError for a shape without an area, or of another photo.
 
     Raises:
         InputError: another size than the photo's `size`. ValueError, LookupError,
@@ -40,35 +43,25 @@ def labelme_shapes(
     stored = content.get("imageHeight"), content.get("imageWidth")
     if None not in stored:
         check_same_size(stored, size, path)
-    by_label: dict[str, list[Shape]] = {}
-    for shape in content["shapes"]:
+    marks = []
+    for number, shape in enumerate(content["shapes"], 1):
         if not isinstance(shape["label"], str):
             raise ValueError(f"label {shape['label']!r} is no text")
-        by_label.setdefault(shape["label"], []).append(shape)
-    return by_label
+        name = f"{path}: shape {number}, of the label {shape['label']},"
+        marks.append((shape["label"], functools.partial(_drawn, name, shape, size)))
+    return marks
 
 
-def draw_shapes(
-    path: Path, shapes: Sequence[Shape], size: tuple[int, int]
-) -> Bool[np.ndarray, "h w"]:
-    """Returns what any of the shapes marks in a photo of `size`.
-
-    Raises:
-        InputError: a shape without an area, or that isn't of this photo.
-    """
-    mask = np.zeros(size, bool)
-    for number, shape in enumerate(shapes, 1):
-        try:
-            mask |= _drawn(shape, size)
-        except FORMAT_ERRORS as error:
-            raise InputError(
-                f"{path}: shape {number} of the label {shape['label']} can't be drawn "
-                f"({reason(error)}); correct it or take it out"
-            ) from None
-    return mask
+def _drawn(name: str, shape: Shape, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    try:
+        return _shape_mask(shape, size)
+    except FORMAT_ERRORS as error:
+        raise InputError(
+            f"{name} can't be drawn ({reason(error)}); correct it or take it out"
+        ) from None
 
 
-def _drawn(shape: Shape, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+def _shape_mask(shape: Shape, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
     kind = shape.get("shape_type") or "polygon"
     points = _checked(shape["points"], max(size))
     if kind in ("polygon", "oriented_rectangle"):
@@ -83,13 +76,12 @@ def _drawn(shape: Shape, size: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
         return _pasted(shape["mask"], points.astype(int), size)
     canvas = Image.new("1", (size[1], size[0]))
     pen = ImageDraw.Draw(canvas)
-    low, high = points.min(0), points.max(0)
     if kind == "circle":  # its centre and a point of its rim
         radius = math.dist(*points.tolist())
-        low, high = points[0] - radius, points[0] + radius
-        pen.ellipse((*low, *high), fill=1, outline=1)
+        box = (*(points[0] - radius), *(points[0] + radius))
+        pen.ellipse(box, fill=1, outline=1)
     else:
-        pen.rectangle((*low, *high), fill=1, outline=1)
+        pen.rectangle((*points.min(0), *points.max(0)), fill=1, outline=1)
     return np.array(canvas)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import walk
 from qpenet_jax.data.images import IMAGE_SUFFIXES, image_size, read_image
-from qpenet_jax.masks.videos import VIDEO_SUFFIXES, frame_rate, read_video
+from qpenet_jax.masks.videos import VIDEO_SUFFIXES, read_video
 
 
 class Query(NamedTuple):
@@ -29,11 +29,6 @@ class Query(NamedTuple):
     def is_video(self) -> bool:
         """Whether its results are one for each frame."""
         return self.path.suffix.lower() in VIDEO_SUFFIXES
-
-    @property
-    def rate(self) -> float:
-        """Frames a second of a video."""
-        return frame_rate(self.path)
 
 
 class Frame(NamedTuple):
@@ -95,14 +90,11 @@ def _queries_at(path: Path, recursive: bool) -> list[Query]:
         notes.append(f"{len(folders)} folder(s): give --recursive")
     if VIDEO_SUFFIXES & skipped.keys():
         notes.append("give videos by their own names")
-    hints = [f"left out: {', '.join(notes)}"] if notes else []
+    left_out = f"left out: {', '.join(notes)}" if notes else "it is empty"
     if not images:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError("; ".join([f"{path} holds no image ({known})", *hints]))
-    for hint in hints:
-        print(f"{path}: {hint}", file=sys.stderr)
+        raise InputError(f"{path} holds no image ({known}); {left_out}")
+    if notes:
+        print(f"{path}: {left_out}", file=sys.stderr)
     shown = [file.relative_to(path) for file in images]
-    return [
-        Query(file, name.with_suffix(""), name)
-        for file, name in zip(images, shown, strict=True)
-    ]
+    return list(map(Query, images, (name.with_suffix("") for name in shown), shown))

@@ -6,6 +6,7 @@ there. From margins come probabilities, masks of classes, and the tiles of a pho
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -101,20 +102,14 @@ class Tiles:
 
     def cover(self, height: int, width: int) -> Iterator[tuple[slice, slice]]:
         """Yields the places of the tiles in a photo, in rows."""
-        for top in _starts(height, self.side, self.overlap):
-            for left in _starts(width, self.side, self.overlap):
-                yield (
-                    slice(top, min(top + self.side, height)),
-                    slice(left, min(left + self.side, width)),
-                )
+        return itertools.product(self._spans(height), self._spans(width))
 
-
-def _starts(length: int, side: int, overlap: float) -> list[int]:
-    """Returns where tiles begin, as evenly as can be, the last one at the end."""
-    if side >= length:
-        return [0]
-    count = math.ceil((length - overlap * side) / (side - overlap * side))
-    return np.linspace(0, length - side, count).round().astype(int).tolist()
+    def _spans(self, length: int) -> list[slice]:
+        """Returns where tiles lie, as evenly as can be, the last one at the end."""
+        side, shared = min(self.side, length), self.overlap * self.side
+        count = max(1, math.ceil((length - shared) / (self.side - shared)))
+        starts = np.linspace(0, length - side, count).round().astype(int).tolist()
+        return [slice(start, start + side) for start in starts]
 
 
 def tiled(
@@ -236,10 +231,8 @@ class Tasks:
         if not 1 <= len(self.tasks) <= MOST_CLASSES:
             raise InputError(f"{len(self.tasks)} classes: give 1 to {MOST_CLASSES}")
         first, *others = self.tasks.values()
-        if any(
-            task.predict is not first.predict or task.side != first.side
-            for task in others
-        ):
+        alike = (first.predict, first.side)
+        if any((task.predict, task.side) != alike for task in others):
             raise InputError("tasks of several segmenters: learn all with one")
 
     def __call__(self, query: Image) -> Mask:

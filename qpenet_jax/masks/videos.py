@@ -80,26 +80,22 @@ def overlay_video(
     InputError where OpenCV can't write it.
     """
     part = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
-    writers: list[Any] = []
+    writer: Any = cv2.VideoWriter()
 
     def add(pixels: RGB, found: Segmentation) -> None:
         overlay = class_overlay(pixels, found.index, classes)
-        if not writers:
+        if not writer.isOpened():
             path.parent.mkdir(parents=True, exist_ok=True)
-            code: Any = cv2.VideoWriter.fourcc(*"mp4v")
-            size = overlay.shape[1], overlay.shape[0]
-            writers.append(cv2.VideoWriter(str(part), code, rate, size))
-            if not writers[0].isOpened():
+            code = cv2.VideoWriter.fourcc(*"mp4v")
+            if not writer.open(str(part), code, rate, overlay.shape[1::-1]):
                 raise InputError(f"{path}: this OpenCV can't write such a video")
-        writers[0].write(cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR))
+        writer.write(cv2.cvtColor(overlay, cv2.COLOR_RGB2BGR))
 
     try:
         yield add
-        for writer in writers:
-            writer.release()
+        writer.release()
         if part.exists():
             part.replace(path)
     finally:
-        for writer in writers:
-            writer.release()
+        writer.release()
         part.unlink(missing_ok=True)

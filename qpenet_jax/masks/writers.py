@@ -21,7 +21,7 @@ from qpenet_jax.masks.coco_json import CocoFile
 from qpenet_jax.masks.labelme import labelme_file
 from qpenet_jax.masks.queries import Frame, Query, frames
 from qpenet_jax.masks.tasks import Segmentation
-from qpenet_jax.masks.videos import overlay_video
+from qpenet_jax.masks.videos import frame_rate, overlay_video
 
 SUMMARY = Path("predictions.json")
 
@@ -220,11 +220,11 @@ def segment_files(
     """
     count = 0
     for query in queries:
-        with contextlib.ExitStack() as stack:
-            add = None
-            if query.is_video:
-                video = results.overlay_video(query), query.rate, len(results.classes)
-                add = stack.enter_context(overlay_video(*video))
+        video = contextlib.nullcontext()
+        if query.is_video:
+            path, rate = results.overlay_video(query), frame_rate(query.path)
+            video = overlay_video(path, rate, len(results.classes))
+        with video as add:
             for frame in frames(query):
                 found = find(frame.pixels)
                 results.add(query, frame, found)
