@@ -45,18 +45,9 @@ def test_a_probability_says_more_than_the_mask():
     query, truth = picture(90, 70)
     probability = task.probability(query)
     assert probability.shape == (90, 70)
-    assert np.isfinite(probability).all()
-    assert (probability >= 0).all()
-    assert (probability <= 1).all()
+    assert ((probability >= 0) & (probability <= 1)).all()
     np.testing.assert_array_equal(probability > 0.5, task(query) == 1)
     assert (probability > 0.99)[truth == 1].mean() > 0.9
-
-
-def palette(mask):
-    """Return a palette image of which only the indices say what is marked."""
-    image = Image.fromarray(3 * mask).convert("P")
-    image.putdata((3 * mask).ravel().tolist())
-    return image
 
 
 def learned(image, mask):
@@ -85,7 +76,7 @@ def learned(image, mask):
         lambda mask: Image.fromarray(255 * mask).convert("1"),
         lambda mask: Image.fromarray(mask.astype(np.int32)),
         lambda mask: Image.fromarray(300 * mask.astype(np.uint16)),
-        palette,
+        lambda mask: Image.frombytes("P", mask.shape[::-1], (3 * mask).tobytes()),
     ],
 )
 def test_every_plain_kind_of_mask_means_the_same(given):
@@ -174,24 +165,18 @@ def test_a_broken_pil_image_is_one_line(tmp_path):
         SEGMENT(cut, *picture(40, 50))
 
 
-def test_a_small_object_of_a_photograph_reaches_the_network():
-    """Four objects of one photograph are four tasks, not one and the same."""
-    places, seen = [(500, 700), (1501, 2203), (2222, 1111), (2803, 3700)], []
-    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
+def test_small_objects_of_one_photograph_are_tasks_of_their_own():
+    colours = {(500, 700): (250, 0, 0), (2803, 3700): (0, 0, 250)}
     photograph = np.full((3000, 4000, 3), 90, np.uint8)
-    for (y, x), colour in zip(places, colours, strict=True):
+    for (y, x), colour in colours.items():
         photograph[y : y + 10, x : x + 10] = colour
-    for (y, x), colour in zip(places, colours, strict=True):
+    for (y, x), colour in colours.items():
         mask = np.zeros(photograph.shape[:2], np.uint8)
         mask[y : y + 10, x : x + 10] = 1
         task = SEGMENT.learn(photograph, mask)
-        (support,) = task.supports
         cells = task.masks[0, 0, ::8, ::8] == 1
-        assert cells.any()
-        mean = support[0, ::8, ::8][cells].mean(0)
+        mean = task.supports[0][0, ::8, ::8][cells].mean(0)
         assert abs(mean - colour).max() < 80
-        seen.append(mean.round().tolist())
-    assert len(set(map(tuple, seen))) == 4
 
 
 def test_bad_input_is_one_line():
