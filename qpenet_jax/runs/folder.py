@@ -37,7 +37,7 @@ DTYPE = "dtype"
 """Entry of INPUTS_FILE: the dtype that the config's means on the device of the run."""
 
 OWN_BACKBONE = "backbone.safetensors"
-"""File with the backbone's weights, in a run that was made of a checkpoint."""
+"""File with the backbone's weights, in a published run that holds them."""
 
 NO_TRAINING = ("workers", "behaviour", *PATHS)
 """Fields whose values may be changed when a finished run is used."""

@@ -6,7 +6,6 @@ for it for ever.
 """
 
 import contextlib
-import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -46,7 +45,7 @@ class Events(contextlib.AbstractContextManager):
         earlier = [int(path.name.split(".")[3]) for path in folder.glob(f"{PREFIX}*")]
         stamp = max([time.time_ns(), *(each + 1 for each in earlier)])
         path = folder / f"{PREFIX}{stamp}.{socket.gethostname()}"
-        self._file = RecordWriter(str(path) if cluster.is_first() else os.devnull)
+        self._file = RecordWriter(str(path)) if cluster.is_first() else None
         self._write(file_version="brain.Event:2")
         if purge_step is not None:
             log = PROTO.SessionLog(status=PROTO.SessionLog.START)
@@ -55,7 +54,8 @@ class Events(contextlib.AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         """Closes the file, unless the error of the `with` left it unwritten."""
         with contextlib.suppress(OSError):
-            self._file.close()
+            if self._file:
+                self._file.close()
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """Writes a value."""
@@ -74,6 +74,8 @@ class Events(contextlib.AbstractContextManager):
         self._write(summary=shown, step=step)
 
     def _write(self, **fields: Any) -> None:
+        if not self._file:
+            return
         event = PROTO.Event(wall_time=time.time(), **fields)
         self._file.write(event.SerializeToString())
         self._file.flush()
