@@ -4,6 +4,7 @@ MARKS is a mask's file, a JSON file of labelme or COCO, `polygon=x,y,...` or
 `box=x,y,width,height`, in pixels from the photo's top left corner.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,7 @@ from jaxtyping import Bool, UInt8
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import local_path
 from qpenet_jax.data.images import check_same_size, read_image, warn_of_turn
-from qpenet_jax.data.prepare.instances import (
-    draw_segmentation,
-    format_errors,
-    read_annotations,
-)
+from qpenet_jax.data.prepare.instances import draw_segmentation, format_errors
 from qpenet_jax.data.supports import read_mask, support_mask
 from qpenet_jax.masks.coco_json import coco_marks
 from qpenet_jax.masks.labelme import labelme_marks
@@ -187,7 +184,7 @@ def _read_json(
 ) -> tuple[Bool[np.ndarray, "h w"], str]:
     """Returns what a file of labelme or COCO marks in a photo, and its label there."""
     with format_errors(path, "a JSON file of labelme or COCO"):
-        content = read_annotations(path)
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         if "shapes" in content:
             marks = labelme_marks(path, content, size)
         else:

@@ -47,7 +47,7 @@ class Instances:
         """
         self.path = path
         with format_errors(path, "an instances file of COCO"):
-            content = read_annotations(path)
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
             images = by_id(path, "images", content["images"])
             annotations = by_id(path, "annotations", content["annotations"])
             self._ranks = _ranks(path, content["categories"])
@@ -90,20 +90,6 @@ class Instances:
             if not annotation["iscrowd"]:  # A crowd's pixels become background.
                 of_image[annotation["image_id"]].append(annotation)
         return of_image
-
-
-def read_annotations(path: Path) -> dict[str, Any]:
-    """Returns what a JSON file holds; to be called within `format_errors`.
-
-    Raises:
-        ValueError: broken JSON, NaN or infinity.
-    """
-
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is no number")
-
-    text = path.read_text(encoding="utf-8-sig")
-    return json.loads(text, parse_constant=refuse)
 
 
 def by_id(path: Path, key: str, items: Sequence[dict[str, Any]]) -> dict[Any, dict]:
