@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from equations import normal
 
 GOLDENS = Path(__file__).parent / "goldens"
 SIZE = (57, 41)
@@ -34,11 +35,6 @@ def stored_tensors(name):
     with np.load(GOLDENS / "backbone.npz") as stored:
         shapes = json.loads(str(stored[f"{name}/shapes"]))
     return {name: random_tensor(name, shape) for name, shape in shapes.items()}
-
-
-def random_images(*shape, seed=0):
-    """Return normal float32 images `[*shape, 3]`."""
-    return np.random.default_rng(seed).normal(size=(*shape, 3)).astype(np.float32)
 
 
 def torch_resnet(depth, deep_stem):
@@ -103,7 +99,7 @@ def _make_features():
         net = torch_resnet(50, deep)
         shapes = {k: list(v.shape) for k, v in net.state_dict().items()}
         stored[f"{name}/shapes"] = json.dumps(shapes)
-        for stage, values in torch_stages(net, random_images(1, *SIZE)).items():
+        for stage, values in torch_stages(net, normal(1, *SIZE, 3)).items():
             stored[f"{name}/{stage}"] = values[..., ::16]
     np.savez_compressed(GOLDENS / "backbone.npz", **stored)
 

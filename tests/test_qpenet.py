@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 from equations import SMALL, build, check, draw_episodes, draw_params
-from flax.errors import ScopeParamShapeError
 
 from qpenet_jax.models.losses import total_loss
 
@@ -90,11 +89,3 @@ def test_training_reaches_every_parameter_through_dropout(train, params):
     # Whole channels drop out, so about half of a prototype's entries are 0.
     assert (np.asarray(out["P_pre"]) == 0).any()
     assert np.abs(out["P_pre"] - other_out["P_pre"]).max() > 1e-2
-
-
-def test_parameters_of_other_features_are_refused_as_flax_does(evaluate, params):
-    supports, masks, query = draw_episodes(1)
-    wider = [np.concatenate([f, f], axis=-1) for f in (supports, query)]
-    refusal = r'"kernel" in "reduce_support", .* \(24, 8\), .* has shape \(12, 8\)'
-    with pytest.raises(ScopeParamShapeError, match=refusal):
-        evaluate(params, wider[0], masks, wider[1])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qpenet_jax.benchmark.jax_side import NO_DROPOUT
 from qpenet_jax.models.losses import LossWeights
 from qpenet_jax.models.released.network import ReleasedQPENet, resolve_behaviour
 from qpenet_jax.models.released.released_loss import background_mining, released_loss
@@ -28,7 +29,6 @@ from qpenet_jax.models.released.tokens import (
 from qpenet_jax.models.released.transformer import POINTS, drop
 from qpenet_jax.recipes import RECIPES
 
-NO_DROPOUT = {f"{k}_dropout": 0.0 for k in ("channel", "head", "gate", "attention")}
 WEIGHTS = LossWeights(
     **{k[5:]: v for k, v in RECIPES["released"].items() if k.startswith("loss.")}
 )

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_released import NO_DROPOUT, WEIGHTS
+from test_released import WEIGHTS
 
 from qpenet_jax.backbones.registry import DEEP, backbone
 from qpenet_jax.backbones.torch_layout import to_flax
+from qpenet_jax.benchmark.jax_side import NO_DROPOUT
 from qpenet_jax.models.prototypes import predicted
 from qpenet_jax.models.released import state_dict
 from qpenet_jax.models.released.network import ReleasedQPENet
@@ -206,15 +207,15 @@ def test_losses_and_gradients_of_the_released_model(oracle):
     learned = {n: x for n, x in oracle.params.items() if n != DEEP}
     deep = oracle.params[DEEP]
     (total, terms), gradient = loss(learned, deep, support, query)
-    stored = {k: float(case[f"out.loss.{k}"]) for k in ("total", "main", "init")}
-    stored |= {k: float(case[f"out.loss.{k}"]) for k in ("cyc_pre", "cyc_rev")}
-    for image in ("q", "s"):
-        term, ones = (f"out.loss.bg_{image}_{x}" for x in ("term1", "ones"))
-        stored[f"bg_{image}"] = float(case[term]) + 0.5 * float(case[ones])
+    stored = {k.removeprefix("out.loss."): x for k, x in case.items()}
+    np.testing.assert_allclose(total, stored["total"], rtol=1e-6)
     names = {"main": "final", "init": "aux", "cyc_pre": "pre", "cyc_rev": "rev"}
-    for name, value in stored.items():
-        found = total if name == "total" else terms[f"loss_{names.get(name, name)}"]
-        np.testing.assert_allclose(found, value, rtol=1e-6, err_msg=name)
+    expected = {f"loss_{mine}": stored[name] for name, mine in names.items()}
+    for bg in ("bg_q", "bg_s"):
+        expected[f"loss_{bg}"] = stored[f"{bg}_term1"] + 0.5 * stored[f"{bg}_ones"]
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-6, err_msg=name)
     flat = flatten_dict(gradient, sep="/")
     for name, path in state_dict.names().items():
         stored, found = case[f"grad.{name}"].ravel(), in_torch(name, flat[path])

@@ -37,20 +37,13 @@ def drawn(shots, seed=0, likeness=1.0):
     """Maps of two textures, and masks of the second with pixels to be ignored."""
     rng = np.random.default_rng(seed)
     textures = rng.normal(size=(2, CHANNELS)) * [[1.0], [likeness]] + 0.3
-
-    def image():
-        inside = np.zeros((GRID, GRID), int)
+    inside = np.zeros((shots + 1, GRID, GRID), int)
+    for one in inside:
         top, left = rng.integers(0, 5, 2)
-        inside[top : top + 4, left : left + 4] = 1
-        noise = rng.normal(size=(GRID, GRID, CHANNELS))
-        return textures[inside] + noise, np.kron(inside, np.ones((8, 8), int))
-
-    images = [image() for _ in range(shots + 1)]
-    maps = np.stack([m for m, _ in images]).astype(np.float32)
-    masks = np.zeros((shots, SIDE, SIDE), np.uint8)
-    for mask, (_, inside) in zip(masks, images[:-1], strict=True):
-        mask[:] = inside[:SIDE, :SIDE]
-        mask[:, -1] = 255
+        one[top : top + 4, left : left + 4] = 1
+    maps = (textures[inside] + rng.normal(size=(*inside.shape, CHANNELS))).astype("f4")
+    masks = np.kron(inside[:-1], np.ones((1, 8, 8)))[:, :SIDE, :SIDE].astype(np.uint8)
+    masks[..., -1] = 255
     return maps[:-1], masks, maps[-1]
 
 

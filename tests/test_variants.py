@@ -19,6 +19,7 @@ from equations import (
 )
 from untrained import traced_step
 
+from qpenet_jax.benchmark.jax_side import NO_DROPOUT
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.models.fem import adaptive_average_pool, prior_mask
 from qpenet_jax.models.losses import LossWeights, total_loss
@@ -26,8 +27,6 @@ from qpenet_jax.models.ops.devices import only_defaults
 from qpenet_jax.models.qpenet import QPENet
 from qpenet_jax.models.variants import VARIANTS
 from qpenet_jax.paper.plan import VARIANT_RESULTS
-
-NO_DROPOUT = {f"{name}_dropout": 0.0 for name in ("channel", "head", "gate")}
 
 KINDS = ("baseline", "fgpe_bgpe", "fgpe_ffa", "main", "without_maps", "sgm")
 """Every kind of row; the others differ in numbers of channels alone."""
@@ -52,7 +51,7 @@ def trained(name):
 
     Five shots in training mode, with every dropout rate 0.
     """
-    model = build(name, attention_dropout=0.0, **NO_DROPOUT)
+    model = build(name, **NO_DROPOUT)
     support, masks, query = draw_episodes(5)
 
     def loss(params, weights):
