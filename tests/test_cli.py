@@ -1,5 +1,6 @@
 """The subcommands that need no run, and what they refuse (see also test_train.py)."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import overrides
 from PIL import Image
 from predictors import run_predict
 
@@ -173,25 +175,18 @@ def test_an_episode_list_never_replaces_its_config_or_an_image(
     capsys, tmp_path, write_voc
 ):
     root = write_voc(tmp_path / "voc", images=8, classes=4)
-    config = tmp_path / "my.py"
-    config.write_text(
-        "from qpenet_jax.config import default_config\n\n"
-        "def get_config():\n"
-        "    config = default_config()\n"
-        "    config.backbone.name = 'efficientnet_lite0'\n"
-        "    config.backbone.weights = ''\n"
-        f"    config.dataset.root = {str(root)!r}\n"
-        "    config.dataset.kind = 'voc'\n"
-        f"    config.dataset.train_ids = config.dataset.val_ids = '{root}/ids.txt'\n"
-        "    return config\n"
-    )
+    config, ids = tmp_path / "my.py", root / "ids.txt"
+    shutil.copy(ROOT / "configs" / "pascal_fold0.py", config)
+    fields = {"dataset__root": root, "dataset__train_ids": ids}
+    fields |= {"dataset__val_ids": ids, "backbone__name": "efficientnet_lite0"}
+    words = ["--config", config, *overrides(**fields, backbone__weights="")]
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     image = root / "JPEGImages" / "im_000.jpg"
-    for out in (config, root / "ids.txt", image, image.with_name("new.csv")):
-        error = refused(capsys, "episodes", "export", "--config", config, "--out", out)
+    for out in (config, ids, image, image.with_name("new.csv")):
+        error = refused(capsys, "episodes", "export", *words, "--out", out)
         assert "would be written" in error
     workdir = root / "SegmentationClassAug" / "run"
-    error = refused(capsys, "train", "--config", config, "--workdir", workdir)
+    error = refused(capsys, "train", *words, "--workdir", workdir)
     assert f"into {workdir.parent}, which is read" in error
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 

@@ -200,29 +200,23 @@ def test_shapes_tints_and_notes_of_pictures():
     assert (page[: pictures.HEADER, -2:] == 255).all()
 
 
-def test_one_column_a_run_after_the_baseline():
-    shown = shown_episodes(baseline=maps_of(), full=maps_of())
-    content = draw_sheet(SHEETS["predictions"], shown)
-    page = pictures.sheet(*content)
+def test_columns_labels_and_notes_of_two_runs():
+    baseline = maps_of("y_pre", "y_rev", "A_main", "A_aux", "y_bg_clean")
+    both = shown_episodes(baseline=baseline, full=maps_of())
+    content = draw_sheet(SHEETS["predictions"], both)
     columns, rows, legend, _ = content
     assert columns == ["support", "query", "truth", "cosine", "baseline", "full"]
-    assert [label for label, _ in rows] == ["dog\n#3"] * 2
-    assert set(legend.values()) == {SUPPORT, TRUTH, PREDICTION}
+    assert [(label, len(tiles)) for label, tiles in rows] == [("dog\n#3", 6)] * 2
     found = [pixel(tiles[3], 160) for _, tiles in rows]
     assert found == [tint(PREDICTION), BLACK]
-    step = TILE + pictures.GAP
+    page, step = pictures.sheet(*content), TILE + pictures.GAP
     assert page.shape[1] > 6 * step
     assert page.shape[0] > 2 * step
     colours = {tuple(c) for c in page[2 * step + pictures.HEADER :].reshape(-1, 3)}
-    assert colours >= {SUPPORT, TRUTH, PREDICTION}  # the legend's swatches
-
-
-def test_runs_without_evolution_are_left_out_with_a_note():
-    baseline = maps_of("y_pre", "y_rev", "A_main", "A_aux", "y_bg_clean")
-    both = shown_episodes(baseline=baseline, full=maps_of())
+    assert colours >= set(legend.values()) == {SUPPORT, TRUTH, PREDICTION}  # swatches
+    # Runs without evolution are left out, with a note.
     columns, rows, _, notes = draw_sheet(SHEETS["evolution"], both, notes=["first"])
-    assert len(columns) == 5
-    assert [label for label, _ in rows] == ["dog\n#3\nfull"] * 2
+    assert [(label, len(tiles)) for label, tiles in rows] == [("dog\n#3\nfull", 5)] * 2
     assert notes[0] == "first"
     assert notes[-1] == "baseline: no evolution of the foreground"
     columns, rows, _, notes = draw_sheet(SHEETS["background"], both)
@@ -230,9 +224,9 @@ def test_runs_without_evolution_are_left_out_with_a_note():
     assert [len(tiles) for _, tiles in rows] == [4, 4]
     assert notes[-1] == "baseline: no cleaner, P_bg is P_global"
     # A sheet that no run can fill is drawn.
-    for name, columns in (("evolution", 5), ("background", 2)):
+    for name, count in (("evolution", 5), ("background", 2)):
         content = draw_sheet(SHEETS[name], shown_episodes(baseline=baseline))
-        assert len(content[0]) == columns
+        assert len(content[0]) == count
         assert pictures.sheet(*content).shape[1] > 500
 
 
@@ -267,19 +261,19 @@ def test_three_sheets_of_two_runs(runs, tmp_path):
         with Image.open(path) as image:
             assert image.format == "JPEG"
             assert image.size[1] > 2 * TILE
-    # What stands on them.
-    opened = {name: open_run(folder) for name, folder in zip("ab", runs, strict=True)}
-    config = opened["a"].config
-    protocol = build_protocol(config, shots=2)
-    val = build_dataset(config, "val")
-    sampler = build_eval_samplers(config, val, protocol)[0]
-    shown = [figures.show(opened, val, sampler(i), protocol) for i in (4, 0)]
-    columns, rows, *_ = draw_sheet(SHEETS["background"], shown)
-    assert columns[2:] == ["a: P_global", "a: P_bg"]
-    assert [label.split("\n")[1] for label, _ in rows] == ["#4", "#0"]
+    run = open_run(runs[0])
+    protocol, val = (
+        build_protocol(run.config, shots=2),
+        build_dataset(run.config, "val"),
+    )
     notes = figures.protocol_notes(protocol)
     assert "2-shot" in notes[0]
     assert notes[1] == "of 2 supports the first is shown"
+    # An episode's label is its index.
+    sampler = build_eval_samplers(run.config, val, protocol)[0]
+    shown = figures.show({"a": run}, val, sampler(4), protocol)
+    assert shown.scene.label.split("\n")[1] == "#4"
+    assert {"y_bg_clean", "y_rev", "prediction"} <= shown.runs["a"].keys()
     # The figure of an evaluation, all of whose prediction is tinted.
     everywhere = {"all": lambda _: jnp.ones((1, SIDE, SIDE))}
     page = pictures.episode_figure(val, [sampler(4), sampler(0)], everywhere, SIDE)
@@ -359,10 +353,9 @@ def test_no_run_and_no_folder_for_figures(runs, tmp_path):
 
 def test_random_episodes_follow_the_seed():
     protocol = build_protocol(shrunk(eval__episodes=1000))
-    chosen = [figures.random_episodes(protocol, 6, seed) for seed in (0, 0, 1)]
-    assert chosen[0] == chosen[1] != chosen[2]
-    assert len(set(chosen[0])) == 6
-    assert chosen[0] == sorted(chosen[0])
+    first, again, other = (figures.random_episodes(protocol, 6, s) for s in (0, 0, 1))
+    assert first == again == sorted(set(first)) != other
+    assert len(first) == 6
 
 
 def pair_of(folder, **changes):

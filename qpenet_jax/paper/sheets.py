@@ -44,12 +44,6 @@ DARK = 0.35
 PURE = 0.75
 """Where between lowest and highest a heat map shows its pure colour."""
 
-FLAT = 1e-6
-"""Below this difference of its values a map is that of the zero prototype."""
-
-CONTOUR_SHARE = 100
-"""The truth's contour on a prediction: the picture's longer side over its width."""
-
 Maps = Mapping[str, Float[np.ndarray, "s s"]]
 """What a run finds in an episode, at the size of the network's input.
 
@@ -82,7 +76,7 @@ def found_tile(
     found = found_mask(maps[name], scene.truth, resize)
     picture = overlay(scene.query, found, colour)
     if contour:
-        picture = draw_contour(picture, scene.truth, TRUTH, CONTOUR_SHARE)
+        picture = draw_contour(picture, scene.truth, TRUTH, share=100)
     return tile(picture, note(found, scene.truth))
 
 
@@ -226,7 +220,8 @@ def heat_tile(
 ) -> Image.Image:
     """Returns a map over the darkened query, from its lowest to its highest value."""
     low, high = float(values.min()), float(values.max())
-    strength = (values - low) / max(high - low, FLAT)
+    # Not even 1e-6 apart are the values of the zero prototype's map.
+    strength = (values - low) / max(high - low, 1e-6)
     return tile(heat(strength, DARK * image, colour), f"{low:.2f} to {high:.2f}")
 
 
