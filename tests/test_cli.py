@@ -177,9 +177,10 @@ def test_an_episode_list_never_replaces_its_config_or_an_image(
     root = write_voc(tmp_path / "voc", images=8, classes=4)
     config, ids = tmp_path / "my.py", root / "ids.txt"
     shutil.copy(ROOT / "configs" / "pascal_fold0.py", config)
-    fields = {"dataset__root": root, "dataset__train_ids": ids}
-    fields |= {"dataset__val_ids": ids, "backbone__name": "efficientnet_lite0"}
-    words = ["--config", config, *overrides(**fields, backbone__weights="")]
+    fields = {"kind": "voc", "root": root, "train_ids": ids, "val_ids": ids}
+    fields = {f"dataset__{name}": value for name, value in fields.items()}
+    fields |= {"backbone__name": "efficientnet_lite0", "backbone__weights": ""}
+    words = ["--config", config, *overrides(**fields)]
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     image = root / "JPEGImages" / "im_000.jpg"
     for out in (config, ids, image, image.with_name("new.csv")):
