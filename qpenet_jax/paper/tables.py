@@ -30,6 +30,8 @@ OF_FOLDS = (
     "paper's: over all four); their intervals take the folds for independent."
 )
 
+ORDER = "## Does the paper's order hold? Paired differences on the same episodes"
+
 OF_SEED = {"version", "text", "training images", "validation images"}
 """What may differ between training seeds: generated images depend on the seed."""
 
@@ -263,10 +265,7 @@ def page(content: Mapping[str, Any]) -> str:
             "all rows of one fold and training seed were scored on the same episodes.",
         ]
         if section["differences"]:
-            parts += [
-                "## Does the paper's order hold? Paired differences on the same episodes",
-                _orders_table(section["differences"]),
-            ]
+            parts += [ORDER, _orders_table(section["differences"])]
     steps = ", ".join(map(str, content["steps"]))
     parts += [
         OF_VARIANTS if table in VARIANT_RESULTS else OF_FOLDS,
