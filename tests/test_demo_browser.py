@@ -42,15 +42,17 @@ AT_ONCE = 50
 def free_port():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+        return str(taken.getsockname()[1])
+
+
+DEMO = [sys.executable, "-m", "qpenet_jax.cli", "demo", "--port"]
 
 
 @contextlib.contextmanager
 def served(port, folder):
     """Start the demo; give the process once its page is there."""
-    words = [sys.executable, "-m", "qpenet_jax.cli", "demo", "--port", str(port)]
     process = subprocess.Popen(
-        [*words, "--config.side=161"],
+        [*DEMO, port, "--config.side=161"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -101,13 +103,26 @@ def tab(chromium, address):
     assert errors == []
 
 
-def picture(folder, name, left, size=(160, 120)):
+def picture(folder, name, left):
     """Write a photo of a red square on grey."""
-    pixels = np.full((*size[::-1], 3), 128, np.uint8)
+    pixels = np.full((120, 160, 3), 128, np.uint8)
     pixels += np.random.default_rng(0).integers(0, 30, pixels.shape, np.uint8)
     pixels[30:90, left : left + 60] = (220, 20, 20)
     Image.fromarray(pixels).save(folder / name)
     return str(folder / name)
+
+
+def overlap(mask, left):
+    """Returns the IoU of a mask, as PNG, with the red square of `picture`."""
+    found = np.array(Image.open(io.BytesIO(mask))) == 255
+    truth = np.zeros((120, 160), bool)
+    truth[30:90, left : left + 60] = True
+    return (found & truth).sum() / (found | truth).sum()
+
+
+def unzipped(archive):
+    with zipfile.ZipFile(archive) as files:
+        return {name: files.read(name) for name in files.namelist()}
 
 
 def give(tab, number, *files):
@@ -155,8 +170,7 @@ def downloaded(tab):
     """Return the files of the zip."""
     with tab.expect_download() as waiting:
         tab.get_by_role("button", name="Download").click()
-    with zipfile.ZipFile(waiting.value.path()) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+    return unzipped(waiting.value.path())
 
 
 def test_brush_segment_download(tab, tmp_path):
@@ -171,11 +185,7 @@ def test_brush_segment_download(tab, tmp_path):
     files = downloaded(tab)
     formats = {"a.png", "b.png", "a.json", "b.json", "coco.json", "predictions.json"}
     assert formats <= set(files)
-    with Image.open(io.BytesIO(files["a.png"])) as image:
-        found = np.array(image) == 255
-    truth = np.zeros((120, 160), bool)
-    truth[30:90, 60:120] = True
-    assert (found & truth).sum() / (found | truth).sum() > 0.6
+    assert overlap(files["a.png"], 60) > 0.6
     summary = json.loads(files["predictions.json"])
     assert [image["file"] for image in summary["images"]] == ["a.png", "b.jpg"]
     tab.get_by_role("tab", name="Intermediates").click()
@@ -233,15 +243,12 @@ def test_mistakes_are_one_line_on_the_page(tab, tmp_path):
     message = error_shown(tab)
     assert "not an image; replace the file" in message
     assert "Traceback" not in message
+    give(tab, 1, picture(tmp_path, "<b onclick=alert(1)>x.png", 20))
+    tab.wait_for_selector("#preview img")
+    assert tab.locator("#preview b").count() == 0, "names of files do no harm"
     show(tab, tmp_path)
     segment(tab)
     assert "marked.png: nothing is marked in this photo" in error_shown(tab)
-
-
-def test_names_of_files_do_no_harm_on_the_page(tab, tmp_path):
-    give(tab, 1, picture(tmp_path, "<b onclick=alert(1)>x.png", 20))
-    tab.wait_for_selector("#preview img")
-    assert tab.locator("#preview b").count() == 0
 
 
 def stored(client, file):
@@ -283,12 +290,8 @@ def test_fifty_requests_at_once(address, tmp_path):
             end, data = called(client, file, mask)
             assert end == "complete", data
             archive = client.get(json.loads(data)[1]["url"]).content
-        with zipfile.ZipFile(io.BytesIO(archive)) as files:
-            mask = io.BytesIO(files.read(f"photo{number}.png"))
-        found = np.array(Image.open(mask)) == 255
-        truth = np.zeros((120, 160), bool)
-        truth[30:90, 2 * number : 2 * number + 60] = True
-        return (found & truth).sum() / (found | truth).sum()
+        files = unzipped(io.BytesIO(archive))
+        return overlap(files[f"photo{number}.png"], 2 * number)
 
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         shares = list(pool.map(visit, range(AT_ONCE)))
@@ -321,8 +324,7 @@ def test_nothing_is_left_at_the_end(tmp_path, stop):
 
 def test_a_port_in_use_is_one_line(address, tmp_path):
     port = address.rpartition(":")[2]
-    words = [sys.executable, "-m", "qpenet_jax.cli", "demo", "--port", port]
-    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    ended = subprocess.run([*DEMO, port], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"error: port {port} is in use")

@@ -16,12 +16,7 @@ from safetensors.numpy import load_file
 from qpenet_jax import InputError, load, load_backbone
 from qpenet_jax.backbones.registry import BACKBONES
 from qpenet_jax.models.variants import VARIANTS
-from qpenet_jax.runs.build import (
-    build_backbone,
-    build_model,
-    complete,
-    initial_params,
-)
+from qpenet_jax.runs.build import build_backbone, build_model, complete, initial_params
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -87,14 +82,9 @@ def run(examples, photos, weights, tmp_path_factory):
     """A run on the photos, of the examples' backbone and variant."""
     examples("add_variant")
     workdir = tmp_path_factory.mktemp("runs")
-    examples("train_own_data").train_on(
-        photos,
-        workdir,
-        ["dog"],
-        **SHRUNK,
-        **{"backbone.name": "patches", "backbone.weights": str(weights)},
-        variant="centred",
-    )
+    fields = {"backbone.name": "patches", "backbone.weights": str(weights)}
+    fields |= {"variant": "centred", **SHRUNK}
+    examples("train_own_data").train_on(photos, workdir, ["dog"], **fields)
     return workdir / "run"
 
 
@@ -107,8 +97,8 @@ def test_a_network_is_trained_on_own_data_and_scored(run):
 
 
 def test_a_photo_is_segmented_by_another(examples, run, photos, tmp_path):
-    a, b = (photos / "images" / f"{name}.jpg" for name in ("im_001", "im_004"))
-    mask = photos / "masks" / "im_001.png"
+    a, b = photos / "images/im_001.jpg", photos / "images/im_004.jpg"
+    mask = photos / "masks/im_001.png"
     examples("segment").segment(run, a, mask, b, tmp_path / "out.png")
     support, marked, query = map(Image.open, (a, mask, b))
     written = np.asarray(Image.open(tmp_path / "out.png"))

@@ -28,6 +28,8 @@ from commands import assert_refused, qpenet
 from conftest import _write_voc
 from fuzzing import Rng, chance, damaged, one_of
 from predictors import run_predict
+from test_annotations import DOG, SQUARE, labelme, shape
+from test_annotations import coco as coco_file
 from untrained import STEP, untrained_run
 
 from qpenet_jax.backbones import torch_files
@@ -292,24 +294,17 @@ def lists(rng: Rng, folder: Path) -> None:
             assert shown == [given["query"], given["support_1"]]
 
 
-SQUARE = [[3, 2], [11, 2], [11, 9], [3, 9]]
-LABELME = {"version": "5.5.0", "imagePath": "a.png", "imageData": None}
-LABELME |= {"imageHeight": 40, "imageWidth": 50}
-LABELME["shapes"] = [
-    {"label": "dog", "points": SQUARE, "shape_type": "polygon", "group_id": None},
-    {"label": "dog", "points": [[20, 4], [30, 15]], "shape_type": "rectangle"},
-    {"label": "dog", "points": [[9, 20], [9, 25]], "shape_type": "circle"},
-    {"label": "cat", "points": [[1, 1]], "shape_type": "point", "mask": None},
-]
-DOG = {"image_id": 1, "category_id": 7}
-RUNS = {"size": [40, 50], "counts": [100, 50, 1850]}
-COCO = {
-    "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 50}],
-    "categories": [{"id": 7, "name": "dog"}, {"id": 9, "name": "cat"}],
-    "annotations": [
-        {"id": 1, **DOG, "segmentation": [[3, 2, 12, 2, 12, 10, 3, 10]], "iscrowd": 0},
-        {"id": 2, **DOG, "segmentation": RUNS},
-    ],
+MARKS = {
+    "labelme": labelme(
+        shape("dog", SQUARE, group_id=None),
+        shape("dog", [[20, 4], [30, 15]], "rectangle"),
+        shape("dog", [[9, 20], [9, 25]], "circle"),
+        shape("cat", [[1, 1]], "point", mask=None),
+    ),
+    "coco": coco_file(
+        DOG | {"iscrowd": 0},
+        DOG | {"segmentation": {"size": [40, 50], "counts": [100, 50, 1850]}},
+    ),
 }
 
 
@@ -318,9 +313,8 @@ def marks(rng: Rng, folder: Path) -> None:
     fuzzing.Image.new("RGB", (50, 40)).save(folder / "a.png")
     kind = one_of(rng, ("labelme", "coco", "polygon=", "box="))
     given = folder / "a.json"
-    if kind in ("labelme", "coco"):
-        content = {"labelme": LABELME, "coco": COCO}[kind]
-        given.write_bytes(fuzzing.json_file(rng, content))
+    if kind in MARKS:
+        given.write_bytes(fuzzing.json_file(rng, MARKS[kind]))
     else:
         count = 4 if chance(rng, 0.7) else int(rng.integers(9))
         numbers: list[object] = [int(n) for n in rng.integers(0, 25, count)]
@@ -332,7 +326,7 @@ def marks(rng: Rng, folder: Path) -> None:
     assert set(np.unique(marked.mask)) <= {0, 1}
     assert marked.mask.any()
     same(marked.pixels.shape, (40, 50, 3))
-    if kind in ("labelme", "coco"):
+    if kind in MARKS:
         read = {"labelme": oracles.labelme_mask, "coco": oracles.coco_mask}[kind]
         same(marked.mask, read(folder / "a.json", marked.label))
 

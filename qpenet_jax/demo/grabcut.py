@@ -38,7 +38,9 @@ def object_around(
     small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
     # By area: a thin line must not fall between the pixels.
     seeds = cv2.resize(touched.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-    found = _connected(_cut(small, seeds > 0), seeds > 0)
+    found = _cut(small, seeds > 0)
+    _, parts = cv2.connectedComponents(found.astype(np.uint8))
+    found = found & np.isin(parts, np.unique(parts[seeds > 0]))
     return (nearest(found.astype(np.uint8), width, height) == 1) | touched
 
 
@@ -67,9 +69,3 @@ def _within(seeds, pixels: int):
     """Returns what lies within some pixels of the seeds."""
     away = cv2.distanceTransform((~seeds).astype(np.uint8), cv2.DIST_L2, 5)
     return away <= pixels
-
-
-def _connected(found, seeds):
-    """Returns the parts that hold a seed."""
-    _, parts = cv2.connectedComponents(found.astype(np.uint8))
-    return np.isin(parts, np.unique(parts[seeds])) & found

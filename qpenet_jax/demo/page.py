@@ -5,7 +5,7 @@ import html
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.images import IMAGE_SUFFIXES
@@ -62,14 +62,6 @@ NOT_INSIDE = (
 )
 
 
-class Editors(NamedTuple):
-    """For each photo to mark an editor, what holds it, and what finds edges."""
-
-    columns: list[Any]
-    editors: list[Any]
-    buttons: list[Any]
-
-
 def build(gr: Any, calls: Calls, work: Closing) -> Any:
     """Returns the page, a `Blocks` of Gradio (`gr`); `work` can end a call."""
     with gr.Blocks(
@@ -86,7 +78,7 @@ def build(gr: Any, calls: Calls, work: Closing) -> Any:
                 gr.Markdown("## 1. Mark the object")
                 files = _files(gr, f"One to {MOST_SUPPORTS} photos that show it")
                 gr.Markdown(HOW_TO_MARK)
-                editors = _editors(gr)
+                columns, editors, buttons = zip(*_editors(gr), strict=True)
             with gr.Column(min_width=320):
                 gr.Markdown("## 2. Where to look for it")
                 queries = _files(gr, "Photos to segment")
@@ -98,10 +90,11 @@ def build(gr: Any, calls: Calls, work: Closing) -> Any:
                 )
                 refine = gr.Checkbox(label="Draw masks to the edges of the photo")
                 start = gr.Button("Segment", variant="primary")
-        _connect_photos(gr, calls, examples, editors, (files, queries, preview, label))
+        parts = [files, columns, editors, queries, preview, label]
+        _connect_photos(gr, calls, parts, examples, buttons)
         start.click(
             _with_errors(gr, _segment(gr, calls, work)),
-            [files, queries, label, refine, *editors.editors],
+            [files, queries, label, refine, *editors],
             _results(gr, calls.trained),
             api_name="segment",
             concurrency_limit=1,  # one computes at a time, the others wait in a queue
@@ -134,14 +127,14 @@ def _results(gr: Any, trained: bool) -> list[Any]:
 def _connect_photos(
     gr: Any,
     calls: Calls,
+    parts: Sequence[Any],
     examples: Mapping[str, Any],
-    editors: Editors,
-    inputs: tuple[Any, Any, Any, Any],
+    buttons: Sequence[Any],
 ) -> None:
     """Lets photos and marks show, whenever one comes or goes."""
-    files, queries, preview, label = inputs
+    files, columns, editors, queries, preview, label = parts
     inner, shown = {"api_visibility": "private"}, gr.State([])
-    marked = [shown, *editors.columns, *editors.editors]
+    marked = [shown, *columns, *editors]
 
     def show(paths, before, *values):
         return _in_editors(gr, paths, calls.show_marks(paths, before, *values))
@@ -151,9 +144,9 @@ def _connect_photos(
         return *_in_editors(gr, paths, values), paths, *others
 
     for event in (files.upload, files.delete, files.clear):
-        given = [files, shown, *editors.editors]
+        given = [files, shown, *editors]
         event(_with_errors(gr, show), given, marked, **inner)
-    for number, (_, editor, button) in enumerate(zip(*editors, strict=True)):
+    for number, (editor, button) in enumerate(zip(editors, buttons, strict=True)):
         find = _with_errors(gr, functools.partial(calls.find_object, number))
         button.click(find, [files, editor], editor, **inner)
     for event in (queries.upload, queries.delete, queries.clear):
@@ -230,9 +223,11 @@ def _files(gr: Any, label: str) -> Any:
     return gr.File(label=label, file_count="multiple", file_types=kinds, height=130)
 
 
-def _editors(gr: Any) -> Editors:
-    """Returns what photos are marked on; demo/photos.py describes an editor's value."""
-    made = Editors([], [], [])
+def _editors(gr: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Yields for each photo to mark a column, the editor in it, and what finds edges.
+
+    demo/photos.py describes an editor's value.
+    """
     for _ in range(MOST_SUPPORTS):
         with gr.Column(visible=False) as column:
             editor = gr.ImageEditor(
@@ -250,9 +245,7 @@ def _editors(gr: Any) -> Editors:
                 elem_classes="mark",
             )
             button = gr.Button("Find its edges", size="sm")
-        for parts, part in zip(made, (column, editor, button), strict=True):
-            parts.append(part)
-    return made
+        yield column, editor, button
 
 
 def _gallery(gr: Any, name: str, columns: int = 2) -> Any:

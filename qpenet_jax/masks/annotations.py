@@ -4,6 +4,7 @@ MARKS is a mask's file, a JSON file of labelme or COCO, `polygon=x,y,...` or
 `box=x,y,width,height`, in pixels from the photo's top left corner.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -145,12 +146,10 @@ def read_support(support: SupportFiles) -> MarkedPhoto:
 
 
 def _numbers(source: str, text: str) -> list[float]:
-    try:
+    with contextlib.suppress(ValueError):
         numbers = [float(part) for part in text.split(",")]
         if all(map(math.isfinite, numbers)):
             return numbers
-    except ValueError:
-        pass
     raise InputError(f"{source}: give numbers of pixels, separated by commas")
 
 

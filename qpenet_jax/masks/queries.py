@@ -90,10 +90,13 @@ def _queries_at(path: Path, recursive: bool) -> list[Query]:
         notes.append(f"{len(folders)} folder(s): give --recursive")
     if VIDEO_SUFFIXES & skipped.keys():
         notes.append("give videos by their own names")
-    left_out = f"left out: {', '.join(notes)}" if notes else "it is empty"
+    left_out = f"left out: {', '.join(notes)}"
     if not images:
-        known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"{path} holds no image ({known}); {left_out}")
+        known, hint = (
+            ", ".join(sorted(IMAGE_SUFFIXES)),
+            f"; {left_out}" if notes else "",
+        )
+        raise InputError(f"{path} holds no image ({known}){hint}")
     if notes:
         print(f"{path}: {left_out}", file=sys.stderr)
     shown = [file.relative_to(path) for file in images]

@@ -137,9 +137,8 @@ def tiled(
 
 def _window(height: int, width: int) -> Margin:
     """Returns weights that fall smoothly from the middle of a tile to its border."""
-    down, across = (
-        np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in (height, width)
-    )
+    sizes = height, width
+    down, across = (np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in sizes)
     return np.outer(down, across).astype(np.float32)
 
 
@@ -182,11 +181,8 @@ class Task:
         """Returns a query encoded, for all tasks of one segmenter; raises as a call."""
         pixels = as_image(query, "query image")
         height, width = pixels.shape[:2]
-        encoded = self.predict.encode(
-            fit(pixels, self.side)[None],
-            ("query",),
-            padding(height, width, self.side)[None],
-        )
+        seen, beside = fit(pixels, self.side), padding(height, width, self.side)
+        encoded = self.predict.encode(seen[None], ("query",), beside[None])
         return View(encoded, height, width)
 
     @functools.cached_property
