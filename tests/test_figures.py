@@ -13,7 +13,7 @@ from qpenet_jax import InputError
 from qpenet_jax.core.types import Episode
 from qpenet_jax.evaluation import pictures
 from qpenet_jax.evaluation.pictures import PREDICTION, SUPPORT, TILE, TRUTH, Scene
-from qpenet_jax.models.layers import Conv1x1, Convs, unit_rms
+from qpenet_jax.models.layers import ConvReLU, Convs, unit_rms
 from qpenet_jax.paper import figures
 from qpenet_jax.paper.sheets import (
     AUX,
@@ -275,7 +275,7 @@ def test_three_sheets_of_two_runs(runs, tmp_path):
     assert shown.scene.label.split("\n")[1] == "#4"
     assert {"y_bg_clean", "y_rev", "prediction"} <= shown.runs["a"].keys()
     # The figure of an evaluation, all of whose prediction is tinted.
-    everywhere = {"all": lambda _: jnp.ones((1, SIDE, SIDE))}
+    everywhere = {"all": lambda *_, **__: jnp.ones((1, SIDE, SIDE))}
     page = pictures.episode_figure(val, [sampler(4), sampler(0)], everywhere, SIDE)
     assert page.shape[1] > 4 * (TILE + pictures.GAP)
     last = page[60 : pictures.HEADER + TILE - 60, -TILE // 2]
@@ -294,13 +294,13 @@ def test_the_background_by_p_bg_is_the_heads_output_for_it(runs):
     )
     maps = figures.network_maps(run, episode)
     predict = build_predictor(run.config, params, run.weights)
-    _, out = jax.tree.map(np.asarray, predict.with_intermediates(episode))
+    _, out = jax.tree.map(np.asarray, predict(episode, named=True))
 
     @jax.jit
     def expected():
         _, query = episode_features(backbone, run.weights, episode)
         reducer = {"params": params["reduce_query"]}
-        F_q = Conv1x1(16).apply(reducer, unit_rms(query))
+        F_q = ConvReLU(16).apply(reducer, unit_rms(query))
         head = {"params": params["gbc"]["convs"]}
         prototypes = {"y_bg_q": params["gbc"]["P_global"], "y_bg_clean": out["P_bg"][0]}
         return {

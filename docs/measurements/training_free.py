@@ -75,8 +75,7 @@ def main(config, sheet, workdir, overrides):
         print(f"{one} - {other}, mIoU: {value:+.1f} [{low:+.1f}, {high:+.1f}]")
     if sheet:
         shown = [samplers[0](i) for i in range(SHOWN)]
-        methods = {name: each.in_both_roles for name, each in predictors.items()}
-        figure = episode_figure(val, shown, methods, protocol.side, protocol.resize)
+        figure = episode_figure(val, shown, predictors, protocol.side, protocol.resize)
         save_image(figure, sheet)
 
 

@@ -144,8 +144,6 @@ def _from_converted(
 
 def _metadata(path: Path) -> dict[str, str]:
     """Returns the metadata of a .safetensors file, {} of another or a bad file."""
-    if path.suffix != ".safetensors":
-        return {}
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return file.metadata() or {}

@@ -23,18 +23,23 @@ kernel_init = traced_once(nn.initializers.lecun_normal())
 
 
 class Conv(nn.Module):
-    """A k x k convolution with bias, padded symmetrically: stride 1 keeps the size."""
+    """A k x k convolution with bias, padded symmetrically: stride 1 keeps the size.
+
+    With `depthwise` it convolves every one of the `features` channels on its own.
+    """
 
     features: int
     size: int = 1
     stride: int = 1
     dilation: int = 1
+    depthwise: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Convolves `x`; the output side is ceil(side / stride)."""
         window = () if self.size == 1 else (self.size, self.size)
-        shape = (*window, x.shape[-1], self.features)
+        inputs = () if self.depthwise else (x.shape[-1],)
+        shape = (*window, *inputs, self.features)
         kernel = parameter(self, "kernel", kernel_init, shape)
         bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         y = self._convolve(x, kernel)
@@ -55,29 +60,14 @@ class Conv(nn.Module):
         return y
 
     def _convolve(self, x, kernel):
+        if self.depthwise:
+            steps = {"stride": self.stride, "dilation": self.dilation}
+            return ops.depthwise_conv(x, kernel, **steps)
         if self.size == 1:
             return ops.conv1x1(x[:, :: self.stride, :: self.stride], kernel)
         if self.size == 3 and self.stride == 1:
             return ops.conv3x3(x, kernel, dilation=self.dilation)
         return ops.convolve(x, kernel, stride=self.stride, dilation=self.dilation)
-
-
-class DepthwiseConv(nn.Module):
-    """A k x k convolution of every channel on its own, with bias."""
-
-    size: int
-    stride: int = 1
-    dilation: int = 1
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        """Convolves `x`; the output side is ceil(side / stride)."""
-        channels = x.shape[-1]
-        shape = (self.size, self.size, channels)
-        kernel = parameter(self, "kernel", kernel_init, shape)
-        bias = parameter(self, "bias", nn.initializers.zeros, (channels,))
-        x = ops.depthwise_conv(x, kernel, stride=self.stride, dilation=self.dilation)
-        return x + bias.reshape(1, 1, 1, -1)
 
 
 Vector = Float[Array, " c"]

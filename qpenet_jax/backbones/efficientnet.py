@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Float
 
-from qpenet_jax.backbones.convolutions import Conv, DepthwiseConv
+from qpenet_jax.backbones.convolutions import Conv
 from qpenet_jax.core.types import Array
 
 
@@ -20,13 +20,12 @@ class MBConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Returns `[b, ceil(h / stride), ceil(w / stride), features]`."""
-        channels = x.shape[-1]
+        channels = self.expansion * x.shape[-1]
         y = x
         if self.expansion > 1:
-            y = jax.nn.relu6(Conv(self.expansion * channels, name="expand")(y))
-        depthwise = DepthwiseConv(
-            self.size, self.stride, self.dilation, name="depthwise"
-        )
+            y = jax.nn.relu6(Conv(channels, name="expand")(y))
+        window = self.size, self.stride, self.dilation
+        depthwise = Conv(channels, *window, depthwise=True, name="depthwise")
         y = Conv(self.features, name="project")(jax.nn.relu6(depthwise(y)))
         return x + y if x.shape == y.shape else y
 

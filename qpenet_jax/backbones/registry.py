@@ -35,35 +35,31 @@ class Backbone(NamedTuple):
     std: tuple[float, float, float] = IMAGENET_STD
     deep: nn.Module | None = None
 
+    # Training, evaluation and baselines of a process share one trace an image size.
+    @functools.partial(jax.jit, static_argnums=0)
     def __call__(
         self, weights: PyTree, images: UInt8[Array, "b height width 3"]
     ) -> dict[str, Float[Array, "b _ _ _"]]:
         """Returns the stages of RGB images 0..255."""
-        return _stages(self, weights, images)
-
-
-# Jitted: training, evaluation and baselines of a process share one trace an image size.
-@functools.partial(jax.jit, static_argnums=0)
-def _stages(net, weights, images):
-    return net.module.apply({"params": weights}, normalize(images, net.mean, net.std))
+        pixels = normalize(images, self.mean, self.std)
+        return self.module.apply({"params": weights}, pixels)
 
 
 DEEP = "layer4"
 """The name under which the weights hold those of the deep stage, if it is loaded."""
 
-_RESNET_STAGES = ("layer3", "layer2")
 # Stride 8 and all three blocks serve best here: training-free cosine segmentation of
 # dog, horse and person (VOC subset, 321 pixels, 120 episodes) gives 47.5 mIoU with
 # them, 47.2 with blocks 10 and 14, 42.6 with block 14 alone; 46.8 at stride 16.
 _LITE0_STAGES = ("block4", "block10", "block14")
 # Its weights come from TensorFlow, which maps pixels to (x - 127) / 128. With
 # ImageNet's mean and deviation the same measurement (at 257 pixels) loses 3.3 points.
-_LITE0_MEAN = (127 / 255, 127 / 255, 127 / 255)
-_LITE0_STD = (128 / 255, 128 / 255, 128 / 255)
+_LITE0_MEAN, _LITE0_STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 
 def _resnet(blocks: tuple[int, int, int], deep_stem: bool = False) -> Backbone:
-    return Backbone(ResNet(blocks, deep_stem), _RESNET_STAGES, 1536, deep=Layer4())
+    stages = ("layer3", "layer2")
+    return Backbone(ResNet(blocks, deep_stem), stages, 1536, deep=Layer4())
 
 
 BACKBONES: dict[str, Backbone] = {

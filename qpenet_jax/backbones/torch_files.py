@@ -33,11 +33,13 @@ def read_tensors(path: str | Path) -> Tensors:
         InputError: the file is missing, broken or asks for anything but tensors.
     """
     path = Path(path)
-    data = _read_bytes(path)
     try:
+        data = path.read_bytes()
         if path.suffix == ".safetensors":
             return _from_safetensors(data)
         return _from_zip(data) if data.startswith(b"PK") else _from_legacy(data)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except _Refused as error:
         raise InputError(
             f"{path}: refused, its pickle asks for {error}, which no tensor needs; "
@@ -48,13 +50,6 @@ def read_tensors(path: str | Path) -> Tensors:
         raise InputError(
             f"{path}: truncated, or no .safetensors or PyTorch state_dict ({reason})"
         ) from None
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 SAFETENSORS_DTYPES = {
@@ -82,8 +77,6 @@ def _from_zip(data: bytes) -> Tensors:
         if sum(m.file_size for m in members) > len(data):
             raise ValueError("overlapping members")
         names = archive.namelist()
-        if len(set(names)) < len(names):
-            raise ValueError("two members of one name")
         root = next(n for n in names if n.endswith("/data.pkl"))[: -len("data.pkl")]
         order = root + "byteorder"
         if order in names and archive.read(order) != b"little":
@@ -166,7 +159,7 @@ class _Unpickler(pickle.Unpickler):
         known = {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_parameter": self._parameter,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
             "collections.OrderedDict": self._ordered_dict,
         }
         name = f"{module_name}.{global_name}"
@@ -179,17 +172,13 @@ class _Unpickler(pickle.Unpickler):
         # `view` was for storages inside others, which only the first torches wrote
         if kind != "storage" or dtype not in STORAGE_DTYPES.values() or any(view):
             raise ValueError("no plain storage")
-        if self.storages.setdefault(key, dtype) != dtype:
-            raise ValueError(f"storage {key} has two types")
+        self.storages[key] = dtype
         return _Storage(key, dtype, numel)
 
     def _tensor(self, storage, offset, size, stride, *_):
         if not isinstance(storage, _Storage):
             raise ValueError("a tensor without storage")
         return _Tensor(storage, offset, size, stride)
-
-    def _parameter(self, tensor, *_):
-        return tensor
 
     def _ordered_dict(self, items=()):
         self.items_left -= len(items)
@@ -228,15 +217,10 @@ def _array(tensor: _Tensor, content: bytes) -> Shaped[np.ndarray, "..."]:
     """Views the bytes of a storage as a tensor: no copy, so nothing large is made."""
     storage, offset, size, stride = tensor
     dtype = np.dtype(storage.dtype)
-    if min(storage.numel, offset, *size, *stride) < 0:
-        raise ValueError("negative sizes")
     if len(content) != storage.numel * dtype.itemsize:
         raise ValueError(f"storage {storage.key} has {len(content)} bytes")
-    if 0 in size:
-        return np.zeros(size, dtype)
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if last >= storage.numel or math.prod(size) > storage.numel:
-        raise ValueError(f"a tensor of {size} reaches beyond its storage")
-    flat = np.frombuffer(content, dtype, storage.numel)[offset:]
+    if min(stride, default=0) < 0 or math.prod(size) > storage.numel:
+        raise ValueError(f"a tensor of {size} with strides {stride}")
     steps = tuple(step * dtype.itemsize for step in stride)
-    return np.lib.stride_tricks.as_strided(flat, size, steps, writeable=False)
+    # numpy raises ValueError where a number would lie outside of `content`.
+    return np.ndarray(size, dtype, content, offset * dtype.itemsize, steps)

@@ -93,7 +93,8 @@ def to_flax(
         conv, norm = original.names(layer)
         norm = Norm(*(used[f"{norm}.{f}"].astype(np.float64) for f in NORM_FIELDS))
         scale, shift = fold(norm, original.epsilon)
-        kernel = _flax_kernel(used[f"{conv}.weight"], shape).astype(np.float64)
+        kernel = used[f"{conv}.weight"].transpose(2, 3, 1, 0).reshape(shape)
+        kernel = kernel.astype(np.float64)
         folded[f"{layer}/kernel"] = (kernel * scale).astype(np.float32)
         folded[f"{layer}/bias"] = shift.astype(np.float32)
         for field, vector in norm._asdict().items() if norms else ():
@@ -125,10 +126,6 @@ def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 3:
         return shape[2], 1, *shape[:2]
     return (*shape[:-3:-1], *(shape[:-2] or (1, 1)))
-
-
-def _flax_kernel(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return weight.transpose(2, 3, 1, 0).reshape(shape)
 
 
 NAMED = 3

@@ -52,7 +52,9 @@ def compare_results(
     (a, _), (b, _) = files_of(a), files_of(b)
     first, second = _read(a), _read(b)
     protocols = first["protocol"], second["protocol"]
-    differs = _differences(*protocols)
+    entries = [key for key in {**protocols[0], **protocols[1]} if key not in DERIVED]
+    values = {key: [protocol.get(key) for protocol in protocols] for key in entries}
+    differs = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
     _refuse(differs, f"{a} and {b}", different_protocols)
     all_a, all_b = episode_scores(a, first), episode_scores(b, second)
     try:
@@ -88,26 +90,23 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         f"Common episodes: {episodes['common']}, of {episodes['a']} in A and "
         f"{episodes['b']} in B; all numbers are on these."
     )
-    lines.append(markdown.table(HEADER, _table_rows(comparison)))
-    lines.append(
-        "In brackets: 95 % intervals of the paired difference over query images "
-        "(Bayesian bootstrap). A class without episodes counts 0."
-    )
-    return "\n\n".join(lines)
-
-
-def _table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     means = {"mIoU": comparison["miou"], "FB-IoU": comparison["fb_iou"]}
-    return [
+    rows = [
         [
             name,
             f"{row['a']:.1f}",
             f"{row['b']:.1f}",
             with_interval(row["difference"], row["interval"], "+"),
-            str(row.get("episodes", comparison["episodes"]["common"])),
+            str(row.get("episodes", episodes["common"])),
         ]
         for name, row in (comparison["per_class"] | means).items()
     ]
+    lines.append(markdown.table(HEADER, rows))
+    lines.append(
+        "In brackets: 95 % intervals of the paired difference over query images "
+        "(Bayesian bootstrap). A class without episodes counts 0."
+    )
+    return "\n\n".join(lines)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -174,11 +173,6 @@ def _paired(a: Scores, b: Scores, names: dict[int, str]) -> dict[str, Any]:
     return {"per_class": by_name, "miou": miou, "fb_iou": fb_iou}
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> Differences:
-    entries = [key for key in {**a, **b} if key not in DERIVED]
-    return {k: [a.get(k), b.get(k)] for k in entries if a.get(k) != b.get(k)}
-
-
 def _refuse(differs: Differences, files: str, different_protocols: bool) -> None:
     """Refuses protocols that differ more than they may."""
     if "version" in differs:  # an index means another image
@@ -209,10 +203,6 @@ def _short(value: Any) -> str:
 
 
 def _row(a: Interval, b: Interval, difference: Interval) -> dict[str, Any]:
-    value, low, high = (round(100 * x, 2) for x in difference)
-    return {
-        "a": round(100 * a.value, 2),
-        "b": round(100 * b.value, 2),
-        "difference": value,
-        "interval": [low, high],
-    }
+    value, *ends = difference.percent()
+    of_a, of_b = a.percent()[0], b.percent()[0]
+    return {"a": of_a, "b": of_b, "difference": value, "interval": ends}

@@ -7,7 +7,7 @@ colour means the same on every sheet.
 import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,18 +163,21 @@ def prediction_row(
 def episode_figure(
     dataset: SegmentationDataset,
     episodes: Sequence[EpisodeIds],
-    predictors: dict[str, Callable[[Episode], Float[Array, "1 s s"]]],
+    predictors: Mapping[str, Callable[..., Float[Array, "1 s s"]]],
     side: int,
     resize: Resize = "pad",
 ) -> RGB:
     """Returns a row an episode: support with mask, query, truth, each prediction.
 
-    The IoU of a prediction stands in its corner.
+    The IoU of a prediction stands in its corner. What is compiled for scoring predicts.
     """
     rows = []
     for ids in episodes:
         episode = load_batch_of_one(dataset, ids, side, resize)
-        margins = [np.asarray(predict(episode))[0] for predict in predictors.values()]
+        margins = [
+            np.asarray(predict(episode, in_both_roles=True))[0]
+            for predict in predictors.values()
+        ]
         rows.append(prediction_row(read_scene(dataset, ids), margins, resize))
     return sheet(("support", "query", "truth", *predictors), rows, LEGEND)
 

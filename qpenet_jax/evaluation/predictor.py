@@ -79,25 +79,16 @@ class Predictor(abc.ABC):
         del masks
         return supports
 
-    def __call__(self, episode: Episode) -> Margin:
-        """Returns the margin in a batch of episodes."""
-        return self.decode(*self._encoded(episode))
+    def __call__(
+        self, episode: Episode, *, in_both_roles: bool = False, named: bool = False
+    ) -> Any:
+        """Returns the `Margin` in a batch of episodes; `named` is that of `decode`.
 
-    def with_intermediates(self, episode: Episode) -> tuple[Margin, dict[str, Any]]:
-        """Returns the margin and every named intermediate."""
-        return self.decode(*self._encoded(episode), named=True)
-
-    def in_both_roles(self, episode: Episode) -> Margin:
-        """Returns the margin by what is compiled for scoring: images in every role."""
-        return self.decode(*self._encoded(episode, ROLES, ROLES))
-
-    def _encoded(
-        self,
-        episode: Episode,
-        of_supports: tuple[Role, ...] = ("support",),
-        of_query: tuple[Role, ...] = ("query",),
-    ):
-        """Returns what `decode` needs; the roles are those of `encode`."""
+        Images are encoded in their own role. With `in_both_roles` they are encoded in
+        every role, which takes what is compiled for scoring.
+        """
+        of_supports: tuple[Role, ...] = ROLES if in_both_roles else ("support",)
+        of_query: tuple[Role, ...] = ROLES if in_both_roles else ("query",)
         images, padding = episode.support_images, episode.support_padding
         supports = tuple(
             self.encode(
@@ -106,7 +97,9 @@ class Predictor(abc.ABC):
             for k in range(images.shape[1])
         )
         query = self.encode(episode.query_image, of_query, episode.query_padding)
-        return supports, episode.support_masks, query
+        inputs = supports, episode.support_masks, query
+        # `named=False` would be compiled apart from the calls that don't say it.
+        return self.decode(*inputs, named=True) if named else self.decode(*inputs)
 
 
 @jax.tree_util.register_dataclass

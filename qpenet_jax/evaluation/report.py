@@ -41,16 +41,18 @@ def summarize(
     or the speed: a run that was killed and went on has the same file.
     """
     found = metrics.estimate(scores, class_ids)
-    per_class = dict(zip(protocol.classes, found.per_class, strict=True))
+    percents = [iou.percent() for iou in found.per_class]
+    per_class = dict(zip(protocol.classes, percents, strict=True))
+    fb_iou, *fb_iou_interval = found.fb_iou.percent()
     by_seed = metrics.seed_mean_iou(scores, class_ids)
     mious = list(by_seed.values())
     std = _percent(float(np.std(mious, ddof=1))) if len(mious) > 1 else None
     result = {
         **_mean(found.miou),
-        "fb_iou": _percent(found.fb_iou.value),
-        "fb_iou_interval": _ends(found.fb_iou),
-        "per_class": {name: _percent(iou.value) for name, iou in per_class.items()},
-        "per_class_interval": {name: _ends(iou) for name, iou in per_class.items()},
+        "fb_iou": fb_iou,
+        "fb_iou_interval": fb_iou_interval,
+        "per_class": {name: iou for name, (iou, *_) in per_class.items()},
+        "per_class_interval": {name: ends for name, (_, *ends) in per_class.items()},
         "per_seed": {str(s): _percent(miou) for s, miou in by_seed.items()},
         "seed_spread": {
             "std": std,
@@ -112,7 +114,10 @@ def write_report(folder: Path, results: Results) -> None:
     """
     (folder / RESULTS).unlink(missing_ok=True)  # of an evaluation before
     write_whole(folder / TABLE, _page(results))
-    write_whole(folder / SHEET, _sheet(results))
+    sheet = io.StringIO()
+    writer = csv.writer(sheet, lineterminator="\n")
+    writer.writerows([("name", "iou", "low", "high"), *_rows(results)])
+    write_whole(folder / SHEET, sheet.getvalue())
     write_json(folder / RESULTS, results)
 
 
@@ -129,7 +134,10 @@ def _page(results: Results) -> str:
         table(
             {**results.get("references", {}), results.get("network", "QPENet"): results}
         ),
-        *_gain(results),
+        *(
+            f"Gain over cosine, {what}: {with_interval(value, ends, '+')}"
+            for what, (value, *ends) in results.get("gain_over_cosine", {}).items()
+        ),
         _seeds(results),
         BRACKETS,
     ]
@@ -147,13 +155,6 @@ def _page(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _gain(results: Results) -> list[str]:
-    return [
-        f"Gain over cosine, {what}: {with_interval(value, ends, '+')}"
-        for what, (value, *ends) in results.get("gain_over_cosine", {}).items()
-    ]
-
-
 def _seeds(results: Results) -> str:
     """Returns the sentence on the spread over seeds."""
     spread, seeds = results["seed_spread"], results["per_seed"]
@@ -166,20 +167,9 @@ def _seeds(results: Results) -> str:
     )
 
 
-def _sheet(results: Results) -> str:
-    """Returns results.csv: a row a class, then the means; IoU in percent."""
-    sheet = io.StringIO()
-    writer = csv.writer(sheet, lineterminator="\n")
-    writer.writerows([("name", "iou", "low", "high"), *_rows(results)])
-    return sheet.getvalue()
-
-
 def _mean(miou: Interval) -> Results:
-    return {"miou": _percent(miou.value), "miou_interval": _ends(miou)}
-
-
-def _ends(interval: Interval) -> list[float]:
-    return [_percent(interval.low), _percent(interval.high)]
+    value, *ends = miou.percent()
+    return {"miou": value, "miou_interval": ends}
 
 
 def _percent(value: float) -> float:

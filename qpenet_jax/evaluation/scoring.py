@@ -4,8 +4,8 @@ import collections
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,8 +32,6 @@ from qpenet_jax.evaluation.protocols import Protocol
 from qpenet_jax.models.ops import interpolation_matrix
 
 Samplers = Sequence[EpisodeSampler] | Sequence[FrozenEpisodes]
-
-T = TypeVar("T")
 
 CACHE_BYTES = 2 * 2**30
 """Of encoded images, kept on each device: 290 of ResNet's at 473 pixels, where a class
@@ -74,7 +72,7 @@ def score_episodes(
     moved = [predict]
     if len(devices) > 1:
         moved = [jax.device_put(predict, device) for device in devices]
-    predictors = [CachedPredictor(each, capacity) for each in moved]
+    predictors = [functools.partial(_predict, each, {}) for each in moved]
     load = functools.partial(_load, dataset, plan, protocol.side, protocol.resize)
     stream = prefetched(load, range(len(plan)), workers)
     silent = not cluster.is_first()
@@ -97,7 +95,7 @@ def score_episodes(
 
 
 def _margins(
-    predictors: Sequence["CachedPredictor"],
+    predictors: Sequence[Callable[..., Margin]],
     plan: Sequence["PlannedEpisode"],
     stream: Iterable["EpisodeInputs"],
 ) -> Iterator[tuple[int, "EpisodeInputs", Margin]]:
@@ -126,13 +124,15 @@ def _image_bytes(predict: Predictor, protocol: Protocol) -> int:
 class PlannedEpisode(NamedTuple):
     """An episode, its position among all, and the device that predicts it.
 
-    `missing` are the images that are to be encoded then, as the cache lacks them.
+    `missing` are the images that are to be encoded then, as the cache lacks them;
+    `dropped` those that it has no room for afterwards.
     """
 
     device: int
     position: int
     ids: EpisodeIds
     missing: list[int]
+    dropped: list[int]
 
 
 def plan_episodes(
@@ -151,28 +151,20 @@ def plan_episodes(
     own = np.array_split(np.array(order), cluster.count())[cluster.index()]
     parts = []
     for device, positions in enumerate(np.array_split(own, devices)):
-        cache: dict[int, None] = {}  # the numbers of the images alone
+        cache: collections.OrderedDict[int, None] = collections.OrderedDict()
         part = []
         for n in positions.tolist():
             images = dict.fromkeys((episodes[n].query, *episodes[n].supports))
             missing = [image for image in images if image not in cache]
-            part.append(PlannedEpisode(device, n, episodes[n], missing))
-            keep_latest(cache, images, capacity)
+            for image in images:  # in the order of last use
+                cache[image] = None
+                cache.move_to_end(image)
+            beyond = range(len(cache) - capacity)
+            dropped = [cache.popitem(last=False)[0] for _ in beyond]
+            part.append(PlannedEpisode(device, n, episodes[n], missing, dropped))
         parts.append(part)
     turns = itertools.zip_longest(*parts)
     return [planned for turn in turns for planned in turn if planned is not None]
-
-
-def keep_latest(cache: dict[int, T], used: Mapping[int, T], capacity: int) -> None:
-    """Adds to an LRU cache what was used just now, and drops what it has no room for.
-
-    The cache is in the order of last use.
-    """
-    for image in used:
-        cache.pop(image, None)
-    cache.update(used)
-    for image in [*itertools.islice(cache, max(len(cache) - capacity, 0))]:
-        del cache[image]
 
 
 class EpisodeInputs(NamedTuple):
@@ -197,7 +189,7 @@ def _load(
     resize: Resize,
     place: int,
 ) -> EpisodeInputs:
-    _, _, ids, missing = plan[place]
+    ids, missing = plan[place].ids, plan[place].missing
     mask, *of_supports = (
         binary_mask(dataset.label(image), ids.class_id)
         for image in (ids.query, *ids.supports)
@@ -214,27 +206,23 @@ def _load(
     )
 
 
-class CachedPredictor:
-    """A predictor on one device, with the images that it has encoded last."""
+def _predict(
+    predict: Predictor,
+    cache: dict[int, PyTree[Array]],
+    planned: PlannedEpisode,
+    inputs: EpisodeInputs,
+) -> Margin:
+    """Returns the margin of an episode, which the device may still compute.
 
-    def __init__(self, predict: Predictor, capacity: int):
-        self.predict, self.capacity = predict, capacity
-        self._cache: dict[int, PyTree[Array]] = {}
-
-    def __call__(self, planned: PlannedEpisode, inputs: EpisodeInputs) -> Margin:
-        """Returns the margin of an episode, which the device may still compute."""
-        ids = planned.ids
-        new = {
-            image: self.predict.encode(pixels[None], padding=beside[None])
-            for image, pixels, beside in zip(
-                planned.missing, inputs.images, inputs.padding, strict=True
-            )
-        }
-        images = (ids.query, *ids.supports)
-        used = {i: new[i] if i in new else self._cache[i] for i in images}
-        keep_latest(self._cache, used, self.capacity)
-        supports = tuple(used[image] for image in ids.supports)
-        return self.predict.decode(supports, inputs.support_masks, used[ids.query])
+    `cache` holds the images that the device has encoded last, by their number.
+    """
+    new = zip(planned.missing, inputs.images, inputs.padding, strict=True)
+    for image, pixels, beside in new:
+        cache[image] = predict.encode(pixels[None], padding=beside[None])
+    query, *supports = (cache[i] for i in (planned.ids.query, *planned.ids.supports))
+    for image in planned.dropped:
+        del cache[image]
+    return predict.decode(tuple(supports), inputs.support_masks, query)
 
 
 def score(

@@ -1,10 +1,12 @@
 """DPE: Dual Prototype Evolution (paper III.C.2, eqs 4-8)."""
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from qpenet_jax.core.types import Array
-from qpenet_jax.models.layers import Convs
+from qpenet_jax.models.layers import Convs, each_support
 from qpenet_jax.models.prototypes import masked_average_pool, predicted
 
 
@@ -22,10 +24,9 @@ def dual_prototypes(
     Returns the logits `y_rev` [b, k, h, w, 2] and, as means over the K supports,
     `P_main` (foreground that the guide found) and `P_aux` (the rest), [b, c].
     """
-    b, k = F_s.shape[:2]
-    folded = F_s.reshape(b * k, *F_s.shape[2:])
-    y_rev = convs(folded, jnp.repeat(guide, k, axis=0), train=train)  # eq 4
-    y_rev = y_rev.reshape(b, k, *y_rev.shape[1:])
+    segment = functools.partial(convs, train=train)
+    guides = jnp.broadcast_to(guide[:, None], (*F_s.shape[:2], guide.shape[-1]))
+    y_rev = each_support(segment, F_s, guides)  # eq 4
     found = predicted(y_rev)
     M_main = M_s & found  # eq 5
     M_aux = M_s & ~found  # eq 6

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from qpenet_jax.core.types import Array
-from qpenet_jax.models.layers import Conv1x1, Head, MergePrototype, Residual
+from qpenet_jax.models.layers import ConvReLU, Head, MergePrototype, Residual
 from qpenet_jax.models.ops import along_sides, resize_align_corners
 from qpenet_jax.models.ops.devices import row_by_row, rows_at_once
 
@@ -42,18 +42,18 @@ class FEM(nn.Module):
         levels, inner = [], []
         for i in range(LEVELS):
             grid = (-(-h // 2**i), -(-w // 2**i))  # rounded up
-            pooled = adaptive_average_pool(F_q, grid)
+            pooled = along_sides(pooling_matrix, F_q, grid)
             filtered = MergePrototype(c, name=f"filter{i}")(pooled, P_bg)
             cues = jnp.concatenate([filtered, resize_align_corners(maps, grid)], -1)
             x = MergePrototype(c, name=f"merge{i}")(cues, P_fg)
             if levels:
                 finer = resize_align_corners(levels[-1], grid)
                 both = jnp.concatenate([x, finer], axis=-1)
-                x = x + Conv1x1(c, name=f"finer{i}")(both)
+                x = x + ConvReLU(c, name=f"finer{i}")(both)
             x = Residual(name=f"residual{i}")(x)
             inner.append(self.make_head(name=f"inner_head{i}")(x, train=train))
             levels.append(resize_align_corners(x, (h, w)))
-        x = Conv1x1(c, name="reduce")(jnp.concatenate(levels, axis=-1))
+        x = ConvReLU(c, name="reduce")(jnp.concatenate(levels, axis=-1))
         x = Residual(name="reduce_residual")(x)
         y_final = self.make_head(name="head")(x, train=train)
         return {"y_final": y_final, "y_inner": tuple(inner)}
@@ -68,13 +68,6 @@ def pooling_matrix(source: int, target: int) -> np.ndarray:
     r, i = np.arange(target)[:, None], np.arange(source)
     window = (i >= r * source // target) & (i < -(-(r + 1) * source // target))
     return (window / window.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def adaptive_average_pool(
-    x: Float[Array, "b h w c"], size: tuple[int, int]
-) -> Float[Array, "b h2 w2 c"]:
-    """Averages `x` over a grid of `size` windows, as two small matrix products."""
-    return along_sides(pooling_matrix, x, size)
 
 
 PRIOR_EPSILON = 1e-7

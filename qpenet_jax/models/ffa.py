@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from qpenet_jax.core.types import Array
 from qpenet_jax.models import ops
 from qpenet_jax.models.layers import (
-    Conv1x1,
+    ConvReLU,
     Head,
     MergePrototype,
     Residual,
@@ -58,7 +58,7 @@ class FFA(nn.Module):
 
         for layer in ("cross1", "cross2"):  # eq 16
             x = self.make_cross(name=layer)(x, F_s, M_s, train=train)
-        x = Conv1x1(c, name="reduce")(x)
+        x = ConvReLU(c, name="reduce")(x)
         x = refine(name="reduce_residual")(x)
         return {**out, "y_final": self.make_head(name="head")(x, train=train)}
 

@@ -1,5 +1,6 @@
 """GBC: Global Background Cleansing (paper III.D, eqs 9-11)."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from qpenet_jax.core.types import Array
-from qpenet_jax.models.layers import Convs, bias_init, kernel_init
+from qpenet_jax.models.layers import Convs, bias_init, each_support, kernel_init
 from qpenet_jax.models.prototypes import predicted
 
 
@@ -39,9 +40,7 @@ class LearnedBackground(nn.Module):
         self, F_s: Float[Array, "b k h w c"], *, train: bool
     ) -> Float[Array, "b k h w 2"]:
         """Returns the supports' background logits, which only teach P_global (eq 9)."""
-        b, k = F_s.shape[:2]
-        y_bg_s = self.segment(F_s.reshape(b * k, *F_s.shape[2:]), train=train)
-        return y_bg_s.reshape(b, k, *y_bg_s.shape[1:])
+        return each_support(functools.partial(self.segment, train=train), F_s)
 
 
 class GBC(LearnedBackground):
@@ -57,7 +56,11 @@ class GBC(LearnedBackground):
         """Makes P_global and the layers."""
         super().setup()
         if self.cleanse:
-            self.fc1, self.fc2 = self._fc(), self._fc()
+            c = self.channels
+            dense = functools.partial(
+                nn.Dense, c, kernel_init=kernel_init, bias_init=bias_init(c)
+            )
+            self.fc1, self.fc2 = dense(), dense()
             # Named as Flax would: dropout's draws depend on it.
             self.gate_dropped = nn.Dropout(self.gate_dropout, name="Dropout_0")
 
@@ -71,15 +74,7 @@ class GBC(LearnedBackground):
             return {"y_bg_q": y_bg_q, "P_bg": P_bg}
         background = predicted(y_bg_q)[..., None].astype(F_q.dtype)
         pooled = jnp.mean(F_q * background, axis=(1, 2))
-        P_bg = self.P_global[None] * self._cleaner(pooled, train=train)  # eq 11
-        return {"y_bg_q": y_bg_q, "P_bg": P_bg}
-
-    def _fc(self):
-        return nn.Dense(
-            self.channels, kernel_init=kernel_init, bias_init=bias_init(self.channels)
-        )
-
-    def _cleaner(self, pooled, *, train):
-        """Returns FC(FC(.)) of eq 11 as a gate in 0..1: a cleaner only takes away."""
+        # FC(FC(.)) of eq 11 as a gate in 0..1: a cleaner only takes away.
         gate = self.fc2(nn.relu(self.fc1(pooled)))
-        return nn.sigmoid(self.gate_dropped(gate, deterministic=not train))
+        gate = nn.sigmoid(self.gate_dropped(gate, deterministic=not train))
+        return {"y_bg_q": y_bg_q, "P_bg": self.P_global[None] * gate}

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -57,35 +57,34 @@ def bias_init(fan_in: int) -> Callable[..., Array]:
     return traced_once(init)
 
 
+def each_support(f: Callable[..., Any], *inputs: Any) -> Any:
+    """Returns `f` of the supports [b, k, ...] of all episodes, as one batch of b k.
+
+    The arrays that it returns are [b, k, ...] again; None among the inputs stays None.
+    """
+    b, k = inputs[0].shape[:2]
+    folded = jax.tree.map(lambda x: x.reshape(b * k, *x.shape[2:]), inputs)
+    return jax.tree.map(lambda x: x.reshape(b, k, *x.shape[1:]), f(*folded))
+
+
 def linear(features: int, name: str) -> nn.Dense:
     """Returns a linear layer without bias, as the transformers of all networks have."""
     return nn.Dense(features, use_bias=False, kernel_init=kernel_init, name=name)
 
 
-class Conv1x1(nn.Module):
-    """1x1 convolution without bias, then ReLU."""
+class ConvReLU(nn.Module):
+    """1x1 or 3x3 convolution without bias, then ReLU."""
 
     features: int
+    size: int = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """Returns ReLU(conv(x))."""
-        kernel = parameter(self, "kernel", kernel_init, (x.shape[-1], self.features))
-        return nn.relu(ops.conv1x1(x, kernel))
-
-
-class Conv3x3(nn.Module):
-    """3x3 convolution without bias, then ReLU."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        """Returns ReLU(conv(x))."""
-        kernel = parameter(
-            self, "kernel", kernel_init, (3, 3, x.shape[-1], self.features)
-        )
-        return nn.relu(ops.conv3x3(x, kernel))
+        window = () if self.size == 1 else (self.size, self.size)
+        shape = (*window, x.shape[-1], self.features)
+        convolve = ops.conv1x1 if self.size == 1 else ops.conv3x3
+        return nn.relu(convolve(x, parameter(self, "kernel", kernel_init, shape)))
 
 
 class Residual(nn.Module):
@@ -95,8 +94,8 @@ class Residual(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Returns x + conv(conv(x))."""
         channels = x.shape[-1]
-        hidden = Conv3x3(channels, name="conv1")(x)
-        return x + Conv3x3(channels, name="conv2")(hidden)
+        hidden = ConvReLU(channels, 3, name="conv1")(x)
+        return x + ConvReLU(channels, 3, name="conv2")(hidden)
 
 
 class Head(nn.Module):
@@ -110,7 +109,7 @@ class Head(nn.Module):
     ) -> Float[Array, "b h w 2"]:
         """Returns the logits; class 1 is what the head looks for."""
         channels = x.shape[-1]
-        x = Conv3x3(channels, name="conv")(x)
+        x = ConvReLU(channels, 3, name="conv")(x)
         x = channel_dropout(self.dropout)(x, deterministic=not train)
         return nn.Dense(
             2,

@@ -90,7 +90,11 @@ def total_loss(
         "inner": query_mask,
     }
     made = [name for name in truth if f"y_{name}" in out]
-    L_fg = {name: _mean_cross_entropy(out[f"y_{name}"], truth[name]) for name in made}
+    each = {
+        name: [cross_entropy(y, truth[name]) for y in jax.tree.leaves(out[f"y_{name}"])]
+        for name in made
+    }
+    L_fg = {name: jnp.mean(jnp.stack(losses)) for name, losses in each.items()}
     L_bg = {
         "bg_s": background_mining(out["y_bg_s"], support_masks),
         "bg_q": background_mining(out["y_bg_q"], query_mask),
@@ -99,12 +103,6 @@ def total_loss(
     background = L_bg["bg_s"] + L_bg["bg_q"]  # eq 18
     terms = {f"loss_{name}": value for name, value in (L_fg | L_bg).items()}
     return weights.alpha * foreground + weights.beta * background, terms
-
-
-def _mean_cross_entropy(predictions, mask):
-    """Returns the mean over one prediction or a tuple of them."""
-    each = [cross_entropy(logits, mask) for logits in jax.tree.leaves(predictions)]
-    return jnp.mean(jnp.stack(each))
 
 
 def _mean(

@@ -15,10 +15,11 @@ from qpenet_jax.models.fem import FEM, prior_mask
 from qpenet_jax.models.ffa import FFA, CrossAttention
 from qpenet_jax.models.gbc import GBC
 from qpenet_jax.models.layers import (
-    Conv1x1,
+    ConvReLU,
     Convs,
     Head,
     channel_dropout,
+    each_support,
     unit_rms,
 )
 from qpenet_jax.models.ops import resize_align_corners
@@ -71,9 +72,9 @@ class QPENet(nn.Module):
         """Makes the layers; only those that are used get parameters."""
         make_head = functools.partial(Head, self.head_dropout)
         make_convs = functools.partial(Convs, self.channel_dropout, self.head_dropout)
-        self.reduce_support = Conv1x1(self.channels)
+        self.reduce_support = ConvReLU(self.channels)
         self.reduce_query = (
-            self.reduce_support if self.shared_reducer else Conv1x1(self.channels)
+            self.reduce_support if self.shared_reducer else ConvReLU(self.channels)
         )
         # Named as Flax would: dropout's draws depend on it.
         self.dropped = channel_dropout(self.channel_dropout, name="Dropout_0")
@@ -110,10 +111,8 @@ class QPENet(nn.Module):
         Sides must be 8 n + 1 pixels; raises ValueError if masks and features do not
         fit. `train` needs a "dropout" key.
         """
-        b, k = support_features.shape[:2]
-        folded = support_features.reshape(b * k, *support_features.shape[2:])
-        supports = self.encode(folded, ("support",), train=train)
-        supports = {n: x.reshape(b, k, *x.shape[1:]) for n, x in supports.items()}
+        encode = functools.partial(self.encode, roles=("support",), train=train)
+        supports = each_support(encode, support_features)
         query = self.encode(query_features, ("query",), train=train)
         logits, out = self.decode(supports, support_masks, query, train=train)
         if train:

@@ -172,7 +172,7 @@ def network_maps(run: TrainedRun, episode: Episode) -> Maps:
     """Returns what a run finds in a batch of one."""
     config, params, weights = run.config, run.params, run.weights
     predict = build_predictor(config, params, weights)
-    margin, out = predict.with_intermediates(episode)
+    margin, out = predict(episode, named=True)
     logits = {name: out[name] for name in ("y_pre", "y_bg_q") if name in out}
     if "y_rev" in out:
         logits["y_rev"] = out["y_rev"][:, 0]

@@ -268,15 +268,14 @@ class Evaluator:
             what: estimate_difference(network, cosine, ids).miou
             for what, ids in classes.items()
         }
-        return {what: [round(100 * x, 2) for x in miou] for what, miou in found.items()}
+        return {what: miou.percent() for what, miou in found.items()}
 
     def _figure(self, predictors: dict[str, Predictor]) -> UInt8[Any, "h w 3"]:
         """Draws the first episodes with what the predictors find in them."""
         protocol, draw = self.protocol, self.samplers[0]
         episodes = [draw(i) for i in range(min(FIGURE_EPISODES, protocol.episodes))]
-        methods = {name: each.in_both_roles for name, each in predictors.items()}
         size = protocol.side, protocol.resize
-        return episode_figure(self.val, episodes, methods, *size)
+        return episode_figure(self.val, episodes, predictors, *size)
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.folder / name

@@ -52,7 +52,8 @@ _A, _G, _B = _matrices((0, 5 / 8, -5 / 8, 3 / 2, -3 / 2))
 def _conv3x3(x, kernel):
     b, h, w, _ = x.shape
     th, tw, o = -(-h // 4), -(-w // 4), kernel.shape[3]
-    products = _batched(_input_tiles(x), _filters(kernel), 2, 1)
+    filters = (_G @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
+    products = _batched(_input_tiles(x), filters, 2, 1)
     y = (_A @ products.reshape(36, -1)).reshape(4, 4, b, th, tw, o)
     y = y.transpose(2, 3, 0, 4, 1, 5).reshape(b, 4 * th, 4 * tw, o)
     return y[:, :h, :w]
@@ -83,11 +84,6 @@ def _conv3x3_dilated(x, kernel, dilation):
     y = _conv3x3(x.reshape(-1, rows, cols, c), kernel)
     y = y.reshape(d, d, b, rows, cols, -1).transpose(2, 3, 0, 4, 1, 5)
     return y.reshape(b, rows * d, cols * d, -1)[:, :h, :w]
-
-
-def _filters(kernel):
-    """Returns the transformed filters `[36, c, o]`."""
-    return (_G @ kernel.reshape(9, -1)).reshape(36, *kernel.shape[2:])
 
 
 def _input_tiles(x):

@@ -18,13 +18,14 @@ from qpenet_jax.core.errors import check_choice
 from qpenet_jax.core.types import BATCH_STATISTICS, Array
 from qpenet_jax.models.fem import prior_mask
 from qpenet_jax.models.layers import (
-    Conv1x1,
+    ConvReLU,
     Convs,
     Head,
     MergePrototype,
     Residual,
     bias_init,
     channel_dropout,
+    each_support,
     kernel_init,
     unit_rms,
 )
@@ -89,8 +90,8 @@ class ReleasedQPENet(nn.Module):
         """Makes the layers."""
         c = self.channels
         make_convs = functools.partial(Convs, self.channel_dropout, self.head_dropout)
-        self.reduce_support = Conv1x1(c)
-        self.reduce_query = self.reduce_support if self.shared_reducer else Conv1x1(c)
+        self.reduce_support = ConvReLU(c)
+        self.reduce_query = self.reduce_support if self.shared_reducer else ConvReLU(c)
         self.dropped = channel_dropout(self.channel_dropout)
         self.convs = make_convs()
         self.gbc = Background(c, make_convs, self.background_scale)
@@ -99,13 +100,13 @@ class ReleasedQPENet(nn.Module):
         )
         self.gate1, self.gate2 = dense(), dense()
         self.gate_dropped = nn.Dropout(self.gate_dropout)
-        self.filter, self.activate = Conv1x1(c), MergePrototype(c)
+        self.filter, self.activate = ConvReLU(c), MergePrototype(c)
         self.activate_residual = Residual()
         self.auxiliary_head = Head(self.head_dropout)
         self.transformer = Transformer(
             self.heads, self.ffn_features, self.attention_dropout
         )
-        self.reduce, self.reduce_residual = Conv1x1(c), Residual()
+        self.reduce, self.reduce_residual = ConvReLU(c), Residual()
         self.head = Head(self.head_dropout)
 
     def __call__(
@@ -125,15 +126,8 @@ class ReleasedQPENet(nn.Module):
         `draws` replaces the transformer's random draws, one for each layer. `train`
         needs a "dropout" key.
         """
-        b, k = support_features.shape[:2]
-
-        def folded(x: Any) -> Any:
-            return None if x is None else x.reshape(b * k, *x.shape[2:])
-
-        supports = self.encode(
-            folded(support_features), folded(support_padding), ("support",), train=train
-        )
-        supports = {n: x.reshape(b, k, *x.shape[1:]) for n, x in supports.items()}
+        encode = functools.partial(self.encode, roles=("support",), train=train)
+        supports = each_support(encode, support_features, support_padding)
         query = self.encode(query_features, query_padding, ("query",), train=train)
         logits, out = self.decode(supports, support_masks, query, draws, train=train)
         if train:
@@ -243,18 +237,12 @@ class ReleasedQPENet(nn.Module):
         foreground that the query's prototype found (main) or missed (aux), and of the
         background what it took for foreground (delta) or didn't (gamma).
         """
-        b, k = F_s.shape[:2]
-
-        def segment(features, prototypes):
-            folded = features.reshape(b * k, *features.shape[2:])
-            y = self.convs(folded, prototypes.reshape(b * k, -1), train=train)
-            return y.reshape(b, k, *y.shape[1:])
-
+        segment = functools.partial(self.convs, train=train)
         F_q = jnp.broadcast_to(F_q[:, None], F_s.shape)
         P_pre = masked_average_pool(F_s, M_s)
-        y_pre = segment(F_q, P_pre)
+        y_pre = each_support(segment, F_q, P_pre)
         P_psd = masked_average_pool(F_q, predicted(y_pre))
-        y_rev = segment(F_s, P_psd)
+        y_rev = each_support(segment, F_s, P_psd)
         R = predicted(y_rev)
         regions = {"main": R & M_s, "aux": ~R & M_s}
         regions |= {"delta": R & ~M_s, "gamma": ~R & ~M_s}
@@ -274,22 +262,18 @@ class ReleasedQPENet(nn.Module):
 
     def _prior(self, shallow, M_s, deep):
         """Returns PFENet's prior mask [b, h, w] from features of the last stage."""
-        b, k = shallow.shape[:2]
         foreground = shallow * M_s[..., None].astype(shallow.dtype)
-        folded = foreground.reshape(b * k, *foreground.shape[2:])
         if self.is_mutable_collection(BATCH_STATISTICS):
             # Upstream's pass of the whole support: unused, but seen by batch norm.
-            self._deep(shallow.reshape(folded.shape))
-        support = self._deep(folded)
-        support = support.reshape(b, k, *support.shape[1:])
+            each_support(self._deep, shallow)
+        support = each_support(self._deep, foreground)
         return jax.lax.stop_gradient(prior_mask(support, M_s, deep))
 
 
 def resolve_behaviour(choice: str, shots: int) -> Behaviour:
     """Returns the behaviour for so many supports: upstream's code takes one."""
-    if choice == "auto":
-        return "released" if shots == 1 else "fixed"
-    return "released" if choice == "released" else "fixed"
+    as_released = choice == "released" or (choice == "auto" and shots == 1)
+    return "released" if as_released else "fixed"
 
 
 MAPS = ("delta", "gamma", "main", "pre", "aux")

@@ -117,7 +117,11 @@ def choose(
     """Chooses at most `slots` tokens: foreground first, background second."""
     budget = draws.budget
     members = foreground.sum(axis=1), (~foreground).sum(axis=1)
-    quotas = _quotas(*members, budget)
+    # The other set fills up a short one.
+    quotas = (
+        jnp.minimum(members[0], jnp.maximum(budget, 2 * budget - members[1])),
+        jnp.minimum(members[1], jnp.maximum(budget, 2 * budget - members[0])),
+    )
     few = members[0] < budget
     take_all = few, ~few & (members[1] < budget)
     parts = []
@@ -151,11 +155,3 @@ def choose(
         jnp.take_along_axis(padded, read_at, axis=1),
         slot < (quotas[0] + quotas[1])[:, None],
     )
-
-
-def _quotas(foreground, background, budget):
-    """Returns how many tokens each set gives; the other fills up a short one."""
-    total = 2 * budget
-    from_foreground = jnp.minimum(foreground, jnp.maximum(budget, total - background))
-    from_background = jnp.minimum(background, jnp.maximum(budget, total - foreground))
-    return from_foreground, from_background
