@@ -97,7 +97,7 @@ def test_loading_speed(images, shots):
     assert found == [*itertools.product(("host", "device"), shots, (0,))]
     for row in grain.rows:
         assert row["images/s"] == row["episodes/s"] * (row["shots"] + 1)
-        assert row["images/s per worker"] == row["images/s"] > 1
+        assert row["images/s"] > 1
 
 
 class Counter:

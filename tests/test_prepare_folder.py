@@ -79,17 +79,17 @@ def test_hash_decides_and_adding_images_moves_none(root, tmp_path):
     unlist(root)
     for i in range(60):
         put(root, f"im{i}")
-    first = prepare_folder(root, tmp_path / "first", val_share=0.3)
+    first = prepare_folder(root, tmp_path / "first")
     splits = {split: Prepared(first, split).names for split in ("train", "val")}
     # The rule, by its own definition: the first 8 bytes of SHA-256 as a share.
     for split, names in splits.items():
         assert list(names) == sorted(names)
         shares = [int(hashlib.sha256(n.encode()).hexdigest()[:16], 16) for n in names]
-        assert all((share / 16**16 < 0.3) == (split == "val") for share in shares)
+        assert all((share / 16**16 < 0.2) == (split == "val") for share in shares)
     assert len(splits["train"]) + len(splits["val"]) == 64
     for i in range(60, 80):
         put(root, f"im{i}")
-    second = prepare_folder(root, tmp_path / "second", val_share=0.3)
+    second = prepare_folder(root, tmp_path / "second")
     for split, names in splits.items():
         assert set(names) < set(Prepared(second, split).names)
 
@@ -103,10 +103,10 @@ def test_one_list_or_one_split(root, tmp_path, given, other):
     rest = {"a.1", "b", "c", "sub/a.1"} - set(ids)
     assert Prepared(folder, other).names == tuple(sorted(rest))
     assert f"{given}.txt" in facts(folder)["rules"]
-    (root / f"{given}.txt").unlink()
-    share = 1 if given == "val" else 0
-    folder = prepare_folder(root, tmp_path / "one", val_share=share)
-    assert Prepared(folder, given).names == ("a.1", "b", "c", "sub/a.1")
+    every = ("a.1", "b", "c", "sub/a.1")
+    (root / f"{given}.txt").write_text("\n".join(every))
+    folder = prepare_folder(root, tmp_path / "one")
+    assert Prepared(folder, given).names == every
     assert facts(folder)["images"] == {given: 4}
 
 
@@ -282,6 +282,13 @@ def empty(root: Path) -> None:
         path.unlink()
 
 
+def leave_one(root: Path) -> None:
+    unlist(root)
+    for name in ("images/c.bmp", "images/a.1.png", "images/sub/a.1.JPG"):
+        (root / name).unlink()
+        (root / name.replace("images", "masks", 1)).with_suffix(".png").unlink()
+
+
 def blank(root: Path) -> None:
     for name in ("c", "a.1"):
         Image.new("L", SIZE[::-1]).save(root / "masks" / f"{name}.png")
@@ -308,6 +315,7 @@ MANY = "\n".join(map(str, range(255))).encode()
         (empty, r"images holds no image"),
         (without("masks/sub/a.1.png"), r"a\.1\.JPG has no mask .*masks/sub/a\.1\.png;"),
         (without("images/b.jpg"), r"masks/b\.png has no image"),
+        (leave_one, r"split '(train|val)' has no image: list some for it"),
         (blank, r"no mask of val shows a class"),
         (ignore_all, r"c\.png: 255 is its only value beside 0;"),
         (write("images/b.png", b"x"), r"images/b\.jpg and .*/b\.png share a name"),
@@ -328,19 +336,6 @@ MANY = "\n".join(map(str, range(255))).encode()
 def test_what_can_be_wrong(root, tmp_path, spoil, message):
     spoil(root)
     refused(message, prepare_folder, root, out=tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("share", "message"),
-    [
-        (-0.1, "val_share -0.1: choose"),
-        (1.5, "val_share 1.5: choose"),
-        (1e-9, r"no image fell to val .*val\.txt.*1e-09"),
-    ],
-)
-def test_a_share_that_cant_be(root, tmp_path, share, message):
-    unlist(root)
-    refused(message, prepare_folder, root, out=tmp_path / "out", val_share=share)
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_left(root, tmp_path):

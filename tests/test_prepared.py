@@ -21,12 +21,8 @@ from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.types import SegmentationDataset
 from qpenet_jax.data.images import encode_mask
 from qpenet_jax.data.prepare import builder
-from qpenet_jax.data.prepare.builder import (
-    LabelledImage,
-    Source,
-    check_user,
-    prepare,
-)
+from qpenet_jax.data.prepare.archives import Member
+from qpenet_jax.data.prepare.builder import Source, check_user, prepare
 from qpenet_jax.data.sources.prepared import Prepared
 
 EXIF_ORIENTATION = 0x0112
@@ -71,14 +67,18 @@ def halves(images: dict[str, bytes]) -> dict[str, list[str]]:
     return {"train": list(images)[:-2], "val": list(images)[-2:]}
 
 
-def source(images: dict[str, bytes], **changes) -> Source:
+def member(name: str, data: bytes, size: int = 0) -> Member:
+    return Member(size or len(data), name, lambda: data)
+
+
+def source(photos: dict[str, bytes], **changes) -> Source:
     given = {
         "name": "tiny",
         "config": "main",
         "classes": ("cat", "dog"),
-        "splits": halves(images),
-        "example": lambda name: LabelledImage(images[name], label_of(name), name, name),
-        "image_bytes": sum(map(len, images.values())),
+        "splits": halves(photos),
+        "images": {name: member(name, data) for name, data in photos.items()},
+        "label": lambda name: (label_of(name), name),
         "facts": {"rule": "all", "archives": {"a": "1"}},
     }
     return Source(**given | changes)
@@ -119,10 +119,11 @@ def test_read_as_written(tiny, tmp_path):
 def test_shards_keep_the_order(monkeypatch, tmp_path):
     images = {f"{i}": pictures()["png"] for i in range(13)}
     # As large as if a file held two images of these.
-    large = len(images) * builder.SHARD_BYTES // 2
+    half = builder.SHARD_BYTES // 2
+    large = {name: member(name, data, half) for name, data in images.items()}
     # TFDS's sorting of examples, which needs TensorFlow for large sets, isn't used.
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1000)
-    folder = prepare(source(images, image_bytes=large), tmp_path)
+    folder = prepare(source(images, images=large), tmp_path)
     check_whole(folder, images)
     records = sorted(path.name for path in folder.glob("*train*"))
     assert records == [f"tiny-train.array_record-{i:05d}-of-00006" for i in range(6)]
@@ -133,13 +134,13 @@ import os, signal, sys
 from pathlib import Path
 from test_prepared import pictures, prepare, source
 
-def example(name):
+def label(name):
     if name == "png":
         os.kill(os.getpid(), signal.SIGKILL)
-    return whole.example(name)
+    return whole.label(name)
 
 whole = source(pictures())
-prepare(source(pictures(), example=example), Path(sys.argv[1]))
+prepare(source(pictures(), label=label), Path(sys.argv[1]))
 """
 
 
@@ -160,13 +161,13 @@ def test_killed_and_run_again(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, InputError("bad image")])
 def test_interrupted_leaves_nothing(error, tmp_path):
-    def example(name):
+    def label(name):
         if name == "png":
             raise error
-        return source(pictures()).example(name)
+        return source(pictures()).label(name)
 
     with pytest.raises(error if isinstance(error, type) else InputError) as raised:
-        prepare(source(pictures(), example=example), tmp_path)
+        prepare(source(pictures(), label=label), tmp_path)
     assert "bad image" in str(raised.value) or error is KeyboardInterrupt
     assert list((tmp_path / "tiny/main").iterdir()) == []
 
@@ -197,13 +198,14 @@ def test_estimate_of_the_disk(tmp_path):
     made = source(
         images,
         splits={"train": list(images)},
-        example=lambda name: LabelledImage(data, big, name, name),
+        label=lambda name: (big, name),
     )
     folder = prepare(made, tmp_path)
     used = sum(path.stat().st_size for path in folder.iterdir())
     assert made.image_bytes < used < builder.DISK_SPARE * made.image_bytes
     # More than any disk has: nothing is written.
-    needy = source(pictures(), image_bytes=10**18)
+    large = source(pictures()).images | {"png": member("png", b"", 10**18)}
+    needy = source(pictures(), images=large)
     with pytest.raises(InputError, match=r"GB are free, 1100000000\.0 GB are needed"):
         prepare(needy, tmp_path / "large")
     assert list((tmp_path / "large").glob("**/*.*")) == []

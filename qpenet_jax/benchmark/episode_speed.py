@@ -175,9 +175,7 @@ def throughput(
             next(batches)
             episodes += BATCH
         rates = _rates(episodes / (clock() - start), sampler)
-    each = rates["images/s"] / max(workers, 1)
-    shape = {"shots": sampler.shots, "workers": workers}
-    return shape | rates | {"images/s per worker": each}
+    return {"shots": sampler.shots, "workers": workers} | rates
 
 
 # --- an evaluation ----------------------------------------------------------------

@@ -70,7 +70,7 @@ def prediction_speed(
             f"compilations from before and with them ({starts} processes).",
             [{"cold, s": cold, "cached, s": timing.quartiles(np.array(cached))}],
         )
-        segmenter = load(settings.workdir or None, side)
+        segmenter = load(settings.workdir, side)
         tasks = {k: tasks_of(segmenter, supports[:k]) for k in sorted(settings.shots)}
         yield Table(
             f"{settings.photos} photos of {megapixels[0]} to {megapixels[-1]} "

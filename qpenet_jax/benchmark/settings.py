@@ -83,7 +83,7 @@ class Settings:
     seconds: float = option(20.0, "shortest time for comparing one case")
     episodes: int = option(0, "protocol: episodes for each seed; 0: the protocol's")
     workers: Sequence[int] = option((0, 1, 2), "data: loading processes; 0: a thread")
-    workdir: str = option("", "predict: folder of a run, by default the starter")
+    workdir: str | None = option(None, "predict: folder of a run; default: the starter")
     photos: int = option(100, "predict: number of made-up photos")
 
     def __post_init__(self):

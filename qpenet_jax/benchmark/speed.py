@@ -1,8 +1,9 @@
 """Measure speed and memory, on request beside the PyTorch twin: `qpenet benchmark`.
 
-`benchmark` measures; the tables of single steps, the page and the chart are made here.
+`benchmark` measures; the tables of single steps and the page are made here.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import gc
@@ -15,12 +16,10 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qpenet_jax.backbones.precision import products
 from qpenet_jax.benchmark import jax_side, timing
@@ -30,7 +29,7 @@ from qpenet_jax.benchmark.made_up import made_up_episodes
 from qpenet_jax.benchmark.prediction_speed import prediction_speed, runtimes
 from qpenet_jax.benchmark.settings import STEPS, Case, Settings
 from qpenet_jax.benchmark.timing import Row, Table
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, refused_as
 from qpenet_jax.core.markdown import table
 from qpenet_jax.core.runtime import keep_freed_memory, processor
 
@@ -143,9 +142,13 @@ def compared_steps(
         InputError: a candidate computes something different from JAX, or
             torch.compile fails.
     """
-    numbers = {
-        name: first_numbers(case, name, each) for name, each in candidates.items()
-    }
+    numbers = {}
+    for name, each in candidates.items():
+        # It fails in many ways; it needs a C++ compiler, for example.
+        fault = f"torch.compile fails for {case}"
+        named = refused_as(fault, "leave it out with --variants")
+        with named if name == "compile" else contextlib.nullcontext():
+            numbers[name] = each.numbers(each.call())
     in_jax = numbers.pop("JAX")
     differences = {
         name: timing.differences_between(in_jax, found, case, name)
@@ -156,18 +159,6 @@ def compared_steps(
         {"step": str(case)} | row | differences.get(row["variant"], {})
         for row in timing.measure(calls, seconds)
     ]
-
-
-def first_numbers(case: Case, name: str, candidate: Candidate) -> dict[str, np.ndarray]:
-    """Does a candidate's first step and returns its numbers."""
-    try:
-        return candidate.numbers(candidate.call())
-    except Exception as error:  # of many types; it needs a C++ compiler, for example
-        if name != "compile":
-            raise
-        raise InputError(
-            f"torch.compile fails for {case}: {error}; leave it out with --variants"
-        ) from error
 
 
 def _torch_side() -> tuple[Any, str]:
@@ -245,25 +236,3 @@ def as_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     return str(value)
-
-
-def bar_chart(result: dict[str, Any], path: str | Path) -> None:
-    """Draws the time of every step, if there are any, as a bar into an image file."""
-    rows = [row for each in result["tables"] for row in each["rows"]]
-    rows = [row for row in rows if "step" in row and "ms" in row]
-    if not rows:
-        return
-    # Matplotlib takes long to import, which the tables shouldn't.
-    from matplotlib.figure import Figure
-
-    figure = Figure((9.0, 1.2 + 0.4 * len(rows)), dpi=100, layout="constrained")
-    title = "Time of a step in ms, less is better"
-    axes = figure.subplots(subplot_kw={"title": title, "xmargin": 0.2})
-    names = [f"{row['step']}: {row['variant']}" for row in rows]
-    # Of Okabe and Ito, which colour-blind readers distinguish, too.
-    colours = ["#d55e00" if r["variant"] == "JAX" else "#0072b2" for r in rows]
-    medians = [row["ms"][1] for row in rows]
-    bars = axes.barh(names, medians, color=colours)
-    axes.bar_label(bars, [as_text(each) for each in medians], padding=6)
-    axes.invert_yaxis()
-    figure.savefig(path)

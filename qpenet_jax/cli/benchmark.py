@@ -2,15 +2,24 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qpenet_jax.benchmark.settings import WHAT, Settings
-from qpenet_jax.cli.options import add_overrides, add_path, names, numbers, path
+from qpenet_jax.cli.options import (
+    add,
+    add_flag,
+    add_overrides,
+    add_path,
+    names,
+    numbers,
+    path,
+)
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.core.files import refuse_overwriting
 
-FILES = ("benchmark.md", "benchmark.json", "benchmark.png")
+FILES = ("benchmark.md", "benchmark.json")
 
 OPTIONS = [field for field in dataclasses.fields(Settings) if "help" in field.metadata]
 
@@ -26,42 +35,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "eval,train",
     )
     for field in OPTIONS:
-        parser.add_argument(f"--{field.name}", **_argument(field))
+        name, text, default = f"--{field.name}", field.metadata["help"], field.default
+        if default is False:
+            add_flag(parser, name, text)
+        else:
+            add(parser, name, text, _kind(default), default=default, metavar="VALUE")
     add_path(
         parser,
         "--config",
         "FILE",
         "protocol and data: a config whose images are used; default: made-up images",
     )
-    add_path(parser, "--out", "FOLDER", f"folder for {', '.join(FILES)}")
+    add_path(parser, "--out", "FOLDER", f"folder for {' and '.join(FILES)}")
     add_overrides(parser)
 
 
-def _argument(field: dataclasses.Field) -> dict[str, Any]:
-    """Returns how argparse reads a field, by the kind of its default."""
-    default, text = field.default, field.metadata["help"]
-    # Without a value of its own the field has its default.
-    found: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-    if default is False:
-        return found | {"action": "store_true"}
+def _kind(default: Any) -> Callable[[str], Any]:
+    """Returns how a value is read, by the default of its option."""
     if isinstance(default, tuple):
-        kind = numbers if default and isinstance(default[0], int) else names
-        default = ",".join(map(str, default))
-    else:
-        kind = path if default == "" else type(default)
-    if default:
-        found["help"] = f"{text}; default: {default}"
-    return found | {"type": kind, "metavar": "VALUE"}
+        return numbers if default and isinstance(default[0], int) else names
+    return path if default is None else type(default)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints the tables, and writes them if asked to."""
-    from qpenet_jax.benchmark.speed import bar_chart, benchmark, benchmark_report
+    from qpenet_jax.benchmark.speed import benchmark, benchmark_report
     from qpenet_jax.core.files import write_whole
     from qpenet_jax.evaluation.report import write_json
     from qpenet_jax.runs.datasets import files_read
 
-    given = {f.name: getattr(args, f.name) for f in OPTIONS if f.name in args}
+    given = {field.name: getattr(args, field.name) for field in OPTIONS}
     given |= {"what": args.kinds} if args.kinds else {}
     config = _config(args)
     settings = Settings(**given, config=config)
@@ -72,10 +75,9 @@ def run(args: argparse.Namespace) -> None:
     result = benchmark(settings)
     text = benchmark_report(result)
     if args.out:
-        report, table, chart = results
+        report, numbers_file = results
         write_whole(report, text + "\n")
-        write_json(table, result)
-        bar_chart(result, chart)
+        write_json(numbers_file, result)
     print(text)
 
 

@@ -33,14 +33,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts and prints where the result is."""
-    if args.as_run is not None:
+    as_run = args.as_run is not None
+    for name in ("backbone", "out") if as_run else ("fold", "dataset", "overrides"):
+        if getattr(args, name) not in (None, []):
+            option = args.overrides[0] if name == "overrides" else f"--{name}"
+            relation = "can't be given with" if as_run else "belongs to"
+            remedy = "leave it out" if as_run else "give both, or neither"
+            raise InputError(f"{option} {relation} --as-run: {remedy}")
+    if as_run:
         _as_run(args)
         return
-    for name in ("fold", "dataset"):
-        if getattr(args, name) is not None:
-            raise InputError(f"--{name} belongs to --as-run: give both, or neither")
-    if args.overrides:
-        raise InputError(f"{args.overrides[0]}: belongs to --as-run")
     if args.backbone is None:
         raise InputError(
             "give the --backbone that the weights belong to, or --as-run FOLDER for a "
@@ -54,10 +56,6 @@ def run(args: argparse.Namespace) -> None:
 def _as_run(args: argparse.Namespace) -> None:
     if args.weights is None or args.fold is None:
         raise InputError("--as-run needs the checkpoint's file and its --fold")
-    if args.backbone is not None:
-        raise InputError("--backbone can't be given with --as-run: the file shows it")
-    if args.out is not None:
-        raise InputError("--out can't be given with --as-run, which names the folder")
     from qpenet_jax.runs.released_checkpoint import import_checkpoint
 
     folder = import_checkpoint(

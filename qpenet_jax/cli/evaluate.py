@@ -1,7 +1,6 @@
 """Score a trained run on its novel classes by any protocol."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,12 @@ def run(args: argparse.Namespace) -> None:
     if args.episode_list:
         read = [*read, Path(args.episode_list)]
         frozen = read_episodes(Path(args.episode_list), val)
-        _refuse_changes(args, ("shots", "episodes", "seeds", "order", "targets"))
+        for name in ("shots", "episodes", "seeds", "order", "targets"):
+            if getattr(args, name) is not None:
+                raise InputError(
+                    f"--{name} can't be given together with --episode-list, which "
+                    "already fixes it: leave out one of the two"
+                )
     for shots in (1,) if frozen else args.shots or (1,):
         changes = protocol_changes(args) | {"shots": shots}
         protocol = build_protocol(config, args.protocol, **changes)
@@ -83,12 +87,3 @@ def run(args: argparse.Namespace) -> None:
         evaluator.write(evaluator.score(opened.params, **facts))
         print(evaluator.report())
         print(f"written to {folder}")
-
-
-def _refuse_changes(args: argparse.Namespace, options: Sequence[str]) -> None:
-    for name in options:
-        if getattr(args, name) is not None:
-            raise InputError(
-                f"--{name} can't be given together with --episode-list, which already "
-                "fixes it: leave out one of the two"
-            )

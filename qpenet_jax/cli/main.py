@@ -37,8 +37,6 @@ COMMANDS = {
 Each has `add_options(parser)` and `run(args)`; its docstring is its description.
 """
 
-SHARED_BY_PROCESSES = ("train", "evaluate")
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; bad input is one line on stderr and exits code 2."""
@@ -129,7 +127,7 @@ def _set_up_process(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_enable_x64", False)  # all that is computed is float32
     keep_freed_memory()
-    if args.command in SHARED_BY_PROCESSES:
+    if "coordinator" in args:  # several processes may share the command
         cluster.join(args.coordinator, args.processes, args.process)
     check_platform()
     if args.command != "train":  # where the config says whether to keep them
@@ -144,7 +142,3 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exits with code 2."""
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-if __name__ == "__main__":
-    program()

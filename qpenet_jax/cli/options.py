@@ -59,7 +59,7 @@ def add(
 ) -> None:
     """Adds an option or argument; the help also shows its default, where it has one."""
     default = more.get("default", ())
-    if default not in ((), [], ""):
+    if default not in (None, (), [], ""):
         words = default if isinstance(default, tuple) else (default,)
         text += f"; default: {','.join(map(str, words))}"
     if "choices" not in more:

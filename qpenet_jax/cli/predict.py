@@ -103,12 +103,20 @@ def segment(args: argparse.Namespace, segmenter: "Segmenter") -> None:
     examples = read_supports(supports)
     queries = find_queries(args.query, args.recursive)
     out, kept = Path(args.out), {"probabilities": args.probability}
+    places = [Path(given).resolve() for given in args.query]
+    if out.resolve() in places:
+        raise InputError(
+            f"--out {out} is a folder of --query, whose images the results would "
+            "replace or join: choose another folder"
+        )
     results = MaskWriter(
         out, tuple(examples), args.format, **kept, about=about_segmenter(args)
     )
     files = [file for support in supports for file in support.files]
     files += [query.path for query in queries]
-    results.refuse_clashes(queries, [*files, *_query_folders(out, args)])
+    # Nothing is written into subfolders whose images are segmented as well.
+    files += places if args.recursive else []
+    results.refuse_clashes(queries, files)
     tasks = segmenter.learn_classes(examples)
 
     def find(pixels):
@@ -117,19 +125,3 @@ def segment(args: argparse.Namespace, segmenter: "Segmenter") -> None:
     with tqdm(queries, desc="segmenting", unit="image") as bar:
         count = segment_files(find, bar, results)
     print(f"{count} mask(s) and overlay(s) in {out}")
-
-
-def _query_folders(out: Path, args: argparse.Namespace) -> list[Path]:
-    """Returns the folders of --query into whose subfolders nothing may be written.
-
-    Raises:
-        InputError: --out is such a folder itself.
-    """
-    folders = [Path(given) for given in args.query if Path(given).is_dir()]
-    for folder in folders:
-        if out.exists() and out.samefile(folder):
-            raise InputError(
-                f"--out {out} is a folder of --query, whose images the results would "
-                "replace or join: choose another folder"
-            )
-    return folders if args.recursive else []

@@ -54,11 +54,6 @@ def _add_folder(kinds) -> None:
     text = "it holds images/, masks/ and classes.txt"
     add_path(parser, "folder", "FOLDER", text)
     add(parser, "--name", "name of the data set; default: the folder's")
-    text = (
-        "share of the images for validation if the folder has neither train.txt nor "
-        "val.txt"
-    )
-    add(parser, "--val-share", text, float, default=0.2)
 
 
 def _add_kind(kinds, name: str, text: str) -> argparse.ArgumentParser:
@@ -71,10 +66,11 @@ def _add_kind(kinds, name: str, text: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Makes the data set and prints what is in it."""
-    {"pascal": _pascal, "coco": _coco, "folder": _folder}[args.kind](args)
+    make = {"pascal": _pascal, "coco": _coco, "folder": _folder}[args.kind]
+    _print_prepared(make(args))
 
 
-def _pascal(args: argparse.Namespace) -> None:
+def _pascal(args: argparse.Namespace) -> Path:
     from qpenet_jax.core.download import download_all
     from qpenet_jax.data.prepare.pascal import ARCHIVES, prepare_pascal
 
@@ -84,11 +80,10 @@ def _pascal(args: argparse.Namespace) -> None:
     if not voc or not (sbd or args.masks):
         raise InputError("give --voc and --sbd (or --masks), or --download")
     _refuse_inputs(args.out, [voc, sbd, args.masks, args.pool])
-    folder = prepare_pascal(voc, sbd, Path(args.out), masks=args.masks, pool=args.pool)
-    _print_prepared(folder)
+    return prepare_pascal(voc, sbd, Path(args.out), masks=args.masks, pool=args.pool)
 
 
-def _coco(args: argparse.Namespace) -> None:
+def _coco(args: argparse.Namespace) -> Path:
     from qpenet_jax.core.download import download_all
     from qpenet_jax.data.prepare.coco import ARCHIVES, prepare_coco, unpack_annotations
 
@@ -100,17 +95,15 @@ def _coco(args: argparse.Namespace) -> None:
     if not images or not annotations:
         raise InputError("give --images and --annotations, or --download")
     _refuse_inputs(args.out, [*images, *annotations])
-    _print_prepared(prepare_coco(images, annotations, Path(args.out)))
+    return prepare_coco(images, annotations, Path(args.out))
 
 
-def _folder(args: argparse.Namespace) -> None:
+def _folder(args: argparse.Namespace) -> Path:
     from qpenet_jax.data.prepare.image_folder import prepare_folder
 
     folder, out = Path(args.folder), Path(args.out)
     _refuse_inputs(out, [folder / "images", folder / "masks"])
-    _print_prepared(
-        prepare_folder(folder, out, name=args.name, val_share=args.val_share)
-    )
+    return prepare_folder(folder, out, name=args.name)
 
 
 def _refuse_inputs(out: str | Path, inputs: Sequence[str | Path | None]) -> None:

@@ -42,6 +42,32 @@ def check_choice(what: str, value: Any, choices: Iterable[Any]) -> None:
         raise InputError(f"{what}{value!r}: choose {listed}")
 
 
+def reason(error: Exception) -> str:
+    """Returns in a few words what an exception says."""
+    if isinstance(error, KeyError):
+        return f"no {error} in it"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def refused_as(
+    fault: str, remedy: str, errors: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turns what the reading of a bad file raises into one line.
+
+    Raises:
+        InputError: in place of one of the `errors`, and of a file that isn't there.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: no such file; check the path") from None
+    except errors as error:
+        raise InputError(f"{fault} ({reason(error)}); {remedy}") from None
+
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a write fails with where a disk, a quota or the largest file size is full."""
 

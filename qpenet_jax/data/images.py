@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 
-from qpenet_jax.core.errors import InputError, InputWarning
+from qpenet_jax.core.errors import InputError, InputWarning, refused_as
 from qpenet_jax.core.types import IGNORE
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
@@ -200,19 +200,14 @@ def _opened(file: File, name: str | None = None) -> Iterator[Image.Image]:
 @contextlib.contextmanager
 def decoding(path: Any) -> Iterator[None]:
     """Turns whatever Pillow raises while it reads `path` into an InputError."""
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
-    except Image.UnidentifiedImageError:
-        raise InputError(f"{path}: not an image; replace the file") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"{path}: far too many pixels; scale it down") from None
-    except Exception as error:  # Pillow's decoders raise a dozen types on bad files.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: broken image ({reason}); replace the file") from None
+    # Pillow's decoders raise a dozen types on bad files.
+    with refused_as(f"{path}: broken image", "replace the file"):
+        try:
+            yield
+        except Image.UnidentifiedImageError:
+            raise InputError(f"{path}: not an image; replace the file") from None
+        except Image.DecompressionBombError:
+            raise InputError(f"{path}: far too many pixels; scale it down") from None
 
 
 def rgb(image: Image.Image, name: File) -> Image.Image:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, refused_as
 from qpenet_jax.core.files import local_path
 from qpenet_jax.data.images import check_same_size, read_image, warn_of_turn
-from qpenet_jax.data.prepare.instances import draw_segmentation, format_errors
+from qpenet_jax.data.prepare.instances import FORMAT_ERRORS, draw_segmentation
 from qpenet_jax.data.supports import read_mask, support_mask
 from qpenet_jax.masks.coco_json import coco_marks
 from qpenet_jax.masks.labelme import labelme_marks
@@ -182,7 +182,8 @@ def _read_json(
     path: Path, support: SupportFiles, size: Size
 ) -> tuple[Bool[np.ndarray, "h w"], str]:
     """Returns what a file of labelme or COCO marks in a photo, and its label there."""
-    with format_errors(path, "a JSON file of labelme or COCO"):
+    fault = f"{path} isn't a JSON file of labelme or COCO"
+    with refused_as(fault, "fetch it again", FORMAT_ERRORS):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         if "shapes" in content:
             marks = labelme_marks(path, content, size)

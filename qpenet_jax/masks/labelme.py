@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageDraw
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, reason
 from qpenet_jax.data.images import check_same_size, decoding
-from qpenet_jax.data.prepare.instances import FORMAT_ERRORS, reason
+from qpenet_jax.data.prepare.instances import FORMAT_ERRORS
 from qpenet_jax.masks.polygons import fill, outlines
 from qpenet_jax.masks.tasks import Segmentation
 

@@ -17,10 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, TypeVar
 
-from tqdm import tqdm
-
 from qpenet_jax.core.download import sha256
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, refused_as
 from qpenet_jax.core.files import walk
 
 File = TypeVar("File")
@@ -98,7 +96,7 @@ def open_archive(path: str | Path) -> Iterator[Archive]:
     """Opens a folder, .tar, .tar.gz/.tgz or .zip; its files are read when asked for.
 
     All are read by random access. A compressed tar has none: it is uncompressed into
-    a temporary file, with a progress bar. Hidden files are left out (macOS adds
+    a temporary file. Hidden files are left out (macOS adds
     "._x.png" beside "x.png").
 
     Raises:
@@ -150,27 +148,17 @@ def _members(path: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, Mem
             if not info.is_dir():
                 yield name, Member(info.file_size, f"{path}: {name}", load)
         return
-    opened = _uncompressed(path) if start == GZIP_START else path.open("rb")
-    tar = tarfile.TarFile(fileobj=stack.enter_context(opened))
+    content: IO[bytes] = stack.enter_context(path.open("rb"))
+    if start == GZIP_START:
+        with gzip.open(content) as packed:
+            content = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+            shutil.copyfileobj(packed, content, CHUNK)
+        content.seek(0)
+    tar = tarfile.TarFile(fileobj=content)
     for info in tar:
         name, load = info.name.removeprefix("./"), functools.partial(_load, tar, info)
         if info.isfile() or info.islnk():  # A hard link is a file by another name.
             yield name, Member(info.size, f"{path}: {name}", load)
-
-
-@contextlib.contextmanager
-def _uncompressed(path: Path) -> Iterator[IO[bytes]]:
-    """Gives the content of a gzip file as a temporary file."""
-    title, size = f"reading {path.name}", path.stat().st_size
-    with tempfile.TemporaryFile() as content:
-        with (
-            path.open("rb") as file,
-            tqdm.wrapattr(file, "read", total=size, desc=title) as shown,
-            gzip.open(shown) as unpacked,  # pyright: ignore[reportArgumentType]
-        ):
-            shutil.copyfileobj(unpacked, content, CHUNK)
-        content.seek(0)
-        yield content
 
 
 def _load(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -178,13 +166,7 @@ def _load(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read() if file else b""
 
 
-@contextlib.contextmanager
-def _damage_named(where: str) -> Iterator[None]:
+def _damage_named(where: str) -> contextlib.AbstractContextManager[None]:
     """Turns what the standard library raises on damage into one InputError."""
-    try:
-        yield
-    except DAMAGE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{where}: no archive, cut off or damaged ({reason}); fetch it again"
-        ) from None
+    fault = f"{where}: no archive, cut off or damaged"
+    return refused_as(fault, "fetch it again", DAMAGE_ERRORS)

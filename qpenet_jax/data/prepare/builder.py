@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 from tensorflow_datasets.core.writer import ExampleWriter
 from tensorflow_datasets.proto import tf_example_pb2
@@ -35,6 +35,7 @@ from tqdm import tqdm
 from qpenet_jax.core.errors import MAKE_ROOM, InputError
 from qpenet_jax.core.files import check_room, locked
 from qpenet_jax.data.images import check_label, encode_mask, read_image, warn_of_turn
+from qpenet_jax.data.prepare.archives import Member
 from qpenet_jax.data.sources.prepared import read_metadata
 from qpenet_jax.data.versions import ContentHash
 
@@ -45,49 +46,29 @@ DISK_SPARE = 1.1
 """Free disk needed per byte of images: masks and index take a few percent."""
 
 
-class LabelledImage(NamedTuple):
-    """One image as it came, and its label map: 0 background, 1..C, 255 ignore.
-
-    Messages name the image by `image_from` and the label by `label_from`, say
-    "archive: member".
-    """
-
-    image: bytes
-    label: UInt8[np.ndarray, "h w"]
-    image_from: str
-    label_from: str
-
-
 @dataclass(frozen=True)
 class Source:
-    """What a data set is made of: `splits[split]` are names, `example` loads one.
+    """What a data set is made of: `splits[split]` are the names of its `images`.
 
-    It is written to `name/config/VERSION`. `facts` says how it came about (archives
-    with their SHA-256, rules that were chosen); preparing again with other facts is
-    refused rather than ignored.
+    `label` returns the label map of an image (0 background, 1..C, 255 ignore), and how
+    messages name where it is from. The data set is written to `name/config/VERSION`.
+    `facts` says how it came about (archives with their SHA-256, rules that were
+    chosen); preparing again with other facts is refused rather than ignored.
     """
 
     name: str
     config: str
     classes: tuple[str, ...]
     splits: dict[str, Sequence[str]]
-    example: Callable[[str], LabelledImage]
-    image_bytes: int
-    """About how many bytes all images take, for the check of the disk."""
+    images: dict[str, Member]
+    label: Callable[[str], tuple[UInt8[np.ndarray, "h w"], str]]
     facts: dict[str, Any] = field(default_factory=dict)
 
-
-def check_example(example: LabelledImage, classes: int) -> Int[np.ndarray, " classes"]:
-    """Decodes the image once and returns the pixels of each class in its label.
-
-    Raises:
-        InputError: the image is broken, has another size than the label, or the label
-            holds a value that is no class, or 255 alone.
-    """
-    name = example.image_from
-    height, width = read_image(BytesIO(example.image), name=name).shape[:2]
-    warn_of_turn(BytesIO(example.image), name=name)
-    return check_label(example.label, (height, width), classes, example.label_from)
+    @property
+    def image_bytes(self) -> int:
+        """How many bytes all images take."""
+        names = itertools.chain.from_iterable(self.splits.values())
+        return sum(self.images[name].size for name in names)
 
 
 def check_names(source: Source) -> None:
@@ -100,7 +81,7 @@ def check_names(source: Source) -> None:
     split_of: dict[str, str] = {}
     for split, names in source.splits.items():
         if not names:
-            raise InputError(f"split {split!r} has no image; check the lists of images")
+            raise InputError(f"split {split!r} has no image: list some for it")
         for name in names:
             if name in split_of:
                 raise InputError(
@@ -185,12 +166,15 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
 
     def _examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         index = self.index[split] = {"names": [], "counts": []}
-        content = ContentHash()
+        content, images = ContentHash(), self.source.images
         names = tqdm(self.source.splits[split], desc=f"writing {split}", unit="image")
         for position, name in enumerate(names):
-            example = self.source.example(name)
-            counts = check_example(example, len(self.source.classes))
-            content.add(name, example.image, example.label)
+            member, (label, label_from) = images[name], self.source.label(name)
+            photo, where = member.read(), str(member)
+            size = read_image(BytesIO(photo), name=where).shape[:2]
+            warn_of_turn(BytesIO(photo), name=where)
+            counts = check_label(label, size, len(self.source.classes), label_from)
+            content.add(name, photo, label)
             shown = np.flatnonzero(counts)
             index["names"].append(name)
             index["counts"].append([[int(c) + 1, int(counts[c])] for c in shown])
@@ -200,7 +184,7 @@ class SegmentationBuilder(ShardBasedBuilder, skip_registration=True):
                     f"no mask of {split} shows a class; data/README.md says what the "
                     "values of a mask mean"
                 )
-            image, mask = BytesIO(example.image), BytesIO(encode_mask(example.label))
+            image, mask = BytesIO(photo), BytesIO(encode_mask(label))
             features = {"name": name, "image": image, "mask": mask, "counts": counts}
             yield position, features
 
@@ -250,8 +234,8 @@ def prepare(source: Source, out: Path) -> Path:
 
     Raises:
         InputError: a finished one was made in another way or of other files; another
-            process is writing it; no class in a split; too little free disk; or as
-            `check_user`, `check_names` and `check_example`.
+            process is writing it; no class in a split; too little free disk; an image
+            is broken, or its label can't be used; or as `check_user`, `check_names`.
     """
     check_user(os.geteuid(), os.getegid())
     check_names(source)
@@ -298,7 +282,7 @@ def _check_same(folder: Path, source: Source) -> None:
     for split, names in source.splits.items():
         content = ContentHash()
         for name in tqdm(names, desc=f"comparing {split}", unit="image"):
-            content.add(name, *source.example(name)[:2])
+            content.add(name, source.images[name].read(), source.label(name)[0])
         old = made["index"][split]
         if content.hexdigest() != old["sha256"]:
             photos = dict(zip(old["names"], old["photos"], strict=True))

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+from jaxtyping import UInt8
+
 from qpenet_jax.core.download import Published
 from qpenet_jax.core.errors import InputError
 from qpenet_jax.data.folds import COCO_CLASSES
 from qpenet_jax.data.prepare.archives import Member, fingerprint, open_archive, unique
-from qpenet_jax.data.prepare.builder import LabelledImage, Source, prepare
+from qpenet_jax.data.prepare.builder import Source, prepare
 from qpenet_jax.data.prepare.instances import Instances
 from qpenet_jax.data.sources.voc import refuse_missing
 
@@ -91,23 +94,17 @@ def prepare_coco(
     with contextlib.ExitStack() as stack:
         found = _find(images, needed, stack)
 
-        def example(name: str) -> LabelledImage:
+        def label(name: str) -> tuple[UInt8[np.ndarray, "h w"], str]:
             annotated = instances[name]
-            image = found[annotated.files[name]]
-            return LabelledImage(
-                image=image.read(),
-                label=annotated.label(name),
-                image_from=str(image),
-                label_from=f"{annotated.path}: {annotated.files[name]}",
-            )
+            return annotated.label(name), f"{annotated.path}: {annotated.files[name]}"
 
         source = Source(
             name="coco20i",
             config=release,
             classes=COCO_CLASSES,
             splits={split: list(file.files) for split, file in files.items()},
-            example=example,
-            image_bytes=sum(image.size for image in found.values()),
+            images={name: found[each.files[name]] for name, each in instances.items()},
+            label=label,
             facts={
                 "rules": LABEL_RULES,
                 "images": {split: len(file.files) for split, file in files.items()},

@@ -11,16 +11,21 @@ ROOT/train.txt      val.txt         optional: names such as sub/b, one a line
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+from jaxtyping import UInt8
+
 from qpenet_jax.core.errors import InputError
-from qpenet_jax.core.files import walk
 from qpenet_jax.core.types import IGNORE
 from qpenet_jax.data.images import IMAGE_SUFFIXES, read_label
-from qpenet_jax.data.prepare.archives import unique
-from qpenet_jax.data.prepare.builder import LabelledImage, Source, prepare
+from qpenet_jax.data.prepare.archives import Member, open_archive, unique
+from qpenet_jax.data.prepare.builder import Source, prepare
 from qpenet_jax.data.sources.voc import read_lines
+
+VAL_SHARE = 0.2
+"""About the share of the images for validation, where no list says which."""
 
 HASH_RANGE = 2**64
 """The split looks at 8 bytes of a name's SHA-256: the same on every machine."""
@@ -29,16 +34,13 @@ Splits = dict[str, Sequence[str]]
 """The names of each split."""
 
 
-def prepare_folder(
-    root: Path, out: Path, *, name: str | None = None, val_share: float = 0.2
-) -> Path:
+def prepare_folder(root: Path, out: Path, *, name: str | None = None) -> Path:
     """Writes the folder `root` as a data set below `out` and returns where it is.
 
     It is called `name`, else after the folder. Without `train.txt` and `val.txt`,
-    about `val_share` of the images are for validation, by a hash of their names: the
-    others stay where they are when images are added. With one of the two lists, the
-    images that aren't on it make the other split; with both, they are left out. A
-    split without any image is left out as well.
+    a fifth of the images is for validation, by a hash of their names: the others stay
+    where they are when images are added. With one of the two lists, the images that
+    aren't on it make the other split, if there are any; with both, they are left out.
 
     Raises:
         InputError: a missing part, an image or a mask without the other, two images of
@@ -54,21 +56,19 @@ def prepare_folder(
         raise InputError(f"{file} has no {other}; add it, or remove the file")
     if not images:
         raise InputError(f"{root / 'images'} holds no image; put some there")
-    splits, rule = _split(root, sorted(images), val_share)
-    splits = {split: names for split, names in splits.items() if names}
+    splits, rule = _split(root, sorted(images))
 
-    def example(name: str) -> LabelledImage:
-        image, mask = images[name], masks[name]
-        data, label = image.read_bytes(), read_label(mask)
-        return LabelledImage(data, label, str(image), str(mask))
+    def label(name: str) -> tuple[UInt8[np.ndarray, "h w"], str]:
+        mask = str(masks[name])
+        return read_label(mask), mask
 
     source = Source(
         name="folder",
         config=_identifier(name or root.resolve().name),
         classes=classes,
         splits=splits,
-        example=example,
-        image_bytes=sum(path.stat().st_size for path in images.values()),
+        images=images,
+        label=label,
         facts={
             "classes": list(classes),
             "rules": rule,
@@ -78,12 +78,12 @@ def prepare_folder(
     return prepare(source, Path(out))
 
 
-def _files(folder: Path, suffixes: set[str]) -> dict[str, Path]:
+def _files(folder: Path, suffixes: set[str]) -> dict[str, Member]:
     """Returns the files below `folder` by relative path without ending."""
     if not folder.is_dir():
         raise InputError(f"folder {folder} doesn't exist; see data/README.md")
-    found = walk(folder)
-    chosen = [name for name in found if Path(name).suffix.lower() in suffixes]
+    with open_archive(folder) as found:  # what it gives can be read afterwards, too
+        chosen = [name for name in found if Path(name).suffix.lower() in suffixes]
     if others := sorted(found.keys() - set(chosen)):
         known = " ".join(sorted(suffixes))
         print(
@@ -96,21 +96,22 @@ def _files(folder: Path, suffixes: set[str]) -> dict[str, Path]:
     )
 
 
-def _split(root: Path, names: Sequence[str], val_share: float) -> tuple[Splits, str]:
+def _split(root: Path, names: Sequence[str]) -> tuple[Splits, str]:
     """Returns the names of each split, and the rule that divides them."""
     lists = {split: root / f"{split}.txt" for split in ("train", "val")}
-    given = {
+    splits: Splits = {
         split: _listed(path, names) for split, path in lists.items() if path.exists()
     }
-    if not given:
-        return _split_by_hash(root, names, val_share)
-    if len(given) == 2:
-        return {**given}, "train.txt and val.txt list the splits"
-    [(split, ids)] = given.items()
-    [other] = lists.keys() - given
+    if not splits:
+        return _split_by_hash(names), f"a hash of the name gives {VAL_SHARE:g} to val"
+    if len(splits) == 2:
+        return splits, "train.txt and val.txt list the splits"
+    [(split, ids)] = splits.items()
+    [other] = lists.keys() - splits
     listed = set(ids)
-    rest = [name for name in names if name not in listed]
-    return {**given, other: rest}, f"{split}.txt lists {split}, {other} the rest"
+    if rest := [name for name in names if name not in listed]:
+        splits[other] = rest
+    return splits, f"{split}.txt lists {split}, {other} the rest"
 
 
 def _listed(path: Path, names: Sequence[str]) -> list[str]:
@@ -123,23 +124,13 @@ def _listed(path: Path, names: Sequence[str]) -> list[str]:
     return ids
 
 
-def _split_by_hash(
-    root: Path, names: Iterable[str], val_share: float
-) -> tuple[Splits, str]:
-    if not 0 <= val_share <= 1:
-        raise InputError(f"val_share {val_share}: choose a share from 0 to 1")
+def _split_by_hash(names: Sequence[str]) -> Splits:
     splits: dict[str, list[str]] = {"train": [], "val": []}
     for name in names:
         start = hashlib.sha256(name.encode()).digest()[:8]
         share = int.from_bytes(start, "big") / HASH_RANGE
-        splits["val" if share < val_share else "train"].append(name)
-    for split, chosen in splits.items():
-        if not chosen and 0 < val_share < 1:
-            raise InputError(
-                f"{root}: no image fell to {split} by its name; list some in "
-                f"{split}.txt, or choose another val_share than {val_share}"
-            )
-    return {**splits}, f"a hash of the name gives {val_share:g} of the images to val"
+        splits["val" if share < VAL_SHARE else "train"].append(name)
+    return {**splits}
 
 
 def _identifier(name: str) -> str:

@@ -4,13 +4,12 @@ Nothing of the file reaches pycocotools' C code unchecked: numbers that aren't f
 lie far outside of the image would crash it. Of two with one id, one would be lost.
 """
 
-import contextlib
 import json
 import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from pycocotools import mask as pycoco
 
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, refused_as
 from qpenet_jax.data.folds import COCO_CLASSES
 
 MAX_PIXELS = 178_956_970
@@ -46,7 +45,8 @@ class Instances:
                 category.
         """
         self.path = path
-        with format_errors(path, "an instances file of COCO"):
+        fault = f"{path} isn't an instances file of COCO"
+        with refused_as(fault, "fetch it again", FORMAT_ERRORS):
             content = json.loads(path.read_text(encoding="utf-8-sig"))
             images = by_id(path, "images", content["images"])
             annotations = by_id(path, "annotations", content["annotations"])
@@ -146,13 +146,9 @@ def annotation_mask(
     Raises:
         InputError: it can't be drawn.
     """
-    try:
+    fault = f"{path}: annotation {annotation['id']} of {name} can't be drawn"
+    with refused_as(fault, "correct it or take it out", FORMAT_ERRORS):
         return draw_segmentation(annotation["segmentation"], *size)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: annotation {annotation['id']} of {name} can't be drawn "
-            f"({reason(error)}); correct it or take it out"
-        ) from None
 
 
 def draw_segmentation(
@@ -230,29 +226,3 @@ def _decoded(text: str) -> list[int]:
             value -= 1 << 5 * len(bits)
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
     return runs
-
-
-@contextlib.contextmanager
-def format_errors(path: Path, what: str) -> Iterator[None]:
-    """Turns what reading a file of another format than `what` raises into one line.
-
-    Raises:
-        InputError: in its place.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
-    except FORMAT_ERRORS as error:
-        raise InputError(
-            f"{path} isn't {what} ({reason(error)}); fetch it again"
-        ) from None
-
-
-def reason(error: Exception) -> str:
-    """Returns in a few words what was wrong with a file's content."""
-    if isinstance(error, KeyError):
-        return f"no {error} in it"
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -16,7 +16,7 @@ import scipy.io
 from jaxtyping import UInt8
 
 from qpenet_jax.core.download import Published
-from qpenet_jax.core.errors import InputError
+from qpenet_jax.core.errors import InputError, refused_as
 from qpenet_jax.data.folds import PASCAL_CLASSES
 from qpenet_jax.data.images import read_label
 from qpenet_jax.data.prepare.archives import (
@@ -26,7 +26,7 @@ from qpenet_jax.data.prepare.archives import (
     open_archive,
     unique,
 )
-from qpenet_jax.data.prepare.builder import LabelledImage, Source, prepare
+from qpenet_jax.data.prepare.builder import Source, prepare
 from qpenet_jax.data.sources.voc import read_ids, refuse_missing
 
 ARCHIVES = (
@@ -101,18 +101,14 @@ def prepare_pascal(
         refuse_missing("image", names, images, f"{voc} or what was given with it")
         refuse_missing("mask", names, labels, f"{voc} or what was given with it")
 
-        def example(name: str) -> LabelledImage:
-            image, mask = images[name], labels[name]
-            return LabelledImage(image.read(), _read_mask(mask), str(image), str(mask))
-
         train_sha256 = hashlib.sha256("\n".join(splits["train"]).encode()).hexdigest()
         source = Source(
             name="pascal5i",
             config=str(pool) if rule else f"pool-{train_sha256[:8]}",
             classes=PASCAL_CLASSES,
             splits=splits,
-            example=example,
-            image_bytes=sum(images[name].size for name in names),
+            images=images,
+            label=lambda name: (_read_mask(labels[name]), str(labels[name])),
             facts={
                 "archives": {what: fingerprint(path) for what, path in paths.items()},
                 "pool": rule or "a file of ids",
@@ -212,14 +208,10 @@ def _read_mask(mask: Member) -> UInt8[np.ndarray, "h w"]:
     data, where = mask.read(), str(mask)
     if not where.endswith(".mat"):
         return read_label(BytesIO(data), name=where)
-    try:
+    # scipy raises a dozen types on damaged files.
+    with refused_as(f"{where}: no mask of SBD", "fetch the archive again"):
         truth: Any = scipy.io.loadmat(BytesIO(data), variable_names="GTcls")
         label = truth["GTcls"]["Segmentation"][0, 0]
         if label.ndim != 2 or label.dtype != np.uint8:
             raise ValueError(f"it is {label.dtype} of {label.ndim} dimensions")
-    except Exception as error:  # scipy raises a dozen types on damaged files.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{where}: no mask of SBD ({reason}); fetch the archive again"
-        ) from None
-    return label
+        return label
