@@ -2,9 +2,6 @@
 
 import contextlib
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -299,43 +296,6 @@ def test_it_lowers_for_accelerators(shapes, platform):
     assert [(x.shape, x.dtype) for x in exported.out_avals] == [
         (x.shape, x.dtype) for x in expected
     ]
-
-
-SPLIT = """
-import re
-import jax, numpy as np
-from qpenet_jax.data.augmentation import Augmentation, draw
-from qpenet_jax.data.device_augmentation import augment_episodes
-from qpenet_jax.data.device_augmentation import RawEpisode, device_draws
-from qpenet_jax.training.batches import shardings
-
-rng = np.random.default_rng(0)
-size = (30, 40)
-draws = [device_draws(draw(rng, Augmentation(), size, 25), size, 50) for _ in range(8)]
-draws = jax.tree.map(lambda *x: np.stack(x).reshape(4, 2, *x[0].shape), *draws)
-images = rng.integers(0, 256, (4, 2, 64, 64, 3), np.uint8)
-raw = RawEpisode(images, rng.integers(0, 2, (4, 2, 64, 64), np.uint8), draws)
-split = shardings(4)[1]
-assert len(split.device_set) == 2
-placed = jax.device_put(raw, split)
-for whole, part in zip(augment_episodes(raw, side=25),
-                       augment_episodes(placed, side=25)):
-    assert part.sharding.is_equivalent_to(split, part.ndim)
-    assert (np.asarray(whole) == np.asarray(part)).all()
-text = augment_episodes.lower(placed, side=25).compile().as_text()
-assert not re.search("all-(gather|reduce|to-all)|collective", text)
-"""
-
-
-def test_devices_share_a_batch_without_talking():
-    flags = "--xla_force_host_platform_device_count=2"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-c", SPLIT]
-    root = Path(__file__).parents[1]
-    result = subprocess.run(
-        command, env=environment, cwd=root, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.usefixtures("cache")

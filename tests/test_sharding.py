@@ -13,6 +13,12 @@ import pytest
 from commands import tiny_config
 
 from qpenet_jax.core.types import Episode
+from qpenet_jax.data.augmentation import Augmentation, draw
+from qpenet_jax.data.device_augmentation import (
+    RawEpisode,
+    augment_episodes,
+    device_draws,
+)
 from qpenet_jax.runs.build import build_weights
 from qpenet_jax.training.batches import shardings
 from qpenet_jax.training.train import build_state, build_train_step
@@ -56,6 +62,25 @@ def one_step(accumulate=1):
     return found | {name: float(metrics[name]) for name in ("loss", "grad_norm")}
 
 
+def check_augmentation():
+    """Check that devices augment what they share alone, to the same bits as one."""
+    rng, size = np.random.default_rng(0), (30, 40)
+    draws = [
+        device_draws(draw(rng, Augmentation(), size, 25), size, 50) for _ in range(8)
+    ]
+    draws = jax.tree.map(lambda *x: np.stack(x).reshape(4, 2, *x[0].shape), *draws)
+    images = rng.integers(0, 256, (4, 2, 64, 64, 3), np.uint8)
+    raw = RawEpisode(images, rng.integers(0, 2, images.shape[:-1], np.uint8), draws)
+    split = shardings(4)[1]
+    placed = jax.device_put(raw, split)
+    pairs = zip(*(augment_episodes(x, side=25) for x in (raw, placed)), strict=True)
+    for whole, part in pairs:
+        assert part.sharding.is_equivalent_to(split, part.ndim)
+        np.testing.assert_array_equal(whole, part)
+    text = augment_episodes.lower(placed, side=25).compile().as_text()
+    assert not re.search(MOVES, text)
+
+
 @pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_only_gradients_and_sums_move_between_devices():
@@ -85,4 +110,5 @@ def test_only_gradients_and_sums_move_between_devices():
 
 
 if __name__ == "__main__":
+    check_augmentation()
     print(json.dumps([one_step(), one_step(accumulate=2)]))
