@@ -42,7 +42,8 @@ class Backbone(NamedTuple):
     ) -> dict[str, Float[Array, "b _ _ _"]]:
         """Returns the stages of RGB images 0..255."""
         pixels = normalize(images, self.mean, self.std)
-        return self.module.apply({"params": weights}, pixels)
+        stages: Any = self.module.apply({"params": weights}, pixels)
+        return stages
 
 
 DEEP = "layer4"
@@ -54,7 +55,8 @@ DEEP = "layer4"
 _LITE0_STAGES = ("block4", "block10", "block14")
 # Its weights come from TensorFlow, which maps pixels to (x - 127) / 128. With
 # ImageNet's mean and deviation the same measurement (at 257 pixels) loses 3.3 points.
-_LITE0_MEAN, _LITE0_STD = (127 / 255,) * 3, (128 / 255,) * 3
+_LITE0_MEAN = (127 / 255, 127 / 255, 127 / 255)
+_LITE0_STD = (128 / 255, 128 / 255, 128 / 255)
 
 
 def _resnet(blocks: tuple[int, int, int], deep_stem: bool = False) -> Backbone:
