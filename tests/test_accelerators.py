@@ -49,7 +49,7 @@ def test_steps_export_and_leave_the_cpus_paths_out(what, platform):
     # GBC, 1 in FFA, and of each the gradients of input and kernel.
     count = {"eval": 14 + 14, "train": 14 + 3 * 18}[what]
     assert text.count("stablehlo.convolution") == count
-    assert text.count("call @_stages(") == {"eval": 2, "train": 1}[what]
+    assert text.count("call @__call__(") == {"eval": 2, "train": 1}[what]
     # Two layers of attention in blocks of queries, and nothing that the CPU's paths
     # would bring: images one by one, blocks of keys.
     assert text.count("stablehlo.while") == {"eval": 2, "train": 4}[what]

@@ -204,6 +204,8 @@ def decoding(path: Any) -> Iterator[None]:
     with refused_as(f"{path}: broken image", "replace the file"):
         try:
             yield
+        except FileNotFoundError:  # named as the caller names it
+            raise InputError(f"{path}: no such file; check the path") from None
         except Image.UnidentifiedImageError:
             raise InputError(f"{path}: not an image; replace the file") from None
         except Image.DecompressionBombError:
